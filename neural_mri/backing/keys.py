@@ -1,0 +1,55 @@
+"""Every Redis key, queue name and storage path, in one place."""
+
+from uuid import UUID
+
+__all__ = (
+    "CONTROL_QUEUE",
+    "CPU_QUEUE",
+    "cancel_flag",
+    "chunk_path",
+    "event_stream",
+    "heartbeat",
+    "manifest_path",
+    "scan_queue",
+    "tokenizer_path",
+)
+
+CPU_QUEUE = "cpu"
+"""Work that needs no loaded model; every worker listens."""
+CONTROL_QUEUE = "load"
+"""Requests to load a model; every worker listens."""
+
+
+def scan_queue(revision: str) -> str:
+    """The Celery queue of work for one set of weights; workers that hold them listen."""
+    return f"scan.{revision[:16]}"
+
+
+def event_stream(job_id: UUID) -> str:
+    """Redis stream of a job's events; its entry ids are the SSE ids."""
+    return f"events:{job_id}"
+
+
+def cancel_flag(job_id: UUID) -> str:
+    """Redis key set while a running job is asked to stop."""
+    return f"cancel:{job_id}"
+
+
+def heartbeat(worker: str) -> str:
+    """Redis hash in which a worker says what it holds."""
+    return f"worker:{worker}"
+
+
+def chunk_path(sha256: str) -> str:
+    """A table's bytes, under their own hash."""
+    return f"chunks/{sha256[:2]}/{sha256}.arrow"
+
+
+def manifest_path(job_id: UUID, attempt: int) -> str:
+    """An attempt's manifest: two attempts never share a file."""
+    return f"manifests/{job_id}.{attempt}.json"
+
+
+def tokenizer_path(digest: str) -> str:
+    """A tokenizer's `tokenizer.json`, so that the API need not see the model store."""
+    return f"tokenizers/{digest}.json"

@@ -1,0 +1,143 @@
+"""Settings: the environment, read once, checked, frozen.
+
+Every variable is `NEURAL_MRI_` and a field's name in capitals. An unknown one is refused, so that a
+typing error never runs with a default. The struct is passed as an argument, never imported.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+__all__ = ("InvalidSettings", "Settings", "load_settings")
+
+PREFIX = "NEURAL_MRI_"
+
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class InvalidSettings(Exception):
+    """The environment names a setting that does not exist, or gives one a value it cannot have."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of all processes."""
+
+    data_dir: Path = Path("~/.neural-mri")
+    """Folder of everything the embedded set-up keeps: database, results, models, Valkey's log."""
+    database_url: str = ""
+    """SQLAlchemy URL; a SQLite file in the data folder where empty."""
+    redis_url: str = ""
+    """Redis or Valkey; the bundled server's socket where empty."""
+    host: str = "127.0.0.1"
+    """Address the API listens on."""
+    port: Annotated[int, Meta(ge=1, le=65535)] = 8642
+    """Port the API listens on."""
+    allowed_hosts: str = "127.0.0.1,localhost,[::1]"
+    """Host headers the API answers to, separated by commas: stops DNS rebinding."""
+    viewer_dir: Path = Path("web/dist")
+    """Folder of the built viewer."""
+    default_model: str = "smollm2-135m-instruct"
+    """Model of a request that names none."""
+    pinned_models: str = "smollm2-135m-instruct"
+    """Models a worker loads at start and never evicts, separated by commas."""
+    dtype: str = "float32"
+    """Floating-point type models are loaded in: float32, bfloat16 or float16."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`, or `auto`: a GPU where there is one."""
+    threads: Annotated[int, Meta(ge=0)] = 0
+    """Threads torch may use on the CPU; 0 leaves it to torch."""
+    max_tokens: Annotated[int, Meta(ge=1)] = 4096
+    """Longest prompt accepted, in tokens, whatever the model's own context."""
+    max_body_bytes: Annotated[int, Meta(ge=1024)] = 2_000_000
+    """Largest request body accepted."""
+    max_queued_jobs: Annotated[int, Meta(ge=1)] = 10_000
+    """Unfinished jobs accepted in all; beyond it requests are answered 429."""
+    lease_seconds: Seconds = 5.0
+    """How long a claim holds without being renewed."""
+    reaper_interval_seconds: Seconds = 0.2
+    """How often lost tickets and dead leases are looked for."""
+    max_attempts: Annotated[int, Meta(ge=1)] = 3
+    """Claims a job may lose before it is quarantined."""
+    job_deadline_seconds: Seconds = 600.0
+    """How long one attempt may run before its worker is killed."""
+    event_stream_length: Annotated[int, Meta(ge=16)] = 4000
+    """Events kept for a job."""
+    event_stream_seconds: Seconds = 86_400.0
+    """How long a job's events are kept."""
+    heartbeat_seconds: Seconds = 15.0
+    """Pause between comments on a quiet event stream."""
+    log_level: str = "INFO"
+    """DEBUG, INFO, WARNING or ERROR."""
+    log_format: str = "console"
+    """`console` for people, `json` for machines."""
+
+    @property
+    def folder(self) -> Path:
+        """The data folder, absolute."""
+        return self.data_dir.expanduser().resolve()
+
+    @property
+    def models_dir(self) -> Path:
+        """The model store: a folder of safetensors, config and tokenizer for each model."""
+        return self.folder / "models"
+
+    @property
+    def store_dir(self) -> Path:
+        """The object store's folder."""
+        return self.folder / "results"
+
+    @property
+    def effective_database_url(self) -> str:
+        """`database_url`, or the embedded SQLite file's."""
+        return self.database_url or f"sqlite:///{self.folder / 'neural-mri.db'}"
+
+    @property
+    def valkey_socket(self) -> Path:
+        """Socket of the bundled server. A path of over 107 bytes cannot be one (sun_path)."""
+        return self.folder / "valkey.sock"
+
+    @property
+    def effective_redis_url(self) -> str:
+        """`redis_url`, or the bundled server's."""
+        return self.redis_url or f"unix://{self.valkey_socket}"
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """Names of the models to pin."""
+        return tuple(name.strip() for name in self.pinned_models.split(",") if name.strip())
+
+    def environment(self) -> dict[str, str]:
+        """The variables that give a child process these settings."""
+        names = (field.name for field in msgspec.structs.fields(self))
+        return {PREFIX + name.upper(): str(getattr(self, name)) for name in names}
+
+
+def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
+    """Settings from the environment. Raises `InvalidSettings` with the variable and what it needs."""
+    source = os.environ if environment is None else environment
+    given = {
+        name.removeprefix(PREFIX).lower(): value
+        for name, value in source.items()
+        if name.startswith(PREFIX)
+    }
+    known = {field.name for field in msgspec.structs.fields(Settings)}
+    for name in given:
+        if name not in known:
+            raise InvalidSettings(
+                f"{PREFIX}{name.upper()} is not a setting; the settings are "
+                + ", ".join(PREFIX + field.upper() for field in sorted(known))
+            )
+    try:
+        return msgspec.convert(given, Settings, strict=False, dec_hook=_path)
+    except msgspec.ValidationError as error:
+        raise InvalidSettings(f"a {PREFIX}* setting has a value it cannot have: {error}") from error
+
+
+def _path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(kind)

@@ -1,0 +1,86 @@
+"""Requests for a DTI scan: which components carry an answer, and along which paths."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta
+
+from neural_mri.contract.problems import Unprocessable
+from neural_mri.contract.scan_base import Prompt, TargetedScan
+
+__all__ = ("Ablation", "CircuitMethod", "CircuitScan", "Granularity")
+
+
+class CircuitMethod(StrEnum):
+    """How a component's effect on the metric is measured."""
+
+    FAST = "fast"
+    """Attribution patching for all, then the exact ablation of the strongest `exact`."""
+    ABLATION = "ablation"
+    """Exact: the metric with the component replaced, minus the metric of the clean run."""
+    ATTRIBUTION_PATCHING = "attribution_patching"
+    """First-order estimate of the ablation from one backward pass (Nanda 2023; Syed 2023)."""
+    INTEGRATED_GRADIENTS = "integrated_gradients"
+    """The estimate averaged along the path from corrupt to clean inputs (EAP-IG; Hanna 2024)."""
+    DIRECT = "direct"
+    """Direct logit attribution: the part of the metric a component writes itself (Elhage 2021)."""
+
+
+class Ablation(StrEnum):
+    """What a component's output is replaced by. The choice is part of the result."""
+
+    RESAMPLE = "resample"
+    """Its value in the run of the corrupt prompt."""
+    MEAN = "mean"
+    """Its mean over reference text, positions 1 and later."""
+    ZERO = "zero"
+    """Nothing: far off the model's own distribution."""
+
+
+class Granularity(StrEnum):
+    """What counts as one component."""
+
+    HEADS = "heads"
+    """Every attention head and every MLP."""
+    BLOCKS = "blocks"
+    """Every attention layer and every MLP."""
+
+
+class CircuitScan(TargetedScan, frozen=True, kw_only=True, tag="DTI", tag_field="scan_mode"):
+    """DTI: the effect of every component on a chosen next token.
+
+    Effect = metric with the component replaced, minus metric of the clean run: negative where the
+    component helps. The metric is the logit difference answer - foil where there is a foil, else the
+    answer's log-probability in nats.
+    """
+
+    corrupt_prompt: Prompt | None = None
+    """A prompt of the same number of tokens that asks for the foil."""
+    method: CircuitMethod = CircuitMethod.FAST
+    ablation: Ablation | None = None
+    """`resample` where a corrupt prompt is given, else `mean`."""
+    granularity: Granularity = Granularity.HEADS
+    include_first_token: bool = False
+    """Whether to replace at position 0 as well, which carries the attention sink."""
+    exact: Annotated[int, Meta(ge=0, le=4096)] = 30
+    """Strongest components `fast` measures exactly."""
+    edges: Annotated[int, Meta(ge=0, le=5000)] = 300
+    """Strongest edges between components to report."""
+    steps: Annotated[int, Meta(ge=1, le=64)] = 5
+    """Steps of `integrated_gradients`."""
+
+    @property
+    def effective_ablation(self) -> Ablation:
+        """The ablation that is used where the request leaves it open."""
+        if self.ablation is not None:
+            return self.ablation
+        return Ablation.RESAMPLE if self.corrupt_prompt is not None else Ablation.MEAN
+
+    def check(self) -> None:
+        """Raises `Unprocessable` where the parts of the request contradict each other."""
+        if self.effective_ablation is Ablation.RESAMPLE and self.corrupt_prompt is None:
+            raise Unprocessable("ablation 'resample' needs a corrupt_prompt to take values from")
+        if self.method is CircuitMethod.INTEGRATED_GRADIENTS and self.corrupt_prompt is None:
+            raise Unprocessable(
+                "method 'integrated_gradients' needs a corrupt_prompt: the path starts there"
+            )

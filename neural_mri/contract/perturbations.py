@@ -1,0 +1,185 @@
+"""Stimulation: what may be done to a component, and the scans that do it.
+
+By hooks alone. No weight is ever changed; every request stands by itself; resetting is the empty list.
+"""
+
+from enum import StrEnum
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from neural_mri.contract.components import Component, Kind
+from neural_mri.contract.models import Architecture
+from neural_mri.contract.problems import Unprocessable
+from neural_mri.contract.scan_base import Address, Positions, Prompt, TargetedScan
+
+__all__ = (
+    "Amplify",
+    "Direction",
+    "Inject",
+    "InjectMode",
+    "Invert",
+    "MeanAblation",
+    "Noise",
+    "Patch",
+    "PatchSite",
+    "PatchingScan",
+    "Perturbation",
+    "PerturbationScan",
+    "TraceKind",
+    "TracingScan",
+    "ZeroAblation",
+)
+
+Finite = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Seed = Annotated[int, Meta(ge=0, lt=2**31)]
+
+
+class PerturbationBase(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="operation"
+):
+    """What every perturbation has: where, and at which tokens."""
+
+    component: Address
+    token_positions: Positions = "all"
+
+
+class ZeroAblation(PerturbationBase, frozen=True, kw_only=True, tag="zero"):
+    """Its output becomes 0."""
+
+
+class Amplify(PerturbationBase, frozen=True, kw_only=True, tag="amplify"):
+    """Its output is multiplied by `factor`."""
+
+    factor: Finite = 2.0
+
+
+class Invert(PerturbationBase, frozen=True, kw_only=True, tag="invert"):
+    """Its output changes sign."""
+
+
+class Noise(PerturbationBase, frozen=True, kw_only=True, tag="noise"):
+    """Gaussian noise is added: `sigma` times the component's own root mean square.
+
+    The root mean square is over positions 1 and later of the clean run; several draws run as rows of one
+    batch, and mean and spread over them are reported.
+    """
+
+    sigma: Annotated[float, Meta(ge=0, le=1000)] = 1.0
+    seed: Seed = 0
+    draws: Annotated[int, Meta(ge=1, le=64)] = 8
+
+
+class MeanAblation(PerturbationBase, frozen=True, kw_only=True, tag="ablate"):
+    """Its output becomes its mean over reference text, positions 1 and later."""
+
+
+class InjectMode(StrEnum):
+    """Whether injected values are added to the output or take its place."""
+
+    ADD = "add"
+    REPLACE = "replace"
+
+
+class Inject(PerturbationBase, frozen=True, kw_only=True, tag="inject"):
+    """Given values are added to its output, or replace it.
+
+    `values` has `d_model` numbers (one for a neuron); for a head they are in the residual stream's
+    space only where `mode` is `add`, and `d_head` numbers before W_O where it is `replace`.
+    """
+
+    values: Annotated[tuple[Finite, ...], Meta(min_length=1, max_length=65536)]
+    mode: InjectMode = InjectMode.ADD
+
+
+class Patch(PerturbationBase, frozen=True, kw_only=True, tag="patch"):
+    """Its output in the run of another prompt of the same number of tokens."""
+
+    source_prompt: Prompt
+
+
+Perturbation: TypeAlias = ZeroAblation | Amplify | Invert | Noise | MeanAblation | Inject | Patch
+
+
+class PerturbationScan(
+    TargetedScan, frozen=True, kw_only=True, tag="perturbation", tag_field="scan_mode"
+):
+    """The model reading a prompt, clean and perturbed, side by side."""
+
+    perturbations: Annotated[tuple[Perturbation, ...], Meta(max_length=256)] = ()
+    """All applied in one run, in this order where they meet. Empty: nothing is changed."""
+    top_predictions: Annotated[int, Meta(ge=1, le=100)] = 10
+    perturbed_scan: bool = True
+    """Whether to report the activations of the perturbed run."""
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises `UnknownComponent`, `InvalidAddress` or `Unprocessable` naming what is wrong."""
+        for perturbation in self.perturbations:
+            component = architecture.check(Component.parse(perturbation.component))
+            if component.kind is Kind.UNEMBED:
+                raise Unprocessable(
+                    "unembed cannot be perturbed: nothing reads it but the logits; perturb the last "
+                    "resid_post instead",
+                    component=str(component),
+                )
+
+
+class Direction(StrEnum):
+    """Which run is patched with the other's activations (Heimersheim & Nanda 2024)."""
+
+    DENOISING = "denoising"
+    """Clean activations into the corrupted run: what suffices to restore the answer."""
+    NOISING = "noising"
+    """Corrupted activations into the clean run: what is needed for it."""
+
+
+class PatchSite(StrEnum):
+    """What is patched, for every layer (and head) and every position."""
+
+    RESIDUAL = "resid_pre"
+    ATTENTION = "attn"
+    MLP = "mlp"
+    HEAD = "head"
+
+
+class PatchingScan(TargetedScan, frozen=True, kw_only=True, tag="patching", tag_field="scan_mode"):
+    """Activation patching between two prompts of equal token length, as layer x position maps.
+
+    Recovery = (patched - corrupted) / (clean - corrupted) of the metric: unclamped, and undefined (NaN)
+    where the two runs differ by less than 0.1.
+    """
+
+    corrupt_prompt: Prompt
+    direction: Direction = Direction.DENOISING
+    sites: Annotated[tuple[PatchSite, ...], Meta(min_length=1, max_length=4)] = (
+        PatchSite.RESIDUAL,
+        PatchSite.ATTENTION,
+        PatchSite.MLP,
+    )
+
+
+class TraceKind(StrEnum):
+    """What causal tracing restores (Meng et al. 2022, figure 2)."""
+
+    STATE = "state"
+    MLP = "mlp"
+    ATTENTION = "attn"
+
+
+class TracingScan(TargetedScan, frozen=True, kw_only=True, tag="tracing", tag_field="scan_mode"):
+    """Causal tracing (Meng et al. 2022): noise on the subject's embeddings, then states restored."""
+
+    subject: Annotated[str, Meta(min_length=1, max_length=2000)]
+    """Text in the prompt whose tokens are corrupted; its last occurrence."""
+    sigma: Annotated[float, Meta(gt=0, le=1000)] = 3.0
+    """Noise in standard deviations of the embedding matrix's entries."""
+    draws: Annotated[int, Meta(ge=1, le=32)] = 3
+    seed: Seed = 0
+    window: Annotated[int, Meta(ge=1, le=101)] = 6
+    """Layers restored together for `mlp` and `attn`, centred on the layer shown."""
+    kinds: Annotated[tuple[TraceKind, ...], Meta(min_length=1, max_length=3)] = (
+        TraceKind.STATE,
+        TraceKind.MLP,
+        TraceKind.ATTENTION,
+    )

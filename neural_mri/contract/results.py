@@ -1,0 +1,290 @@
+"""What a scan leaves behind: Arrow tables, and a manifest that names them.
+
+One table a quantity. Columns that pictures are painted from are float32 and not null; NaN says "not
+measured". Every table's schema metadata says what it is, in which unit, of which weights, by which
+method; a reader refuses a newer major version of a schema instead of guessing.
+
+Values over tokens stand as one fixed-size list a component (`value: fixed_size_list<float32>[n]`): in the
+browser each row is a typed array on the response's own bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import msgspec
+import pyarrow as pa
+
+from neural_mri.contract.components import Component, Kind
+from neural_mri.contract.models import Numerics
+from neural_mri.contract.scans import ScanKind
+
+__all__ = (
+    "ARROW_FILE",
+    "ARROW_STREAM",
+    "SCHEMAS",
+    "Manifest",
+    "Provenance",
+    "SchemaVersion",
+    "TableRef",
+    "component_columns",
+    "from_ipc",
+    "positions_column",
+    "provenance_of",
+    "stamp",
+    "to_ipc",
+)
+
+ARROW_FILE = "application/vnd.apache.arrow.file"
+ARROW_STREAM = "application/vnd.apache.arrow.stream"
+
+_METADATA_KEY = b"neural_mri"
+
+
+class SchemaVersion(NamedTuple):
+    """Readers understand every version of their own major."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
+
+
+class TableSchema(NamedTuple):
+    """One kind of table."""
+
+    version: SchemaVersion
+    fields: tuple[pa.Field, ...]
+    """Columns before the value columns whose length depends on the prompt."""
+    about: str
+
+
+def _field(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+_COMPONENT = (
+    _field("component", pa.string()),
+    _field("kind", pa.string()),
+    _field("layer", pa.int16()),
+    _field("head", pa.int16()),
+)
+"""Address, kind, layer and head; -1 where a component has none."""
+
+SCHEMAS: Mapping[str, TableSchema] = MappingProxyType(
+    {
+        "topology": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                *_COMPONENT,
+                _field("kv_head", pa.int16()),
+                _field("parameters", pa.uint32()),
+                _field("shared_parameters", pa.uint32()),
+            ),
+            "Components and their parameters. `parameters` are the component's own and sum to the "
+            "model's; `shared_parameters` are read by it and counted elsewhere (a key-value head "
+            "shared by a group, a tied embedding).",
+        ),
+        "parameters": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("name", pa.string()),
+                _field("component", pa.string()),
+                _field("role", pa.string()),
+                _field("shape", pa.list_(pa.field("item", pa.int32(), nullable=False))),
+                _field("parameters", pa.uint32()),
+                _field("tied_to", pa.string()),
+            ),
+            "Every parameter tensor of the model, each storage counted once.",
+        ),
+        "tokens": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("position", pa.int32()),
+                _field("token_id", pa.int32()),
+                _field("text", pa.string()),
+                _field("start", pa.int32()),
+                _field("end", pa.int32()),
+                _field("sink", pa.bool_()),
+            ),
+            "The prompt's tokens. `sink` marks an attention sink: position 0, or a residual norm "
+            "above ten times the median over the other positions.",
+        ),
+        "activations": TableSchema(
+            SchemaVersion(1, 0),
+            _COMPONENT,
+            "What each component writes to the residual stream: a row a component, a value a token.",
+        ),
+        "vectors": TableSchema(
+            SchemaVersion(1, 0),
+            (*_COMPONENT, _field("position", pa.int32())),
+            "The vectors behind `activations`: a row a component and token, d_model values.",
+        ),
+        "neurons": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("component", pa.string()),
+                _field("layer", pa.int16()),
+                _field("position", pa.int32()),
+                _field("rank", pa.int16()),
+                _field("neuron", pa.int32()),
+                _field("value", pa.float32()),
+            ),
+            "The strongest neurons of each MLP at each token, by absolute hidden activation.",
+        ),
+        "predictions": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("position", pa.int32()),
+                _field("rank", pa.int16()),
+                _field("token_id", pa.int32()),
+                _field("text", pa.string()),
+                _field("logit", pa.float32()),
+                _field("log_probability", pa.float32()),
+                _field("probability", pa.float32()),
+            ),
+            "The likeliest next tokens after each position. Log-probabilities in nats.",
+        ),
+        "attention": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("component", pa.string()),
+                _field("layer", pa.int16()),
+                _field("head", pa.int16()),
+            ),
+            "Attention patterns: a row a head, query-major `[query position, key position]`; each "
+            "query's row sums to 1.",
+        ),
+    }
+)
+
+
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a table's numbers come from; travels in the table's own schema metadata."""
+
+    table: str
+    version: str
+    unit: str
+    """What a value is counted in: `L2 norm`, `nats`, `logits`, `parameters`, `probability`."""
+    method: str
+    """How it was measured, in a phrase that names the hook or the formula."""
+    positions: tuple[int, ...] | None = None
+    """Token positions of the value columns, where they are per token."""
+    parameters: dict[str, Any] = {}
+    model: str = ""
+    revision: str = ""
+    scan_key: str = ""
+    scanner_version: str = ""
+
+
+class TableRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A stored table: its bytes are named by their own hash."""
+
+    name: str
+    """Unique in the result: `activations`, or `vectors.3` where there is one a layer."""
+    table: str
+    chunk: str
+    """SHA-256 of the bytes; the ETag."""
+    bytes: int
+    rows: int
+    unit: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Names a result's tables. Written last: a result with a manifest is whole."""
+
+    version: int = 1
+    scan_key: str
+    kind: ScanKind
+    model: str
+    revision: str
+    numerics: Numerics
+    scanner_version: str
+    request: dict[str, Any]
+    prompt_tokens: tuple[str, ...] = ()
+    tables: tuple[TableRef, ...]
+    created_at: datetime
+    forward_seconds: float
+    """Inside the model."""
+    compute_seconds: float
+    """Inside the scanner, the forward pass included."""
+    memory_bytes: int
+    """Memory the worker held on the model's device when the scan ended."""
+
+    def table(self, name: str) -> TableRef | None:
+        """The table of that name, if the result has it."""
+        return next((ref for ref in self.tables if ref.name == name), None)
+
+
+def component_columns(components: Sequence[Component]) -> dict[str, pa.Array]:
+    """The `component`, `kind`, `layer`, `head` columns of a table with one row a component."""
+    return {
+        "component": pa.array([str(c) for c in components], pa.string()),
+        "kind": pa.array([c.kind.value for c in components], pa.string()),
+        "layer": pa.array([-1 if c.layer is None else c.layer for c in components], pa.int16()),
+        "head": pa.array([c.index if c.kind is Kind.HEAD else -1 for c in components], pa.int16()),
+    }
+
+
+def positions_column(flat: pa.Array, width: int) -> tuple[pa.Field, pa.Array]:
+    """The `value` column: `width` float32 a row, from a flat float32 array in row order."""
+    item = pa.field("item", pa.float32(), nullable=False)
+    column = pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(item, width))
+    return pa.field("value", column.type, nullable=False), column
+
+
+def build(
+    name: str,
+    columns: Mapping[str, pa.Array],
+    value: tuple[pa.Field, pa.Array] | None = None,
+) -> pa.Table:
+    """A table of the schema called `name`. Raises `KeyError` when a column is missing."""
+    schema = SCHEMAS[name]
+    fields = list(schema.fields)
+    arrays = [columns[field.name] for field in fields]
+    if value is not None:
+        fields.append(value[0])
+        arrays.append(value[1])
+    return pa.table(arrays, schema=pa.schema(fields))
+
+
+def stamp(table: pa.Table, provenance: Provenance) -> pa.Table:
+    """The table with its provenance in the schema metadata."""
+    metadata = {**(table.schema.metadata or {}), _METADATA_KEY: msgspec.json.encode(provenance)}
+    return table.replace_schema_metadata(metadata)
+
+
+def provenance_of(table: pa.Table) -> Provenance:
+    """What a table says of itself.
+
+    Raises `ValueError` when it says nothing, or when its schema is of a newer major version.
+    """
+    body = (table.schema.metadata or {}).get(_METADATA_KEY)
+    if body is None:
+        raise ValueError("this Arrow table has no neural_mri metadata: it is not a scan's")
+    provenance = msgspec.json.decode(body, type=Provenance)
+    known = SCHEMAS.get(provenance.table)
+    if known is None or int(provenance.version.split(".")[0]) > known.version.major:
+        raise ValueError(
+            f"table {provenance.table} is of schema version {provenance.version}, this reader knows "
+            f"{known.version if known else 'no such table'}: upgrade neural_mri"
+        )
+    return provenance
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """Arrow IPC file, uncompressed: browsers decode no compressed bodies, and ranges stay useful."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def from_ipc(body: bytes | pa.Buffer) -> pa.Table:
+    """A stored table. Raises `pyarrow.ArrowInvalid` on damaged bytes."""
+    with pa.ipc.open_file(pa.py_buffer(body)) as reader:
+        table = reader.read_all()
+    table.validate(full=True)
+    return table

@@ -1,0 +1,84 @@
+"""What all requests for a scan have in common.
+
+Strict where a human sends them: an unknown field is refused, so that a typing error is never a silent
+default.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from neural_mri.contract.models import ModelName
+from neural_mri.contract.problems import InvalidPositions
+
+__all__ = (
+    "MAX_PROMPT_CHARACTERS",
+    "Address",
+    "AnswerToken",
+    "Positions",
+    "Prompt",
+    "PromptScan",
+    "ScanBase",
+    "TargetedScan",
+    "resolve_positions",
+)
+
+MAX_PROMPT_CHARACTERS = 200_000
+
+Prompt = Annotated[str, Meta(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+Address = Annotated[str, Meta(max_length=80)]
+AnswerToken = Annotated[str, Meta(min_length=1, max_length=200)] | Annotated[int, Meta(ge=0)]
+Positions = Literal["all"] | Annotated[tuple[int, ...], Meta(min_length=1)]
+"""Token positions, from 0; negative ones count from the end."""
+
+
+class ScanBase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every request has."""
+
+    model: ModelName | None = None
+    """A registered model's name; the service's default model where it is left out."""
+
+    needs_loaded_model: ClassVar[bool] = True
+
+
+class PromptScan(ScanBase, frozen=True, kw_only=True):
+    """A scan of the model reading one prompt."""
+
+    prompt: Prompt
+
+    def __post_init__(self) -> None:
+        if "\0" in self.prompt or any(
+            "\ud800" <= character <= "\udfff" for character in self.prompt
+        ):
+            raise ValueError("prompt must not hold NUL or lone surrogate characters")
+
+
+def resolve_positions(
+    positions: Literal["all"] | tuple[int, ...], n_tokens: int
+) -> tuple[int, ...]:
+    """Positions counted from 0, in order, each once. Raises `InvalidPositions` naming a bad one."""
+    if positions == "all":
+        return tuple(range(n_tokens))
+    resolved = set()
+    for position in positions:
+        if not -n_tokens <= position < n_tokens:
+            raise InvalidPositions(
+                f"token_positions has {position}, but the prompt has {n_tokens} tokens: expected "
+                f"{-n_tokens} to {n_tokens - 1}",
+                position=position,
+                n_tokens=n_tokens,
+            )
+        resolved.add(position % n_tokens)
+    return tuple(sorted(resolved))
+
+
+class TargetedScan(PromptScan, frozen=True, kw_only=True):
+    """A scan that asks about one next token."""
+
+    target_token_idx: int = -1
+    """Position whose next token is asked about; negative ones count from the end."""
+    answer: AnswerToken | None = None
+    """The next token asked about, as text that is one token, or as its id; the likeliest where left out."""
+    foil: AnswerToken | None = None
+    """A token to compare with: the metric becomes the logit difference answer - foil."""
