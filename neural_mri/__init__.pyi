@@ -1,0 +1,3 @@
+from neural_mri.client import Client as Client
+
+__version__: str

@@ -1,0 +1,93 @@
+"""The commands put together, and errors turned into a sentence and an exit code."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from neural_mri import __version__
+from neural_mri.cli import jobs, models, options, scans
+from neural_mri.cli.exits import EXIT_CODES, ExitCode, exit_code_of
+from neural_mri.cli.terminal import complain, print_json, standard_output
+from neural_mri.client import ClientError
+
+__all__ = ("app", "run")
+
+app = typer.Typer(
+    name="neural-mri",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog=EXIT_CODES,
+    help="Images of the inside of an open-weight language model.",
+)
+app.add_typer(scans.commands, name="scan")
+app.command()(models.models)
+app.add_typer(models.commands, name="model")
+app.command()(jobs.job)
+app.command()(jobs.jobs)
+app.command()(jobs.result)
+app.command()(jobs.cancel)
+app.command()(models.tokenize)
+
+
+@app.command()
+def health(as_json: options.Json = False, url: options.Url = None) -> None:
+    """Ask the service how it is; fails when it is down."""
+    with options.open_client(url) as client:
+        state = client.health()
+    if as_json:
+        print_json(state)
+    else:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column()
+        for name, value in state.items():
+            table.add_row(name, _in_words(value))
+        standard_output().print(table)
+    if state.get("status") == "down":
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _in_words(value: object) -> str:
+    match value:
+        case dict():
+            return ", ".join(f"{name} {_in_words(part)}" for name, part in value.items())
+        case list():
+            return "\n".join(map(_in_words, value)) or "none"
+        case _:
+            return str(value)
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer's callback
+    if wanted:
+        standard_output().print(f"neural-mri {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command. Returns its exit code; prints every expected error as one sentence."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a question mark, never a traceback.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = app(list(arguments), prog_name="neural-mri", standalone_mode=False)
+    except typer.TyperException as error:
+        if message := error.format_message():  # none where the help was printed instead
+            complain(message)
+        return ExitCode.USAGE
+    except ClientError as error:
+        complain(str(error))
+        return exit_code_of(error)
+    return ExitCode(code or 0)

@@ -1,0 +1,36 @@
+"""Exit codes, and which error means which."""
+
+from enum import IntEnum
+
+from neural_mri.client import ClientError, JobCancelled, MissingExtra, Unreachable
+
+__all__ = ("EXIT_CODES", "ExitCode", "exit_code_of")
+
+
+class ExitCode(IntEnum):
+    """What a shell or a CI job can rely on."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    CANCELLED = 4
+    INTERRUPTED = 130
+
+
+EXIT_CODES = """\
+Exit codes: 0 done; 1 the scan failed or the service refused it; 2 bad usage; 3 the service does not \
+answer; 4 the job was cancelled; 130 interrupted (the job is cancelled on the service too)."""
+
+
+def exit_code_of(error: ClientError) -> ExitCode:
+    """The exit code that tells this error from others."""
+    match error:
+        case Unreachable():
+            return ExitCode.UNREACHABLE
+        case JobCancelled():
+            return ExitCode.CANCELLED
+        case MissingExtra():
+            return ExitCode.USAGE
+        case _:
+            return ExitCode.FAILED

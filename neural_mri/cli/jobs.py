@@ -1,0 +1,147 @@
+"""`neural-mri job`, `jobs`, `result` and `cancel`."""
+
+from typing import Annotated
+from uuid import UUID
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from neural_mri.cli import options, outcomes
+from neural_mri.cli.options import Outputs
+from neural_mri.cli.terminal import print_json, standard_output
+from neural_mri.contract.jobs import JobState, JobView
+
+__all__ = ("cancel", "job", "jobs", "result")
+
+
+def _read_id(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a job's id: expected a UUID") from None
+
+
+JobId = Annotated[UUID, typer.Argument(metavar="ID", parser=_read_id, help="The job's id.")]
+
+_STATE_COLOURS = {
+    JobState.SUCCEEDED: "green",
+    JobState.FAILED: "red",
+    JobState.EXPIRED: "red",
+    JobState.QUARANTINED: "red",
+    JobState.CANCELLED: "yellow",
+}
+
+
+def job(
+    job_id: JobId,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Follow the job to its end first.")
+    ] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    url: options.Url = None,
+) -> None:
+    """Show how a job stands. With --watch the exit code tells how it ended."""
+    with options.open_client(url) as client:
+        view = client.job(job_id)
+        if watch:
+            view = outcomes.follow(client, view, quiet=quiet)
+    if as_json:
+        print_json(outcomes.job_document(view))
+    elif not quiet:
+        _print_job(view)
+
+
+def jobs(
+    limit: Annotated[
+        int,
+        typer.Option(
+            parser=options.whole_number(1, 200), metavar="N", help="How many, the newest first."
+        ),
+    ] = 20,
+    as_json: options.Json = False,
+    url: options.Url = None,
+) -> None:
+    """List the latest jobs."""
+    with options.open_client(url) as client:
+        listed = client.jobs(limit)
+    if as_json:
+        print_json([outcomes.job_document(view) for view in listed])
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("job", "state", "scan", "model", "submitted"):
+        table.add_column(heading, no_wrap=heading == "job")
+    for view in listed:
+        table.add_row(
+            str(view.id),
+            _state(view),
+            _kind(view),
+            view.model,
+            f"{view.created_at:%Y-%m-%d %H:%M:%S}",
+        )
+    standard_output().print(table)
+
+
+def result(
+    job_id: JobId,
+    *,
+    top: options.Top = 5,
+    as_json: options.Json = False,
+    arrow: options.ArrowFile = None,
+    csv: options.CsvFile = None,
+    plot: options.PlotFile = None,
+    quiet: options.Quiet = False,
+    url: options.Url = None,
+) -> None:
+    """Show the result of a scan, waiting for it if need be."""
+    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check()
+    with options.open_client(url) as client:
+        view = outcomes.follow(client, client.job(job_id), quiet=quiet)
+        outcomes.deliver(client, view, outputs)
+
+
+def cancel(
+    job_id: JobId,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    url: options.Url = None,
+) -> None:
+    """Ask for a job to be stopped."""
+    with options.open_client(url) as client:
+        view = client.cancel(job_id)
+    if as_json:
+        print_json(outcomes.job_document(view))
+    elif not quiet:
+        standard_output().print(f"job {view.id} stands at {view.state.value!r}")
+
+
+def _print_job(view: JobView) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("job", str(view.id))
+    table.add_row("state", _state(view))
+    table.add_row("scan", _kind(view))
+    table.add_row("model", f"{view.model} {view.revision[:8]}")
+    table.add_row("attempt", str(view.attempt))
+    for name, moment in (
+        ("submitted", view.created_at),
+        ("started", view.started_at),
+        ("finished", view.finished_at),
+    ):
+        if moment is not None:
+            table.add_row(name, moment.isoformat(timespec="milliseconds"))
+    if view.problem is not None:
+        table.add_row("problem", Text(str(view.problem.get("detail") or view.problem.get("title"))))
+    standard_output().print(table)
+
+
+def _state(view: JobView) -> Text:
+    known = " (known already)" if view.cached else ""
+    return Text(f"{view.state.value}{known}", style=_STATE_COLOURS.get(view.state, "cyan"))
+
+
+def _kind(view: JobView) -> str:
+    """The modality of a scan, or what sort of job it is instead."""
+    return str(view.request.get("scan_mode", view.kind.value))

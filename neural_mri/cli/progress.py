@@ -1,0 +1,92 @@
+"""What a job is doing, drawn on standard error from its own events, and gone when it has ended."""
+
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from rich.console import Group
+from rich.filesize import decimal
+from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from neural_mri.cli.heat import frame_strip
+from neural_mri.cli.terminal import complaints
+from neural_mri.contract import events
+
+__all__ = ("JobProgress",)
+
+_COUNTED_IN_BYTES = frozenset({"download", "convert", "load"})
+
+
+class JobProgress:
+    """Call it with each event of a job, inside a `with`. Draws nothing where nobody can see it."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = complaints()
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
+        self._state = self._bars.add_task("submitted", total=None, amount="")
+        self._stages: dict[str, TaskID] = {}
+        self._frames: dict[int, float] = {}
+        self._live = (
+            None
+            if quiet or not self._console.is_terminal
+            else Live(console=self._console, transient=True, get_renderable=self._picture)
+        )
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            try:
+                self._live.start()
+            except BaseException:  # Ctrl-C in the middle must not leave the cursor hidden
+                self._live.stop()
+                raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, event: events.Event) -> None:
+        """Show what an event says."""
+        match event:
+            case events.StateChanged(state=state, attempt=attempt):
+                again = f" (attempt {attempt})" if attempt > 1 else ""
+                self._bars.update(self._state, description=f"{state.value}{again}")
+            case events.Progress(stage=stage, done=done, total=total):
+                if stage not in self._stages:
+                    self._stages[stage] = self._bars.add_task(stage, total=total, amount="")
+                amount = _amount(stage, done, total)
+                self._bars.update(self._stages[stage], completed=done, total=total, amount=amount)
+            case events.LayerFrame(layer=layer, heads=heads, attn=attn, mlp=mlp):
+                measured = [value for value in (*heads, attn, mlp) if value is not None]
+                self._frames[layer] = max(measured, default=float("nan"))
+            case _:
+                pass  # token frames and tables are for pictures; the end closes the display
+
+    def _picture(self) -> Group:
+        """The bars, and under them one cell for each layer reached, hot where something strong is."""
+        return Group(self._bars, self._layers()) if self._frames else Group(self._bars)
+
+    def _layers(self) -> Text:
+        values = np.full(max(self._frames) + 1, np.nan, dtype=np.float32)
+        values[list(self._frames)] = list(self._frames.values())
+        return frame_strip(values, self._console)
+
+
+def _amount(stage: str, done: int, total: int) -> str:
+    if stage in _COUNTED_IN_BYTES:
+        return f"{decimal(done)} of {decimal(total)}"
+    return f"{done} of {total}"

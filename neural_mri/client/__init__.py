@@ -1,0 +1,44 @@
+"""The Python client: scans over HTTP, results as Arrow tables, arrays, data frames and pictures.
+
+    with neural_mri.Client() as mri:
+        result = mri.scan_activation("The Eiffel Tower is located in the city of")
+        result.activations().hottest(Kind.HEAD, 5)
+
+Knows the contract and HTTP; needs nothing of the service's side installed.
+"""
+
+from neural_mri.client.activation_map import ActivationMap, Grid, Reading
+from neural_mri.client.client import Client
+from neural_mri.client.errors import (
+    ClientError,
+    Damaged,
+    JobCancelled,
+    JobEnded,
+    JobFailed,
+    MissingExtra,
+    NotUnderstood,
+    Refused,
+    Unreachable,
+)
+from neural_mri.client.exchange import DEFAULT_URL, URL_VARIABLE
+from neural_mri.client.result import Prediction, Result
+
+__all__ = (
+    "DEFAULT_URL",
+    "URL_VARIABLE",
+    "ActivationMap",
+    "Client",
+    "ClientError",
+    "Damaged",
+    "Grid",
+    "JobCancelled",
+    "JobEnded",
+    "JobFailed",
+    "MissingExtra",
+    "NotUnderstood",
+    "Prediction",
+    "Reading",
+    "Refused",
+    "Result",
+    "Unreachable",
+)

@@ -1,0 +1,255 @@
+"""The way in from Python: ask for scans, follow them, take the numbers away."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from http import HTTPStatus
+from types import TracebackType
+from typing import Any, Literal, Self
+from uuid import UUID
+
+import msgspec
+
+from neural_mri.client.errors import ClientError
+from neural_mri.client.exchange import Exchange
+from neural_mri.client.result import Result
+from neural_mri.client.watching import follow, wait_for
+from neural_mri.contract.components import Component, Kind
+from neural_mri.contract.events import Event
+from neural_mri.contract.jobs import JobView, Lane
+from neural_mri.contract.models import ModelInfo, ModelRequest
+from neural_mri.contract.results import Manifest
+from neural_mri.contract.scans import (
+    ActivationScan,
+    Aggregation,
+    AttentionScan,
+    Scan,
+    ScanKind,
+    StructuralScan,
+    encode_scan,
+    kind_of,
+)
+from neural_mri.contract.tokens import Tokens
+
+__all__ = ("Client",)
+
+OnEvent = Callable[[Event], None]
+JobReference = JobView | UUID | str
+
+_PATHS = {
+    ScanKind.T1: "/api/scan/structural",
+    ScanKind.FMRI: "/api/scan/activation",
+    ScanKind.ATTENTION: "/api/scan/attention",
+}
+
+
+class Client:
+    """A connection to one service. Use it as a context manager, or `close` it.
+
+    `scan_*` and `run` wait and give the `Result`; `submit`, `load` and `unload` give the job at once, to
+    be followed with `watch` or `wait`. Any method raises `Unreachable` when nobody answers and `Refused`,
+    with the service's problem document, when the service says no.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        timeout_seconds: float = 30.0,
+        patience_seconds: float = 60.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make a client; nothing is sent yet.
+
+        Args:
+            base_url: Where the service is; by default the environment's `NMRI_URL`, or else
+                `http://127.0.0.1:8642`. Raises `ValueError` when it is no HTTP address.
+            timeout_seconds: How long to wait for an answer to any one request.
+            patience_seconds: How long a broken event stream is tried again before giving up.
+            headers: Sent with every request, for a service behind a gateway of its own.
+        """
+        self._exchange = Exchange(
+            base_url,
+            timeout_seconds=timeout_seconds,
+            patience_seconds=patience_seconds,
+            headers=headers or {},
+        )
+
+    @property
+    def base_url(self) -> str:
+        """Where the service is."""
+        return self._exchange.base_url
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._exchange.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # What there is
+
+    def health(self) -> dict[str, Any]:
+        """How the service is, in its own words; also when it is down, which it says with 503."""
+        down = (HTTPStatus.SERVICE_UNAVAILABLE,)
+        return self._exchange.ask(dict[str, Any], "GET", "/api/health", answers=down)
+
+    def models(self) -> list[ModelInfo]:
+        """Every registered model."""
+        return self._exchange.ask(list[ModelInfo], "GET", "/api/models")
+
+    def model(self, name: str | None = None) -> ModelInfo:
+        """One model; the service's default where no name is given."""
+        query = {} if name is None else {"model": name}
+        return self._exchange.ask(ModelInfo, "GET", "/api/model/info", query=query)
+
+    def load(self, name: str) -> JobView:
+        """Ask a worker to hold a model, so that scans of it start at once."""
+        body = msgspec.json.encode(ModelRequest(model=name))
+        return self._exchange.ask(JobView, "POST", "/api/model/load", body=body)
+
+    def unload(self, name: str) -> JobView:
+        """Ask the workers to let a model go. Pinned models are refused."""
+        return self._exchange.ask(JobView, "DELETE", "/api/model/unload", query={"model": name})
+
+    def tokenize(self, prompt: str, *, model: str | None = None) -> Tokens:
+        """The prompt as the model reads it."""
+        body = msgspec.json.encode({"model": model, "prompt": prompt})
+        return self._exchange.ask(Tokens, "POST", "/api/tokenize", body=body)
+
+    # Scans, start to end
+
+    def scan_structural(
+        self, *, model: str | None = None, on_event: OnEvent | None = None
+    ) -> Result:
+        """T1: structure and exact parameter counts. Needs no loaded model."""
+        return self.run(StructuralScan(model=model), on_event)
+
+    def scan_activation(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        layers: Literal["all"] | Iterable[str | int] = "all",
+        aggregation: Aggregation | str = Aggregation.L2_NORM,
+        include_residual: bool = True,
+        token_positions: Literal["all"] | Iterable[int] = "all",
+        top_neurons: int = 10,
+        top_predictions: int = 10,
+        on_event: OnEvent | None = None,
+    ) -> Result:
+        """fMRI: what each component writes to the residual stream at each token of a prompt.
+
+        `layers` takes addresses (`blocks.3.mlp`) and layer numbers, a number meaning the layer's heads
+        and MLP. The other arguments are those of `ActivationScan`.
+        """
+        scan = ActivationScan(
+            model=model,
+            prompt=prompt,
+            layers="all" if layers == "all" else addresses(layers),
+            aggregation=Aggregation(aggregation),
+            include_residual=include_residual,
+            token_positions=token_positions if token_positions == "all" else tuple(token_positions),
+            top_neurons=top_neurons,
+            top_predictions=top_predictions,
+        )
+        return self.run(scan, on_event)
+
+    def scan_attention(
+        self,
+        prompt: str,
+        *,
+        layers: Iterable[int],
+        model: str | None = None,
+        on_event: OnEvent | None = None,
+    ) -> Result:
+        """Attention patterns of some layers, every head, every pair of tokens."""
+        return self.run(AttentionScan(model=model, prompt=prompt, layers=tuple(layers)), on_event)
+
+    def run(
+        self,
+        scan: Scan,
+        on_event: OnEvent | None = None,
+        *,
+        lane: Lane = Lane.INTERACTIVE,
+    ) -> Result:
+        """Submit a scan, wait, and give its result. Interrupted, it cancels the job.
+
+        Raises `JobFailed` or `JobCancelled` when the job ends without a result.
+        """
+        job = self.submit(scan, lane=lane)
+        try:
+            return self.result(self.wait(job, on_event))
+        except KeyboardInterrupt:
+            with suppress(ClientError):
+                self.cancel(job)
+            raise
+
+    # Jobs
+
+    def submit(self, scan: Scan, *, lane: Lane = Lane.INTERACTIVE) -> JobView:
+        """Ask for a scan; the job may be finished already, when its result was known.
+
+        `lane` says how soon it should run: many scans at once belong in the batch lane.
+        """
+        path, query = _PATHS[kind_of(scan)], {"lane": lane.value}
+        return self._exchange.ask(JobView, "POST", path, body=encode_scan(scan), query=query)
+
+    def job(self, job: JobReference) -> JobView:
+        """How a job stands now."""
+        return self._exchange.ask(JobView, "GET", f"/api/jobs/{_id(job)}")
+
+    def jobs(self, limit: int = 50) -> list[JobView]:
+        """The latest jobs, newest first."""
+        return self._exchange.ask(list[JobView], "GET", "/api/jobs", query={"limit": str(limit)})
+
+    def cancel(self, job: JobReference) -> JobView:
+        """Ask for a job to be stopped: at once where it is queued, else at its next checkpoint."""
+        return self._exchange.ask(JobView, "DELETE", f"/api/jobs/{_id(job)}")
+
+    def watch(self, job: JobReference) -> Iterator[Event]:
+        """A job's events from its first to `Ended`, each once, through broken connections.
+
+        Raises `Unreachable` when the service stays silent for `patience_seconds`.
+        """
+        return follow(self._exchange, _id(job))
+
+    def wait(self, job: JobReference, on_event: OnEvent | None = None) -> JobView:
+        """The job once it has succeeded. Raises `JobFailed` or `JobCancelled` when it does not."""
+        view = job if isinstance(job, JobView) else self.job(job)
+        return wait_for(self._exchange, view, on_event)
+
+    def result(self, job: JobReference) -> Result:
+        """The result of a succeeded job; `Refused` before that. Tables are fetched when asked for."""
+        job_id = _id(job)
+        manifest = self._exchange.ask(Manifest, "GET", f"/api/jobs/{job_id}/manifest")
+        return Result(self._exchange, job_id, manifest)
+
+
+def addresses(layers: Iterable[str | int]) -> tuple[str, ...]:
+    """Addresses to report; the number 3 stands for `blocks.3.attn` (with its heads) and `blocks.3.mlp`."""
+    listed: list[str] = []
+    for layer in layers:
+        if isinstance(layer, int):
+            listed += (str(Component(kind, layer)) for kind in (Kind.ATTN, Kind.MLP))
+        else:
+            listed.append(layer)
+    return tuple(listed)
+
+
+def _id(job: JobReference) -> UUID:
+    if isinstance(job, JobView):
+        return job.id
+    if isinstance(job, UUID):
+        return job
+    try:
+        return UUID(job)
+    except ValueError:
+        raise ValueError(f"{job!r} is not a job's id: expected a UUID") from None

@@ -1,0 +1,118 @@
+"""What can go wrong between a caller and the service, and what the caller can do about it.
+
+ClientError
+├── Unreachable      nobody answered: not started, another address, or the connection broke
+├── Refused          the service said no, in a problem document
+├── NotUnderstood    something answered, but not as this version of Neural MRI does
+├── Damaged          the bytes are not those that the result's manifest names
+├── JobEnded         the job ended without a result
+│   ├── JobFailed
+│   └── JobCancelled
+└── MissingExtra     a picture or a data frame was asked for, and its library is not installed
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from neural_mri.contract.jobs import JobState, JobView
+
+__all__ = (
+    "ClientError",
+    "Damaged",
+    "JobCancelled",
+    "JobEnded",
+    "JobFailed",
+    "MissingExtra",
+    "NotUnderstood",
+    "Refused",
+    "Unreachable",
+    "ended_without_result",
+    "needing",
+)
+
+
+class ClientError(Exception):
+    """Any of the above."""
+
+
+class Unreachable(ClientError):
+    """Nobody answered at the service's address."""
+
+    def __init__(self, base_url: str, reason: str) -> None:
+        super().__init__(
+            f"{base_url} does not answer ({reason}): start the service with `make up` or "
+            "`python -m deploy.embedded`; if it runs elsewhere, say where with NMRI_URL or --url"
+        )
+        self.base_url = base_url
+        self.reason = reason
+
+
+class Refused(ClientError):
+    """The service refused a request; `document` is its RFC 9457 problem document, whole."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+        self.status = int(document.get("status", 0))
+        self.type = str(document.get("type", "about:blank"))
+        self.title = str(document.get("title", ""))
+        self.detail = str(document.get("detail") or self.title)
+        self.members = {
+            name: value
+            for name, value in document.items()
+            if name not in {"type", "title", "status", "detail", "instance"}
+        }
+        super().__init__(self.detail)
+
+
+class NotUnderstood(ClientError):
+    """The answer is not one that this version of the client can read."""
+
+
+class Damaged(ClientError):
+    """A table's bytes or its account of itself disagree with the manifest."""
+
+
+class JobEnded(ClientError):
+    """The job reached its end without a result."""
+
+    def __init__(self, job: JobView, message: str) -> None:
+        super().__init__(message)
+        self.job = job
+
+
+class JobFailed(JobEnded):
+    """It failed, ran out of time, or was set aside after losing too many workers."""
+
+
+class JobCancelled(JobEnded):
+    """Somebody cancelled it."""
+
+
+class MissingExtra(ClientError):
+    """A library that only some users need is not installed."""
+
+    def __init__(self, library: str, wanted_for: str) -> None:
+        super().__init__(
+            f"{wanted_for} needs {library}, which is not installed: pip install 'neural-mri[plot]'"
+        )
+        self.library = library
+
+
+def ended_without_result(job: JobView) -> JobEnded:
+    """The error that a job which ended in any state but `succeeded` amounts to."""
+    if job.state is JobState.CANCELLED:
+        return JobCancelled(job, f"job {job.id} was cancelled")
+    reason = (job.problem or {}).get("detail") or "the service gives no reason"
+    return JobFailed(job, f"job {job.id} {job.state.value}: {reason}")
+
+
+@contextmanager
+def needing(library: str, wanted_for: str) -> Iterator[None]:
+    """Around the import of a library that may not be installed: raises `MissingExtra` if it is not."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        raise MissingExtra(library, wanted_for) from error

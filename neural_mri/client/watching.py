@@ -1,0 +1,166 @@
+"""Following a job's events to its end, through broken connections and restarts of the service."""
+
+import random
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from http import HTTPStatus
+from typing import get_args
+from uuid import UUID
+
+import msgspec
+
+from neural_mri.client.errors import (
+    NotUnderstood,
+    Refused,
+    Unreachable,
+    ended_without_result,
+)
+from neural_mri.client.exchange import Exchange
+from neural_mri.client.sse import Message, Parser
+from neural_mri.contract.events import Ended, Event, decode_event, encode_event, event_name
+from neural_mri.contract.jobs import TERMINAL, JobState, JobView
+
+__all__ = ("follow", "wait_for")
+
+QUIET_SECONDS = 60.0
+"""Silence after which a stream is given up and opened again; the service comments every 15 s."""
+
+_FIRST_PAUSE_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 10.0
+
+_MOST_BARREN = 3
+"""After so many connections in a row without a message, the job itself is asked how it stands."""
+
+_PASSING = (
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
+"""Refusals that a later attempt may not meet."""
+
+_KNOWN = frozenset(kind.__struct_config__.tag for kind in get_args(Event))
+
+
+class _Patience:
+    """How long to wait before the next attempt, and when to stop trying."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._first_pause = _FIRST_PAUSE_SECONDS
+        self._heard_at = time.monotonic()
+        self._failures = 0
+
+    def heard(self, asked_pause_seconds: float | None = None) -> None:
+        """The service is there, and may have said how long to wait before coming back."""
+        self._heard_at = time.monotonic()
+        if asked_pause_seconds is not None:
+            self._first_pause = asked_pause_seconds
+
+    def got_on(self) -> None:
+        """The stream brought something; the next pause is a short one again."""
+        self._failures = 0
+
+    def pause(self) -> float:
+        """Seconds before the next attempt: doubling, up to a bound.
+
+        Jitter keeps the clients of a restarted service from coming back all at once.
+        """
+        longest: float = min(self._first_pause * 2**self._failures, _LONGEST_PAUSE_SECONDS)
+        self._failures += 1
+        return longest * (0.5 + random.random() / 2)  # noqa: S311 -- spreads load, guards nothing
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() - self._heard_at > self._seconds
+
+
+def follow(exchange: Exchange, job_id: UUID) -> Iterator[Event]:
+    """A job's events from its first to `Ended`, each once.
+
+    A broken connection is opened again after the last event received. Raises `Unreachable` when the
+    service has not been heard for `exchange.patience_seconds`, and `Refused` when it will not show the job.
+    """
+    patience = _Patience(exchange.patience_seconds)
+    last_id, barren = "", 0
+    while True:
+        source = _last_word if barren == _MOST_BARREN else _messages
+        barren = (barren + 1) % (_MOST_BARREN + 1)
+        try:
+            with closing(source(exchange, job_id, last_id, patience)) as messages:
+                for message in messages:
+                    last_id, barren = message.id, 0
+                    if message.event not in _KNOWN:
+                        continue  # of a newer service: nothing we could show
+                    event = _event(message)
+                    yield event
+                    if isinstance(event, Ended):
+                        return
+        except (Unreachable, Refused) as error:
+            if patience.is_over or (isinstance(error, Refused) and error.status not in _PASSING):
+                raise
+        time.sleep(patience.pause())
+
+
+def wait_for(
+    exchange: Exchange, job: JobView, on_event: Callable[[Event], None] | None = None
+) -> JobView:
+    """The job once it has succeeded, each event on the way given to `on_event`.
+
+    Raises `JobFailed` or `JobCancelled` when it ended otherwise, and what `follow` raises.
+    """
+    if job.state not in TERMINAL:
+        for event in follow(exchange, job.id):
+            if on_event is not None:
+                on_event(event)
+        job = exchange.ask(JobView, "GET", f"/api/jobs/{job.id}")
+    if job.state is not JobState.SUCCEEDED:
+        raise ended_without_result(job)
+    return job
+
+
+def _messages(
+    exchange: Exchange, job_id: UUID, last_id: str, patience: _Patience
+) -> Generator[Message, None, None]:
+    """The messages of one connection."""
+    headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+    if last_id:
+        headers["Last-Event-ID"] = last_id
+    parser = Parser(last_id)
+    path = f"/api/jobs/{job_id}/events"
+    with exchange.stream(path, headers=headers, quiet_seconds=QUIET_SECONDS) as response:
+        if response.status_code == HTTPStatus.NO_CONTENT:
+            yield from _last_word(exchange, job_id, last_id, patience)
+            return
+        for chunk in response.iter_bytes():
+            for message in parser.feed(chunk):
+                patience.got_on()
+                yield message
+            patience.heard(parser.retry_seconds)
+
+
+def _last_word(
+    exchange: Exchange, job_id: UUID, last_id: str, patience: _Patience
+) -> Generator[Message, None, None]:
+    """The `ended` of a job whose stream no longer brings it; nothing while the job goes on."""
+    job = exchange.ask(JobView, "GET", f"/api/jobs/{job_id}")
+    patience.heard()
+    if job.state in TERMINAL:
+        ended = Ended(
+            state=job.state,
+            attempt=job.attempt,
+            cached=job.cached,
+            result=job.links.get("result"),
+            problem=job.problem,
+        )
+        yield Message(event_name(ended), encode_event(ended).decode(), last_id)
+
+
+def _event(message: Message) -> Event:
+    try:
+        return decode_event(message.data)
+    except msgspec.DecodeError as error:
+        raise NotUnderstood(
+            f"the event stream holds a `{message.event}` event that this version cannot read: {error}"
+        ) from error

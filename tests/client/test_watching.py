@@ -1,0 +1,169 @@
+"""A job's events arrive once each, in order, whatever happens to the connection."""
+
+import random
+
+import msgspec
+import pytest
+
+from neural_mri.client import Client, JobCancelled, JobFailed, NotUnderstood, Refused, Unreachable
+from neural_mri.contract.events import Ended, Event, StateChanged
+from neural_mri.contract.jobs import JobKind, JobState
+from neural_mri.contract.problems import Unavailable, UnknownJob
+from neural_mri.contract.scans import ActivationScan
+from tests.client.wire import Answer, Cut, Wire, json_answer, life_of_a_scan, problem_answer
+
+SCAN = ActivationScan(prompt="The Eiffel Tower is in")
+SUCCEEDED = Ended(state=JobState.SUCCEEDED, attempt=1)
+
+
+def event_requests(wire: Wire) -> list[str | None]:
+    """Last-Event-ID of every connection to an event stream, in order."""
+    return [
+        asked.headers.get("Last-Event-ID") for asked in wire.asked if asked.path.endswith("/events")
+    ]
+
+
+def test_the_events_of_a_job_are_those_it_had(wire: Wire, client: Client) -> None:
+    job = client.submit(SCAN)
+    assert list(client.watch(job)) == life_of_a_scan(SUCCEEDED)
+    assert event_requests(wire) == [None]
+
+
+@pytest.mark.parametrize("cleanly", [False, True], ids=["torn off", "closed"])
+def test_a_cut_stream_is_resumed_where_it_was_cut(
+    wire: Wire, client: Client, *, cleanly: bool
+) -> None:
+    wire.next_cuts = [Cut(300, cleanly), Cut(0, cleanly), Cut(90, cleanly), Cut(700, cleanly)]
+    job = client.submit(SCAN)
+    assert list(client.watch(job)) == life_of_a_scan(SUCCEEDED)
+    assert len(event_requests(wire)) == 5
+
+
+def test_every_event_comes_once_wherever_a_stream_is_cut(wire: Wire) -> None:
+    rng = random.Random(7)
+    with Client(wire.url, patience_seconds=20) as client:
+        for _ in range(4):
+            wire.next_cuts = [Cut(rng.randrange(30, 400), rng.random() < 0.5) for _ in range(6)]
+            assert list(client.watch(client.submit(SCAN))) == life_of_a_scan(SUCCEEDED)
+
+
+def test_a_resumed_stream_names_the_last_whole_event(wire: Wire, client: Client) -> None:
+    whole = b": hello\nretry: 20\n\n" + b"".join(
+        f"id: {n}\nevent: state\ndata: ".encode() + msgspec.json.encode(event) + b"\n\n"
+        for n, event in enumerate(life_of_a_scan(SUCCEEDED)[:2], 1)
+    )
+    wire.next_cuts = [Cut(len(whole) + 25)]
+    list(client.watch(client.submit(SCAN)))
+    assert event_requests(wire) == [None, "2"]
+
+
+def test_a_job_whose_stream_is_over_has_ended(wire: Wire, client: Client) -> None:
+    job = client.submit(SCAN)
+    list(client.watch(job))
+    path = f"/api/jobs/{job.id}/events"
+    wire.answers["GET", path] = [Answer(204, "text/event-stream", b"")]
+    (only,) = client.watch(job)
+    assert isinstance(only, Ended)
+    assert only.state is JobState.SUCCEEDED
+
+
+def test_a_service_in_trouble_is_asked_again(wire: Wire, client: Client) -> None:
+    job = client.submit(SCAN)
+    away = problem_answer(Unavailable("Redis does not answer"))
+    wire.answers["GET", f"/api/jobs/{job.id}/events"] = [away, away]
+    assert list(client.watch(job)) == life_of_a_scan(SUCCEEDED)
+
+
+def test_a_job_that_may_not_be_seen_is_not_asked_for_again(wire: Wire, client: Client) -> None:
+    job = client.submit(SCAN)
+    refusal = problem_answer(UnknownJob("there is no such job"))
+    wire.answers["GET", f"/api/jobs/{job.id}/events"] = [refusal]
+    with pytest.raises(Refused, match="there is no such job"):
+        list(client.watch(job))
+    assert len(event_requests(wire)) == 1
+
+
+def test_patience_with_a_dead_service_ends(wire: Wire) -> None:
+    with Client(wire.url, patience_seconds=0.3) as client:
+        with Wire() as dying:
+            doomed = Client(dying.url, patience_seconds=0.3)
+            job = doomed.submit(SCAN)
+        with doomed, pytest.raises(Unreachable, match="does not answer"):
+            list(doomed.watch(job))
+        assert client.health() == {"status": "ok"}
+
+
+def test_events_of_a_newer_service_are_passed_over(wire: Wire, client: Client) -> None:
+    job = client.submit(SCAN)
+    ended = msgspec.json.encode(SUCCEEDED)
+    body = b"id: 1\nevent: hologram\ndata: {}\n\nid: 2\nevent: ended\ndata: " + ended + b"\n\n"
+    wire.answers["GET", f"/api/jobs/{job.id}/events"] = [Answer(200, "text/event-stream", body)]
+    assert list(client.watch(job)) == [SUCCEEDED]
+
+
+def test_an_event_that_is_not_what_it_says_is_an_error(wire: Wire, client: Client) -> None:
+    job = client.submit(SCAN)
+    body = b"id: 1\nevent: state\ndata: {}\n\n"
+    wire.answers["GET", f"/api/jobs/{job.id}/events"] = [Answer(200, "text/event-stream", body)]
+    with pytest.raises(NotUnderstood, match="state"):
+        list(client.watch(job))
+
+
+def test_waiting_shows_every_event_and_gives_the_finished_job(client: Client) -> None:
+    seen: list[Event] = []
+    job = client.wait(client.submit(SCAN), seen.append)
+    assert seen == life_of_a_scan(SUCCEEDED)
+    assert job.state is JobState.SUCCEEDED
+
+
+def test_a_failed_job_is_an_error_with_its_reason(wire: Wire, client: Client) -> None:
+    problem = {"type": "about:blank", "status": 500, "detail": "the weights are damaged"}
+    wire.next_end = Ended(state=JobState.FAILED, attempt=1, problem=problem)
+    with pytest.raises(JobFailed, match="failed: the weights are damaged") as raised:
+        client.run(SCAN)
+    assert raised.value.job.problem == problem
+
+
+def test_a_cancelled_job_is_an_error_of_its_own(wire: Wire, client: Client) -> None:
+    wire.next_end = Ended(state=JobState.CANCELLED, attempt=1)
+    with pytest.raises(JobCancelled, match="was cancelled"):
+        client.run(SCAN)
+
+
+def test_an_interrupted_scan_is_cancelled_on_the_service(wire: Wire, client: Client) -> None:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, StateChanged):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client.run(SCAN, interrupt)
+    (job_id,) = wire.jobs
+    assert wire.paths("DELETE") == [f"/api/jobs/{job_id}"]
+
+
+def test_a_job_can_be_watched_by_its_id(wire: Wire, client: Client) -> None:
+    job = wire.job_about_a_model(JobKind.LOAD)
+    assert list(client.watch(str(job.view.id))) == job.events
+    with pytest.raises(ValueError, match="'seven' is not a job's id"):
+        client.watch("seven")
+
+
+def test_a_stream_that_ends_early_without_anything_new_is_followed_on(
+    wire: Wire, client: Client
+) -> None:
+    job = client.submit(SCAN)
+    wire.answers["GET", f"/api/jobs/{job.id}/events"] = [
+        Answer(200, "text/event-stream", b"retry: 20\n: nothing yet\n\n")
+    ] * 2
+    assert list(client.watch(job)) == life_of_a_scan(SUCCEEDED)
+
+
+def test_the_truth_is_asked_for_when_a_stream_has_lost_its_events(
+    wire: Wire, client: Client
+) -> None:
+    job = client.submit(SCAN)
+    view = msgspec.structs.replace(job, state=JobState.QUARANTINED)
+    empty = Answer(200, "text/event-stream", b"retry: 20\n\n")
+    wire.answers["GET", f"/api/jobs/{job.id}/events"] = [empty] * 3
+    wire.answers["GET", f"/api/jobs/{job.id}"] = [json_answer(view)]
+    assert list(client.watch(job)) == [Ended(state=JobState.QUARANTINED, attempt=0)]
