@@ -5,6 +5,7 @@ from uuid import UUID
 __all__ = (
     "CONTROL_QUEUE",
     "CPU_QUEUE",
+    "WORKERS",
     "cancel_flag",
     "chunk_path",
     "event_stream",
@@ -18,6 +19,9 @@ CPU_QUEUE = "cpu"
 """Work that needs no loaded model; every worker listens."""
 CONTROL_QUEUE = "load"
 """Requests to load a model; every worker listens."""
+
+WORKERS = "workers"
+"""Redis set of the names that may have a heartbeat."""
 
 
 def scan_queue(revision: str) -> str:
@@ -36,7 +40,7 @@ def cancel_flag(job_id: UUID) -> str:
 
 
 def heartbeat(worker: str) -> str:
-    """Redis hash in which a worker says what it holds."""
+    """Redis key under which a worker says what it holds; it expires unless said again."""
     return f"worker:{worker}"
 
 

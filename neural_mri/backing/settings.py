@@ -5,18 +5,27 @@ typing error never runs with a default. The struct is passed as an argument, nev
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-__all__ = ("InvalidSettings", "Settings", "load_settings")
+__all__ = ("InvalidSettings", "Settings", "load_settings", "without_credentials")
 
 PREFIX = "NEURAL_MRI_"
 
 Seconds = Annotated[float, Meta(gt=0)]
+
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*(?=@)")
+
+
+def without_credentials(text: str) -> str:
+    """The text, with user names and passwords in URLs hidden."""
+    return _CREDENTIALS.sub("***", text)
 
 
 class InvalidSettings(Exception):
@@ -44,8 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Model of a request that names none."""
     pinned_models: str = "smollm2-135m-instruct"
     """Models a worker loads at start and never evicts, separated by commas."""
-    dtype: str = "float32"
-    """Floating-point type models are loaded in: float32, bfloat16 or float16."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Floating-point type models are loaded in."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto`: a GPU where there is one."""
     threads: Annotated[int, Meta(ge=0)] = 0
@@ -64,15 +73,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Claims a job may lose before it is quarantined."""
     job_deadline_seconds: Seconds = 600.0
     """How long one attempt may run before its worker is killed."""
+    queued_seconds: Seconds = 86_400.0
+    """How long a job may wait for a worker before it is given up as expired."""
     event_stream_length: Annotated[int, Meta(ge=16)] = 4000
     """Events kept for a job."""
     event_stream_seconds: Seconds = 86_400.0
     """How long a job's events are kept."""
     heartbeat_seconds: Seconds = 15.0
     """Pause between comments on a quiet event stream."""
-    log_level: str = "INFO"
-    """DEBUG, INFO, WARNING or ERROR."""
-    log_format: str = "console"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severity that is logged."""
+    log_format: Literal["console", "json"] = "console"
     """`console` for people, `json` for machines."""
 
     @property
@@ -110,6 +121,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Names of the models to pin."""
         return tuple(name.strip() for name in self.pinned_models.split(",") if name.strip())
 
+    def __repr__(self) -> str:
+        fields = (field.name for field in msgspec.structs.fields(self))
+        shown = (f"{name}={without_credentials(repr(getattr(self, name)))}" for name in fields)
+        return f"Settings({', '.join(shown)})"
+
     def environment(self) -> dict[str, str]:
         """The variables that give a child process these settings."""
         names = (field.name for field in msgspec.structs.fields(self))
@@ -134,7 +150,10 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
     try:
         return msgspec.convert(given, Settings, strict=False, dec_hook=_path)
     except msgspec.ValidationError as error:
-        raise InvalidSettings(f"a {PREFIX}* setting has a value it cannot have: {error}") from error
+        expected, _, place = str(error).partition(" - at `$.")
+        name = place.rstrip("`")
+        value = without_credentials(given.get(name, ""))
+        raise InvalidSettings(f"{PREFIX}{name.upper()} is {value!r}: {expected}") from error
 
 
 def _path(kind: type, value: object) -> object:

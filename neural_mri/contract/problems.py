@@ -10,10 +10,12 @@ A refusal is the caller's to mend: it names the value and what was expected. The
     │   └── UnknownTable
     ├── Conflict                409  the thing is not in a state that allows this
     │   ├── ResultNotReady
-    │   └── ModelBusy
+    │   ├── ModelBusy
+    │   └── ModelNotLoaded
     ├── Gone                    410  it was here; its bytes are not
     ├── Unprocessable           422  understood, and impossible
     │   ├── UnknownModel
+    │   ├── UnsupportedModel
     │   ├── UnknownComponent
     │   ├── InvalidAddress
     │   ├── InvalidPositions
@@ -33,6 +35,7 @@ __all__ = (
     "InvalidPositions",
     "InvalidRequest",
     "ModelBusy",
+    "ModelNotLoaded",
     "NotFound",
     "Problem",
     "ProblemDocument",
@@ -45,6 +48,7 @@ __all__ = (
     "UnknownModel",
     "UnknownTable",
     "Unprocessable",
+    "UnsupportedModel",
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -117,6 +121,10 @@ class ModelBusy(Conflict):
     """The model cannot be taken away now."""
 
 
+class ModelNotLoaded(Conflict):
+    """No worker is asked to hold this model."""
+
+
 class Gone(Problem):
     """The bytes of this result are missing or damaged."""
 
@@ -131,6 +139,10 @@ class Unprocessable(Problem):
 
 class UnknownModel(Unprocessable):
     """No such model is registered."""
+
+
+class UnsupportedModel(Unprocessable):
+    """This model cannot be scanned faithfully."""
 
 
 class UnknownComponent(Unprocessable):

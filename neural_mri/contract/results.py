@@ -65,6 +65,10 @@ def _field(name: str, kind: pa.DataType) -> pa.Field:
     return pa.field(name, kind, nullable=False)
 
 
+def _float_fields(*names: str) -> tuple[pa.Field, ...]:
+    return tuple(_field(name, pa.float32()) for name in names)
+
+
 _COMPONENT = (
     _field("component", pa.string()),
     _field("kind", pa.string()),
@@ -98,6 +102,133 @@ SCHEMAS: Mapping[str, TableSchema] = MappingProxyType(
                 _field("tied_to", pa.string()),
             ),
             "Every parameter tensor of the model, each storage counted once.",
+        ),
+        "tensors": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("name", pa.string()),
+                _field("component", pa.string()),
+                _field("role", pa.string()),
+                _field("dtype", pa.string()),
+                _field("shape", pa.list_(_field("item", pa.int32()))),
+                _field("numel", pa.uint32()),
+                _field("nonfinite", pa.uint32()),
+                *_float_fields(
+                    "mean",
+                    "std",
+                    "minimum",
+                    "maximum",
+                    "max_abs",
+                    "rms",
+                    "frobenius",
+                    "kurtosis",
+                    "outlier_share",
+                    "p0_1",
+                    "p1",
+                    "p25",
+                    "p50",
+                    "p75",
+                    "p99",
+                    "p99_9",
+                ),
+            ),
+            "Every tensor of the weight files, each storage once. `std` is the population's, `kurtosis` "
+            "the excess over a Gaussian's, `p0_1` to `p99_9` percentiles, `outlier_share` the share of "
+            "weights beyond the scan's number of standard deviations from the mean. A tensor with "
+            "`nonfinite` values is not measured otherwise; one with role `buffer` is no weight.",
+        ),
+        "histograms": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("name", pa.string()),
+                _field("component", pa.string()),
+                _field("role", pa.string()),
+                _field("minimum", pa.float32()),
+                _field("maximum", pa.float32()),
+            ),
+            "How many weights of each tensor fall into bins of equal width from `minimum` to `maximum`: "
+            "`counts`, a fixed-size list of uint32. A bin holds its lower edge, the last one both.",
+        ),
+        "outliers": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("name", pa.string()),
+                _field("component", pa.string()),
+                _field("role", pa.string()),
+                _field("rank", pa.int16()),
+                _field("row", pa.int32()),
+                _field("column", pa.int32()),
+                _field("value", pa.float32()),
+                _field("z", pa.float32()),
+            ),
+            "The weights of each tensor that lie farthest from its mean, in standard deviations `z`. "
+            "`row` and `column` as stored; of a vector, `row` is the coordinate and `column` -1.",
+        ),
+        "weights": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                *_COMPONENT,
+                *_float_fields(
+                    "rms",
+                    "frobenius",
+                    "max_abs",
+                    "mean",
+                    "std",
+                    "outlier_share",
+                    "rms_q",
+                    "rms_k",
+                    "rms_v",
+                    "rms_o",
+                ),
+            ),
+            "The matrices that each component reads: embed, each layer's attention, heads and MLP, "
+            "unembed. A head has its slices of W_Q and W_O, and those of W_K and W_V of its key-value "
+            "head; a tied unembedding reads the embedding. Biases and norm gains are left to `tensors`.",
+        ),
+        "circuits": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                *_COMPONENT,
+                _field("circuit", pa.string()),
+                *_float_fields("spectral_norm", "frobenius", "stable_rank", "copying"),
+            ),
+            "What each head does as a whole: `QK`, W_Q W_K^T, where it attends; `OV`, W_V W_O, what it "
+            "moves (Elhage et al. 2021). `value` holds the largest singular values; `stable_rank` is "
+            "|.|_F^2 / |.|_2^2; `copying`, of OV alone, sum(Re eigenvalue) / sum |eigenvalue|, from -1 "
+            "to 1.",
+        ),
+        "neuron_weights": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("component", pa.string()),
+                _field("layer", pa.int16()),
+                _field("rank", pa.int16()),
+                _field("neuron", pa.int32()),
+                *_float_fields("product", "in_norm", "out_norm", "gate_norm"),
+            ),
+            "The neurons of each MLP with the largest product of the norms of what they read by "
+            "(`in_norm`) and write by (`out_norm`). `gate_norm` is NaN where the MLP has no gate.",
+        ),
+        "dimensions": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("name", pa.string()),
+                _field("component", pa.string()),
+                _field("role", pa.string()),
+                _field("layer", pa.int16()),
+                _field("rank", pa.int16()),
+                _field("dimension", pa.int32()),
+                *_float_fields("norm", "ratio"),
+            ),
+            "The dimensions of the residual stream that each writing matrix writes to most strongly: "
+            "the norm of the weights that lead there, and its ratio to the median dimension's.",
+        ),
+        "difference": TableSchema(
+            SchemaVersion(1, 0),
+            (*_COMPONENT, *_float_fields("frobenius", "relative", "max_abs", "cosine")),
+            "How each component's weights differ from the baseline's: the norm of the difference, that "
+            "over the norm of the baseline's weights, its largest entry, and the cosine between the two. "
+            "All parameters of a component, biases and gains included; of a head, its matrices.",
         ),
         "tokens": TableSchema(
             SchemaVersion(1, 0),
@@ -146,6 +277,35 @@ SCHEMAS: Mapping[str, TableSchema] = MappingProxyType(
                 _field("probability", pa.float32()),
             ),
             "The likeliest next tokens after each position. Log-probabilities in nats.",
+        ),
+        "comparison": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("position", pa.int32()),
+                _field("answer_id", pa.int32()),
+                _field("answer", pa.string()),
+                _field("foil_id", pa.int32()),
+                _field("metric_before", pa.float32()),
+                _field("metric_after", pa.float32()),
+                _field("metric_sd", pa.float32()),
+                _field("logit_before", pa.float32()),
+                _field("logit_after", pa.float32()),
+                _field("probability_before", pa.float32()),
+                _field("probability_after", pa.float32()),
+            ),
+            "The answer clean and perturbed, one row. The metric is the logit difference answer - foil, or "
+            "without a foil (foil_id -1) the answer's log-probability. `metric_sd`: spread over draws.",
+        ),
+        "shift": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("position", pa.int32()),
+                _field("kl", pa.float32()),
+                _field("kl_sd", pa.float32()),
+                _field("entropy_before", pa.float32()),
+                _field("entropy_after", pa.float32()),
+            ),
+            "How far each position's next-token distribution moved: D_KL(clean ‖ perturbed).",
         ),
         "attention": TableSchema(
             SchemaVersion(1, 0),

@@ -1,0 +1,283 @@
+"""What is told: each job's event stream, cancel flags, and what the workers say of themselves.
+
+All of it may be lost: SQL is the truth. So nothing here raises when Redis is away. An event that cannot be
+told is dropped and counted; a reader who finds a gap is told where the job stands (`Replay.is_whole`).
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+import structlog
+
+from neural_mri.backing import keys
+from neural_mri.backing.broker import AWAY, AsyncRedis, SyncRedis
+from neural_mri.backing.records import Job
+from neural_mri.backing.settings import Settings
+from neural_mri.contract.events import Ended, Event, StateChanged, encode_event, event_name
+from neural_mri.contract.jobs import TERMINAL
+from neural_mri.contract.models import ModelState
+
+__all__ = (
+    "AsyncPublisher",
+    "Entry",
+    "HeldModel",
+    "Publisher",
+    "Replay",
+    "WorkerBeat",
+    "beat",
+    "cancel_flags",
+    "change_of",
+    "heartbeats",
+    "heartbeats_async",
+    "parse_entries",
+    "replay",
+)
+
+log = structlog.get_logger(__name__)
+
+RECONNECT_SECONDS = 1.0
+"""After a failure events are dropped for so long: a frozen server must not slow a scan down."""
+CANCEL_FLAG_SECONDS = 3600
+BEAT_SECONDS = 10
+"""A worker that has not been heard of for so long holds nothing, as far as anyone can tell."""
+
+
+def change_of(job: Job) -> StateChanged | Ended:
+    """The event that tells of the state a job has just reached."""
+    if job.state not in TERMINAL:
+        return StateChanged(state=job.state, attempt=job.attempt)
+    return Ended(
+        state=job.state,
+        attempt=job.attempt,
+        cached=job.cached,
+        result=job.view().links.get("result"),
+        problem=job.problem,
+    )
+
+
+class _Outage:
+    """Whether Redis was away a moment ago, and how much went untold since."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._dropped = 0
+
+    def is_now(self) -> bool:
+        """Whether not even to try; counts what is dropped for it."""
+        away = time.monotonic() < self._until
+        self._dropped += away
+        return away
+
+    def begin(self, error: Exception) -> None:
+        """Note a failure; said once an outage."""
+        if not self._dropped:
+            log.warning("events_dropped", error=str(error))
+        self._dropped += 1
+        self._until = time.monotonic() + RECONNECT_SECONDS
+
+    def end(self) -> None:
+        """Note a success."""
+        if self._dropped:
+            log.info("events_resumed", dropped=self._dropped)
+            self._dropped = 0
+
+
+class Publisher:
+    """Appends events to jobs' streams; drops them while Redis is away. Use from one thread."""
+
+    def __init__(self, redis: SyncRedis, settings: Settings) -> None:
+        self._redis = redis
+        self._length = settings.event_stream_length
+        self._seconds = int(settings.event_stream_seconds)
+        self._outage = _Outage()
+
+    def publish(self, job_id: UUID, event: Event) -> None:
+        """Append an event. Never raises for Redis."""
+        if self._outage.is_now():
+            return
+        pipeline = self._redis.pipeline(transaction=False)
+        _append(pipeline, job_id, event, length=self._length, seconds=self._seconds)
+        try:
+            pipeline.execute()
+        except AWAY as error:
+            self._outage.begin(error)
+        else:
+            self._outage.end()
+
+    def announce(self, job: Job) -> None:
+        """Tell of a job's new state, once the transaction that moved it is committed."""
+        self.publish(job.id, change_of(job))
+
+    def flag_cancel(self, job_id: UUID) -> None:
+        """Let the job's worker know sooner than by its next renewal."""
+        try:
+            self._redis.set(keys.cancel_flag(job_id), b"1", ex=CANCEL_FLAG_SECONDS)
+        except AWAY as error:
+            self._outage.begin(error)
+
+
+class AsyncPublisher:
+    """The same for an event loop."""
+
+    def __init__(self, redis: AsyncRedis, settings: Settings) -> None:
+        self._redis = redis
+        self._length = settings.event_stream_length
+        self._seconds = int(settings.event_stream_seconds)
+        self._outage = _Outage()
+
+    async def publish(self, job_id: UUID, event: Event) -> None:
+        """Append an event. Never raises for Redis."""
+        if self._outage.is_now():
+            return
+        pipeline = self._redis.pipeline(transaction=False)
+        _append(pipeline, job_id, event, length=self._length, seconds=self._seconds)
+        try:
+            await pipeline.execute()
+        except AWAY as error:
+            self._outage.begin(error)
+        else:
+            self._outage.end()
+
+    async def announce(self, job: Job) -> None:
+        """Tell of a job's new state, once the transaction that moved it is committed."""
+        await self.publish(job.id, change_of(job))
+
+    async def flag_cancel(self, job_id: UUID) -> None:
+        """Let the job's worker know sooner than by its next renewal."""
+        try:
+            await self._redis.set(keys.cancel_flag(job_id), b"1", ex=CANCEL_FLAG_SECONDS)
+        except AWAY as error:
+            self._outage.begin(error)
+
+
+def _append(pipeline: Any, job_id: UUID, event: Event, *, length: int, seconds: int) -> None:
+    stream = keys.event_stream(job_id)
+    fields = {"k": event_name(event), "d": encode_event(event)}
+    pipeline.xadd(stream, fields, maxlen=length, approximate=True)
+    pipeline.expire(stream, seconds)
+
+
+def cancel_flags(redis: SyncRedis, job_ids: Sequence[UUID]) -> frozenset[UUID]:
+    """Those of the jobs that were flagged; none while Redis is away."""
+    if not job_ids:
+        return frozenset()
+    try:
+        flags = redis.mget([keys.cancel_flag(job_id) for job_id in job_ids])
+    except AWAY:
+        return frozenset()
+    return frozenset(
+        job_id for job_id, flag in zip(job_ids, flags, strict=True) if flag is not None
+    )
+
+
+class Entry(NamedTuple):
+    """One event as it stands in its stream."""
+
+    id: str
+    """Of the stream; the SSE id."""
+    name: str
+    data: bytes
+    """JSON, as `contract.events.encode_event` wrote it."""
+
+
+class Replay(NamedTuple):
+    """What a stream says after a point."""
+
+    entries: tuple[Entry, ...]
+    is_whole: bool
+    """False when what stood there is gone (trimmed, expired, emptied): start from SQL, by `reset`."""
+
+
+START = "0-0"
+"""Before every event."""
+
+
+async def replay(redis: AsyncRedis, job_id: UUID, after: str = START) -> Replay:
+    """The events after the one with id `after`. Raises what `broker.AWAY` names."""
+    # Inclusive, to see whether the reader's last event is still there.
+    rows = parse_entries(await redis.xrange(keys.event_stream(job_id), min=after))
+    if after == START:
+        return Replay(rows, is_whole=True)
+    if rows and rows[0].id == after:
+        return Replay(rows[1:], is_whole=True)
+    return Replay(rows, is_whole=False)
+
+
+def parse_entries(rows: Iterable[tuple[Any, Any]] | None) -> tuple[Entry, ...]:
+    """Entries as XRANGE, and XREAD of one stream, give them: bytes throughout."""
+    return tuple(
+        Entry(id_.decode(), fields[b"k"].decode(), fields[b"d"]) for id_, fields in rows or ()
+    )
+
+
+class HeldModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that a worker holds, or is about to."""
+
+    name: str
+    revision: str
+    state: ModelState
+    memory_bytes: int | None = None
+
+
+class WorkerBeat(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker says of itself."""
+
+    worker: str
+    device: str
+    models: tuple[HeldModel, ...] = ()
+    at: float
+    """By the worker's clock, seconds since 1970; for people."""
+
+
+_beat = msgspec.json.Decoder(WorkerBeat)
+
+
+def beat(redis: SyncRedis, worker_beat: WorkerBeat) -> None:
+    """Say it; forgotten after `BEAT_SECONDS`. Never raises for Redis."""
+    pipeline = redis.pipeline(transaction=False)
+    pipeline.set(
+        keys.heartbeat(worker_beat.worker), msgspec.json.encode(worker_beat), ex=BEAT_SECONDS
+    )
+    pipeline.sadd(keys.WORKERS, worker_beat.worker)
+    try:
+        pipeline.execute()
+    except AWAY as error:
+        log.debug("beat_not_sent", error=str(error))
+
+
+def heartbeats(redis: SyncRedis) -> list[WorkerBeat]:
+    """Workers heard of lately, by name. Raises what `broker.AWAY` names."""
+    workers = _names(redis.smembers(keys.WORKERS))
+    if not workers:
+        return []
+    said = _Said(workers, redis.mget([keys.heartbeat(worker) for worker in workers]))
+    if said.silent:
+        redis.srem(keys.WORKERS, *said.silent)
+    return said.beats
+
+
+async def heartbeats_async(redis: AsyncRedis) -> list[WorkerBeat]:
+    """The same for an event loop."""
+    workers = _names(await redis.smembers(keys.WORKERS))
+    if not workers:
+        return []
+    said = _Said(workers, await redis.mget([keys.heartbeat(worker) for worker in workers]))
+    if said.silent:
+        await redis.srem(keys.WORKERS, *said.silent)
+    return said.beats
+
+
+def _names(members: Iterable[Any]) -> list[str]:
+    return sorted(member.decode() for member in members)
+
+
+class _Said:
+    """What each worker said, and which have fallen silent."""
+
+    def __init__(self, workers: Sequence[str], bodies: Sequence[Any]) -> None:
+        pairs = list(zip(workers, bodies, strict=True))
+        self.beats = [_beat.decode(body) for _, body in pairs if body is not None]
+        self.silent = [worker for worker, body in pairs if body is None]

@@ -1,0 +1,335 @@
+"""Jobs: the only place where one is made, claimed, moved, renewed or taken back.
+
+Pure SQL on the caller's transaction. Whatever changes a job returns it as it then stands, so that the
+caller announces it (`events.Publisher.announce`) once the transaction is committed.
+
+Every write of a held job names its attempt. A worker that lost its lease has an old one: its writes find
+no row.
+
+Fairness is start-time fair queueing (Goyal, Vin and Cheng 1997). A job starts, in virtual time, where the
+queue is now or where its owner's last job ends, whichever is later; it ends after its cost over its
+lane's weight. The queue is where the job last claimed from it starts. Claims go by virtual start.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import CursorResult, Executable
+from sqlalchemy.orm import Session
+
+from neural_mri.backing import statements
+from neural_mri.backing.leases import LeaseOwner
+from neural_mri.backing.records import LANE_WEIGHTS, AnyRow, Job, Submission, new_id
+from neural_mri.contract.jobs import TERMINAL, JobState
+from neural_mri.contract.problems import Problem, ProblemDocument, TooMany, UnknownJob
+
+__all__ = (
+    "Cancellation",
+    "DeadlinePassed",
+    "Job",
+    "LeaseOwner",
+    "Renewal",
+    "Submission",
+    "WaitedTooLong",
+    "WorkersLost",
+    "advance",
+    "claim",
+    "expire",
+    "get",
+    "queued_by_queue",
+    "reap",
+    "recent",
+    "renew",
+    "request_cancel",
+    "submit",
+    "withdraw_result",
+)
+
+
+class WorkersLost(Problem):
+    """Every worker that ran this job was lost."""
+
+    status = 500
+
+
+class DeadlinePassed(Problem):
+    """The job ran longer than its deadline allows."""
+
+    status = 504
+
+
+class WaitedTooLong(Problem):
+    """No worker took the job in time."""
+
+    status = 504
+
+
+class Renewal(NamedTuple):
+    """What a worker learns of its jobs when it renews their leases."""
+
+    lost: frozenset[UUID]
+    """No longer its own: stop, and write nothing."""
+    cancelled: frozenset[UUID]
+    """Still its own; somebody asked to stop."""
+
+
+class Cancellation(NamedTuple):
+    """Where a job stands after it was asked to stop."""
+
+    job: Job
+    moved: bool
+    """Whether it was cancelled just now; a held job is, by its worker, a little later."""
+
+
+def submit(session: Session, submission: Submission, *, max_queued: int = 10_000) -> Job:
+    """Record a job; one whose result exists is born succeeded.
+
+    Raises `TooMany` when `max_queued` jobs are unfinished.
+    """
+    job_id = new_id()
+    row: dict[str, Any] = {
+        "id": job_id,
+        "owner": submission.owner,
+        "kind": submission.kind,
+        "model": submission.model,
+        "revision": submission.revision,
+        "queue": submission.queue,
+        "lane": submission.lane,
+        "request": submission.request.decode(),
+        "tokens": _json(submission.tokens),
+        "n_tokens": len(submission.tokens) if submission.tokens else 0,
+        "scan_key": submission.scan_key,
+        "reusable": True,
+        "batch_key": submission.batch_key(job_id),
+        "estimated_cost": submission.estimated_cost,
+        "attempt": 0,
+        "cancel_requested": False,
+        "deadline_seconds": submission.deadline_seconds,
+    }
+    if manifest := _existing_result(session, submission.scan_key):
+        row |= {
+            "state": JobState.SUCCEEDED,
+            "cached": True,
+            "manifest": manifest,
+            "virtual_start": 0.0,
+            "virtual_finish": None,
+        }
+        return Job.of_row(_run(session, statements.INSERT_FINISHED, row).one())
+    turn = _turn(session, submission, max_queued)
+    row |= {
+        "state": JobState.QUEUED,
+        "cached": False,
+        "manifest": None,
+        "virtual_start": turn.start,
+        "virtual_finish": turn.finish,
+    }
+    return Job.of_row(_run(session, statements.INSERT, row).one())
+
+
+def _existing_result(session: Session, scan_key: str | None) -> str | None:
+    """The manifest of the newest usable result of a scan key."""
+    if scan_key is None:
+        return None
+    manifest: str | None = _run(session, statements.EXISTING_RESULT, {"key": scan_key}).scalar()
+    return manifest
+
+
+class _Turn(NamedTuple):
+    start: float
+    finish: float
+
+
+def _turn(session: Session, submission: Submission, max_queued: int) -> _Turn:
+    """The virtual start and finish of a new job. Raises `TooMany`."""
+    queue = {"name": submission.queue}
+    locking = statements.lock_clock(session.get_bind().dialect.name)
+    clock: float = _run(session, locking, queue).scalar_one()
+    found = _run(
+        session, statements.UNFINISHED_AND_OWNER_FINISH, queue | {"who": submission.owner}
+    ).one()
+    if found.unfinished >= max_queued:
+        raise TooMany(
+            f"{found.unfinished} jobs are unfinished, the limit is {max_queued}: try again when some "
+            "have ended",
+            unfinished=found.unfinished,
+            limit=max_queued,
+        )
+    start = clock if found.owner_finish is None else max(clock, found.owner_finish)
+    return _Turn(start, start + submission.estimated_cost / LANE_WEIGHTS[submission.lane])
+
+
+def withdraw_result(session: Session, manifest: str) -> None:
+    """Answer no later job with this result: its bytes are missing or damaged."""
+    _run(session, statements.WITHDRAW_RESULT, {"path": manifest})
+
+
+def get(session: Session, job_id: UUID) -> Job | None:
+    """The job of that id."""
+    return _job_of(_run(session, statements.GET, {"job_id": job_id}))
+
+
+def recent(session: Session, owner: str, limit: int = 50) -> list[Job]:
+    """An owner's latest jobs, newest first."""
+    rows = _run(session, statements.RECENT, {"who": owner, "most": limit})
+    return [Job.of_row(row) for row in rows]
+
+
+def queued_by_queue(session: Session) -> dict[str, int]:
+    """How many jobs wait in each queue that has some."""
+    return {row.queue: row.waiting for row in _run(session, statements.QUEUED_BY_QUEUE)}
+
+
+def claim(
+    session: Session, *, queue: str, owner: LeaseOwner, limit: int, lease_seconds: float
+) -> list[Job]:
+    """Take the queue's first job in fair order, and up to `limit` - 1 that may share its pass.
+
+    In fair order; empty when nothing waits. Two workers never get the same job.
+    """
+    rows = _run(
+        session,
+        statements.CLAIM,
+        {"name": queue, "most": limit, "holder": str(owner), "seconds": lease_seconds},
+    )
+    claimed = sorted((Job.of_row(row) for row in rows), key=lambda job: (job.virtual_start, job.id))
+    if claimed:
+        # The clock goes with the head alone: mates from further back came along for nothing.
+        head = {"name": queue, "start": claimed[0].virtual_start}
+        _run(session, statements.MOVE_CLOCK, head)
+    return claimed
+
+
+def renew(
+    session: Session, owner: LeaseOwner, attempts: Mapping[UUID, int], lease_seconds: float
+) -> Renewal:
+    """Hold jobs, given as id and attempt, for `lease_seconds` from now."""
+    if not attempts:
+        return Renewal(frozenset(), frozenset())
+    renewed = {
+        row.id: row.cancel_requested
+        for row in _run(session, statements.renew(attempts, str(owner), lease_seconds))
+    }
+    return Renewal(
+        lost=frozenset(attempts.keys() - renewed.keys()),
+        cancelled=frozenset(job_id for job_id, cancelled in renewed.items() if cancelled),
+    )
+
+
+def advance(
+    session: Session,
+    job_id: UUID,
+    to: JobState,
+    *,
+    attempt: int | None = None,
+    manifest: str | None = None,
+    problem: ProblemDocument | None = None,
+) -> Job | None:
+    """Move a job, unless it has moved elsewhere; the moved job, or None.
+
+    `attempt` is the mover's; None moves only a job that nobody holds. A job asked to stop does not go back
+    to the queue.
+    """
+    if to is JobState.CLAIMED:
+        raise ValueError("a job is claimed by claim(), which gives it an owner and an attempt")
+    parameters: dict[str, Any] = {"job_id": job_id}
+    if attempt is not None:
+        parameters["held_attempt"] = attempt
+    if to in TERMINAL:
+        parameters |= {"path": manifest, "why": _json(problem)}
+    return _job_of(_run(session, statements.move(to, is_held=attempt is not None), parameters))
+
+
+def request_cancel(session: Session, job_id: UUID) -> Cancellation:
+    """Ask a job to stop: at once when it waits, by a flag its worker sees when it is held.
+
+    A job that has ended stays as it is. Raises `UnknownJob`.
+    """
+    if cancelled := advance(session, job_id, JobState.CANCELLED):
+        return Cancellation(cancelled, moved=True)
+    flagged = _job_of(_run(session, statements.FLAG_CANCEL, {"job_id": job_id}))
+    job = flagged or get(session, job_id)
+    if job is None:
+        raise UnknownJob(f"there is no job {job_id}", job=str(job_id))
+    return Cancellation(job, moved=False)
+
+
+def reap(
+    session: Session,
+    *,
+    max_attempts: int,
+    dead_owners: Callable[[LeaseOwner], bool] = LeaseOwner.is_dead_here,
+) -> list[Job]:
+    """Take back jobs whose worker is lost or past the deadline; the jobs as they then stand.
+
+    Lost is who let a lease expire, and at once who is provably dead. The job goes back to the queue,
+    unless it was asked to stop (`cancelled`), ran too long (`expired`), or has now lost `max_attempts`
+    workers (`quarantined`, with what is known of them).
+    """
+    is_dead = cache(dead_owners)
+    taken = []
+    for row in _run(session, statements.LEASES).all():
+        is_late = row.seconds > row.deadline_seconds
+        if is_late or row.lease_expired or is_dead(LeaseOwner.parse(row.lease_owner)):
+            fate = _after_loss(row, is_late=is_late, max_attempts=max_attempts)
+            moved = advance(session, row.id, fate.to, attempt=row.attempt, problem=fate.problem)
+            if moved is not None:
+                taken.append(moved)
+    return taken
+
+
+class _Fate(NamedTuple):
+    to: JobState
+    problem: ProblemDocument | None = None
+
+
+def _after_loss(row: AnyRow, *, is_late: bool, max_attempts: int) -> _Fate:
+    """Where a job goes whose worker is lost."""
+    if row.cancel_requested:
+        return _Fate(JobState.CANCELLED)
+    if is_late:
+        late = DeadlinePassed(
+            f"attempt {row.attempt} ran for {row.seconds:.1f} s, {row.deadline_seconds:.1f} s are "
+            f"allowed; it was {row.state.value}",
+            deadline_seconds=row.deadline_seconds,
+            attempt=row.attempt,
+        )
+        return _Fate(JobState.EXPIRED, late.document())
+    if row.attempt >= max_attempts:
+        lost = WorkersLost(
+            f"{row.attempt} workers were lost while they held this job, the last of them "
+            f"({row.lease_owner}) {row.seconds:.1f} s after it took it, {row.state.value}. It is set "
+            "aside, because it may be what ends them",
+            attempts=row.attempt,
+            last_state=row.state.value,
+        )
+        return _Fate(JobState.QUARANTINED, lost.document())
+    return _Fate(JobState.QUEUED)
+
+
+def expire(session: Session, *, waiting_seconds: float) -> list[Job]:
+    """End jobs that no worker took for `waiting_seconds`; the jobs as they then stand."""
+    problem = WaitedTooLong(
+        f"no worker took the job within {waiting_seconds:.0f} s: is one running that holds its model?"
+    )
+    late = _run(session, statements.WAITING_TOO_LONG, {"seconds": waiting_seconds}).all()
+    moved = (advance(session, row.id, JobState.EXPIRED, problem=problem.document()) for row in late)
+    return [job for job in moved if job is not None]
+
+
+def _run(
+    session: Session, statement: Executable, parameters: Mapping[str, Any] | None = None
+) -> CursorResult[Any]:
+    """Run a statement on the transaction's connection, past the mapped classes it does not need."""
+    return session.connection().execute(statement, parameters)
+
+
+def _job_of(result: CursorResult[Any]) -> Job | None:
+    row = result.one_or_none()
+    return None if row is None else Job.of_row(row)
+
+
+def _json(value: object) -> str | None:
+    return None if value is None else msgspec.json.encode(value).decode()

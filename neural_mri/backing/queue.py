@@ -1,0 +1,150 @@
+"""Tickets: Celery messages that say "this queue has work", and nothing else.
+
+What the work is stands in SQL. A ticket may be lost, doubled or late without harm: the reaper sends
+what is missing, and one too many finds nothing to claim.
+
+Only workers load Celery. Who sends a ticket writes the message that Celery would, by one LPUSH.
+"""
+
+import base64
+import os
+import socket
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import structlog
+
+from neural_mri.backing.broker import AWAY, AsyncRedis, SyncRedis, celery_url
+from neural_mri.backing.settings import Settings
+
+__all__ = (
+    "TaskName",
+    "TicketSender",
+    "celery_app",
+    "send_tickets",
+    "ticket_message",
+    "waiting_tickets",
+)
+
+log = structlog.get_logger(__name__)
+
+
+class TaskName(StrEnum):
+    """What workers are asked to do, by names that outlive any module's."""
+
+    TICKET = "neural_mri.ticket"
+    """Claim from the queue that is the only argument, and run what was claimed."""
+
+
+CONFIGURATION: Mapping[str, Any] = MappingProxyType(
+    {
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        "task_ignore_result": True,
+        # A killed worker's message comes back only after the visibility timeout; the reaper is sooner.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "worker_prefetch_multiplier": 1,
+        "task_send_sent_event": False,
+        "worker_send_task_events": False,
+        "worker_hijack_root_logger": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_transport_options": {
+            "visibility_timeout": 12 * 3600,
+            # SQL decides who is first: one priority, and so one list a queue.
+            "priority_steps": [0],
+            # Without them a worker waits for ever on a server that froze.
+            "socket_timeout": 5,
+            "socket_connect_timeout": 2,
+            "health_check_interval": 5,
+        },
+    }
+)
+
+
+def celery_app(settings: Settings) -> Any:
+    """A `celery.Celery` as we use it: JSON, no results, late acknowledgement, one list a queue."""
+    from celery import Celery
+
+    app = Celery("neural_mri", broker=celery_url(settings), set_as_current=False)
+    app.conf.update(CONFIGURATION)
+    return app
+
+
+class TicketSender:
+    """Sends tickets from an event loop."""
+
+    def __init__(self, redis: AsyncRedis) -> None:
+        self._redis = redis
+
+    async def send(self, queue: str) -> bool:
+        """Send a ticket; whether it was sent. Never raises for Redis."""
+        try:
+            await self._redis.lpush(queue, ticket_message(queue))
+        except AWAY as error:
+            log.warning("tickets_not_sent", queue=queue, count=1, error=str(error))
+            return False
+        return True
+
+
+def send_tickets(redis: SyncRedis, queue: str, count: int = 1) -> bool:
+    """Send tickets; whether they were sent. Never raises for Redis."""
+    try:
+        redis.lpush(queue, *(ticket_message(queue) for _ in range(count)))
+    except AWAY as error:
+        log.warning("tickets_not_sent", queue=queue, count=count, error=str(error))
+        return False
+    return True
+
+
+def waiting_tickets(redis: SyncRedis, queue: str) -> int:
+    """Tickets that no worker has taken yet. Raises what `broker.AWAY` names."""
+    return int(redis.llen(queue))
+
+
+def ticket_message(queue: str) -> bytes:
+    """A ticket as kombu's Redis transport stores it: Celery's message protocol 2."""
+    task_id = str(uuid4())
+    options = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    return msgspec.json.encode(
+        {
+            "body": base64.b64encode(msgspec.json.encode(([queue], {}, options))).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {
+                "lang": "py",
+                "task": TaskName.TICKET,
+                "id": task_id,
+                "shadow": None,
+                "eta": None,
+                "expires": None,
+                "group": None,
+                "group_index": None,
+                "retries": 0,
+                "timelimit": [None, None],
+                "root_id": task_id,
+                "parent_id": None,
+                "argsrepr": repr([queue]),
+                "kwargsrepr": "{}",
+                "origin": f"{os.getpid()}@{socket.gethostname()}",
+                "ignore_result": None,
+                "replaced_task_nesting": 0,
+                "stamped_headers": None,
+                "stamps": {},
+            },
+            "properties": {
+                "correlation_id": task_id,
+                "reply_to": str(uuid4()),
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": queue},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid4()),
+            },
+        }
+    )

@@ -1,0 +1,190 @@
+"""A job as a value: what is submitted, and what the database's row says, decoded."""
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any, Self, TypeAlias
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import Row
+
+from neural_mri.backing.leases import LeaseOwner
+from neural_mri.contract.jobs import JobKind, JobState, JobView, Lane
+from neural_mri.contract.problems import ProblemDocument
+from neural_mri.contract.tokens import Tokens
+
+__all__ = ("LANE_WEIGHTS", "AnyRow", "Job", "Submission", "new_id")
+
+LANE_WEIGHTS: Mapping[Lane, float] = MappingProxyType(
+    {Lane.INTERACTIVE: 8.0, Lane.BATCH: 2.0, Lane.BACKGROUND: 1.0}
+)
+"""Shares of a queue: work of one interactive job counts against its owner an eighth of what it costs."""
+
+
+AnyRow: TypeAlias = Row[*tuple[Any, ...]]
+"""A row whose columns are known by name."""
+
+
+class _Mode(msgspec.Struct):
+    """The one field of a scan's request that says which kind of pass it needs."""
+
+    scan_mode: str = ""
+
+
+_tokens = msgspec.json.Decoder(Tokens)
+_document = msgspec.json.Decoder(dict[str, Any])
+_mode = msgspec.json.Decoder(_Mode)
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """A job to be."""
+
+    owner: str
+    kind: JobKind
+    model: str
+    revision: str
+    queue: str
+    request: bytes
+    """JSON, defaults written out."""
+    tokens: Tokens | None = None
+    scan_key: str | None = None
+    """None for work whose result nobody could use again."""
+    lane: Lane = Lane.INTERACTIVE
+    deadline_seconds: float = 600.0
+    """How long one attempt may run."""
+
+    @property
+    def estimated_cost(self) -> float:
+        """Forward-pass work in tokens; 1 where there is no prompt."""
+        return float(max(1, len(self.tokens) if self.tokens else 1))
+
+    def batch_key(self, job_id: UUID) -> str:
+        """Equal for jobs that may share a forward pass: same pass, weights and exact length.
+
+        Never padded: padding changes the numbers. A job without a prompt runs alone.
+        """
+        if self.kind is not JobKind.SCAN or self.tokens is None:
+            return f"alone:{job_id}"
+        return f"{_mode.decode(self.request).scan_mode}:{self.revision}:{len(self.tokens)}"
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as it stood when it was read."""
+
+    id: UUID
+    owner: str
+    kind: JobKind
+    state: JobState
+    model: str
+    revision: str
+    queue: str
+    lane: Lane
+    request: bytes
+    """JSON, as it was submitted."""
+    tokens: Tokens | None
+    n_tokens: int
+    scan_key: str | None
+    batch_key: str
+    virtual_start: float
+    estimated_cost: float
+    attempt: int
+    lease_owner: LeaseOwner | None
+    lease_until: datetime | None
+    cancel_requested: bool
+    deadline_seconds: float
+    cached: bool
+    manifest: str | None
+    """Storage path of the result's manifest, once it has succeeded."""
+    problem: ProblemDocument | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @classmethod
+    def of_row(cls, row: AnyRow) -> Self:
+        """The job that a full row of `jobs` describes."""
+        return cls(
+            id=row.id,
+            owner=row.owner,
+            kind=row.kind,
+            state=row.state,
+            model=row.model,
+            revision=row.revision,
+            queue=row.queue,
+            lane=row.lane,
+            request=row.request.encode(),
+            tokens=None if row.tokens is None else _tokens.decode(row.tokens),
+            n_tokens=row.n_tokens,
+            scan_key=row.scan_key,
+            batch_key=row.batch_key,
+            virtual_start=row.virtual_start,
+            estimated_cost=row.estimated_cost,
+            attempt=row.attempt,
+            lease_owner=None if row.lease_owner is None else LeaseOwner.parse(row.lease_owner),
+            lease_until=_moment(row.lease_until),
+            cancel_requested=row.cancel_requested,
+            deadline_seconds=row.deadline_seconds,
+            cached=row.cached,
+            manifest=row.manifest,
+            problem=None if row.problem is None else _document.decode(row.problem),
+            created_at=datetime.fromtimestamp(row.created_at, UTC),
+            started_at=_moment(row.started_at),
+            finished_at=_moment(row.finished_at),
+        )
+
+    def view(self, base: str = "/api") -> JobView:
+        """The job as its owner sees it, with links under `base`."""
+        home = f"{base}/jobs/{self.id}"
+        links = {"self": home, "events": f"{home}/events"}
+        if self.manifest is not None:
+            links["result"] = f"{home}/result"
+        return JobView(
+            id=self.id,
+            kind=self.kind,
+            state=self.state,
+            model=self.model,
+            revision=self.revision,
+            lane=self.lane,
+            request=_document.decode(self.request),
+            cached=self.cached,
+            attempt=self.attempt,
+            scan_key=self.scan_key,
+            created_at=self.created_at,
+            started_at=self.started_at,
+            finished_at=self.finished_at,
+            problem=self.problem,
+            links=links,
+        )
+
+
+def _moment(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+class _Clock:
+    """Milliseconds and 1/4096 of them since 1970; each reading is later than the one before."""
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._turn = threading.Lock()
+
+    def tick(self) -> int:
+        """The next reading, in 1/4096 ms."""
+        with self._turn:
+            self._last = max(self._last + 1, time.time_ns() * 4096 // 1_000_000)
+            return self._last
+
+
+_clock = _Clock()
+
+
+def new_id() -> UUID:
+    """A UUIDv7 (RFC 9562, method 3): ids of one process stand in the order they were made."""
+    ticks = _clock.tick()
+    milliseconds, fraction = divmod(ticks, 4096)
+    noise = int.from_bytes(os.urandom(8)) >> 2
+    return UUID(int=milliseconds << 80 | 7 << 76 | fraction << 64 | 2 << 62 | noise)

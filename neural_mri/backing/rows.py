@@ -1,0 +1,167 @@
+"""The rows of the database: jobs, registered models, and the queues' virtual clocks.
+
+Knows columns, constraints and indices; nothing of what moves a job. Times are seconds since 1970 by the
+database's own clock: processes on several hosts never compare theirs.
+"""
+
+from enum import StrEnum
+from typing import Any, ClassVar
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Double,
+    Enum,
+    Index,
+    MetaData,
+    String,
+    Text,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from neural_mri.contract.jobs import HELD, TERMINAL, JobKind, JobState, Lane
+
+__all__ = ("JOBS", "MODELS", "QUEUE_CLOCKS", "Base", "JobRow", "ModelRow", "QueueClockRow")
+
+_UNFINISHED = text("finished_at IS NULL")
+_LEASED = text("lease_owner IS NOT NULL")
+
+
+def _words(kind: type[StrEnum]) -> Enum:
+    """A StrEnum kept as its value in a VARCHAR: a new member needs no migration."""
+    return Enum(
+        kind,
+        native_enum=False,
+        length=16,
+        values_callable=lambda members: [member.value for member in members],
+    )
+
+
+def _among(states: frozenset[JobState]) -> str:
+    return "state IN (" + ", ".join(f"'{state}'" for state in sorted(states)) + ")"
+
+
+class Base(DeclarativeBase):
+    """The schema as the code reads it; `migrations/` builds it."""
+
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+        }
+    )
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        float: Double(),
+        str: Text(),
+        JobKind: _words(JobKind),
+        JobState: _words(JobState),
+        Lane: _words(Lane),
+    }
+
+
+class JobRow(Base):
+    """One job. Only `backing.jobs` writes here."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(f"(lease_owner IS NOT NULL) = ({_among(HELD)})", name="held_by_its_owner"),
+        CheckConstraint("(lease_owner IS NULL) = (lease_until IS NULL)", name="lease_is_whole"),
+        CheckConstraint(f"(finished_at IS NOT NULL) = ({_among(TERMINAL)})", name="ends_once"),
+        CheckConstraint("manifest IS NULL OR state = 'succeeded'", name="manifest_of_success"),
+        CheckConstraint(
+            "state <> 'succeeded' OR kind <> 'scan' OR manifest IS NOT NULL",
+            name="scan_success_has_manifest",
+        ),
+        CheckConstraint("NOT (state = 'queued' AND cancel_requested)", name="queued_is_wanted"),
+        # Of unfinished rows only: claiming stays as fast when a million jobs have ended.
+        Index(
+            "ix_jobs_unfinished",
+            "queue",
+            "state",
+            "virtual_start",
+            "id",
+            sqlite_where=_UNFINISHED,
+            postgresql_where=_UNFINISHED,
+        ),
+        Index("ix_jobs_leased", "lease_owner", sqlite_where=_LEASED, postgresql_where=_LEASED),
+        Index("ix_jobs_share", "queue", "owner", "virtual_finish"),
+        Index("ix_jobs_recent", "owner", "created_at"),
+        Index("ix_jobs_scan_key", "scan_key"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(String(200))
+    kind: Mapped[JobKind]
+    state: Mapped[JobState]
+    model: Mapped[str] = mapped_column(String(200))
+    revision: Mapped[str] = mapped_column(String(64))
+    queue: Mapped[str] = mapped_column(String(64))
+    lane: Mapped[Lane]
+    request: Mapped[str]
+    """JSON, as it was understood."""
+    tokens: Mapped[str | None]
+    """JSON of `contract.tokens.Tokens`."""
+    n_tokens: Mapped[int]
+    scan_key: Mapped[str | None] = mapped_column(String(64))
+    reusable: Mapped[bool]
+    """Whether the result may answer later jobs of this scan key; false once its bytes are known lost."""
+    batch_key: Mapped[str] = mapped_column(String(120))
+    """Jobs of equal keys may share a forward pass; a job that cannot share one has its own."""
+    virtual_start: Mapped[float]
+    """Place in the queue, in cost units over lane weight (start-time fair queueing)."""
+    virtual_finish: Mapped[float | None]
+    """Where the owner's next job starts at the earliest; NULL for a job that took no turn."""
+    estimated_cost: Mapped[float]
+    attempt: Mapped[int]
+    """Claims so far: the fencing token."""
+    lease_owner: Mapped[str | None] = mapped_column(String(200))
+    lease_until: Mapped[float | None]
+    cancel_requested: Mapped[bool]
+    deadline_seconds: Mapped[float]
+    cached: Mapped[bool]
+    manifest: Mapped[str | None] = mapped_column(String(200))
+    problem: Mapped[str | None]
+    """JSON, as RFC 9457 has it."""
+    created_at: Mapped[float]
+    started_at: Mapped[float | None]
+    """When the latest attempt was claimed."""
+    finished_at: Mapped[float | None]
+
+
+class QueueClockRow(Base):
+    """How far a queue has come: the virtual start of the job last claimed from it."""
+
+    __tablename__ = "queue_clocks"
+
+    queue: Mapped[str] = mapped_column(String(64), primary_key=True)
+    virtual_clock: Mapped[float]
+
+
+class ModelRow(Base):
+    """One registered model."""
+
+    __tablename__ = "models"
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    source: Mapped[str]
+    folder: Mapped[str]
+    revision: Mapped[str] = mapped_column(String(64))
+    tokenizer_digest: Mapped[str] = mapped_column(String(64))
+    architecture: Mapped[str]
+    """JSON of `contract.models.Architecture`."""
+    n_parameters: Mapped[int] = mapped_column(BigInteger)
+    weights_bytes: Mapped[int] = mapped_column(BigInteger)
+    quantization: Mapped[str | None] = mapped_column(String(32))
+    numerics: Mapped[str]
+    """JSON of `contract.models.Numerics`."""
+    wanted: Mapped[bool]
+    registered_at: Mapped[float]
+
+
+JOBS = Base.metadata.tables["jobs"]
+QUEUE_CLOCKS = Base.metadata.tables["queue_clocks"]
+MODELS = Base.metadata.tables["models"]
+"""The same as tables: a statement over a mapped class costs several times what SQLite takes to run it."""

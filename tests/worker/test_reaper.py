@@ -1,0 +1,288 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from uuid import UUID
+
+import msgspec
+import pytest
+import redis
+import structlog
+
+from neural_mri.backing import broker, database, jobs, keys, queue
+from neural_mri.backing.broker import SyncRedis
+from neural_mri.backing.database import Sessions
+from neural_mri.backing.events import parse_entries
+from neural_mri.backing.jobs import Job, LeaseOwner, Submission
+from neural_mri.backing.settings import Settings
+from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
+from neural_mri.contract.jobs import JobKind, JobState
+from tests.servers import Valkey, database_copy, migrated_database, sqlite_only, valkey
+from worker.reaper import MOST_TICKETS, Reaper
+
+QUEUE = "scan.0123456789abcdef"
+DEAD = LeaseOwner.here()._replace(start_ticks=1)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return migrated_database(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Valkey]:
+    with valkey() as running:
+        yield running
+
+
+@pytest.fixture
+def settings(template: Path, server: Valkey, tmp_path: Path) -> Settings:
+    own = database_copy(template, tmp_path / "data")
+    return msgspec.structs.replace(own, redis_url=server.url, reaper_interval_seconds=0.05)
+
+
+@pytest.fixture
+def sessions(settings: Settings) -> Iterator[Sessions]:
+    opened = database.sessions(settings)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[SyncRedis]:
+    connection = broker.connect(settings)
+    connection.flushall()
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def reaper(settings: Settings, sessions: Sessions, client: SyncRedis) -> Reaper:
+    return Reaper(settings, sessions, client)
+
+
+def submit(sessions: Sessions, count: int = 1) -> list[Job]:
+    asked = Submission(
+        owner="ada",
+        kind=JobKind.SCAN,
+        model="tiny",
+        revision="0123456789abcdef" * 4,
+        queue=QUEUE,
+        request=b"{}",
+    )
+    return [sessions.write(jobs.submit, asked) for _ in range(count)]
+
+
+def claim(sessions: Sessions, owner: LeaseOwner = DEAD) -> Job:
+    [job] = sessions.write(jobs.claim, queue=QUEUE, owner=owner, limit=1, lease_seconds=60.0)
+    return job
+
+
+def told(client: SyncRedis, job_id: UUID) -> list[Event]:
+    rows = client.xrange(keys.event_stream(job_id))
+    return [decode_event(entry.data) for entry in parse_entries(rows)]
+
+
+def state(sessions: Sessions, job_id: UUID) -> JobState:
+    job = sessions.read(jobs.get, job_id)
+    assert job is not None
+    return job.state
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 10
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_what_a_dead_worker_held_is_queued_again_and_said(
+    sessions: Sessions, client: SyncRedis, reaper: Reaper
+) -> None:
+    [job] = submit(sessions)
+    claim(sessions)
+    reaper.round()
+    assert state(sessions, job.id) is JobState.QUEUED
+    assert told(client, job.id) == [StateChanged(state=JobState.QUEUED, attempt=1)]
+
+
+def test_what_a_living_worker_holds_is_left_alone(
+    sessions: Sessions, client: SyncRedis, reaper: Reaper
+) -> None:
+    [job] = submit(sessions)
+    claim(sessions, owner=LeaseOwner.here())
+    reaper.round()
+    assert state(sessions, job.id) is JobState.CLAIMED
+    assert told(client, job.id) == []
+
+
+def test_the_last_lost_attempt_ends_the_stream_with_the_reason(
+    sessions: Sessions, client: SyncRedis, reaper: Reaper
+) -> None:
+    [job] = submit(sessions)
+    for _ in range(3):
+        claim(sessions)
+        reaper.round()
+    *_, end = told(client, job.id)
+    assert isinstance(end, Ended)
+    assert end.state is JobState.QUARANTINED
+    assert end.problem is not None
+    assert "3 workers were lost" in end.problem["detail"]
+
+
+def test_tickets_missing_for_two_rounds_are_sent(
+    sessions: Sessions, client: SyncRedis, reaper: Reaper
+) -> None:
+    submit(sessions, 3)
+    queue.send_tickets(client, QUEUE, 1)
+    reaper.round()
+    assert queue.waiting_tickets(client, QUEUE) == 1, "once is no proof"
+    reaper.round()
+    assert queue.waiting_tickets(client, QUEUE) == 3
+    for _ in range(3):
+        reaper.round()
+    assert queue.waiting_tickets(client, QUEUE) == 3
+
+
+def test_a_ticket_on_its_way_to_a_claim_is_not_sent_again(
+    sessions: Sessions, client: SyncRedis, reaper: Reaper
+) -> None:
+    submit(sessions, 2)
+    reaper.round()
+    reaper.round()
+    client.rpop(QUEUE)
+    reaper.round()
+    claim(sessions, owner=LeaseOwner.here())
+    reaper.round()
+    assert queue.waiting_tickets(client, QUEUE) == 1
+
+
+def test_an_emptied_broker_gets_its_tickets_back_a_few_at_a_time(
+    sessions: Sessions, client: SyncRedis, reaper: Reaper
+) -> None:
+    waiting = MOST_TICKETS + 10
+    submit(sessions, waiting)
+    for _ in range(2):
+        client.flushall()
+        counts = []
+        for _ in range(5):
+            reaper.round()
+            counts.append(queue.waiting_tickets(client, QUEUE))
+        assert counts == sorted(counts)
+        assert counts[-1] == waiting
+        assert max(b - a for a, b in pairwise(counts)) <= MOST_TICKETS
+
+
+def test_a_job_that_waited_too_long_is_given_up(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    [job] = submit(sessions)
+    time.sleep(0.02)
+    impatient = msgspec.structs.replace(settings, queued_seconds=0.01)
+    Reaper(impatient, sessions, client).round()
+    assert state(sessions, job.id) is JobState.EXPIRED
+    [end] = told(client, job.id)
+    assert isinstance(end, Ended)
+
+
+def test_without_redis_jobs_are_still_taken_back_and_the_outage_said_once(
+    settings: Settings, sessions: Sessions, tmp_path: Path
+) -> None:
+    away = msgspec.structs.replace(settings, redis_url=f"unix://{tmp_path}/nobody.sock")
+    reaper = Reaper(away, sessions, broker.connect(away))
+    [job] = submit(sessions)
+    claim(sessions)
+    with structlog.testing.capture_logs() as logged:
+        for _ in range(3):
+            reaper.round()
+    assert state(sessions, job.id) is JobState.QUEUED
+    assert [line["event"] for line in logged].count("round_failed") == 1
+
+
+@sqlite_only
+def test_a_database_that_is_away_is_tried_again(
+    settings: Settings, client: SyncRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.01)
+    sessions = database.sessions(settings)
+    [job] = submit(sessions)
+    claim(sessions)
+    reaper = Reaper(settings, sessions, client)
+    other = database.sessions(settings)
+    with structlog.testing.capture_logs() as logged:
+        with other.writing():
+            for _ in range(3):
+                reaper.round()
+        reaper.round()
+    other.close()
+    said = [line["event"] for line in logged if line.get("on") == "database"]
+    assert said == ["round_failed", "round_succeeded_again"]
+    assert state(sessions, job.id) is JobState.QUEUED
+    sessions.close()
+
+
+def test_it_stops_when_told_to(settings: Settings, sessions: Sessions, client: SyncRedis) -> None:
+    stop = threading.Event()
+    running = threading.Thread(target=Reaper(settings, sessions, client).run, args=(stop,))
+    running.start()
+    stop.set()
+    running.join(5)
+    assert not running.is_alive()
+
+
+@pytest.fixture
+def process(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+    """The reaper as it is really run."""
+    environment = {**os.environ, **settings.environment()}
+    with subprocess.Popen(
+        [sys.executable, "-m", "worker.reaper"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        yield running
+        running.kill()
+
+
+def test_the_process_repairs_what_two_crashes_left_and_ends_on_sigterm(
+    process: subprocess.Popen[str], sessions: Sessions, client: SyncRedis
+) -> None:
+    [job] = submit(sessions)
+    claim(sessions)
+    assert eventually(lambda: state(sessions, job.id) is JobState.QUEUED)
+    assert eventually(lambda: queue.waiting_tickets(client, QUEUE) == 1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert "reaper_stopped" in said
+
+
+def test_the_process_refuses_settings_it_does_not_know() -> None:
+    environment = {**os.environ, "NEURAL_MRI_LEESE_SECONDS": "5"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "worker.reaper"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "NEURAL_MRI_LEESE_SECONDS is not a setting" in ended.stderr
+
+
+def test_the_process_never_loads_torch() -> None:
+    script = "import sys, worker.reaper; print('torch' in sys.modules, 'celery' in sys.modules)"
+    said = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert said.split() == ["False", "False"]
+
+
+def test_redis_errors_are_what_the_reaper_expects() -> None:
+    assert issubclass(redis.ConnectionError, broker.AWAY)
+    assert issubclass(redis.TimeoutError, broker.AWAY)

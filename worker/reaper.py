@@ -1,0 +1,132 @@
+"""The reaper: takes back what lost workers held, and sends the tickets that are missing.
+
+Its own small process, without torch, so that it goes on when workers do not. It holds nothing: killed at
+any moment, or run twice, it loses nothing and doubles nothing.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import structlog
+
+from neural_mri.backing import broker, database, jobs, logs
+from neural_mri.backing.broker import AWAY, SyncRedis
+from neural_mri.backing.database import Sessions
+from neural_mri.backing.events import Publisher
+from neural_mri.backing.jobs import Job
+from neural_mri.backing.queue import send_tickets, waiting_tickets
+from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
+from neural_mri.contract.jobs import JobState
+from neural_mri.contract.problems import Unavailable
+
+__all__ = ("Reaper", "main")
+
+MOST_TICKETS = 64
+"""Sent to a queue in one round: a flood of jobs needs no flood of tickets, workers claim batches."""
+EXPIRE_EVERY_SECONDS = 10.0
+
+log = structlog.get_logger(__name__)
+
+
+class Reaper:
+    """Rounds of reaping and topping up."""
+
+    def __init__(self, settings: Settings, sessions: Sessions, redis: SyncRedis) -> None:
+        self._settings = settings
+        self._sessions = sessions
+        self._redis = redis
+        self._publisher = Publisher(redis, settings)
+        self._missing: dict[str, int] = {}
+        """Tickets that each queue lacked in the last round."""
+        self._expire_at = 0.0
+        self._away: set[str] = set()
+        """What did not answer in the last round; said once."""
+
+    def run(self, stop: threading.Event) -> None:
+        """Rounds until `stop` is set; a round under way is finished."""
+        while not stop.is_set():
+            self.round()
+            stop.wait(self._settings.reaper_interval_seconds)
+
+    def round(self) -> None:
+        """Look once. What does not answer is tried again next time."""
+        self._try("database", self._take_back)
+        self._try("redis", self._top_up)
+
+    def _try(self, what: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (Unavailable, *AWAY) as error:
+            if what not in self._away:
+                log.warning("round_failed", on=what, error=str(error))
+            self._away.add(what)
+        else:
+            if what in self._away:
+                log.info("round_succeeded_again", on=what)
+            self._away.discard(what)
+
+    def _take_back(self) -> None:
+        moved = self._sessions.write(jobs.reap, max_attempts=self._settings.max_attempts)
+        if time.monotonic() >= self._expire_at:
+            self._expire_at = time.monotonic() + EXPIRE_EVERY_SECONDS
+            moved += self._sessions.write(
+                jobs.expire, waiting_seconds=self._settings.queued_seconds
+            )
+        for job in moved:
+            self._announce(job)
+
+    def _announce(self, job: Job) -> None:
+        self._publisher.announce(job)
+        said = log.error if job.state is JobState.QUARANTINED else log.warning
+        said(
+            "job_taken_back",
+            job_id=str(job.id),
+            model=job.model,
+            state=job.state.value,
+            attempt=job.attempt,
+        )
+
+    def _top_up(self) -> None:
+        """Send what two rounds running found missing.
+
+        Once is no proof: between taking a ticket and claiming its job every worker looks like a loss.
+        """
+        queued = self._sessions.read(jobs.queued_by_queue)
+        missing = {
+            queue: jobs_waiting - waiting_tickets(self._redis, queue)
+            for queue, jobs_waiting in queued.items()
+        }
+        for queue, count in missing.items():
+            still = min(count, self._missing.get(queue, 0), MOST_TICKETS)
+            if still > 0 and send_tickets(self._redis, queue, still):
+                missing[queue] -= still
+                log.info("tickets_topped_up", queue=queue, count=still)
+        self._missing = missing
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; the exit status."""
+    try:
+        settings = load_settings()
+    except InvalidSettings as error:
+        print(error, file=sys.stderr)  # noqa: T201 (there is no log without settings)
+        return 2
+    logs.configure(settings, process="reaper")
+    stop = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: stop.set())
+    sessions = database.sessions(settings)
+    log.info("reaper_started", seconds=settings.reaper_interval_seconds)
+    try:
+        Reaper(settings, sessions, broker.connect(settings)).run(stop)
+    finally:
+        sessions.close()
+    log.info("reaper_stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
