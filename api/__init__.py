@@ -1,0 +1,1 @@
+"""The API: validates, records, announces, replays events, serves results. Computes nothing."""

@@ -1,0 +1,110 @@
+"""What handlers are given: the services of this process, and whose request it is."""
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from api.hub import Hub
+from api.tokenization import Tokenizers
+from neural_mri.backing import jobs, models
+from neural_mri.backing.broker import AsyncRedis, connect_async
+from neural_mri.backing.database import AsyncSessions, async_sessions
+from neural_mri.backing.events import AsyncPublisher
+from neural_mri.backing.models import RegisteredModel
+from neural_mri.backing.queue import TicketSender
+from neural_mri.backing.records import Job
+from neural_mri.backing.settings import Settings
+from neural_mri.backing.storage import Store, open_store
+from neural_mri.contract.jobs import TERMINAL, JobState
+from neural_mri.contract.problems import UnknownJob, UnknownModel
+
+__all__ = ("OWNER", "Services", "open_services")
+
+OWNER = "local"
+"""Whose jobs these are. One person has one machine; with API keys this becomes the key's owner."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Services:
+    """What this process stands on."""
+
+    settings: Settings
+    sessions: AsyncSessions
+    redis: AsyncRedis
+    store: Store
+    tickets: TicketSender
+    publisher: AsyncPublisher
+    tokenizers: Tokenizers
+    hub: Hub
+    errands: set[asyncio.Task[None]] = field(default_factory=set)
+    """What is being told while its request has been answered already."""
+
+    async def job(self, job_id: UUID) -> Job:
+        """The caller's job of that id. Raises `UnknownJob`, for another owner's as well."""
+        job = await self.sessions.read(jobs.get, job_id)
+        if job is None or job.owner != OWNER:
+            raise UnknownJob(f"there is no job {job_id}", job=str(job_id))
+        return job
+
+    async def model(self, name: str | None) -> RegisteredModel:
+        """The model of that name, or the default one. Raises `UnknownModel`."""
+        wanted = name or self.settings.default_model
+        model = await self.sessions.read(models.get, wanted)
+        if model is None:
+            known = await self.sessions.read(models.all)
+            raise UnknownModel(
+                f"no model is registered as {wanted!r}; registered are "
+                + (", ".join(each.name for each in known) or "none"),
+                model=wanted,
+            )
+        return model
+
+    def announce(self, job: Job) -> None:
+        """Tell of a job's state, and of work where it waits; nobody waits for it to be told."""
+        task = asyncio.create_task(self._tell(job))
+        self.errands.add(task)
+        task.add_done_callback(self.errands.discard)
+
+    async def _tell(self, job: Job) -> None:
+        # Neither raises; what is lost here the reaper makes good. In this order, so that no worker can
+        # tell of the job before its first event stands.
+        await self.publisher.announce(job)
+        if job.state is JobState.QUEUED:
+            await self.tickets.send(job.queue)
+
+    async def close(self) -> None:
+        """Finish the errands and close every connection."""
+        await self.hub.stop()
+        if self.errands:
+            await asyncio.wait(self.errands, timeout=1.0)
+        await self.redis.aclose()
+        await self.sessions.close()
+
+
+def open_services(settings: Settings) -> Services:
+    """The services that the settings name. Needs a running event loop; connects to nothing yet."""
+    sessions, redis, store = async_sessions(settings), connect_async(settings), open_store(settings)
+
+    async def ended(job_ids: Collection[UUID]) -> Sequence[Job]:
+        return await sessions.read(_ended, job_ids)
+
+    services = Services(
+        settings=settings,
+        sessions=sessions,
+        redis=redis,
+        store=store,
+        tickets=TicketSender(redis),
+        publisher=AsyncPublisher(redis, settings),
+        tokenizers=Tokenizers(store),
+        hub=Hub(settings, redis, ended),
+    )
+    services.hub.start()
+    return services
+
+
+def _ended(session: Session, job_ids: Collection[UUID]) -> list[Job]:
+    found = (jobs.get(session, job_id) for job_id in job_ids)
+    return [job for job in found if job is not None and job.state in TERMINAL]

@@ -1,0 +1,127 @@
+"""What the API can do, for programs: the OpenAPI 3.1 document.
+
+What Litestar does not know of msgspec is mended here: a tag may be left out where only one kind of
+request is read, and unknown fields are refused.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+from litestar import Request
+from litestar.enums import MediaType
+from litestar.openapi.config import OpenAPIConfig
+from litestar.openapi.plugins import OpenAPIRenderPlugin
+from litestar.openapi.spec import Tag
+
+from api import reference
+from neural_mri import __version__
+from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM
+
+__all__ = ("CONFIG", "PATHS", "Operation", "mended", "operations")
+
+METHODS = ("get", "post", "put", "patch", "delete")
+
+
+class Operation(NamedTuple):
+    """One method of one path."""
+
+    path: str
+    method: str
+    spec: dict[str, Any]
+
+
+def operations(document: Mapping[str, Any]) -> Iterator[Operation]:
+    """Everything that can be asked."""
+    for path, methods in document["paths"].items():
+        for method in METHODS:
+            if method in methods:
+                yield Operation(path, method, methods[method])
+
+
+def mended(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Litestar's document, with what it says wrongly or not at all set right."""
+    document: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(schema))
+    schemas = document["components"]["schemas"]
+    for operation in operations(document):
+        spec = operation.spec
+        spec["responses"] = dict(sorted(spec["responses"].items()))
+        _name_arrow_forms(operation)
+        if (body := spec.get("requestBody")) is not None:
+            content = body["content"]["application/json"]["schema"]
+            body["required"] = {"type": "null"} not in content.get("oneOf", [])
+            for name in references(content):
+                _close(schemas[name])
+    return document
+
+
+def _close(request: dict[str, Any]) -> None:
+    """Requests hold no other fields; one that a route reads alone needs no tag."""
+    request["additionalProperties"] = False
+    required = [field for field in request.pop("required", []) if field != "scan_mode"]
+    if required:
+        request["required"] = required
+
+
+def _name_arrow_forms(operation: Operation) -> None:
+    """A table can be had as a file or as a stream; Litestar knows one media type a status."""
+    content = operation.spec["responses"].get("200", {}).get("content", {})
+    if ARROW_FILE in content or operation.spec["operationId"] == "getResult":
+        binary = {"schema": {"type": "string", "format": "binary"}}
+        content |= {ARROW_FILE: binary, ARROW_STREAM: binary}
+
+
+def references(part: Any) -> Iterator[str]:
+    """Names of the schemas that a part of the document refers to."""
+    if isinstance(part, dict):
+        if isinstance(part.get("$ref"), str):
+            yield part["$ref"].rpartition("/")[2]
+        for value in part.values():
+            yield from references(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from references(value)
+
+
+class _Rendering(OpenAPIRenderPlugin):
+    """Serves one rendering of the document, made when it is first asked for."""
+
+    def __init__(
+        self, path: str, media_type: MediaType, write: Callable[[dict[str, Any]], bytes]
+    ) -> None:
+        super().__init__(path=path, media_type=media_type)
+        self._write = write
+        self._written: bytes | None = None
+
+    def render(self, _request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        if self._written is None:
+            self._written = self._write(mended(openapi_schema))
+        return self._written
+
+
+PATHS = ("/schema", "/schema/openapi.json", reference.STYLESHEET)
+"""Where the renderings are."""
+
+CONFIG = OpenAPIConfig(
+    title="Neural MRI",
+    version=__version__,
+    description=(
+        "Images of the inside of an open-weight language model. A scan is a job: its request is "
+        "answered 202 with where to look, its events tell how far it has come, its result is Arrow. "
+        "With `Prefer: wait=N` one call does it all. Every refusal is RFC 9457 problem details."
+    ),
+    path="/schema",
+    tags=[
+        Tag("scans", "Images of a model, each request a job."),
+        Tag("models", "What can be scanned."),
+        Tag("jobs", "What was asked, and how far it has come."),
+        Tag("events", "How a job comes along, as it does."),
+        Tag("results", "What a scan measured."),
+        Tag("service", "The service itself."),
+    ],
+    render_plugins=[
+        _Rendering("/", MediaType.HTML, lambda document: reference.page(document).encode()),
+        _Rendering("/openapi.json", MediaType.JSON, msgspec.json.encode),
+        _Rendering("/page.css", MediaType.CSS, lambda _document: reference.STYLE.encode()),
+    ],
+)

@@ -1,0 +1,77 @@
+"""Jobs: looking at them, and stopping them."""
+
+from typing import Annotated
+from uuid import UUID
+
+from litestar import Response, delete, get
+from litestar.di import NamedDependency
+from litestar.params import FromPath, QueryParameter
+
+from api.dependencies import OWNER, Services
+from api.problems import refusals
+from neural_mri.backing import jobs
+from neural_mri.contract.jobs import TERMINAL, JobState, JobView
+
+__all__ = ("cancel_job", "get_job", "list_jobs")
+
+LATEST = 1000
+"""Among so many of their latest jobs an owner can look for those in a state."""
+
+
+@get(
+    "/api/jobs",
+    operation_id="listJobs",
+    summary="Your latest jobs, newest first",
+    tags=["jobs"],
+    responses=refusals(),
+)
+async def list_jobs(
+    services: NamedDependency[Services],
+    in_state: Annotated[
+        JobState | None,
+        QueryParameter(name="state", description=f"Only those in a state, of the latest {LATEST}."),
+    ] = None,
+    limit: Annotated[int, QueryParameter(ge=1, le=200, description="How many at most.")] = 50,
+) -> list[JobView]:
+    """List jobs."""
+    latest = limit if in_state is None else LATEST
+    found = await services.sessions.read(jobs.recent, OWNER, latest)
+    return [job.view() for job in found if in_state in (None, job.state)][:limit]
+
+
+@get(
+    "/api/jobs/{job_id:uuid}",
+    operation_id="getJob",
+    summary="Where a job stands",
+    tags=["jobs"],
+    responses=refusals(404),
+)
+async def get_job(job_id: FromPath[UUID], services: NamedDependency[Services]) -> JobView:
+    """Look at a job."""
+    return (await services.job(job_id)).view()
+
+
+@delete(
+    "/api/jobs/{job_id:uuid}",
+    status_code=200,
+    operation_id="cancelJob",
+    summary="Stop a job",
+    description=(
+        "A queued job is cancelled at once. One that runs is asked to stop, and its events tell when "
+        "it has. One that has ended stays as it is."
+    ),
+    tags=["jobs"],
+    responses=refusals(404),
+)
+async def cancel_job(
+    job_id: FromPath[UUID], services: NamedDependency[Services]
+) -> Response[JobView]:
+    """Stop a job."""
+    await services.job(job_id)
+    cancellation = await services.sessions.write(jobs.request_cancel, job_id)
+    if cancellation.moved:
+        services.announce(cancellation.job)
+    elif cancellation.job.state not in TERMINAL:
+        await services.publisher.flag_cancel(job_id)
+    stopped = cancellation.job.state in TERMINAL
+    return Response(cancellation.job.view(), status_code=200 if stopped else 202)

@@ -1,0 +1,236 @@
+"""Event streams over HTTP: server-sent events, replayed from where the reader stopped.
+
+One stream may carry several jobs. Its id then names each job's position (`id: HEX=12-0,HEX=end`), so that
+one Last-Event-ID resumes them all. A stream ends when each of its jobs has ended.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from uuid import UUID
+
+import structlog
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from api.cancellation import cancelled
+from api.dependencies import Services
+from api.hub import END, PAGE, START, Frame, Listener, News, Position, frame_of
+from neural_mri.backing.broker import AWAY
+from neural_mri.backing.events import change_of
+from neural_mri.backing.records import Job
+from neural_mri.contract.events import Reset
+from neural_mri.contract.jobs import TERMINAL, JobState
+
+__all__ = ("MEDIA_TYPE", "Following", "event_stream", "no_content", "parse_cursors")
+
+MEDIA_TYPE = "text/event-stream"
+
+RETRY_MILLISECONDS = 500
+AWAY_SECONDS = 1.0
+"""How often a stream is tried again that could not be read."""
+STALL_SECONDS = 30.0
+"""A reader that takes nothing for so long is cut; it may resume."""
+
+ENDED = "ended"
+
+log = structlog.get_logger(__name__)
+
+
+def parse_cursors(last_event_id: str | None, job_ids: Sequence[UUID]) -> dict[UUID, Position]:
+    """Where a reader stopped, by job. What cannot be read counts as never begun.
+
+    A stream of one job has plain ids, one of several has ids that name them.
+    """
+    text = last_event_id or ""
+    named = dict(part.partition("=")[::2] for part in text.split(","))
+    alone = Position.parse(text) if len(job_ids) == 1 else None
+    cursors = {}
+    for job_id in job_ids:
+        position = alone or Position.parse(named.get(job_id.hex, ""))
+        if position is not None:
+            cursors[job_id] = position
+    return cursors
+
+
+class Following:
+    """One reader's way through the events of some jobs."""
+
+    def __init__(
+        self, services: Services, jobs: Sequence[Job], cursors: Mapping[UUID, Position]
+    ) -> None:
+        self._services = services
+        self._hub = services.hub
+        self._jobs = {job.id: job for job in jobs}
+        self._cursors = {job.id: cursors.get(job.id, START) for job in jobs}
+        self._is_shared = len(jobs) > 1
+        self._listener = Listener()
+        self._open = set(self._jobs)
+        """Jobs whose end the reader has not seen."""
+        self._behind = set(self._jobs)
+        """Jobs of whose events the reader lacks some that were not pushed."""
+        self._vanished: set[UUID] = set()
+        """Jobs whose streams are gone, and with them what the reader has seen."""
+
+    async def has_ended(self) -> bool:
+        """Whether the reader has seen the end of every job: there is nothing more to come."""
+        for job_id, job in self._jobs.items():
+            cursor = self._cursors[job_id]
+            if job.state not in TERMINAL or cursor == START:
+                continue
+            with suppress(*AWAY):
+                last = None if cursor == END else await self._hub.at(job_id, cursor)
+                if cursor == END or (last is not None and last.name == ENDED):
+                    self._open.discard(job_id)
+        self._behind &= self._open
+        return not self._open
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        """The stream's bytes: what was missed, then what happens, and comments while nothing does."""
+        for job_id in self._open:
+            self._hub.join(job_id, self._listener)
+        try:
+            yield b"retry: %d\n\n" % RETRY_MILLISECONDS
+            heartbeat = self._services.settings.heartbeat_seconds
+            spoke = time.monotonic()
+            while True:
+                async for chunk in self._catch_up():
+                    yield chunk
+                    spoke = time.monotonic()
+                if not self._open or self._hub.closing:
+                    break
+                pause = max(0.0, spoke + heartbeat - time.monotonic())
+                news = await self._listener.news(
+                    min(pause, AWAY_SECONDS) if self._behind else pause
+                )
+                if chunk := self._take(self._in_order(news)):
+                    yield chunk
+                    spoke = time.monotonic()
+                elif time.monotonic() - spoke >= heartbeat:
+                    yield b":\n\n"
+                    spoke = time.monotonic()
+        finally:
+            for job_id in self._jobs:
+                self._hub.leave(job_id, self._listener)
+
+    def _in_order(self, news: News) -> list[Frame]:
+        """The pushed frames that follow on what the reader has; the others are read from the streams."""
+        self._vanished |= news.lost & self._open
+        self._behind |= self._open if news.fell_behind else self._vanished
+        return [
+            frame
+            for frame in news.frames
+            if frame.job_id not in self._behind or frame.position == END
+        ]
+
+    async def _catch_up(self) -> AsyncIterator[bytes]:
+        """What the streams hold and the reader lacks; what cannot be read now stays behind."""
+        for job_id in tuple(self._behind):
+            try:
+                if not await self._hub.live(job_id):
+                    return
+                async for frames in self._missed(job_id):
+                    if chunk := self._take(frames):
+                        yield chunk
+            except AWAY:
+                return
+            self._behind.discard(job_id)
+
+    async def _missed(self, job_id: UUID) -> AsyncIterator[Sequence[Frame]]:
+        cursor, was_reset = self._cursors[job_id], False
+        if job_id in self._vanished or (
+            cursor != START and await self._hub.at(job_id, cursor) is None
+        ):
+            # Emptied, expired or trimmed: the reader begins again from where the job stands.
+            yield [await self._reset(job_id)]
+            self._vanished.discard(job_id)
+            was_reset = True
+        while True:
+            frames = await self._hub.page(job_id, after=self._cursors[job_id])
+            yield frames
+            if len(frames) < PAGE:
+                break
+        job = self._jobs[job_id]
+        if self._cursors[job_id] != START:
+            return
+        # Nothing stands in the stream. A job answered from an earlier result never had one.
+        if job.state in TERMINAL:
+            yield [frame_of(job_id, change_of(job), END)]
+        elif job.state is not JobState.QUEUED and not was_reset:
+            yield [await self._reset(job_id)]
+
+    async def _reset(self, job_id: UUID) -> Frame:
+        job = await self._services.job(job_id)
+        self._jobs[job_id] = job
+        return frame_of(job_id, Reset(state=job.state, attempt=job.attempt), START)
+
+    def _take(self, frames: Iterable[Frame]) -> bytes:
+        """The frames that are new to the reader, as bytes; moves the cursors."""
+        parts = []
+        for frame in frames:
+            cursor = self._cursors[frame.job_id]
+            is_reset = frame.position == START
+            if frame.job_id not in self._open or (frame.position <= cursor and not is_reset):
+                continue
+            self._cursors[frame.job_id] = frame.position
+            if frame.name == ENDED:
+                self._open.discard(frame.job_id)
+                self._behind.discard(frame.job_id)
+            parts.append(b"id: %b\n%b" % (self._id().encode(), frame.body))
+        return b"".join(parts)
+
+    def _id(self) -> str:
+        if not self._is_shared:
+            return str(*self._cursors.values())
+        return ",".join(f"{job_id.hex}={at}" for job_id, at in self._cursors.items() if at != START)
+
+
+def event_stream(chunks: Callable[[], AsyncGenerator[bytes]]) -> ASGIApp:
+    """Answer with a stream of events until it ends, or its reader goes away or takes nothing."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [
+                    (b"content-type", MEDIA_TYPE.encode()),
+                    (b"cache-control", b"no-store"),
+                    (b"x-accel-buffering", b"no"),
+                ],
+            }
+        )
+        if scope.get("head_only"):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        sending = asyncio.create_task(_send_all(chunks(), send))
+        leaving = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancelled(sending, leaving)
+
+    return answer
+
+
+async def _send_all(chunks: AsyncGenerator[bytes], send: Send) -> None:
+    try:
+        async for chunk in chunks:
+            async with asyncio.timeout(STALL_SECONDS):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    except TimeoutError:
+        log.info("event_reader_cut", seconds=STALL_SECONDS)
+    finally:
+        await chunks.aclose()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def no_content(_scope: Scope, _receive: Receive, send: Send) -> None:
+    """Tell a reader that comes back not to come again: the end has been read. An ASGI application."""
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,97 @@
+"""Jobs: looking at them, and stopping them."""
+
+import httpx
+import pytest
+
+from neural_mri.backing import jobs, keys
+from neural_mri.contract.jobs import JobKind, JobState
+from tests.api.reading import read_all
+from tests.api.specimens import PROMPT
+from tests.api.world import World
+
+
+def scan(api: httpx.Client, prompt: str = PROMPT) -> str:
+    return str(api.post("/api/scan/activation", json={"prompt": prompt}).json()["id"])
+
+
+def test_a_job_is_seen_as_it_stands(api: httpx.Client, world: World) -> None:
+    job_id = scan(api)
+    assert api.get(f"/api/jobs/{job_id}").json()["state"] == "queued"
+    job = world.claim(world.queue())
+    seen = api.get(f"/api/jobs/{job_id}").json()
+    assert (seen["state"], seen["attempt"]) == ("claimed", 1)
+    assert set(seen["links"]) == {"self", "events"}
+    world.perform(job)
+    seen = api.get(f"/api/jobs/{job_id}").json()
+    assert (seen["state"], seen["links"]["result"]) == (
+        "succeeded",
+        f"/api/jobs/{job_id}/result",
+    )
+
+
+def test_jobs_are_listed_newest_first_by_state_if_wished(api: httpx.Client, world: World) -> None:
+    ids = [scan(api, f"a {n}") for n in range(3)]
+    world.claim(world.queue())
+    assert [job["id"] for job in api.get("/api/jobs").json()] == ids[::-1]
+    assert [job["id"] for job in api.get("/api/jobs?limit=1").json()] == ids[-1:]
+    assert [job["id"] for job in api.get("/api/jobs?state=claimed").json()] == ids[:1]
+    assert api.get("/api/jobs?state=failed").json() == []
+    for query in ("state=asleep", "limit=0", "limit=201", "limit=x"):
+        assert api.get(f"/api/jobs?{query}").status_code == 400
+
+
+def test_a_queued_job_is_cancelled_at_once_and_its_stream_ends(
+    api: httpx.Client, world: World
+) -> None:
+    job_id = scan(api)
+    answer = api.delete(f"/api/jobs/{job_id}")
+    assert answer.status_code == 200
+    assert answer.json()["state"] == "cancelled"
+    messages = read_all(api, f"/api/jobs/{job_id}/events")
+    assert [message.name for message in messages] == ["state", "ended"]
+    assert messages[-1].data["state"] == "cancelled"
+
+
+def test_a_running_job_is_asked_to_stop(api: httpx.Client, world: World) -> None:
+    job_id = scan(api)
+    job = world.claim(world.queue())
+    answer = api.delete(f"/api/jobs/{job_id}")
+    assert answer.status_code == 202
+    assert answer.json()["state"] == "claimed"
+    assert world.job(job_id).cancel_requested
+    assert world.redis.exists(keys.cancel_flag(job.id))
+    world.move(job, JobState.CANCELLED)
+    again = api.delete(f"/api/jobs/{job_id}")
+    assert (again.status_code, again.json()["state"]) == (200, "cancelled")
+
+
+def test_a_finished_job_stays_as_it_is(api: httpx.Client, world: World) -> None:
+    job_id = scan(api)
+    world.perform(world.claim(world.queue()))
+    answer = api.delete(f"/api/jobs/{job_id}")
+    assert (answer.status_code, answer.json()["state"]) == (200, "succeeded")
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "/events", "/result", "/manifest", "/result/activations", "/attention/0"]
+)
+def test_somebody_elses_job_does_not_exist(api: httpx.Client, world: World, rest: str) -> None:
+    theirs = world.sessions.write(
+        jobs.submit,
+        jobs.Submission(
+            owner="somebody else",
+            kind=JobKind.LOAD,
+            model="tiny",
+            revision="0" * 64,
+            queue=keys.CONTROL_QUEUE,
+            request=b"{}",
+        ),
+    )
+    nobodys = "01a208e5-620a-7f6d-98da-3f510d18b436"
+    answers = [api.get(f"/api/jobs/{job_id}{rest}") for job_id in (theirs.id, nobodys)]
+    for answer in answers:
+        assert answer.status_code == 404
+        assert answer.json()["type"] == "urn:neural-mri:problem:unknown-job"
+    assert api.delete(f"/api/jobs/{theirs.id}").status_code == 404
+    assert not world.job(str(theirs.id)).cancel_requested
+    assert api.get("/api/jobs").json() == []

@@ -1,0 +1,138 @@
+"""The process itself: what it loads, how soon it serves, how it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+from neural_mri.backing.settings import Settings
+from tests.api.reading import follow
+from tests.api.specimens import PROMPT
+from tests.api.world import World
+
+ROOT = Path(__file__).parents[2]
+
+LOAD_EVERYTHING = """
+import sys, api.__main__
+from api.app import create_app
+from neural_mri.backing.settings import Settings
+create_app(Settings())
+print(*sorted(sys.modules))
+"""
+
+
+@contextmanager
+def process(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("NEURAL_MRI_")}
+    started = subprocess.Popen(
+        [sys.executable, "-m", "api"],
+        cwd=ROOT,
+        env={**inherited, **settings.environment()},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+        assert started.stderr is not None
+        started.stderr.close()
+
+
+@pytest.fixture
+def own_port(world: World) -> Settings:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return msgspec.structs.replace(world.settings, port=port)
+
+
+@contextmanager
+def client_of(settings: Settings) -> Iterator[httpx.Client]:
+    """A client of a process that has just been started, once it answers."""
+    until = time.monotonic() + 20
+    with httpx.Client(base_url=f"http://127.0.0.1:{settings.port}", timeout=10) as client:
+        while True:
+            try:
+                assert client.get("/api/health").status_code == 200
+            except httpx.ConnectError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
+            else:
+                break
+        yield client
+
+
+def test_it_never_loads_what_only_the_worker_needs() -> None:
+    report = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            LOAD_EVERYTHING,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {name.partition(".")[0] for name in report.stdout.split()}
+    assert not loaded & {"torch", "transformers", "transformer_lens", "accelerate", "worker"}
+
+
+def test_it_serves_within_two_seconds_of_its_own_time(own_port: Settings) -> None:
+    """Counted in the processor's time: a test machine may be doing other things."""
+    with process(own_port) as running, client_of(own_port):
+        stat = Path(f"/proc/{running.pid}/stat").read_text()
+    user, system = stat.rpartition(")")[2].split()[11:13]
+    assert (int(user) + int(system)) / os.sysconf("SC_CLK_TCK") < 2.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_waits_for_events_does_not_hold_up_the_end(
+    own_port: Settings, number: signal.Signals
+) -> None:
+    with process(own_port) as running, client_of(own_port) as api, ThreadPoolExecutor() as pool:
+        job = api.post("/api/scan/activation", json={"prompt": PROMPT}).json()
+        waiting = pool.submit(
+            api.post,
+            "/api/scan/activation",
+            json={"prompt": PROMPT},
+            headers={"prefer": "wait=60"},
+        )
+        with follow(api, job["links"]["events"]) as stream:
+            assert next(stream).name == "state"
+            began = time.monotonic()
+            running.send_signal(number)
+            assert list(stream) == []
+        assert waiting.result().status_code == 202
+        assert running.wait(timeout=10) == 0
+        assert time.monotonic() - began < 3
+        assert running.stderr is not None
+        said = running.stderr.read()
+    assert "Traceback" not in said
+    assert "graceful shutdown exceeded" not in said
+
+
+def test_a_setting_that_does_not_exist_is_named(own_port: Settings) -> None:
+    report = subprocess.run(
+        [sys.executable, "-m", "api"],
+        cwd=ROOT,
+        env={**os.environ, "NEURAL_MRI_PROT": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert report.returncode == 2
+    assert "NEURAL_MRI_PROT is not a setting" in report.stderr
+    assert "Traceback" not in report.stderr
