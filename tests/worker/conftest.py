@@ -1,0 +1,61 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from neural_mri.backing import broker, database
+from neural_mri.backing.broker import SyncRedis
+from neural_mri.backing.database import Sessions
+from neural_mri.backing.models import RegisteredModel
+from neural_mri.backing.settings import Settings
+from tests.servers import Valkey, database_copy, migrated_database, valkey
+from tests.tiny import save_tiny_model
+from worker import modelstore
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return migrated_database(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture(scope="session")
+def shared_valkey() -> Iterator[Valkey]:
+    with valkey() as server:
+        yield server
+
+
+@pytest.fixture
+def settings(template: Path, tmp_path: Path, shared_valkey: Valkey) -> Settings:
+    return msgspec.structs.replace(
+        database_copy(template, tmp_path / "data"),
+        redis_url=shared_valkey.url,
+        pinned_models="",
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def sessions(settings: Settings) -> Iterator[Sessions]:
+    opened = database.sessions(settings)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def redis(settings: Settings) -> Iterator[SyncRedis]:
+    client = broker.connect(settings)
+    client.flushall()
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tiny(settings: Settings, tiny_folder: Path) -> RegisteredModel:
+    """The tiny model, registered."""
+    return modelstore.add(settings, "tiny", f"folder:{tiny_folder}")

@@ -1,0 +1,137 @@
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GraniteConfig, GraniteForCausalLM
+
+from neural_mri.contract.models import Numerics
+from neural_mri.contract.problems import UnsupportedModel
+from tests import models
+from worker.scanner import loading
+from worker.scanner.loading import LoadedModel
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return models.save("llama", tmp_path / "tiny-llama")
+
+
+def weights(model: LoadedModel) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in model.plain.state_dict().items()}
+
+
+def test_both_twins_stand_on_the_same_tensors(tiny_model: LoadedModel) -> None:
+    bridged = {tensor.data_ptr() for tensor in tiny_model.bridge.original_model.parameters()}
+    assert set(weights(tiny_model).values()) <= bridged
+
+
+def test_both_twins_predict_the_same(tiny_model: LoadedModel) -> None:
+    ids = torch.tensor([models.prompt(9).ids])
+    with torch.inference_mode():
+        plain, bridged = tiny_model.plain(input_ids=ids).logits, tiny_model.bridge(ids)
+    torch.testing.assert_close(plain, bridged, rtol=1e-4, atol=1e-5)
+
+
+def test_no_parameter_wants_a_gradient(tiny_model: LoadedModel) -> None:
+    for parameter in (*tiny_model.plain.parameters(), *tiny_model.bridge.parameters()):
+        assert not parameter.requires_grad
+
+
+def test_a_loaded_model_is_the_saved_one(tiny_model: LoadedModel, family: str) -> None:
+    expected = models.build(family).state_dict()
+    found = tiny_model.plain.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_memory_is_counted_a_storage_once(folder: Path) -> None:
+    model = loading.load(folder, Numerics())
+    own = 4 * sum(parameter.numel() for parameter in model.plain.parameters())
+    grams = 4 * model.architecture.n_layers * model.architecture.n_heads * 8 * 8
+    assert own + grams <= model.memory_bytes < own + grams + 4096
+
+
+def test_a_released_model_holds_no_weights(folder: Path) -> None:
+    model = loading.load(folder, Numerics())
+    plain = model.plain
+    gone = weakref.ref(model.bridge)
+    model.release()
+    assert gone() is None
+    assert all(parameter.numel() == 0 for parameter in plain.parameters())
+
+
+def test_the_fastest_attention_a_family_allows_is_its_own(family: str, tmp_path: Path) -> None:
+    models.FAMILIES[family].save_pretrained(tmp_path)
+    # Gemma-2 caps its attention scores, which the fused kernel cannot.
+    expected = "eager" if family == "gemma2" else "sdpa"
+    assert loading.published_numerics(tmp_path) == Numerics(attention=expected)
+
+
+def test_attention_that_a_family_cannot_do_is_refused(tmp_path: Path) -> None:
+    folder = models.save("gemma2", tmp_path)
+    with pytest.raises(UnsupportedModel, match="attention 'sdpa': expected 'eager'"):
+        loading.load(folder, Numerics(attention="sdpa"))
+
+
+def test_missing_weights_are_refused_instead_of_made_up(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        UnsupportedModel, match=r"missing keys: model.layers.1.mlp.down_proj.weight"
+    ):
+        loading.load(folder, Numerics())
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors at all", b"\xff" * 64])
+def test_damaged_weights_are_refused(folder: Path, damage: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(damage)
+    with pytest.raises(UnsupportedModel, match="tiny-llama cannot be loaded"):
+        loading.load(folder, Numerics())
+
+
+def test_pickled_weights_are_never_opened(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModel, match="tiny-llama cannot be loaded"):
+        loading.load(folder, Numerics())
+
+
+def test_code_that_comes_with_a_model_is_never_run(folder: Path) -> None:
+    (folder / "trap.py").write_text("raise SystemExit('the trap was sprung')")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "trap", "auto_map": {"AutoConfig": "trap.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="no configuration that transformers can read"):
+        loading.load(folder, Numerics())
+
+
+def test_a_family_whose_parts_mean_something_else_is_refused(tmp_path: Path) -> None:
+    # Granite scales what a sublayer writes on its way into the residual stream.
+    shape = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    GraniteForCausalLM(GraniteConfig(**shape, residual_multiplier=0.5)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"GraniteForCausalLM: .* of block 0 is off by"):
+        loading.load(tmp_path, Numerics())
+
+
+def test_a_model_in_half_precision_is_verified_within_its_precision(folder: Path) -> None:
+    model = loading.load(folder, Numerics(dtype="bfloat16"))
+    assert {parameter.dtype for parameter in model.plain.parameters()} == {torch.bfloat16}
+
+
+def test_loading_leaves_the_global_random_state_alone(folder: Path) -> None:
+    before = torch.random.get_rng_state()
+    loading.load(folder, Numerics())
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -1,0 +1,179 @@
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID, uuid4
+
+from neural_mri.backing import keys
+from neural_mri.backing.broker import SyncRedis
+from neural_mri.backing.events import Publisher, parse_entries
+from neural_mri.backing.settings import Settings
+from neural_mri.contract.events import (
+    ActivationFrame,
+    Ended,
+    Event,
+    LayerFrame,
+    Progress,
+    StateChanged,
+    decode_event,
+)
+from neural_mri.contract.jobs import JobState
+from worker import reporter
+from worker.reporter import LARGEST_BACKLOG, Outbox, Reporter
+
+JOB = uuid4()
+
+
+def frame(token_idx: int) -> ActivationFrame:
+    return ActivationFrame(token_idx=token_idx, token="t", layers=(), unit="L2 norm")
+
+
+def layer_frame(layer: int, value: float) -> LayerFrame:
+    return LayerFrame(
+        layer=layer, token_idx=0, heads=(value,), mlp=0.0, attn=0.0, resid_post=0.0, unit="L2 norm"
+    )
+
+
+def progress(done: int, total: int = 1000) -> Progress:
+    return Progress(stage="forward", done=done, total=total)
+
+
+class Collected:
+    """A sink that keeps what it is given, and can be made to stand still."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+
+    def publish(self, job_id: UUID, event: Event) -> None:
+        self.entered.set()
+        self.open.wait()
+        self.events.append(event)
+
+    def of(self, kind: type[Event]) -> list[Event]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def stuck() -> Collected:
+    """A sink that is busy with one event and takes no other until it is opened."""
+    sink = Collected()
+    sink.open.clear()
+    return sink
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def nothing_stops_it() -> None:
+    return None
+
+
+def test_every_token_frame_arrives_once_and_in_order(redis: SyncRedis, settings: Settings) -> None:
+    with Outbox(Publisher(redis, settings)) as outbox:
+        listener = Reporter(outbox, JOB, nothing_stops_it)
+        for token_idx in range(300):
+            listener.frame(frame(token_idx))
+        assert outbox.flush(5)
+        rows: Any = redis.xrange(keys.event_stream(JOB))
+        stored = [decode_event(entry.data) for entry in parse_entries(rows)]
+    assert stored == [frame(token_idx) for token_idx in range(300)]
+
+
+def test_progress_comes_twenty_times_a_second_and_the_last_one_always() -> None:
+    sink = Collected()
+    with Outbox(sink) as outbox:
+        began = time.monotonic()
+        for done in range(1, 1001):
+            outbox.post(JOB, progress(done))
+            time.sleep(0.0005)
+        seconds = time.monotonic() - began
+        outbox.flush(5)
+    said = sink.of(Progress)
+    assert len(said) <= 20 * seconds + 2
+    assert len(said) >= 5
+    assert said[-1] == progress(1000)
+
+
+def test_held_progress_comes_by_itself_when_the_scan_pauses() -> None:
+    sink = Collected()
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, progress(1))
+        outbox.post(JOB, progress(2))
+        assert until(lambda: sink.of(Progress)[-1:] == [progress(2)])
+
+
+def test_the_last_progress_of_a_stage_is_not_lost_to_the_next_stage() -> None:
+    sink = Collected()
+    stored = Progress(stage="store", done=1, total=4)
+    with Outbox(sink) as outbox:
+        for event in (progress(1), progress(2), progress(3), stored):
+            outbox.post(JOB, event)
+        outbox.flush(5)
+    assert sink.events[-2:] == [progress(3), stored]
+
+
+def test_progress_never_comes_after_the_state_that_followed_it() -> None:
+    sink = Collected()
+    storing = StateChanged(state=JobState.STORING, attempt=1)
+    with Outbox(sink) as outbox:
+        for event in (progress(1), progress(2), storing):
+            outbox.post(JOB, event)
+        outbox.flush(5)
+    assert sink.events[-2:] == [progress(2), storing]
+
+
+def test_of_one_layer_only_the_newest_frame_waits() -> None:
+    sink = stuck()
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, frame(0))
+        assert sink.entered.wait(5)
+        for value in range(50):
+            outbox.post(JOB, layer_frame(0, value))
+            outbox.post(JOB, layer_frame(1, value))
+        sink.open.set()
+        outbox.flush(5)
+    assert sink.of(LayerFrame) == [layer_frame(0, 49), layer_frame(1, 49)]
+
+
+def test_a_scan_never_waits_for_a_stream_that_stands_still() -> None:
+    sink = stuck()
+    ended = Ended(state=JobState.SUCCEEDED, attempt=1)
+    with Outbox(sink) as outbox:
+        began = time.monotonic()
+        for token_idx in range(LARGEST_BACKLOG + 500):
+            outbox.post(JOB, frame(token_idx))
+        outbox.post(JOB, ended)
+        assert time.monotonic() - began < 1
+        assert not outbox.flush(0.05)
+        sink.open.set()
+        assert outbox.flush(5)
+    assert len(sink.of(ActivationFrame)) <= LARGEST_BACKLOG + 1
+    assert sink.events[-1] == ended
+
+
+def test_leaving_publishes_what_was_posted() -> None:
+    sink = Collected()
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, progress(1))
+        outbox.post(JOB, progress(2))
+        outbox.post(JOB, frame(0))
+    assert progress(2) in sink.events
+    assert frame(0) in sink.events
+    assert "outbox" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_jobs_do_not_use_up_each_others_progress() -> None:
+    sink = Collected()
+    other = uuid4()
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, progress(1))
+        outbox.post(other, progress(2))
+        assert until(lambda: len(sink.events) == 2, seconds=1 / reporter.PROGRESS_PER_SECOND)

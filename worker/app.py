@@ -1,0 +1,75 @@
+"""The worker as a Celery program: one thread that runs tickets, one that listens to the broker.
+
+Celery runs things; it remembers nothing. No fork after torch: the pool is a thread.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import structlog
+from celery import Celery, signals
+
+from neural_mri.backing.queue import TaskName
+from worker.attempts import Attempts
+
+__all__ = ("CeleryIntake", "serve")
+
+NOISY_LOGGERS = ("celery.app.trace", "celery.worker.strategy")
+"""They would say two lines a ticket."""
+
+log = structlog.get_logger(__name__)
+
+
+class CeleryIntake:
+    """Opens and closes queues of the running worker, from any thread."""
+
+    def __init__(self) -> None:
+        self._consumer: Any = None
+
+    def attach(self, consumer: Any) -> None:
+        """Celery's consumer, once it runs."""
+        self._consumer = consumer
+
+    def open(self, queue: str) -> None:
+        """Take tickets from the queue from now on."""
+        self._consumer.call_soon(self._consumer.add_task_queue, queue)
+
+    def close(self, queue: str) -> None:
+        """Take no more tickets from the queue."""
+        self._consumer.call_soon(self._consumer.cancel_task_queue, queue)
+
+
+def serve(
+    app: Celery, attempts: Attempts, intake: CeleryIntake, *, name: str, queues: Iterable[str]
+) -> int:
+    """Take tickets until SIGTERM, which lets the running job end. The exit status."""
+    for noisy in NOISY_LOGGERS:
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+    def ticket(queue: str) -> None:
+        attempts.take(queue)
+
+    def keep_our_logs(**_: Any) -> None:
+        """A receiver of this signal, whatever it does, keeps Celery from setting up its own."""
+
+    def ready(sender: Any, **_: Any) -> None:
+        intake.attach(sender)
+        log.info("worker_ready", worker=name)
+
+    app.task(name=TaskName.TICKET.value)(ticket)
+    signals.setup_logging.connect(keep_our_logs, weak=False)
+    signals.worker_ready.connect(ready, weak=False)
+    app.conf.update(worker_redirect_stdouts=False, worker_disable_rate_limits=True)
+    worker = app.Worker(
+        hostname=name,
+        pool="threads",
+        concurrency=1,
+        queues=sorted(queues),
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    worker.start()
+    return int(worker.exitcode or 0)

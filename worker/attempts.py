@@ -1,0 +1,297 @@
+"""From a ticket to the end of the jobs it brings: claim, perform, store, move.
+
+Every move names its attempt; where the fence has fallen the attempt stops, and leaves nothing but chunks
+under their own hash. Runs on one thread, the one that runs torch.
+"""
+
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Protocol, TypeVar
+
+import structlog
+import torch
+
+from neural_mri.backing import events, jobs, keys, models, storage
+from neural_mri.backing.database import Sessions
+from neural_mri.backing.jobs import Job, LeaseOwner
+from neural_mri.backing.settings import Settings
+from neural_mri.backing.storage import Store
+from neural_mri.contract.events import Artifact
+from neural_mri.contract.jobs import JobKind, JobState
+from neural_mri.contract.problems import ModelBusy, Problem, ProblemDocument, Unavailable
+from neural_mri.contract.results import TableRef
+from worker import scans
+from worker.keeper import Holding, Keeper, LeaseLost
+from worker.reporter import Outbox, Reporter
+from worker.residency import Residency
+from worker.scanner.listening import Cancelled
+
+__all__ = ("Attempts", "Intake", "InternalError", "OutOfMemory")
+
+DATABASE_PAUSE_SECONDS = 0.5
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+class InternalError(Problem):
+    """The job failed for a reason of the service's own."""
+
+    status = 500
+
+
+class OutOfMemory(Problem):
+    """The job needs more memory than the worker's device has."""
+
+    status = 507
+
+
+class Intake(Protocol):
+    """The queues from which this worker takes tickets."""
+
+    def open(self, queue: str) -> None:
+        """Take tickets from the queue from now on."""
+
+    def close(self, queue: str) -> None:
+        """Take no more tickets from the queue."""
+
+
+class Attempts:
+    """Runs what this worker claims."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        sessions: Sessions,
+        store: Store,
+        owner: LeaseOwner,
+        keeper: Keeper,
+        outbox: Outbox,
+        residency: Residency,
+        intake: Intake,
+    ) -> None:
+        self._settings = settings
+        self._sessions = sessions
+        self._store = store
+        self._owner = owner
+        self._keeper = keeper
+        self._outbox = outbox
+        self._residency = residency
+        self._intake = intake
+
+    def take(self, queue: str) -> int:
+        """Claim from a queue and run what was claimed; how many jobs that were.
+
+        Often none: tickets are crude, and one too many is no matter. One for a model that has been
+        released leaves the work to whoever holds the model.
+        """
+        if queue not in self._residency.queues():
+            log.info("ticket_not_served", queue=queue)
+            return 0
+        try:
+            claimed = self._sessions.write(
+                jobs.claim,
+                queue=queue,
+                owner=self._owner,
+                limit=1,
+                lease_seconds=self._settings.lease_seconds,
+            )
+        except Unavailable as error:
+            log.warning("nothing_claimed", queue=queue, error=str(error))
+            return 0
+        with ExitStack() as leases:
+            for holding in [leases.enter_context(self._keeper.holding(job)) for job in claimed]:
+                job = holding.job
+                with structlog.contextvars.bound_contextvars(
+                    job_id=str(job.id), model=job.model, attempt=job.attempt
+                ):
+                    self._attempt(holding)
+        return len(claimed)
+
+    def _attempt(self, holding: Holding) -> None:
+        """Bring one job to an end. The process's one broad except: a job takes no other along."""
+        started = time.perf_counter()
+        try:
+            self._tell(holding.job)
+            self._perform(holding)
+        except LeaseLost:
+            log.warning("lease_lost")
+        except Cancelled:
+            self._end(holding, JobState.CANCELLED)
+        except Problem as problem:
+            self._end(holding, JobState.FAILED, problem.document())
+        except Exception as error:  # noqa: BLE001
+            self._end(holding, JobState.FAILED, _diagnosis(error).document())
+            if isinstance(error, torch.AcceleratorError):
+                # The device's context is lost with it: this process will compute nothing more.
+                os.kill(os.getpid(), signal.SIGTERM)
+        log.info(
+            "attempt_ended", kind=holding.job.kind, seconds=round(time.perf_counter() - started, 4)
+        )
+
+    def _perform(self, holding: Holding) -> None:
+        match holding.job.kind:
+            case JobKind.SCAN:
+                self._scan(holding)
+            case JobKind.LOAD:
+                self._load(holding)
+            case JobKind.UNLOAD:
+                self._unload(holding)
+
+    def _scan(self, holding: Holding) -> None:
+        job = holding.job
+        self._move(holding, JobState.RUNNING)
+        reporter = Reporter(self._outbox, job.id, holding.check)
+        scanned = scans.perform(
+            job,
+            self._insisting(lambda: self._sessions.read(models.get, job.model)),
+            self._residency.get(job.revision),
+            models_dir=self._settings.models_dir,
+            listener=reporter,
+        )
+        self._move(holding, JobState.STORING)
+        result = storage.save_result(
+            self._store,
+            job.id,
+            job.attempt,
+            scanned.manifest,
+            scanned.tables,
+            stored=_counting(reporter, len(scanned.tables)),
+        )
+        try:
+            ended = self._advance(holding, JobState.SUCCEEDED, manifest=result.path)
+        except LeaseLost:
+            self._store.delete(result.path)
+            raise
+        for ref in result.manifest.tables:
+            url = f"{ended.view().links['result']}/{ref.name}"
+            self._outbox.post(job.id, Artifact(table=ref.name, url=url, bytes=ref.bytes))
+        self._tell(ended)
+
+    def _load(self, holding: Holding) -> None:
+        job = holding.job
+        self._move(holding, JobState.LOADING)
+        held_before = self._residency.get(job.revision) is not None
+        reporter = Reporter(self._outbox, job.id, holding.check)
+        resident = self._residency.load(job.model, reporter.progress)
+        revision = resident.registered.revision
+        try:
+            holding.check()
+            self._move(holding, JobState.RUNNING)
+            self._move(holding, JobState.STORING)
+            self._want(job.model, wanted=True)
+            self._keeper.beat()
+            ended = self._advance(holding, JobState.SUCCEEDED)
+        except Cancelled:
+            if not held_before:
+                self._residency.release(revision)
+                self._keeper.beat()
+            raise
+        self._intake.open(keys.scan_queue(revision))
+        self._tell(ended)
+
+    def _unload(self, holding: Holding) -> None:
+        job = holding.job
+        self._move(holding, JobState.RUNNING)
+        if self._residency.is_pinned(job.revision):
+            raise ModelBusy(
+                f"{job.model} is pinned (NEURAL_MRI_PINNED_MODELS) and stays loaded",
+                model=job.model,
+            )
+        # First, so that a worker that starts again meanwhile does not load it again.
+        self._want(job.model, wanted=False)
+        self._intake.close(keys.scan_queue(job.revision))
+        self._residency.release(job.revision)
+        self._keeper.beat()
+        self._move(holding, JobState.STORING)
+        self._tell(self._advance(holding, JobState.SUCCEEDED))
+
+    def _want(self, name: str, *, wanted: bool) -> None:
+        self._insisting(lambda: self._sessions.write(models.set_wanted, name, wanted))
+
+    def _move(self, holding: Holding, to: JobState) -> None:
+        """Move the job and say so. Raises `LeaseLost` where it is no longer ours to move."""
+        self._tell(self._advance(holding, to))
+
+    def _end(self, holding: Holding, to: JobState, problem: ProblemDocument | None = None) -> None:
+        try:
+            self._tell(self._advance(holding, to, problem=problem))
+        except LeaseLost:
+            log.warning("lease_lost")
+
+    def _advance(
+        self,
+        holding: Holding,
+        to: JobState,
+        *,
+        manifest: str | None = None,
+        problem: ProblemDocument | None = None,
+    ) -> Job:
+        """The moved job. Raises `LeaseLost`."""
+        job = holding.job
+        moved = self._insisting(
+            lambda: self._sessions.write(
+                jobs.advance,
+                job.id,
+                to,
+                attempt=job.attempt,
+                manifest=manifest,
+                problem=problem,
+            )
+        )
+        if moved is None:
+            raise LeaseLost(f"job {job.id} is no longer held by attempt {job.attempt}")
+        return moved
+
+    def _tell(self, job: Job) -> None:
+        self._outbox.post(job.id, events.change_of(job))
+
+    def _insisting(self, work: Callable[[], T]) -> T:
+        """The result of a transaction, however long the database is away.
+
+        There is nothing better to do: what was computed would be lost, and the fence decides in the end.
+        """
+        while True:
+            try:
+                return work()
+            except Unavailable as error:
+                log.warning("database_awaited", error=str(error))
+                time.sleep(DATABASE_PAUSE_SECONDS)
+
+
+def _counting(reporter: Reporter, total: int) -> Callable[[TableRef], None]:
+    """Reports tables as they are stored, and stops between two of them."""
+    done = 0
+
+    def stored(_ref: TableRef) -> None:
+        nonlocal done
+        done += 1
+        reporter.progress("store", done, total)
+        reporter.checkpoint()
+
+    return stored
+
+
+def _diagnosis(error: Exception) -> Problem:
+    """What the caller is told of an error that nobody foresaw; the log has the rest."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _cannot_allocate(error):
+        log.warning("out_of_memory", error=str(error))
+        return OutOfMemory(
+            "the worker's memory does not hold this scan: send a shorter prompt, or fewer layers"
+        )
+    incident = secrets.token_hex(4)
+    log.error("attempt_failed", incident=incident, exc_info=error)
+    return InternalError(
+        f"the service failed; its log knows more under incident {incident}", incident=incident
+    )
+
+
+def _cannot_allocate(error: Exception) -> bool:
+    # On the CPU torch says it in words only.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)

@@ -1,0 +1,179 @@
+"""What a running scan says, on its way to the event stream.
+
+The scan must never wait for Redis, so it posts to an `Outbox` and a thread publishes. The outbox bounds
+what it holds and what it sends: progress at most `PROGRESS_PER_SECOND` a job (the last one of a stage
+always), of one layer the newest frame only, token frames all and in order.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, Self
+from uuid import UUID
+
+import structlog
+
+from neural_mri.contract.events import (
+    ActivationFrame,
+    Ended,
+    Event,
+    LayerFrame,
+    Progress,
+    StateChanged,
+)
+
+__all__ = ("EventSink", "Outbox", "Reporter")
+
+PROGRESS_PER_SECOND = 20
+LARGEST_BACKLOG = 4000
+"""Events waiting to be published. Beyond it frames are dropped: the stored tables have them all."""
+
+log = structlog.get_logger(__name__)
+
+
+class EventSink(Protocol):
+    """Where events go: `backing.events.Publisher`, which never raises."""
+
+    def publish(self, job_id: UUID, event: Event) -> None:
+        """Append the event to the job's stream."""
+
+
+class _Waiting(NamedTuple):
+    job_id: UUID
+    event: Event
+
+
+class Outbox:
+    """Events on their way out, published by a thread of its own. Use as a context manager."""
+
+    def __init__(self, sink: EventSink) -> None:
+        self._sink = sink
+        self._changed = threading.Condition()
+        self._waiting: deque[_Waiting] = deque()
+        self._held: dict[UUID, Progress] = {}
+        """Progress not yet due."""
+        self._due: dict[UUID, float] = {}
+        """When each job may next report progress, on the monotonic clock."""
+        self._sending = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._publish, name="outbox", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.flush(timeout_seconds=2.0)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout=2.0)
+
+    def post(self, job_id: UUID, event: Event) -> None:
+        """Queue an event; returns at once."""
+        with self._changed:
+            match event:
+                case Progress():
+                    self._hold(job_id, event)
+                case LayerFrame():
+                    self._replace_or_append(job_id, event)
+                case ActivationFrame():
+                    self._append(job_id, event)
+                case _:
+                    self._release(job_id)
+                    self._append(job_id, event)
+            if isinstance(event, Ended):
+                self._due.pop(job_id, None)
+            self._changed.notify_all()
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until everything posted so far is published; whether it was in time."""
+        with self._changed:
+            for job_id in tuple(self._held):
+                self._release(job_id)
+            self._changed.notify_all()
+            return self._changed.wait_for(
+                lambda: not self._waiting and not self._sending, timeout_seconds
+            )
+
+    def _hold(self, job_id: UUID, progress: Progress) -> None:
+        held = self._held.get(job_id)
+        if held is not None and held.stage != progress.stage:
+            self._release(job_id)
+        self._held[job_id] = progress
+        if progress.done >= progress.total:
+            self._release(job_id)  # the last one of its stage
+
+    def _release(self, job_id: UUID) -> None:
+        progress = self._held.pop(job_id, None)
+        if progress is not None:
+            self._due[job_id] = time.monotonic() + 1 / PROGRESS_PER_SECOND
+            self._append(job_id, progress)
+
+    def _replace_or_append(self, job_id: UUID, frame: LayerFrame) -> None:
+        for place, (waiting_id, waiting) in enumerate(self._waiting):
+            if (
+                waiting_id == job_id
+                and isinstance(waiting, LayerFrame)
+                and waiting.layer == frame.layer
+            ):
+                self._waiting[place] = _Waiting(job_id, frame)
+                return
+        self._append(job_id, frame)
+
+    def _append(self, job_id: UUID, event: Event) -> None:
+        if len(self._waiting) >= LARGEST_BACKLOG and not isinstance(event, StateChanged | Ended):
+            log.warning("event_dropped", job_id=str(job_id), backlog=len(self._waiting))
+            return
+        self._waiting.append(_Waiting(job_id, event))
+
+    def _publish(self) -> None:
+        while True:
+            with self._changed:
+                self._sending = False
+                self._changed.notify_all()
+                while not self._closing:
+                    pause = self._release_due()
+                    if self._waiting:
+                        break
+                    self._changed.wait(pause)
+                if not self._waiting:
+                    return
+                job_id, event = self._waiting.popleft()
+                self._sending = True
+            self._sink.publish(job_id, event)
+
+    def _release_due(self) -> float | None:
+        """Release the progress that is due; seconds until the next is, None when none is held."""
+        now = time.monotonic()
+        for job_id in tuple(self._held):
+            if self._due.get(job_id, 0.0) <= now:
+                self._release(job_id)
+        pauses = [self._due[job_id] - now for job_id in self._held]
+        return min(pauses, default=None)
+
+
+class Reporter:
+    """The listener of one job's scan."""
+
+    def __init__(self, outbox: Outbox, job_id: UUID, check: Callable[[], None]) -> None:
+        self._outbox = outbox
+        self._job_id = job_id
+        self._check = check
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` steps of a stage are behind us."""
+        self._outbox.post(self._job_id, Progress(stage=stage, done=done, total=total))
+
+    def layer(self, frame: LayerFrame) -> None:
+        """A layer has been computed."""
+        self._outbox.post(self._job_id, frame)
+
+    def frame(self, frame: ActivationFrame) -> None:
+        """A token's components are known."""
+        self._outbox.post(self._job_id, frame)
+
+    def checkpoint(self) -> None:
+        """Raises what should stop the scan: cancelled, or the lease was lost."""
+        self._check()

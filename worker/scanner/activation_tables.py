@@ -1,0 +1,160 @@
+"""An fMRI scan's numbers as Arrow tables."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import pyarrow as pa
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from neural_mri.contract.components import Component, Kind
+from neural_mri.contract.results import build, component_columns, positions_column
+from neural_mri.contract.scans import ActivationScan
+from neural_mri.contract.tokens import Tokens
+from worker.scanner.layer_summaries import Neurons, Vectors
+from worker.scanner.loading import LoadedModel
+from worker.scanner.measures import largest, unit
+from worker.scanner.prompts import finished
+
+__all__ = (
+    "activations_table",
+    "neurons_table",
+    "predictions_table",
+    "tokens_table",
+    "vectors_table",
+)
+
+_METHOD = (
+    "one plain forward; of each vector that is written to the residual stream (head: z W_O[head]; where "
+    "a norm follows the sublayer, after that norm, frozen), and of the residual stream itself"
+)
+_BYTES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
+"""Logits that are looked at together: what fits into a cache, or keeps a GPU busy."""
+
+
+def _column(values: Tensor, dtype: torch.dtype) -> pa.Array:
+    return pa.array(values.reshape(-1).to("cpu", dtype).numpy())
+
+
+@lru_cache(maxsize=8)
+def _component_columns(components: tuple[Component, ...]) -> dict[str, pa.Array]:
+    """The columns of a selection that is asked for again and again."""
+    return component_columns(components)
+
+
+def _repeated(values: Sequence[int], *, each: int, times: int) -> Tensor:
+    """`values`, each of them `each` times in a row, all of it `times` over."""
+    return torch.tensor(values).repeat_interleave(each).repeat(times)
+
+
+def tokens_table(tokens: Tokens, sinks: Bool[Tensor, " pos"]) -> pa.Table:
+    """The prompt."""
+    columns = {
+        "position": pa.array(range(len(tokens)), pa.int32()),
+        "token_id": pa.array(tokens.ids, pa.int32()),
+        "text": pa.array(tokens.texts, pa.string()),
+        "start": pa.array([span.start for span in tokens.spans], pa.int32()),
+        "end": pa.array([span.end for span in tokens.spans], pa.int32()),
+        "sink": pa.array(sinks.tolist(), pa.bool_()),
+    }
+    return finished(
+        build("tokens", columns),
+        "tokens",
+        unit="tokens",
+        method="sink: position 0, or a block's output longer than 10 x the median over the tokens "
+        "after the first",
+    )
+
+
+def activations_table(
+    request: ActivationScan,
+    components: Sequence[Component],
+    values: Float[Tensor, "component pos"],
+    positions: tuple[int, ...],
+) -> pa.Table:
+    """A row a component, a value a reported token."""
+    value = positions_column(_column(values, torch.float32), len(positions))
+    return finished(
+        build("activations", _component_columns(tuple(components)), value),
+        "activations",
+        unit=unit(request.aggregation),
+        method=f"{unit(request.aggregation)}: {_METHOD}",
+        positions=positions,
+        aggregation=request.aggregation,
+    )
+
+
+def vectors_table(vectors: Vectors, positions: tuple[int, ...]) -> pa.Table:
+    """A row a component and reported token, d_model values."""
+    components, values = vectors
+    by_row = [component for component in components for _ in positions]
+    columns = component_columns(by_row)
+    columns["position"] = _column(_repeated(positions, each=1, times=len(components)), torch.int32)
+    value = positions_column(_column(values, torch.float32), values.shape[-1])
+    return finished(
+        build("vectors", columns, value),
+        "vectors",
+        unit="residual stream coordinate",
+        method=_METHOD,
+    )
+
+
+def neurons_table(neurons: Neurons, positions: tuple[int, ...]) -> pa.Table:
+    """The strongest neurons of each MLP and reported position, strongest first."""
+    layers, indices, values = neurons
+    n_positions, n_ranks = indices.shape[1:]
+    n_rows = n_positions * n_ranks
+    names = pa.array([str(Component(Kind.MLP, layer)) for layer in layers], pa.string())
+    columns = {
+        "component": names.take(
+            _column(_repeated(range(len(layers)), each=n_rows, times=1), torch.int32)
+        ),
+        "layer": _column(_repeated(layers, each=n_rows, times=1), torch.int16),
+        "position": _column(_repeated(positions, each=n_ranks, times=len(layers)), torch.int32),
+        "rank": _column(
+            _repeated(range(n_ranks), each=1, times=len(layers) * n_positions), torch.int16
+        ),
+        "neuron": _column(indices, torch.int32),
+        "value": _column(values, torch.float32),
+    }
+    return finished(
+        build("neurons", columns),
+        "neurons",
+        unit="hidden activation",
+        method="the input of W_out (where the MLP is gated: activation x up), by absolute value",
+    )
+
+
+def predictions_table(
+    model: LoadedModel,
+    request: ActivationScan,
+    logits: Float[Tensor, "pos d_vocab"],
+    positions: tuple[int, ...],
+) -> pa.Table:
+    """The likeliest next tokens after each reported position, likeliest first."""
+    n_ranks = min(request.top_predictions, logits.shape[-1])
+    rows_at_once = max(1, _BYTES_AT_ONCE[logits.device.type] // (4 * logits.shape[-1]))
+    tops, normalisers = [], []
+    for rows in torch.split(logits, rows_at_once):
+        exact = rows.float()
+        tops.append(largest(exact, n_ranks))
+        normalisers.append(exact.logsumexp(-1, keepdim=True))
+    top_logits = torch.cat([top.values for top in tops]).cpu()
+    token_ids = torch.cat([top.indices for top in tops]).cpu()
+    log_probabilities = top_logits - torch.cat(normalisers).cpu()
+    columns = {
+        "position": _column(_repeated(positions, each=n_ranks, times=1), torch.int32),
+        "rank": _column(_repeated(range(n_ranks), each=1, times=len(positions)), torch.int16),
+        "token_id": _column(token_ids, torch.int32),
+        "text": pa.array([model.text(token) for token in token_ids.view(-1).tolist()], pa.string()),
+        "logit": _column(top_logits, torch.float32),
+        "log_probability": _column(log_probabilities, torch.float32),
+        "probability": _column(log_probabilities.exp(), torch.float32),
+    }
+    return finished(
+        build("predictions", columns),
+        "predictions",
+        unit="probability",
+        method="softmax of the model's logits, in float32",
+    )

@@ -1,0 +1,112 @@
+"""TransformerLens's loaders and how Hugging Face's models become its bridges. Named here alone.
+
+A bridge wraps a model *in place* and needs eager attention, which costs a third more than a plain
+forward. So the model is kept twice, on the same tensors: plain for reading, bridged for intervening.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import (
+    build_bridge_config_from_hf,
+    build_bridge_from_module,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from neural_mri.contract.models import Numerics
+from neural_mri.contract.problems import UnsupportedModel
+
+__all__ = (
+    "adapter",
+    "bridge",
+    "plain_model",
+    "read_configuration",
+    "refuse_incomplete",
+    "skeleton",
+)
+
+# Their signatures are written for readers, not for type checkers.
+_AutoConfig: Any = AutoConfig
+_AutoModel: Any = AutoModelForCausalLM
+
+
+def read_configuration(folder: Path) -> PretrainedConfig:
+    """The model's `config.json`. Raises `UnsupportedModel` when transformers cannot read it."""
+    try:
+        found: PretrainedConfig = _AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModel(
+            f"{folder.name} has no configuration that transformers can read: {error}"
+        ) from error
+    return found
+
+
+def skeleton(configuration: PretrainedConfig) -> PreTrainedModel:
+    """The model's modules on the meta device: shapes and names, no weights, no memory."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = _AutoModel.from_config(configuration, trust_remote_code=False)
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"{configuration.model_type} is not a causal language model: {error}"
+        ) from error
+    model.tie_weights()
+    return model
+
+
+def adapter(model: PreTrainedModel) -> Any:
+    """TransformerLens's description of the model's family: which module plays which part."""
+    family = type(model).__name__
+    try:
+        settings = build_bridge_config_from_hf(model.config, family, family, torch.float32)
+        return ArchitectureAdapterFactory.select_architecture_adapter(settings)
+    except ValueError as error:
+        raise UnsupportedModel(f"TransformerLens cannot bridge {family}: {error}") from error
+
+
+def plain_model(folder: Path, numerics: Numerics) -> PreTrainedModel:
+    """The model as Hugging Face runs it, frozen, from the folder's safetensors only."""
+    try:
+        model, report = _AutoModel.from_pretrained(
+            folder,
+            dtype=getattr(torch, numerics.dtype),
+            attn_implementation=numerics.attention,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UnsupportedModel(f"{folder.name} cannot be loaded: {error}") from error
+    refuse_incomplete(folder.name, report)
+    placed: PreTrainedModel = model.requires_grad_(False).eval().to(numerics.device)
+    return placed
+
+
+def refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
+    """Raises `UnsupportedModel` when weights were missing: transformers makes up random ones instead."""
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report[problem]:
+            raise UnsupportedModel(
+                f"{name} has {problem.replace('_', ' ')}: {min(report[problem])}"
+            )
+
+
+def bridge(plain: PreTrainedModel) -> TransformerBridge:
+    """A bridge over a twin of the model: modules of its own, the very same tensors."""
+    shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
+    twin = copy.deepcopy(plain, shared)
+    twin.set_attn_implementation("eager")
+    bridged = build_bridge_from_module(twin, type(twin).__name__, hf_config=twin.config)
+    for parameter in bridged.parameters():
+        # Fused projections are split into new parameters, which are born wanting gradients.
+        parameter.requires_grad_(False)
+    return bridged

@@ -1,0 +1,323 @@
+"""Changing what components write while the plain model runs; never a weight.
+
+Every operation is an edit of some rows of one batch, `value -> scale * value + offset`, where the offset may
+be another row's value (a patch) or noise measured in the component's own size. Edits that meet at one hook
+are applied as one gather, one multiply-add and one scatter, however many users they come from.
+
+Rows that share their tokens with the clean row are not computed before the first block in which they
+differ: the batch grows there.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from neural_mri.contract.components import Component, Kind
+from neural_mri.contract.models import Architecture
+from worker.scanner.hooks import tensor_in, tensor_out
+from worker.scanner.loading import LoadedModel
+from worker.scanner.sites import BlockModules
+
+__all__ = ("Edit", "Rows", "forward", "width")
+
+CLEAN = 0
+"""The row that nothing is done to."""
+
+
+class Edit(NamedTuple):
+    """One change to one component of one row."""
+
+    row: int
+    component: Component
+    positions: tuple[int, ...]
+    scale: float = 1.0
+    offset: Float[Tensor, "*pos width"] | None = None
+    """Added; one vector for all positions or one for each."""
+    source_row: int | None = None
+    """Row whose own value at the same place and positions is added."""
+    noise: Float[Tensor, "pos width"] | None = None
+    """Added times the component's root mean square over positions 1 and later of the clean row."""
+
+
+class Rows(NamedTuple):
+    """The rows of one batch: prompts that are read from the start, then copies of the clean one."""
+
+    prompts: Int[Tensor, "prompt pos"]
+    """Row 0 is the clean prompt."""
+    copies: int
+    """Rows that follow: the clean prompt again, each to be edited."""
+
+    @property
+    def total(self) -> int:
+        """Rows in the end."""
+        return len(self.prompts) + self.copies
+
+
+class _Point(NamedTuple):
+    """One place in a block where values can be changed. In the order a block comes to them."""
+
+    layer: int
+    part: str
+
+
+_PARTS = {
+    Kind.EMBED: "embed",
+    Kind.RESID_PRE: "resid_pre",
+    Kind.HEAD: "z",
+    Kind.ATTN: "attn",
+    Kind.RESID_MID: "resid_mid",
+    Kind.NEURON: "hidden",
+    Kind.MLP: "mlp",
+    Kind.RESID_POST: "resid_post",
+}
+
+
+class _Source(NamedTuple):
+    """Another row's values, added."""
+
+    where: tuple[Tensor, ...]
+    weight: Float[Tensor, "n 1"]
+    """1, or 0 for an entry that takes nothing."""
+
+
+class _Round(NamedTuple):
+    """Edits at one point of which no two meet: `n` entries, one a row and position."""
+
+    where: tuple[Tensor, ...]
+    """Indices of each entry: row, position, and head or neuron where there is one."""
+    scale: Float[Tensor, "n 1"]
+    offset: Float[Tensor, "n width"] | None
+    source: _Source | None
+    noise: Float[Tensor, "n width"] | None
+
+
+def width(kind: Kind, shape: Architecture) -> int:
+    """Numbers in a component's value where it is edited: a head's before W_O, one for a neuron."""
+    return {Kind.HEAD: shape.d_head, Kind.NEURON: 1}.get(kind, shape.d_model)
+
+
+def forward(
+    model: LoadedModel,
+    rows: Rows,
+    edits: Sequence[Edit],
+    readers: Callable[[], Any] | None = None,
+    on_layer: Callable[[int], None] | None = None,
+) -> Float[Tensor, "row pos d_vocab"]:
+    """Logits of every row of one pass. The model is as it was afterwards, whatever happened.
+
+    Args:
+        model: The model; runs on its plain twin.
+        rows: The batch. Edits may touch any row but the clean one.
+        edits: What is done, in this order where two meet in one place.
+        readers: Opens a context of reading hooks, called once the editing hooks are in place, so that
+            they see edited values.
+        on_layer: Called after each block; may raise to stop.
+    """
+    if any(not CLEAN < edit.row < rows.total for edit in edits):
+        raise ValueError(f"an edit names a row outside 1 to {rows.total - 1}")
+    with _editing(model, rows, edits, on_layer):
+        if readers is None:
+            return _run(model, rows)
+        with readers():
+            return _run(model, rows)
+
+
+def _run(model: LoadedModel, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
+    prompts = rows.prompts
+    if len(prompts) > 1:
+        # Masks are built for the rows that are there from the start: then all are.
+        prompts = torch.cat([prompts, prompts[:1].expand(rows.copies, -1)])
+    logits: Tensor = model.plain(input_ids=prompts, use_cache=False).logits
+    return logits
+
+
+def _first_layer(edits: Sequence[Edit]) -> int:
+    return min((edit.component.layer or 0 for edit in edits), default=0)
+
+
+@contextmanager
+def _editing(
+    model: LoadedModel,
+    rows: Rows,
+    edits: Sequence[Edit],
+    on_layer: Callable[[int], None] | None,
+) -> Iterator[None]:
+    plan = _compile(edits, model)
+    grow_at = _first_layer(edits) if len(rows.prompts) == 1 and rows.copies else None
+    handles: list[Any] = []
+    try:
+        for layer, block in enumerate(model.modules.blocks):
+            handles += _Block(layer, block, plan, model.architecture).hooks(
+                rows.copies if layer == grow_at else 0
+            )
+            if on_layer is not None:
+                handles.append(block.block.register_forward_hook(partial(_after, on_layer, layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _after(on_layer: Callable[[int], None], layer: int, *_: Any) -> None:
+    on_layer(layer)
+
+
+_Plan = dict[_Point, list[_Round]]
+
+
+class _Block:
+    """The editing hooks of one block."""
+
+    def __init__(self, layer: int, modules: BlockModules, plan: _Plan, shape: Architecture) -> None:
+        self._modules = modules
+        self._shape = shape
+        self._rounds = {
+            part: rounds for part in _PARTS.values() if (rounds := plan.get(_Point(layer, part)))
+        }
+        self._before: Tensor | None = None
+
+    def hooks(self, growth: int) -> Iterator[Any]:
+        """Register what is needed here; `growth` copies of the clean row join at the block's entry."""
+        parts, modules = self._rounds, self._modules
+        if growth or parts.keys() & {"embed", "resid_pre", "resid_mid"}:
+            yield modules.block.register_forward_pre_hook(partial(self._enter, growth))
+        if "z" in parts:
+            yield modules.w_o.register_forward_pre_hook(self._edit_z)
+        if parts.keys() & {"attn", "resid_mid"}:
+            yield modules.attn_write.register_forward_hook(self._edit_attn)
+        if "hidden" in parts:
+            yield modules.w_out.register_forward_pre_hook(self._edit_hidden)
+        if "mlp" in parts:
+            yield modules.mlp_write.register_forward_hook(partial(self._edit_output, "mlp"))
+        if "resid_post" in parts:
+            yield modules.block.register_forward_hook(partial(self._edit_output, "resid_post"))
+
+    def _enter(self, growth: int, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        value = tensor_in(args)
+        if growth:
+            value = torch.cat([value, value[CLEAN : CLEAN + 1].expand(growth, -1, -1)])
+        value = self._apply("resid_pre", self._apply("embed", value))
+        if "resid_mid" in self._rounds:
+            self._before = value
+        return (value, *args[1:])
+
+    def _edit_z(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        z = tensor_in(args)
+        by_head = z.view(*z.shape[:-1], self._shape.n_heads, self._shape.d_head)
+        return (self._apply("z", by_head).flatten(-2), *args[1:])
+
+    def _edit_hidden(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = tensor_in(args)
+        return (self._apply("hidden", hidden.unsqueeze(-1)).squeeze(-1), *args[1:])
+
+    def _edit_attn(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        written = self._apply("attn", tensor_out(output))
+        if self._before is not None:
+            # No module puts out the residual between the sublayers: what makes it is changed.
+            before, self._before = self._before, None
+            written = self._apply("resid_mid", before + written) - before
+        return _replaced(output, written)
+
+    def _edit_output(
+        self, part: str, _module: nn.Module, _args: tuple[Any, ...], output: Any
+    ) -> Any:
+        return _replaced(output, self._apply(part, tensor_out(output)))
+
+    def _apply(self, part: str, value: Tensor) -> Tensor:
+        for step in self._rounds.get(part, ()):
+            value = _applied(step, value)
+        return value
+
+
+def _replaced(output: Any, value: Tensor) -> Any:
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
+def _applied(step: _Round, value: Tensor) -> Tensor:
+    changed = value[step.where] * step.scale
+    if step.offset is not None:
+        changed = changed + step.offset
+    if step.source is not None:
+        changed = changed + value[step.source.where] * step.source.weight
+    if step.noise is not None:
+        clean = value[CLEAN]
+        # Position 0 carries the attention sink: its size is not the component's.
+        typical = clean[1:] if len(clean) > 1 else clean
+        size = typical.float().square().mean(dim=(0, -1)).sqrt().to(value.dtype)
+        own = size[step.where[2]].unsqueeze(-1) if len(step.where) > 2 else size
+        changed = changed + step.noise * own
+    edited = value.clone()
+    edited[step.where] = changed
+    return edited
+
+
+def _compile(edits: Sequence[Edit], model: LoadedModel) -> _Plan:
+    """The rounds of each point: an edit joins the first round after the last that it meets."""
+    rounds: defaultdict[_Point, list[list[Edit]]] = defaultdict(list)
+    for edit in edits:
+        point = _Point(edit.component.layer or 0, _PARTS[edit.component.kind])
+        at_point = rounds[point]
+        after = max((i for i, others in enumerate(at_point) if _meets(edit, others)), default=-1)
+        if after + 1 == len(at_point):
+            at_point.append([])
+        at_point[after + 1].append(edit)
+    return {point: [_round(group, model) for group in groups] for point, groups in rounds.items()}
+
+
+def _meets(edit: Edit, others: Sequence[Edit]) -> bool:
+    """Whether the edit changes, or reads, an entry that one of the others changes."""
+    touched = set(edit.positions)
+    return any(
+        other.row in (edit.row, edit.source_row)
+        and other.component.index == edit.component.index
+        and touched & set(other.positions)
+        for other in others
+    )
+
+
+def _round(edits: Sequence[Edit], model: LoadedModel) -> _Round:
+    device, dtype = model.device, model.plain.dtype
+    numbers = width(edits[0].component.kind, model.architecture)
+
+    def indices(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    def column(values: Sequence[float]) -> Float[Tensor, "n 1"]:
+        return torch.tensor(values, device=device, dtype=dtype).unsqueeze(-1)
+
+    def stacked(given: Sequence[Tensor | None]) -> Float[Tensor, "n width"] | None:
+        if all(one is None for one in given):
+            return None
+        return torch.cat(
+            [
+                torch.zeros(len(edit.positions), numbers, device=device, dtype=dtype)
+                if one is None
+                else one.to(device, dtype).expand(len(edit.positions), numbers)
+                for edit, one in zip(edits, given, strict=True)
+            ]
+        )
+
+    entries = [(edit, position) for edit in edits for position in edit.positions]
+    rows = indices([edit.row for edit, _ in entries])
+    place: tuple[Tensor, ...] = (indices([position for _, position in entries]),)
+    if edits[0].component.index is not None:
+        place = (*place, indices([edit.component.index or 0 for edit, _ in entries]))
+    source = None
+    if any(edit.source_row is not None for edit in edits):
+        source = _Source(
+            (indices([edit.source_row or CLEAN for edit, _ in entries]), *place),
+            column([float(edit.source_row is not None) for edit, _ in entries]),
+        )
+    return _Round(
+        where=(rows, *place),
+        scale=column([edit.scale for edit, _ in entries]),
+        offset=stacked([edit.offset for edit in edits]),
+        source=source,
+        noise=stacked([edit.noise for edit in edits]),
+    )

@@ -1,0 +1,158 @@
+"""Reading the layers of a plain model while it runs.
+
+Hooks only take hold of tensors. They are summarised as soon as enough has gathered, so that no more than
+`GATHERED_BYTES`, or one layer, is kept alive for it; where that happens depends on shapes alone, so that
+equal scans give equal digits.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neural_mri.contract.components import Component, Kind
+from neural_mri.contract.events import LayerFrame
+from neural_mri.contract.scans import ActivationScan
+from worker.scanner.hooks import Reader, hooked, tensor_in, tensor_out
+from worker.scanner.layer_summaries import LayerTensors, Part, Summaries
+from worker.scanner.listening import Listener
+from worker.scanner.loading import LoadedModel
+from worker.scanner.measures import unit
+from worker.scanner.sites import BlockModules
+
+__all__ = ("GATHERED_BYTES", "Reading")
+
+GATHERED_BYTES = 4 << 20
+"""What is summarised together should still be in a processor's cache."""
+
+
+class Reading:
+    """One scan's readings: use `listening` round one forward, then read `summaries`."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        request: ActivationScan,
+        components: tuple[Component, ...],
+        positions: tuple[int, ...],
+        listener: Listener,
+    ) -> None:
+        self._modules = model.modules
+        self._n_layers = model.architecture.n_layers
+        self._kinds = frozenset(component.kind for component in components)
+        self._layers = frozenset(component.layer for component in components)
+        self._reads_neurons = Kind.MLP in self._kinds and request.top_neurons > 0
+        self._listener = listener
+        self._last_position = positions[-1]
+        self._unit = unit(request.aggregation)
+        self._kept = None
+        if request.token_positions != "all":
+            self._kept = torch.tensor(positions, device=model.device)
+        self._running: dict[Part, Tensor] = {}
+        self._gathered: list[LayerTensors] = []
+        self._gathered_bytes = 0
+        self.summaries = Summaries(
+            request,
+            components,
+            model.architecture,
+            model.output_maps,
+            n_positions=len(positions),
+            kept=self._kept,
+            device=model.device,
+        )
+
+    @property
+    def logits_to_keep(self) -> Tensor | int:
+        """The reported positions, as Hugging Face's models take them; 0 for all."""
+        return 0 if self._kept is None else self._kept
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Read the model's next forward."""
+        readers: list[tuple[nn.Module, Reader]] = []
+        for layer, block in enumerate(self._modules.blocks):
+            if layer in self._layers:
+                readers += self._readers_inside(block)
+            readers.append((block.block, partial(self._end_layer, layer)))
+        if Kind.UNEMBED in self._kinds:
+            readers.append((self._modules.final_norm, self._read_final_norm))
+        with hooked(*readers):
+            yield
+
+    def _readers_inside(self, block: BlockModules) -> Iterator[tuple[nn.Module, Reader]]:
+        """What must be seen inside a block for what is asked: one reader a module."""
+        z = Part.Z if Kind.HEAD in self._kinds else None
+        attn = Part.ATTN if self._kinds & {Kind.ATTN, Kind.HEAD, Kind.RESID_MID} else None
+        hidden = Part.HIDDEN if self._reads_neurons else None
+        mlp = Part.MLP if Kind.MLP in self._kinds else None
+        if block.attn_write is block.w_o:
+            yield block.w_o, partial(self._hold, z, attn)
+        else:
+            yield block.w_o, partial(self._hold, z, Part.PROJECTED if z else None)
+            yield block.attn_write, partial(self._hold, None, attn)
+        if block.mlp_write is block.w_out:
+            yield block.w_out, partial(self._hold, hidden, mlp)
+        else:
+            yield block.w_out, partial(self._hold, hidden, None)
+            yield block.mlp_write, partial(self._hold, None, mlp)
+
+    def _hold(
+        self,
+        taken: Part | None,
+        given: Part | None,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        output: Any,
+    ) -> None:
+        """Keep what a module took and gave, by the names of the parts that they are."""
+        if taken is not None:
+            self._running[taken] = self._at_positions(tensor_in(args))
+        if given is not None:
+            self._running[given] = self._at_positions(tensor_out(output))
+
+    def _at_positions(self, value: Tensor) -> Tensor:
+        """The one prompt of the batch, at reported positions."""
+        return value[0] if self._kept is None else value[0].index_select(0, self._kept)
+
+    def _end_layer(self, layer: int, _m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        parts, self._running = self._running, {}
+        if layer == 0 and Kind.EMBED in self._kinds:
+            self.summaries.add_embedding(self._at_positions(tensor_in(args)))
+        if layer in self._layers and any(kind.is_residual for kind in self._kinds):
+            parts[Part.BEFORE] = self._at_positions(tensor_in(args))
+        parts[Part.AFTER] = tensor_out(output)[0]
+        if self._gathered and self._gathered[-1].parts.keys() != parts.keys():
+            self._summarise()
+        self._gathered.append(LayerTensors(layer, parts))
+        self._gathered_bytes += sum(tensor.nbytes for tensor in parts.values())
+        if self._gathered_bytes >= GATHERED_BYTES or layer == self._n_layers - 1:
+            self._summarise()
+        self._listener.progress("forward", layer + 1, self._n_layers)
+        self._listener.checkpoint()
+
+    def _read_final_norm(self, _m: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        self.summaries.add_unembedding(self._at_positions(tensor_out(output)))
+
+    def _summarise(self) -> None:
+        self.summaries.add_layers(self._gathered)
+        for gathered in self._gathered:
+            if gathered.layer in self._layers:
+                self._tell(gathered.layer)
+        self._gathered, self._gathered_bytes = [], 0
+
+    def _tell(self, layer: int) -> None:
+        values = self.summaries.layer_values(layer)
+        self._listener.layer(
+            LayerFrame(
+                layer=layer,
+                token_idx=self._last_position,
+                heads=tuple(value for c, value in values.items() if c.kind is Kind.HEAD),
+                mlp=values.get(Component(Kind.MLP, layer)),
+                attn=values.get(Component(Kind.ATTN, layer)),
+                resid_post=values.get(Component(Kind.RESID_POST, layer)),
+                unit=self._unit,
+            )
+        )

@@ -1,0 +1,44 @@
+"""What a scan tells while it runs, and how it is stopped."""
+
+from typing import Protocol, runtime_checkable
+
+from neural_mri.contract.events import ActivationFrame, LayerFrame
+
+__all__ = ("Cancelled", "Listener", "Silent")
+
+
+class Cancelled(Exception):
+    """The scan was asked to stop, and stopped."""
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Hears a scan. Called on the thread that runs it, between steps of the model: be quick."""
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` steps of `stage` are behind us."""
+
+    def layer(self, frame: LayerFrame) -> None:
+        """A layer has been computed."""
+
+    def frame(self, frame: ActivationFrame) -> None:
+        """A token's values are known, exactly as they will be stored."""
+
+    def checkpoint(self) -> None:
+        """Raises `Cancelled` when the scan should go no further."""
+
+
+class Silent:
+    """Hears everything and says nothing."""
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def layer(self, frame: LayerFrame) -> None:
+        """Nothing."""
+
+    def frame(self, frame: ActivationFrame) -> None:
+        """Nothing."""
+
+    def checkpoint(self) -> None:
+        """Nothing: a scan that nobody hears is never stopped."""

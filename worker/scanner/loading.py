@@ -1,0 +1,135 @@
+"""From a model folder to a model that can be scanned, and back out of memory.
+
+A model is held as a *plain twin*, which runs as Hugging Face wrote it and is read by hooks of our own,
+and as a *bridge* with TransformerLens's hook points for everything that needs attention patterns or
+intervenes. Both stand on the same tensors.
+"""
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from neural_mri.contract.models import Architecture, Numerics
+from neural_mri.contract.problems import UnsupportedModel
+from worker.scanner import bridging, sites, topology, verification
+from worker.scanner.conversion import TOKENIZER_FILE
+from worker.scanner.output_maps import OutputMaps, output_maps
+
+__all__ = ("LoadedModel", "load", "published_numerics")
+
+
+class LoadedModel:
+    """A model on its device. One thread at a time: hooks are global to a module."""
+
+    plain: PreTrainedModel
+    """As Hugging Face runs it; costs what a plain forward costs."""
+    bridge: TransformerBridge
+    """With TransformerLens's hook points, on the same tensors."""
+    modules: sites.PlainModules
+    output_maps: OutputMaps
+
+    def __init__(
+        self, plain: PreTrainedModel, numerics: Numerics, vocabulary: tuple[str, ...]
+    ) -> None:
+        anatomy = topology.examine(plain)
+        self.architecture: Architecture = anatomy.architecture
+        self.numerics = numerics
+        self.vocabulary = vocabulary
+        """Text of each token id, as it reads after another token; empty without a tokenizer."""
+        self.plain = plain
+        self.modules = sites.modules(plain, anatomy.paths)
+        self.output_maps = output_maps(self.modules, self.architecture)
+        self.bridge = bridging.bridge(plain)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.plain.device
+        return device
+
+    def text(self, token_id: int) -> str:
+        """A token's text; empty where the model came without a tokenizer, or has ids beyond it."""
+        return self.vocabulary[token_id] if token_id < len(self.vocabulary) else ""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory the model takes on its device: each storage once, whoever shares it."""
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in (
+                *_tensors(self.plain),
+                *_tensors(self.bridge),
+                *self.output_maps.tensors(),
+            )
+        }
+        return sum(storages.values())
+
+    def release(self) -> None:
+        """Give the memory back, to the device and to the operating system. Good for nothing after."""
+        for tensor in (*_tensors(self.plain), *_tensors(self.bridge)):
+            # Whoever still holds a module holds no weights.
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
+        del self.plain, self.bridge, self.modules, self.output_maps
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if sys.platform == "linux":
+            # glibc keeps freed memory for itself until it is told to give it back.
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def load(folder: Path, numerics: Numerics) -> LoadedModel:
+    """Load a model folder: `config.json`, safetensors, and `tokenizer.json` for the texts.
+
+    Nothing else is read, nothing is downloaded, no code of the model's is run. The model is verified
+    before it is handed out. Raises `UnsupportedModel`, naming what is missing or does not hold.
+    """
+    possible = published_numerics(folder).attention
+    if numerics.attention not in (possible, "eager"):
+        raise UnsupportedModel(
+            f"{folder.name} cannot run with attention {numerics.attention!r}: expected {possible!r} "
+            "or 'eager'"
+        )
+    model = LoadedModel(
+        bridging.plain_model(folder, numerics), numerics, _vocabulary(folder / TOKENIZER_FILE)
+    )
+    try:
+        verification.verify(model.plain, model.bridge, model.modules, model.architecture)
+    except UnsupportedModel:
+        model.release()
+        raise
+    return model
+
+
+def published_numerics(folder: Path, *, dtype: str = "float32", device: str = "cpu") -> Numerics:
+    """The numerics a model runs with unless told otherwise: the fastest attention that it allows."""
+    skeleton = bridging.skeleton(bridging.read_configuration(folder))
+    attention: str = skeleton.config._attn_implementation  # noqa: SLF001  transformers has no other way
+    return Numerics(dtype=dtype, device=device, attention=attention)
+
+
+def _vocabulary(path: Path) -> tuple[str, ...]:
+    """Every token's text. A token alone may lose its leading space, so each is read after another."""
+    if not path.exists():
+        return ()
+    tokenizer = Tokenizer.from_file(str(path))
+    before = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
+    prefix = tokenizer.decode(before, skip_special_tokens=False)
+    texts = tokenizer.decode_batch(
+        [[*before, token_id] for token_id in range(tokenizer.get_vocab_size())],
+        skip_special_tokens=False,
+    )
+    return tuple(text.removeprefix(prefix) for text in texts)
