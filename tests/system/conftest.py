@@ -1,0 +1,19 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from neural_mri.backing.settings import Settings
+from tests.system.service import Service, free_port, register, running
+
+SMOLLM2 = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) -> Iterator[Service]:
+    """The service with its default model, ready; every test leaves it so."""
+    settings = Settings(data_dir=tmp_path_factory.mktemp("service") / "data", port=free_port())
+    register(settings, SMOLLM2, smollm2_folder)
+    with running(settings) as service:
+        service.wait_until_ready()
+        yield service

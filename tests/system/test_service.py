@@ -1,0 +1,89 @@
+"""The service under load and under fire, with its default model.
+
+Every test leaves the service ready. What a moment costs depends on the machine, so limits are stated
+beside what the machine itself needs: the model's load, the scan.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from neural_mri.backing import broker
+from tests.system.service import Service, is_gone, until
+
+pytestmark = pytest.mark.smollm2
+
+LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 150
+"""About 1500 tokens: seconds of work, so that there is a middle to be killed in."""
+
+
+def test_a_scan_asked_for_over_http_knows_where_the_eiffel_tower_is(service: Service) -> None:
+    job = service.scan("The Eiffel Tower is located in the city of", wait=60)
+    assert job["state"] == "succeeded", job
+    likeliest = job["result"]["predictions"]
+    assert "Paris" in str(likeliest), likeliest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_one_worker_loads_torch_and_nobody_else(service: Service) -> None:
+    processes = [service.launcher, *map(service.child, ("api", "worker.reaper", "worker"))]
+    with_torch = [
+        "libtorch" in Path(f"/proc/{process.pid}/maps").read_text() for process in processes
+    ]
+    assert with_torch == [False, False, False, True]
+
+
+def test_a_killed_worker_costs_its_job_one_attempt_and_nothing_else(service: Service) -> None:
+    job = service.scan(f"{time.time()} {LONG_PROMPT}")
+    service.wait_for(job["id"], "running")
+    killed = service.child("worker")
+    killed.kill()
+    assert until(lambda: service.job(job["id"])["state"] == "queued", 5)
+    assert until(lambda: service.resident_pid() not in (None, killed.pid), 90), service.says()
+    resident_at = time.monotonic()
+    service.wait_for(job["id"], "running", "storing", "succeeded", seconds=5)
+    assert time.monotonic() - resident_at < 5
+    done = service.wait_for(job["id"], "succeeded", "failed", "quarantined", seconds=60)
+    assert (done["state"], done["attempt"]) == ("succeeded", 2), done
+
+
+def test_a_broker_that_forgets_everything_loses_no_job(service: Service) -> None:
+    accepted = [service.scan(f"Question {number} of {time.time()}") for number in range(20)]
+    with broker.connect(service.settings) as redis:
+        redis.flushall()
+    waiting = [job for job in accepted if service.job(job["id"])["state"] == "queued"]
+    assert waiting, "every scan had run before anything was forgotten"
+    for job in accepted:
+        done = service.wait_for(job["id"], "succeeded", "failed", seconds=90)
+        assert (done["state"], done["attempt"]) == ("succeeded", 1)
+
+
+def test_a_killed_broker_comes_back_and_scans_go_on(service: Service) -> None:
+    service.child("valkey-server").kill()
+    job = service.scan(f"During the outage {time.time()}")
+    assert service.wait_for(job["id"], "succeeded", "failed")["state"] == "succeeded"
+    again = service.scan(f"After the outage {time.time()}", wait=60)
+    assert again["state"] == "succeeded"
+
+
+def test_a_worker_that_hears_nothing_any_more_is_replaced(service: Service) -> None:
+    frozen = service.child("worker")
+    os.kill(frozen.pid, signal.SIGSTOP)
+    job = service.scan(f"Is anybody there? {time.time()}")
+    assert until(lambda: is_gone(frozen), 30), service.says()
+    assert service.wait_for(job["id"], "succeeded", "failed", seconds=90)["state"] == "succeeded"
+    assert "has said nothing for too long" in service.says()
+
+
+def test_a_running_scan_stops_when_it_is_asked_to(service: Service) -> None:
+    job = service.scan(f"{time.time()} {LONG_PROMPT}")
+    service.wait_for(job["id"], "running")
+    asked_at = time.monotonic()
+    service.http.delete(f"/api/jobs/{job['id']}")
+    assert service.wait_for(job["id"], "cancelled", "succeeded")["state"] == "cancelled"
+    assert time.monotonic() - asked_at < 5
+    assert service.scan(f"Next, please {time.time()}", wait=60)["state"] == "succeeded"
