@@ -1,0 +1,148 @@
+/**
+ * The service's HTTP interface. Every refusal becomes a `Refusal` that carries one clear sentence.
+ * Knows nothing of what is drawn.
+ */
+import { follow } from "./events";
+import { Refusal, isAbort, problemOf } from "./refusals";
+import type { JobEvent, JobView, Manifest, ModelInfo, Tokens } from "./schema";
+
+export const ARROW_FILE = "application/vnd.apache.arrow.file";
+
+type Fetch = typeof fetch;
+
+export class Client {
+  readonly #fetch: Fetch;
+  readonly #base: string;
+
+  /** `base` is where `/api` lives: empty for the page's own origin. */
+  constructor(base = "", fetcher: Fetch = (input, init) => fetch(input, init)) {
+    this.#base = base;
+    this.#fetch = fetcher;
+  }
+
+  async models(): Promise<readonly ModelInfo[]> {
+    const answer = await this.#json<readonly ModelInfo[] | { models: readonly ModelInfo[] }>(
+      "/api/models",
+    );
+    return "models" in answer ? answer.models : answer;
+  }
+
+  tokenize(model: string, prompt: string, signal?: AbortSignal): Promise<Tokens> {
+    return this.#json("/api/tokenize", { ...post({ model, prompt }), ...given({ signal }) });
+  }
+
+  /** Asks for a scan; `wait` seconds are granted for it to finish before the answer comes. */
+  submit(
+    endpoint: string,
+    request: Readonly<Record<string, unknown>>,
+    options: { readonly wait?: number; readonly signal?: AbortSignal } = {},
+  ): Promise<JobView> {
+    const init = post(request);
+    if (options.wait !== undefined) init.headers["Prefer"] = `wait=${options.wait}`;
+    return this.#json(endpoint, { ...init, ...given({ signal: options.signal }) });
+  }
+
+  job(id: string): Promise<JobView> {
+    return this.#json(`/api/jobs/${encodeURIComponent(id)}`);
+  }
+
+  /** Asks for a job to be stopped; its event stream says when it has. */
+  async cancel(id: string): Promise<void> {
+    await this.#request(`/api/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
+  }
+
+  manifest(id: string): Promise<Manifest> {
+    return this.#json(`/api/jobs/${encodeURIComponent(id)}/manifest`);
+  }
+
+  table(id: string, name: string): Promise<ArrayBuffer> {
+    return this.#arrow(
+      `/api/jobs/${encodeURIComponent(id)}/result/${name.split("/").map(encodeURIComponent).join("/")}`,
+    );
+  }
+
+  /**
+   * One layer's attention patterns for the prompt of a finished scan. The service measures them when
+   * first asked; while it does (202) we follow that job and ask again.
+   */
+  async attention(id: string, layer: number, signal?: AbortSignal): Promise<ArrayBuffer> {
+    const path = `/api/jobs/${encodeURIComponent(id)}/attention/${layer}`;
+    for (let attempt = 0; ; attempt++) {
+      const answer = await this.#request(path, {
+        headers: { Accept: ARROW_FILE },
+        ...given({ signal }),
+      });
+      if (answer.status !== 202) return answer.arrayBuffer();
+      const job = (await answer.json()) as JobView;
+      const ended = await this.#end(job, signal);
+      if (ended.state !== "succeeded" || attempt >= 3) {
+        throw new Refusal(
+          ended.problem ?? { title: `The attention scan ended as ${ended.state}`, status: 409 },
+        );
+      }
+    }
+  }
+
+  /** A job's events from its beginning to its end, across broken connections. */
+  events(job: JobView, signal: AbortSignal): AsyncGenerator<JobEvent> {
+    const path = job.links["events"] ?? `/api/jobs/${encodeURIComponent(job.id)}/events`;
+    return follow(this.#base + path, { signal, fetch: this.#fetch });
+  }
+
+  async #end(job: JobView, signal?: AbortSignal): Promise<Pick<JobView, "state" | "problem">> {
+    for await (const event of this.events(job, signal ?? new AbortController().signal)) {
+      if (event.type === "ended") return event;
+    }
+    return this.job(job.id);
+  }
+
+  async #arrow(path: string): Promise<ArrayBuffer> {
+    const answer = await this.#request(path, { headers: { Accept: ARROW_FILE } });
+    return answer.arrayBuffer();
+  }
+
+  async #json<T>(path: string, init?: RequestInit): Promise<T> {
+    const answer = await this.#request(path, init);
+    return (await answer.json()) as T;
+  }
+
+  async #request(path: string, init?: RequestInit): Promise<Response> {
+    let answer: Response;
+    try {
+      answer = await this.#fetch(this.#base + path, init);
+    } catch (error) {
+      if (isAbort(error)) throw error;
+      throw new Refusal(
+        {
+          title: "The service cannot be reached",
+          detail: "no answer to a request; is it running?",
+          status: 0,
+        },
+        { cause: error },
+      );
+    }
+    if (!answer.ok) throw new Refusal(await problemOf(answer));
+    return answer;
+  }
+}
+
+interface Post {
+  method: "POST";
+  headers: Record<string, string>;
+  body: string;
+}
+
+function post(body: unknown): Post {
+  return {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  };
+}
+
+/** The members that have a value: an optional property must be absent, not undefined. */
+function given<T extends object>(members: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
+  return Object.fromEntries(
+    Object.entries(members).filter(([, value]) => value !== undefined),
+  ) as never;
+}

@@ -1,0 +1,99 @@
+/**
+ * A job's event stream, read with fetch: a browser's `EventSource` hides status codes and waits three
+ * seconds after a cut. Resumes with `Last-Event-ID`; ends after the `ended` event.
+ */
+import { createParser, type EventSourceMessage } from "eventsource-parser";
+
+import { Refusal, isAbort, problemOf } from "./refusals";
+import type { JobEvent } from "./schema";
+
+export interface FollowOptions {
+  readonly signal: AbortSignal;
+  readonly fetch?: typeof fetch;
+  /** First pause before connecting again; the server's `retry:` replaces it. */
+  readonly retryMilliseconds?: number;
+  /** Connections in a row that bring no event before we give up. */
+  readonly patience?: number;
+}
+
+const LONGEST_PAUSE = 10_000;
+
+/**
+ * Yields each event once, in order. Throws `Refusal` when the service refuses the stream (401, 404)
+ * or cannot be reached `patience` times in a row; an `AbortError` when the signal fires.
+ */
+export async function* follow(url: string, options: FollowOptions): AsyncGenerator<JobEvent> {
+  const fetcher = options.fetch ?? ((input, init) => fetch(input, init));
+  const patience = options.patience ?? 6;
+  let pause = options.retryMilliseconds ?? 500;
+  let lastId: string | undefined;
+  let fruitless = 0;
+
+  for (;;) {
+    const headers: Record<string, string> = { Accept: "text/event-stream" };
+    if (lastId !== undefined) headers["Last-Event-ID"] = lastId;
+    let cause: unknown;
+    try {
+      const answer = await fetcher(url, { headers, signal: options.signal, cache: "no-store" });
+      // 204: the stream had ended before we came back.
+      if (answer.status === 204) return;
+      if (answer.status >= 500) throw new TypeError(`HTTP ${answer.status}`);
+      if (!answer.ok) throw new Refusal(await problemOf(answer));
+      for await (const message of messages(answer, (milliseconds) => (pause = milliseconds))) {
+        if (message.id !== undefined) lastId = message.id;
+        fruitless = 0;
+        const event = JSON.parse(message.data) as JobEvent;
+        yield event;
+        if (event.type === "ended") return;
+      }
+    } catch (error) {
+      if (error instanceof Refusal || isAbort(error)) throw error;
+      cause = error;
+    }
+    if (++fruitless > patience) {
+      throw new Refusal(
+        { title: "The event stream was lost", detail: "the service does not answer", status: 0 },
+        { cause },
+      );
+    }
+    await sleep(Math.min(pause * 2 ** (fruitless - 1), LONGEST_PAUSE), options.signal);
+  }
+}
+
+async function* messages(
+  answer: Response,
+  onRetry: (milliseconds: number) => void,
+): AsyncGenerator<EventSourceMessage> {
+  if (answer.body === null) return;
+  const arrived: EventSourceMessage[] = [];
+  const parser = createParser({ onEvent: (message) => arrived.push(message), onRetry });
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      parser.feed(value);
+      yield* arrived.splice(0);
+    }
+  } finally {
+    await reader.cancel().catch(() => undefined);
+  }
+}
+
+function sleep(milliseconds: number, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const stop = () => {
+      clearTimeout(timer);
+      reject(new DOMException("The stream was given up", "AbortError"));
+    };
+    if (signal.aborted) {
+      stop();
+      return;
+    }
+    const timer = setTimeout(() => {
+      signal.removeEventListener("abort", stop);
+      resolve();
+    }, milliseconds);
+    signal.addEventListener("abort", stop, { once: true });
+  });
+}

@@ -1,0 +1,68 @@
+/** Where each node of a topology stands in a viewport, in CSS pixels. Pure: numbers in, numbers out. */
+export interface Viewport {
+  readonly width: number;
+  readonly height: number;
+}
+
+export interface Layout extends Viewport {
+  readonly x: Float32Array;
+  readonly y: Float32Array;
+  /** Largest radius a node may have without touching its neighbours, at most 10. */
+  readonly maxRadius: number;
+  /** Height of each layer's row at the midline; its band is one `pitch` high. */
+  readonly rows: Float32Array;
+  readonly pitch: number;
+  /** Tracts: quadratic curves `x0 y0 cx cy x1 y1`, each a component writing to or reading from the residual stream. */
+  readonly tracts: Float32Array;
+  /** The residual stream itself. */
+  readonly midline: { readonly x: number; readonly top: number; readonly bottom: number };
+  /** Heads, where there is room to name them, above the first layer. */
+  readonly columns: readonly Mark[];
+  /** Layers, at their leftmost node. */
+  readonly margins: readonly Mark[];
+}
+
+/** A node that carries a label. */
+export interface Mark {
+  readonly label: string;
+  readonly x: number;
+  readonly y: number;
+}
+
+export type LayoutName = "stack" | "brain";
+
+/** Room kept free of nodes, for orientation letters and labels. */
+export const INSET = { top: 44, bottom: 30, side: 34 } as const;
+
+/** The seed's largest node. */
+const LARGEST_RADIUS = 10;
+const SMALLEST_RADIUS = 4;
+
+/**
+ * Radius of each node by its parameter count: 4 to 10 px where rows are far enough apart, in the same
+ * proportion where they are not. The disc's extent beyond the smallest grows with the count's root.
+ * Embed and unembed stand clear of the rows, so they may be larger than a row allows.
+ */
+export function radiiByParameters(
+  parameters: Float64Array,
+  layout: Pick<Layout, "maxRadius">,
+): Float32Array {
+  const most = parameters.reduce((a, b) => Math.max(a, b || 0), 0);
+  const radii = Float32Array.from(parameters, (count) => {
+    const share = most > 0 && count > 0 ? Math.sqrt(count / most) : 0;
+    return SMALLEST_RADIUS + (LARGEST_RADIUS - SMALLEST_RADIUS) * share;
+  });
+  const widest = radii.subarray(1, -1).reduce((a, b) => Math.max(a, b), 0);
+  const fit = Math.min(1, layout.maxRadius / Math.max(widest, 1));
+  return radii.map((radius) => radius * fit);
+}
+
+export function clampRadius(radius: number): number {
+  return Math.max(1, Math.min(LARGEST_RADIUS, radius));
+}
+
+/** Every how many columns one is labelled, when a label needs `room` pixels. */
+export function labelled(pitch: number, room: number): number {
+  const every = Math.ceil(room / Math.max(pitch, 1));
+  return [1, 2, 4, 8, 16, 32].find((step) => step >= every) ?? 64;
+}

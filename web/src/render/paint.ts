@@ -1,0 +1,69 @@
+/** From values to what each node is painted with. Pure; the renderer only puts it on the canvas. */
+import { lutIndex, type Lut } from "../colour/lut";
+import { position, type Scale, type Window } from "../colour/window";
+
+export interface NodePaint {
+  /** `[node * 3 + channel]`, 0 to 255. */
+  readonly rgb: Float32Array;
+  /** CSS pixels. */
+  readonly radius: Float32Array;
+  /** Strength of the halo, 0 to 1; 0 for most. */
+  readonly halo: Float32Array;
+  /** 1 where there is no value: drawn hatched, never as a low value. */
+  readonly missing: Uint8Array;
+}
+
+export interface PaintInput {
+  readonly values: Float64Array;
+  readonly window: Window;
+  readonly scale: Scale;
+  readonly lut: Lut;
+  /** Radius of each node, or one for all that swells with the value. */
+  readonly radius: Float32Array | number;
+  readonly glows: boolean;
+}
+
+/** A node's radius at the window's lower end, as a share of the largest. */
+const LEAST_SHARE = 0.58;
+/** Only values in the window's upper part have a halo. */
+const HALO_FROM = 0.7;
+
+export function paintNodes(input: PaintInput): NodePaint {
+  const size = input.values.length;
+  const rgb = new Float32Array(size * 3);
+  const radius = new Float32Array(size);
+  const halo = new Float32Array(size);
+  const missing = new Uint8Array(size);
+  for (let node = 0; node < size; node++) {
+    const t = position(input.values[node] ?? NaN, input.window, input.scale);
+    const own = typeof input.radius === "number" ? input.radius : (input.radius[node] ?? 0);
+    if (Number.isNaN(t)) {
+      missing[node] = 1;
+      radius[node] = own * LEAST_SHARE;
+      continue;
+    }
+    const at = lutIndex(t) * 3;
+    for (let channel = 0; channel < 3; channel++) {
+      rgb[node * 3 + channel] = input.lut[at + channel] ?? 0;
+    }
+    radius[node] =
+      typeof input.radius === "number" ? own * (LEAST_SHARE + (1 - LEAST_SHARE) * t) : own;
+    if (input.glows && t > HALO_FROM) halo[node] = (t - HALO_FROM) / (1 - HALO_FROM);
+  }
+  return { rgb, radius, halo, missing };
+}
+
+/** `share` of the way from one paint to another, written into `out`. */
+export function blend(from: NodePaint, to: NodePaint, share: number, out: NodePaint): void {
+  mix(from.rgb, to.rgb, share, out.rgb);
+  mix(from.radius, to.radius, share, out.radius);
+  mix(from.halo, to.halo, share, out.halo);
+  out.missing.set(share < 0.5 ? from.missing : to.missing);
+}
+
+function mix(from: Float32Array, to: Float32Array, share: number, out: Float32Array): void {
+  for (let i = 0; i < out.length; i++) {
+    const a = from[i] ?? 0;
+    out[i] = a + ((to[i] ?? 0) - a) * share;
+  }
+}

@@ -1,0 +1,114 @@
+/** Every key the viewer hears, in one table; the help dialog prints it and the handler reads it. */
+import { SEQUENCES, type SequenceId } from "../model/sequences";
+
+export type Action =
+  | "up"
+  | "down"
+  | "left"
+  | "right"
+  | "hottest"
+  | "previous-token"
+  | "next-token"
+  | "first-token"
+  | "last-token"
+  | "play"
+  | "previous-sequence"
+  | "next-sequence"
+  | "narrower"
+  | "wider"
+  | "lower"
+  | "higher"
+  | "automatic"
+  | "scale"
+  | "map"
+  | "invert"
+  | "layout"
+  | "table"
+  | "corners"
+  | "hide-prompt"
+  | "reset"
+  | "prompt"
+  | "release"
+  | "help"
+  | `sequence:${SequenceId}`;
+
+export interface Binding {
+  /** `KeyboardEvent.key` values, letters in lower case; `Shift+` where it must be held. */
+  readonly keys: readonly string[];
+  readonly action: Action;
+  readonly about: string;
+  readonly group: "Crosshair" | "Tokens" | "Sequence" | "Window and level" | "View";
+}
+
+export const BINDINGS: readonly Binding[] = [
+  { keys: ["ArrowUp"], action: "up", about: "Component one layer up", group: "Crosshair" },
+  { keys: ["ArrowDown"], action: "down", about: "Component one layer down", group: "Crosshair" },
+  { keys: ["ArrowLeft"], action: "left", about: "Component to the left", group: "Crosshair" },
+  { keys: ["ArrowRight"], action: "right", about: "Component to the right", group: "Crosshair" },
+  { keys: ["h"], action: "hottest", about: "Largest value in the layers", group: "Crosshair" },
+  { keys: ["Escape"], action: "release", about: "Let go of what is locked", group: "Crosshair" },
+  { keys: [","], action: "previous-token", about: "Token before", group: "Tokens" },
+  { keys: ["."], action: "next-token", about: "Token after", group: "Tokens" },
+  { keys: ["Home"], action: "first-token", about: "First token", group: "Tokens" },
+  { keys: ["End"], action: "last-token", about: "Last token", group: "Tokens" },
+  { keys: [" "], action: "play", about: "Play or pause the tokens", group: "Tokens" },
+  ...SEQUENCES.map(({ id, key, title }) => ({
+    keys: [key],
+    action: `sequence:${id}` as const,
+    about: `${id}, ${title.toLowerCase()}`,
+    group: "Sequence" as const,
+  })),
+  { keys: ["PageUp"], action: "previous-sequence", about: "Sequence before", group: "Sequence" },
+  { keys: ["PageDown"], action: "next-sequence", about: "Sequence after", group: "Sequence" },
+  { keys: ["["], action: "narrower", about: "Narrower window", group: "Window and level" },
+  { keys: ["]"], action: "wider", about: "Wider window", group: "Window and level" },
+  { keys: ["-"], action: "lower", about: "Lower level", group: "Window and level" },
+  { keys: ["="], action: "higher", about: "Higher level", group: "Window and level" },
+  { keys: ["a"], action: "automatic", about: "Automatic window", group: "Window and level" },
+  { keys: ["s"], action: "scale", about: "Linear or log scale", group: "Window and level" },
+  { keys: ["m"], action: "map", about: "Next colour map", group: "Window and level" },
+  { keys: ["i"], action: "invert", about: "Invert the colour map", group: "Window and level" },
+  { keys: ["l"], action: "layout", about: "Next layout", group: "View" },
+  { keys: ["t"], action: "table", about: "Table of the scan", group: "View" },
+  { keys: ["o"], action: "corners", about: "Corner texts", group: "View" },
+  { keys: ["Shift+o"], action: "hide-prompt", about: "Hide the prompt", group: "View" },
+  { keys: ["r"], action: "reset", about: "Reset the view", group: "View" },
+  { keys: ["/"], action: "prompt", about: "Go to the prompt", group: "View" },
+  { keys: ["?"], action: "help", about: "This help", group: "View" },
+];
+
+const byKey = new Map(
+  BINDINGS.flatMap((binding) => binding.keys.map((key) => [key, binding.action] as const)),
+);
+
+export interface Pressed {
+  readonly key: string;
+  readonly shiftKey: boolean;
+  readonly ctrlKey: boolean;
+  readonly altKey: boolean;
+  readonly metaKey: boolean;
+}
+
+/** What a key press means, or null. Chords with Ctrl, Alt or Meta belong to the browser. */
+export function actionOf(press: Pressed): Action | null {
+  if (press.ctrlKey || press.altKey || press.metaKey) return null;
+  const letter = /^[a-z]$/i.test(press.key);
+  if (!letter) return byKey.get(press.key) ?? null;
+  return byKey.get((press.shiftKey ? "Shift+" : "") + press.key.toLowerCase()) ?? null;
+}
+
+/** A key as a person reads it. */
+export function keyCap(key: string): string {
+  const names: Readonly<Record<string, string>> = {
+    " ": "Space",
+    ArrowUp: "↑",
+    ArrowDown: "↓",
+    ArrowLeft: "←",
+    ArrowRight: "→",
+    Escape: "Esc",
+    PageUp: "PgUp",
+    PageDown: "PgDn",
+  };
+  if (key.startsWith("Shift+")) return `Shift ${keyCap(key.slice(6))}`;
+  return names[key] ?? (key.length === 1 ? key.toUpperCase() : key);
+}

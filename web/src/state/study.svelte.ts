@@ -1,0 +1,343 @@
+/**
+ * The patient and the scans: which models there are, and each sequence's series with how far it has
+ * come. The only state that talks to the service. Knows nothing of windows, crosshairs or pixels.
+ */
+import type { Client } from "../api/client";
+import { Refusal, explain, isAbort, sentence } from "../api/refusals";
+import type { JobEvent, JobView, ModelInfo } from "../api/schema";
+import { Growing, loadFunctional, loadStructural, type Series } from "../model/series";
+import { SEQUENCES, isSequence, sequence, type SequenceId } from "../model/sequences";
+import { topologyOf, type Topology } from "../model/topology";
+import type { Log } from "./log.svelte";
+
+export type Loadable<T> =
+  | { readonly status: "loading" }
+  | { readonly status: "ready"; readonly value: T }
+  | { readonly status: "failed"; readonly sentence: string };
+
+export interface Acquiring {
+  readonly status: "acquiring";
+  readonly job: string | null;
+  /** What the service is doing, in a word. */
+  readonly stage: string;
+  /** 0 to 1 where the service counts, null where it does not. */
+  readonly share: number | null;
+  /** The layer the sweep has reached; -1 before the first. */
+  readonly layer: number;
+  /** What has arrived of it, or the last finished scan until something has. */
+  readonly series: Series | null;
+}
+
+export type SeriesState =
+  | { readonly status: "absent" }
+  | Acquiring
+  | { readonly status: "ready"; readonly series: Series }
+  | { readonly status: "failed"; readonly sentence: string; readonly series: Series | null };
+
+export type AllSeries = Readonly<Record<SequenceId, SeriesState>>;
+
+/** What a sequence has to show, finished or not. */
+export function shown(state: SeriesState): Series | null {
+  return state.status === "absent" ? null : state.series;
+}
+
+/** Told of what arrives while a scan runs, so that the crosshair can go along. */
+export interface ScanListener {
+  readonly tokenReached?: (sequence: SequenceId, column: number) => void;
+  readonly finished?: (series: Series) => void;
+}
+
+/** How long the first answer may take before we follow the job's events instead. */
+const PATIENCE_SECONDS = 10;
+
+export class Study {
+  readonly #client: Client;
+  readonly #log: Log;
+  // Nothing is drawn from it, so it need not be reactive.
+  // eslint-disable-next-line svelte/prefer-svelte-reactivity
+  readonly #runs = new Map<SequenceId, AbortController>();
+  #listener: ScanListener = {};
+
+  models = $state.raw<Loadable<readonly ModelInfo[]>>({ status: "loading" });
+  /** The chosen model's name; null means the service's default. */
+  chosen = $state<string | null>(null);
+  series = $state.raw<AllSeries>(none());
+  /** A model being loaded or unloaded now, and how far that is. */
+  loading = $state.raw<{ readonly model: string; readonly share: number | null } | null>(null);
+
+  readonly model: ModelInfo | null = $derived.by(() => {
+    if (this.models.status !== "ready") return null;
+    const { value } = this.models;
+    const named = value.find((model) => model.name === this.chosen);
+    return named ?? value.find((model) => model.default) ?? value[0] ?? null;
+  });
+
+  readonly topology: Topology | null = $derived.by(() => {
+    const architecture = this.model?.architecture;
+    return architecture === undefined ? null : topologyOf(architecture);
+  });
+
+  constructor(client: Client, log: Log) {
+    this.#client = client;
+    this.#log = log;
+  }
+
+  listen(listener: ScanListener): void {
+    this.#listener = listener;
+  }
+
+  /** The models and the T1 image of the chosen one, both at once: the first picture. */
+  async begin(): Promise<void> {
+    await Promise.all([this.refreshModels(), this.#structural()]);
+  }
+
+  async refreshModels(): Promise<void> {
+    try {
+      const value = await this.#client.models();
+      this.models = { status: "ready", value };
+      if (value.length === 0) this.#log.add("The service has no registered model.", "warning");
+    } catch (error) {
+      // A list we already have stays: one failed refresh is no reason to take the picture away.
+      if (this.models.status !== "ready") {
+        this.models = { status: "failed", sentence: explain(error) };
+      }
+      this.#log.add(explain(error), "error");
+    }
+  }
+
+  async choose(name: string): Promise<void> {
+    if (name === this.model?.name) return;
+    for (const { id } of SEQUENCES) this.#runs.get(id)?.abort();
+    this.chosen = name;
+    this.series = none();
+    this.#log.add(`Model ${name}.`);
+    await this.#structural();
+  }
+
+  /** Scans a prompt. A scan of this sequence that still runs is given up. */
+  async scan(id: SequenceId, prompt: string): Promise<void> {
+    const { endpoint } = sequence(id);
+    await this.#run(id, async (signal) => {
+      const model = this.model?.name ?? this.chosen;
+      const request = { prompt, ...(model === null ? {} : { model }) };
+      const [job, tokens] = await Promise.all([
+        this.#client.submit(endpoint, request, { signal }),
+        model === null ? null : this.#client.tokenize(model, prompt, signal).catch(() => null),
+      ]);
+      return this.#follow(id, job, tokens?.texts ?? null, signal);
+    });
+  }
+
+  /** Shows a scan by its job's id, finished or not. */
+  async open(jobId: string): Promise<void> {
+    let job: JobView;
+    try {
+      job = await this.#client.job(jobId);
+    } catch (error) {
+      const text = error instanceof Refusal && error.status === 404 ? GONE : explain(error);
+      this.#log.add(text, "error");
+      this.#set("fMRI", { status: "failed", sentence: text, series: null });
+      return;
+    }
+    const kind = job.request["scan_mode"];
+    if (typeof kind !== "string" || !isSequence(kind)) return;
+    if (job.model !== this.model?.name) await this.choose(job.model);
+    await this.#run(kind, (signal) => this.#follow(kind, job, null, signal));
+  }
+
+  /** Asks the service to stop the running scan; the event stream tells when it has. */
+  async cancel(id: SequenceId): Promise<void> {
+    const state = this.series[id];
+    if (state.status !== "acquiring") return;
+    if (state.job === null) {
+      this.#runs.get(id)?.abort();
+      return;
+    }
+    this.#set(id, { ...state, stage: "cancelling" });
+    try {
+      await this.#client.cancel(state.job);
+    } catch (error) {
+      this.#log.add(explain(error), "error");
+    }
+  }
+
+  async load(name: string): Promise<void> {
+    this.loading = { model: name, share: null };
+    this.#log.add(`Loading ${name}.`);
+    try {
+      const job = await this.#client.submit("/api/model/load", { model: name });
+      await this.#untilEnd(job, new AbortController().signal, (event) => {
+        if (event.type === "progress" && event.total > 0) {
+          this.loading = { model: name, share: event.done / event.total };
+        }
+      });
+      this.#log.add(`${name} is resident.`);
+    } catch (error) {
+      this.#log.add(explain(error), "error");
+    } finally {
+      this.loading = null;
+      await this.refreshModels();
+    }
+  }
+
+  /** A layer's attention patterns for the prompt of a finished scan, as Arrow bytes. */
+  attention(job: string, layer: number, signal: AbortSignal): Promise<ArrayBuffer> {
+    return this.#client.attention(job, layer, signal);
+  }
+
+  async #structural(): Promise<void> {
+    await this.#run("T1", async (signal) => {
+      const request = this.chosen === null ? {} : { model: this.chosen };
+      const { endpoint } = sequence("T1");
+      const job = await this.#client.submit(endpoint, request, { wait: PATIENCE_SECONDS, signal });
+      return this.#follow("T1", job, null, signal);
+    });
+  }
+
+  /** Runs one acquisition of a sequence, and puts whatever comes of it into `series`. */
+  async #run(id: SequenceId, work: (signal: AbortSignal) => Promise<Series>): Promise<void> {
+    this.#runs.get(id)?.abort();
+    const run = new AbortController();
+    this.#runs.set(id, run);
+    const before = shown(this.series[id]);
+    this.#set(id, {
+      status: "acquiring",
+      job: null,
+      stage: "asking",
+      share: null,
+      layer: -1,
+      series: before,
+    });
+    try {
+      const series = await work(run.signal);
+      if (run.signal.aborted) return;
+      this.#set(id, { status: "ready", series });
+      this.#log.add(finishedSentence(series));
+      this.#listener.finished?.(series);
+    } catch (error) {
+      if (this.#runs.get(id) !== run) return;
+      const kept = before?.complete === true ? before : null;
+      if (isAbort(error)) {
+        this.#set(id, kept === null ? { status: "absent" } : { status: "ready", series: kept });
+      } else {
+        this.#set(id, { status: "failed", sentence: explain(error), series: kept });
+        this.#log.add(explain(error), "error");
+      }
+    } finally {
+      if (this.#runs.get(id) === run) this.#runs.delete(id);
+    }
+  }
+
+  /** From a job to its series, painting what arrives on the way. */
+  async #follow(
+    id: SequenceId,
+    job: JobView,
+    texts: readonly string[] | null,
+    signal: AbortSignal,
+  ): Promise<Series> {
+    if (job.state !== "succeeded") {
+      const growing =
+        texts === null || this.topology === null
+          ? null
+          : new Growing(job, [...this.topology.addresses, ...residuals(this.topology)], texts);
+      this.#update(id, { job: job.id, stage: job.state });
+      await this.#untilEnd(job, signal, (event) => this.#arrived(id, event, growing));
+    }
+    if (signal.aborted) throw new DOMException("The scan was given up", "AbortError");
+    this.#update(id, { job: job.id, stage: "fetching", share: null });
+    const manifest = await this.#client.manifest(job.id);
+    const read = (name: string) => this.#client.table(job.id, name);
+    return id === "T1"
+      ? loadStructural(manifest, job.id, read)
+      : loadFunctional(manifest, job.id, read);
+  }
+
+  #arrived(id: SequenceId, event: JobEvent, growing: Growing | null): void {
+    switch (event.type) {
+      case "state":
+      case "reset":
+        this.#update(id, { stage: event.state, share: null });
+        break;
+      case "progress":
+        this.#update(id, {
+          stage: event.stage,
+          share: event.total > 0 ? event.done / event.total : null,
+        });
+        break;
+      case "layer_frame":
+        if (growing === null) break;
+        growing.layerArrived(event);
+        this.#update(id, { series: growing.series, layer: event.layer });
+        this.#listener.tokenReached?.(id, event.token_idx);
+        break;
+      case "activation_frame":
+        if (growing === null) break;
+        growing.tokenArrived(event);
+        this.#update(id, { series: growing.series, layer: -1 });
+        this.#listener.tokenReached?.(id, event.token_idx);
+        break;
+      case "artifact":
+      case "ended":
+        break;
+    }
+  }
+
+  /** Reads a job's events to the last. Throws the job's own problem unless it succeeded. */
+  async #untilEnd(
+    job: JobView,
+    signal: AbortSignal,
+    arrived: (event: JobEvent) => void,
+  ): Promise<void> {
+    let end: Pick<JobView, "state" | "problem"> | null = job.state === "succeeded" ? job : null;
+    if (end === null) {
+      for await (const event of this.#client.events(job, signal)) {
+        arrived(event);
+        if (event.type === "ended") end = event;
+      }
+    }
+    end ??= await this.#client.job(job.id);
+    if (end.state === "succeeded") return;
+    if (end.state === "cancelled") {
+      this.#log.add("The scan was cancelled.", "warning");
+      throw new DOMException("The scan was cancelled", "AbortError");
+    }
+    throw new Refusal(end.problem ?? { title: `The job ended as ${end.state}`, status: 409 });
+  }
+
+  #set(id: SequenceId, state: SeriesState): void {
+    this.series = { ...this.series, [id]: state };
+  }
+
+  #update(id: SequenceId, change: Partial<Omit<Acquiring, "status">>): void {
+    const state = this.series[id];
+    if (state.status === "acquiring") this.#set(id, { ...state, ...change });
+  }
+}
+
+const GONE = sentence({
+  title: "The scan in this address is gone",
+  detail: "the service knows no such job; scan the prompt again",
+});
+
+function none(): AllSeries {
+  return Object.fromEntries(
+    SEQUENCES.map(({ id }) => [id, { status: "absent" }]),
+  ) as unknown as AllSeries;
+}
+
+/** Places a scan reports beside the nodes: whole attention layers and the residual stream. */
+function residuals(topology: Topology): string[] {
+  return Array.from({ length: topology.nLayers }, (_, layer) => [
+    `blocks.${layer}.attn`,
+    `blocks.${layer}.resid_post`,
+  ]).flat();
+}
+
+function finishedSentence(series: Series): string {
+  const { forwardSeconds } = series.acquisition;
+  const facts = [
+    ...(series.tokens.length > 0 ? [`${series.tokens.length} tokens`] : []),
+    ...(forwardSeconds ? [`${(forwardSeconds * 1000).toFixed(0)} ms forward`] : []),
+  ];
+  return `${series.sequence} scan complete${facts.length > 0 ? `: ${facts.join(", ")}` : ""}.`;
+}

@@ -1,0 +1,216 @@
+import type { Browser } from "playwright-core";
+import { afterAll, beforeAll, expect, test } from "vitest";
+
+import {
+  FRAMES,
+  PROMPT,
+  launch,
+  leave,
+  reading,
+  scan,
+  settled,
+  violations,
+  visit,
+  type Visit,
+  type VisitOptions,
+} from "./browser";
+
+let browser: Browser;
+beforeAll(async () => {
+  browser = await launch();
+});
+afterAll(() => browser.close());
+
+const PROBLEM = { title: "The model ran out of memory", status: 500, detail: "asked for 9 GB" };
+
+interface Case {
+  readonly name: string;
+  readonly options: VisitOptions;
+  readonly reach: (open: Visit) => Promise<unknown>;
+}
+
+const CASES: readonly Case[] = [
+  {
+    name: "T1, loading",
+    options: { behaviour: { silent: true } },
+    reach: ({ page }) => page.getByText("Asking the service").waitFor(),
+  },
+  { name: "T1, scan", options: {}, reach: ({ page }) => settled(page) },
+  {
+    name: "T1, error",
+    options: { behaviour: { down: true } },
+    reach: ({ page }) => page.getByText("The service cannot be reached").first().waitFor(),
+  },
+  {
+    name: "fMRI, empty",
+    options: { fragment: "seq=fMRI" },
+    reach: ({ page }) => page.getByText("No fMRI scan yet").waitFor(),
+  },
+  {
+    name: "fMRI, no worker holds the model",
+    options: { fragment: "seq=fMRI", behaviour: { modelState: "available" } },
+    reach: ({ page }) => page.getByRole("button", { name: "Load" }).waitFor(),
+  },
+  {
+    name: "fMRI, loading",
+    options: { behaviour: { pause: 60 } },
+    reach: async ({ page }) => {
+      await settled(page);
+      await page.fill("#prompt", PROMPT);
+      await page.press("#prompt", "Enter");
+      await page.locator(".sweep").waitFor();
+    },
+  },
+  { name: "fMRI, scan", options: {}, reach: ({ page }) => scan(page) },
+  {
+    name: "fMRI, error",
+    options: { behaviour: { problem: PROBLEM } },
+    reach: async ({ page }) => {
+      await settled(page);
+      await page.fill("#prompt", PROMPT);
+      await page.press("#prompt", "Enter");
+      await page.getByTestId("problem").waitFor();
+    },
+  },
+  {
+    name: "fMRI, table",
+    options: {},
+    reach: async ({ page }) => {
+      await scan(page);
+      await page.keyboard.press("t");
+      await page.getByRole("table").waitFor();
+    },
+  },
+  {
+    name: "fMRI, attention pattern",
+    options: { fragment: "focus=blocks.14.attn.head_4" },
+    reach: async ({ page }) => {
+      await scan(page);
+      await page.getByRole("button", { name: "Measure the pattern" }).click();
+      await page.getByTestId("attention").waitFor();
+    },
+  },
+  {
+    name: "log",
+    options: { fragment: "panel=log" },
+    reach: ({ page }) => page.getByText("T1 scan complete").first().waitFor(),
+  },
+  {
+    name: "help",
+    options: {},
+    reach: async ({ page }) => {
+      await settled(page);
+      await page.keyboard.press("?");
+      await page.getByRole("dialog").waitFor();
+    },
+  },
+  {
+    name: "T1 at 200 %",
+    options: { width: 640, height: 360, zoom: 2 },
+    reach: ({ page }) => settled(page),
+  },
+];
+
+test.each(CASES)("axe finds nothing: $name", async ({ options, reach }) => {
+  const open = await visit(browser, options);
+  await reach(open);
+  expect(await violations(open.page)).toEqual([]);
+  await leave(open);
+});
+
+test("from an empty viewer to the hottest head and back, without a pointer", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await settled(page);
+  await page.keyboard.press("/");
+  await page.keyboard.type(PROMPT);
+  await page.keyboard.press("Enter");
+  await page.locator(".status", { hasText: "fMRI scan complete" }).waitFor();
+  await page.keyboard.press("Escape");
+  await page.keyboard.press("Home");
+  expect((await reading(page)).column).toBe(0);
+  await page.keyboard.press(".");
+  await page.keyboard.press("h");
+  const { component, column, value } = await reading(page);
+  expect(column).toBe(1);
+  const inLayers = Object.entries(FRAMES.values).filter(([name]) => /head_|mlp$/.test(name));
+  expect(value).toBe(Math.max(...inLayers.map(([, values]) => values[1] ?? 0)));
+  expect(component).not.toBe("");
+  await page.keyboard.press("1");
+  expect(await page.getByRole("tab", { selected: true }).first().innerText()).toContain("T1");
+  await page.keyboard.press("PageDown");
+  await page.keyboard.press(" ");
+  await page.getByRole("button", { name: "Pause" }).waitFor();
+  await page.keyboard.press(" ");
+  await page.getByRole("button", { name: "Play the tokens" }).waitFor();
+  await leave(open);
+});
+
+test("every move is read out: name, value, unit, rank and token", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  await page.keyboard.press("ArrowLeft");
+  const { component } = await reading(page);
+  const [, layer, head] = /blocks\.(\d+)\.attn\.head_(\d+)/.exec(component) ?? [];
+  const spoken = await page.getByTestId("announcement").innerText();
+  expect(spoken).toMatch(
+    new RegExp(`^L${layer}H${head}, [\\d.]+ L2 norm, rank \\d+ of 302, token 10 of 10, of\\.$`),
+  );
+  await leave(open);
+});
+
+test("the table says what the picture says, token for token", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  await page.keyboard.press("t");
+  await page.getByRole("button", { name: "All 302" }).click();
+  await page.getByTestId("axial").focus();
+  for (const column of [9, 8, 7]) {
+    const rows = await page
+      .locator("tbody tr")
+      .evaluateAll((all) => all.map((row) => ({ ...(row as HTMLElement).dataset })));
+    expect(rows).toHaveLength(302);
+    for (const row of rows) {
+      expect(Number(row["value"])).toBe(FRAMES.values[row["component"] ?? ""]?.[column]);
+    }
+    await page.keyboard.press(",");
+  }
+  await leave(open);
+});
+
+test("no more than 25 stops of the Tab key", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  await page.evaluate(() => (document.activeElement as HTMLElement).blur());
+  const stops = new Set<string>();
+  for (let i = 0; i < 40; i++) {
+    await page.keyboard.press("Tab");
+    const stop = await page.evaluate(() => {
+      const { activeElement } = document;
+      return activeElement === document.body ? null : activeElement?.outerHTML.slice(0, 160);
+    });
+    if (stop == null || stops.has(stop)) break;
+    stops.add(stop);
+  }
+  expect(stops.size).toBeGreaterThan(8);
+  expect(stops.size).toBeLessThanOrEqual(25);
+  await leave(open);
+});
+
+test("single letters can be switched off for people who dictate", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await settled(page);
+  await page.keyboard.press("?");
+  await page.getByRole("checkbox").uncheck();
+  await page.keyboard.press("Escape");
+  await page.getByRole("dialog").waitFor({ state: "detached" });
+  await page.keyboard.press("t");
+  expect(await page.getByRole("table").count()).toBe(0);
+  await page.keyboard.press("ArrowDown");
+  expect((await reading(page)).component).toBe("blocks.1.mlp");
+  await leave(open);
+});

@@ -1,0 +1,188 @@
+import type { Browser } from "playwright-core";
+import { afterAll, beforeAll, expect, test } from "vitest";
+
+import {
+  FRAMES,
+  PROMPT,
+  drawn,
+  launch,
+  leave,
+  pixel,
+  reading,
+  scan,
+  settled,
+  visit,
+} from "./browser";
+
+let browser: Browser;
+beforeAll(async () => {
+  browser = await launch();
+});
+afterAll(() => browser.close());
+
+const PROBLEM = {
+  type: "urn:neural-mri:problem:prompt-too-long",
+  title: "The prompt is longer than the model's context",
+  status: 422,
+  detail: "9000 tokens, at most 8192",
+};
+
+test("the first thing on the screen is a true T1 picture, with nothing pressed", async () => {
+  const open = await visit(browser);
+  await settled(open.page);
+  expect(await reading(open.page)).toEqual({
+    component: "blocks.0.mlp",
+    column: 0,
+    value: 2654784,
+  });
+  expect(open.complaints).toEqual([]);
+  await leave(open);
+});
+
+test("nothing is ever asked of another origin", async () => {
+  const open = await visit(browser);
+  await scan(open.page);
+  const origins = new Set(open.requests.map((address) => new URL(address).origin));
+  expect([...origins]).toEqual([open.server.origin]);
+  await leave(open);
+});
+
+test("a scan sweeps the layers, then paints the tokens, then stands exact", async () => {
+  const open = await visit(browser, { behaviour: { pause: 15 } });
+  const { page } = open;
+  await settled(page);
+  await page.fill("#prompt", PROMPT);
+  await page.press("#prompt", "Enter");
+  await page.locator(".sweep").waitFor();
+  await page
+    .getByTestId("status")
+    .filter({ hasText: /forward \d+ %/ })
+    .waitFor();
+  await page.getByTestId("chip").first().waitFor();
+  expect(await page.getByTestId("chip").count()).toBe(FRAMES.texts.length);
+  await page.locator(".status", { hasText: "fMRI scan complete" }).waitFor();
+  const { component, column, value } = await reading(page);
+  expect(column).toBe(FRAMES.texts.length - 1);
+  expect(value).toBe(FRAMES.values[component]?.[column]);
+  await leave(open);
+});
+
+test("a broken event stream is resumed where it broke", async () => {
+  const open = await visit(browser, { behaviour: { cutAfter: 25 } });
+  await scan(open.page);
+  const streams = open.server.requests.filter((request) => request.endsWith("/events"));
+  expect(streams).toHaveLength(2);
+  await leave(open);
+});
+
+test("cancelling stops the scan and leaves the picture there was", async () => {
+  const open = await visit(browser, { behaviour: { pause: 40 } });
+  const { page } = open;
+  await settled(page);
+  await page.fill("#prompt", PROMPT);
+  await page.press("#prompt", "Enter");
+  await page.getByRole("button", { name: "CANCEL" }).click();
+  await page.getByTestId("status").filter({ hasText: "cancelled" }).waitFor();
+  expect(open.server.requests.some((request) => request.startsWith("DELETE /api/jobs/"))).toBe(
+    true,
+  );
+  await page.getByText("No fMRI scan yet").waitFor();
+  await leave(open);
+});
+
+test("a refusal is shown in its own words, and the scan before it stays", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  const before = await reading(page);
+  Object.assign(open.server.behaviour, { refuse: true, problem: PROBLEM });
+  await page.fill("#prompt", "too long");
+  await page.press("#prompt", "Enter");
+  await page
+    .getByTestId("problem")
+    .filter({ hasText: "longer than the model's context: 9000 tokens, at most 8192." })
+    .waitFor();
+  expect(await reading(page)).toEqual(before);
+  await leave(open);
+});
+
+test("a scan that fails on the way says why", async () => {
+  const problem = { title: "The model ran out of memory", status: 500, detail: "asked for 9 GB" };
+  const open = await visit(browser, { behaviour: { problem } });
+  const { page } = open;
+  await settled(page);
+  await page.fill("#prompt", PROMPT);
+  await page.press("#prompt", "Enter");
+  await page
+    .getByTestId("problem")
+    .filter({ hasText: "ran out of memory: asked for 9 GB" })
+    .waitFor();
+  await leave(open);
+});
+
+test("without the service the viewer says so, and tries again when told", async () => {
+  const open = await visit(browser, { behaviour: { down: true } });
+  const { page } = open;
+  await page.getByRole("alert").filter({ hasText: "The service cannot be reached" }).waitFor();
+  open.server.behaviour.down = false;
+  await page.getByRole("button", { name: "Try again" }).click();
+  await settled(page);
+  await leave(open);
+});
+
+test("a reload shows the same picture from the stored result", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  for (const key of [",", ",", "ArrowUp", "ArrowLeft", "]", "-", "i", "l"]) {
+    await page.keyboard.press(key);
+  }
+  await page.waitForTimeout(400);
+  await drawn(page);
+  const before = [await reading(page), await pixel(page)];
+  const posts = open.server.requests.filter((r) => r === "POST /api/scan/activation").length;
+  await page.reload();
+  await settled(page);
+  await page.getByTestId("chip").first().waitFor();
+  await page.locator(".status", { hasText: "fMRI scan complete" }).waitFor();
+  await drawn(page);
+  expect([await reading(page), await pixel(page)]).toEqual(before);
+  expect(await page.inputValue("#prompt")).toBe(PROMPT);
+  expect(open.server.requests.filter((r) => r === "POST /api/scan/activation")).toHaveLength(posts);
+  await leave(open);
+});
+
+test("an address with a scan that is gone says so, and still shows T1", async () => {
+  const open = await visit(browser, {
+    fragment: "seq=fMRI&job=01930000-0000-7000-8000-0000000000ff",
+  });
+  const { page } = open;
+  await page
+    .getByTestId("problem")
+    .filter({ hasText: "The scan in this address is gone" })
+    .waitFor();
+  await page.keyboard.press("1");
+  await settled(page);
+  await leave(open);
+});
+
+test("a scan that was computed before is shown without an event stream", async () => {
+  const open = await visit(browser, { behaviour: { cached: true } });
+  await scan(open.page);
+  expect(open.server.requests.some((request) => request.endsWith("/events"))).toBe(false);
+  await leave(open);
+});
+
+test("a head's attention is measured when asked for", async () => {
+  const open = await visit(browser, { fragment: "focus=blocks.14.attn.head_4" });
+  const { page } = open;
+  await scan(page);
+  expect(open.server.requests.some((request) => request.includes("/attention/"))).toBe(false);
+  await page.getByRole("button", { name: "Measure the pattern" }).click();
+  const image = page.getByTestId("attention");
+  await image.waitFor();
+  expect(await image.evaluate((canvas) => (canvas as HTMLCanvasElement).width)).toBe(
+    FRAMES.texts.length,
+  );
+  await leave(open);
+});

@@ -1,0 +1,140 @@
+import { describe, expect, test } from "vitest";
+
+import { LUT_SIZE, MAP_NAMES, lut, lutIndex } from "../../src/colour/lut";
+import {
+  automatic,
+  bounds,
+  coordinates,
+  histogram,
+  moved,
+  position,
+  quantile,
+  widened,
+} from "../../src/colour/window";
+import { planePixels } from "../../src/render/plane";
+import { paintNodes } from "../../src/render/paint";
+
+/** CIE L* of an sRGB colour. */
+function lightness(table: Uint8ClampedArray, index: number): number {
+  const linear = [0, 1, 2].map((channel) => {
+    const c = (table[index * 3 + channel] ?? 0) / 255;
+    return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  });
+  const y = 0.2126 * (linear[0] ?? 0) + 0.7152 * (linear[1] ?? 0) + 0.0722 * (linear[2] ?? 0);
+  return y > 0.008856 ? 116 * Math.cbrt(y) - 16 : 903.3 * y;
+}
+
+describe.each(MAP_NAMES.filter((name) => name !== "cool-hot"))("map %s", (name) => {
+  test("gets lighter from end to end without a reversal", () => {
+    const table = lut(name);
+    for (let index = 8; index < LUT_SIZE; index += 8) {
+      expect(lightness(table, index)).toBeGreaterThan(lightness(table, index - 8));
+    }
+  });
+
+  test("inverted is the same colours the other way round", () => {
+    const [table, inverted] = [lut(name), lut(name, true)];
+    for (let index = 0; index < LUT_SIZE; index++) {
+      for (let channel = 0; channel < 3; channel++) {
+        expect(inverted[(LUT_SIZE - 1 - index) * 3 + channel]).toBe(table[index * 3 + channel]);
+      }
+    }
+  });
+});
+
+test("the inferno table is d3's", () => {
+  expect([...lut("inferno").slice(0, 3)]).toEqual([0, 0, 4]);
+  expect([...lut("inferno").slice(-3)]).toEqual([252, 255, 164]);
+});
+
+test("a window places values as DICOM's LINEAR_EXACT does", () => {
+  const window = { level: 10, width: 4 };
+  expect(position(8, window, "linear")).toBe(0);
+  expect(position(10, window, "linear")).toBe(0.5);
+  expect(position(11, window, "linear")).toBe(0.75);
+  expect(position(99, window, "linear")).toBe(1);
+  expect(position(-99, window, "linear")).toBe(0);
+  expect(position(NaN, window, "linear")).toBeNaN();
+});
+
+test("on a log scale equal factors are equal steps, and zero is darkest", () => {
+  const window = { level: 1, width: 2 };
+  expect(position(1, window, "log")).toBe(0);
+  expect(position(10, window, "log")).toBe(0.5);
+  expect(position(100, window, "log")).toBe(1);
+  expect(position(0, window, "log")).toBe(0);
+  expect(bounds(window, "log")).toEqual([1, 100]);
+});
+
+test("a sink a thousand times the rest does not black the scan out", () => {
+  const values = Array.from({ length: 990 }, (_, i) => 1 + i / 990);
+  const window = automatic(coordinates([...values, ...Array(10).fill(5000)], "linear"), 0.02);
+  const ts = values.map((value) => position(value, window, "linear"));
+  expect(Math.max(...ts) - Math.min(...ts)).toBeGreaterThan(0.95);
+});
+
+test("values all alike stand in the middle of their window", () => {
+  expect(position(7, automatic(Float64Array.of(7, 7, 7), 0.02), "linear")).toBe(0.5);
+  expect(automatic(new Float64Array(0), 0.02).width).toBeGreaterThan(0);
+});
+
+test("what is not measured, and what a log scale has no place for, is not counted", () => {
+  expect([...coordinates([NaN, 0, 10, 1], "log")]).toEqual([0, 1]);
+  expect([...coordinates([NaN, 0, 10], "linear")]).toEqual([0, 10]);
+});
+
+test("quantiles are numpy's", () => {
+  const sorted = Float64Array.of(1, 2, 4, 8);
+  expect(quantile(sorted, 0)).toBe(1);
+  expect(quantile(sorted, 1)).toBe(8);
+  expect(quantile(sorted, 0.5)).toBe(3);
+  expect(quantile(sorted, 0.1)).toBeCloseTo(1.3, 12);
+});
+
+test("widening and moving never leave a window without width", () => {
+  let window = { level: 1, width: 1 };
+  for (let i = 0; i < 500; i++) window = moved(widened(window, 0.8), 0.1);
+  expect(window.width).toBeGreaterThan(0);
+  expect(Number.isFinite(window.level)).toBe(true);
+});
+
+test("a histogram counts every value of its span once", () => {
+  const sorted = Float64Array.of(0, 0.1, 0.5, 0.5, 1, 3);
+  const counts = histogram(sorted, 0, 1, 10);
+  expect(counts.reduce((a, b) => a + b, 0)).toBe(5);
+  expect(counts[5]).toBe(2);
+  expect(counts[9]).toBe(1);
+});
+
+test("a node's colour is the table's at its value's place in the window", () => {
+  const values = Float64Array.of(1, 2.5, 4, NaN, 100);
+  const window = { level: 2.5, width: 3 };
+  const table = lut("inferno");
+  const paint = paintNodes({
+    values,
+    window,
+    scale: "linear",
+    lut: table,
+    radius: 10,
+    glows: true,
+  });
+  values.forEach((value, node) => {
+    if (Number.isNaN(value)) {
+      expect(paint.missing[node]).toBe(1);
+      return;
+    }
+    const at = lutIndex(position(value, window, "linear")) * 3;
+    expect([...paint.rgb.slice(node * 3, node * 3 + 3)]).toEqual([...table.slice(at, at + 3)]);
+  });
+  expect(paint.halo[0]).toBe(0);
+  expect(paint.halo[4]).toBe(1);
+  expect(paint.radius[0] ?? 0).toBeLessThan(paint.radius[4] ?? 0);
+});
+
+test("an image's pixels are the table's colours; what is not measured is transparent", () => {
+  const plane = { width: 3, height: 1, values: Float32Array.of(0, 1, NaN) };
+  const pixels = planePixels(plane, { level: 0.5, width: 1 }, "linear", lut("grey"));
+  expect([...pixels.slice(0, 4)]).toEqual([...lut("grey").slice(0, 3), 255]);
+  expect([...pixels.slice(4, 8)]).toEqual([...lut("grey").slice(-3), 255]);
+  expect(pixels[11]).toBe(0);
+});

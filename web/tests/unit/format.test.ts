@@ -1,0 +1,41 @@
+import { expect, test } from "vitest";
+
+import { bytes, clock, percent, seconds, short, spoken, token, value } from "../../src/ui/format";
+import { nearest } from "../../src/render/hit";
+
+test("values keep four digits, and whole numbers all of them", () => {
+  expect(value(3.14159)).toBe("3.142");
+  expect(value(468.912)).toBe("468.9");
+  expect(value(2654784)).toBe("2,654,784");
+  expect(value(0.00001234)).toBe("1.234e-5");
+  expect(value(NaN)).toBe("not measured");
+});
+
+test("short numbers fit beside a colour bar", () => {
+  expect(short(28311552)).toBe("28.3M");
+  expect(short(0.104)).toBe("0.104");
+  expect(short(576)).toBe("576");
+});
+
+test("times, shares and sizes carry their unit", () => {
+  expect(seconds(0.1824)).toBe("182 ms");
+  expect(seconds(2.5)).toBe("2.50 s");
+  expect(percent(0.7012)).toBe("70.1 %");
+  expect(bytes(565182464)).toBe("565 MB");
+  expect(clock(74.2)).toBe("01:14");
+});
+
+test("white space in tokens is seen, and not read out as a word", () => {
+  expect(token(" Paris\n")).toBe("·Paris⏎");
+  expect(token("")).toBe("◌");
+  expect(spoken(" Paris")).toBe("Paris");
+  expect(spoken("\n")).toBe("white space");
+});
+
+test("the pointer means the nearest mark, within reach", () => {
+  const x = Float32Array.of(0, 50, 100);
+  const y = Float32Array.of(0, 0, 0);
+  expect(nearest(x, y, 60, 5)).toBe(1);
+  expect(nearest(x, y, 50, 31)).toBe(-1);
+  expect(nearest(x, y, 76, 0)).toBe(2);
+});

@@ -1,0 +1,44 @@
+import { expect, test } from "vitest";
+
+import { SEQUENCES } from "../../src/model/sequences";
+import { BINDINGS, actionOf, keyCap, type Pressed } from "../../src/state/keys";
+
+function press(key: string, modifiers: Partial<Pressed> = {}): Pressed {
+  return { key, shiftKey: false, ctrlKey: false, altKey: false, metaKey: false, ...modifiers };
+}
+
+test("no key means two things", () => {
+  const keys = BINDINGS.flatMap((binding) => binding.keys);
+  expect(new Set(keys).size).toBe(keys.length);
+});
+
+test("every listed key does what the list says", () => {
+  for (const { keys, action } of BINDINGS) {
+    for (const key of keys) {
+      const shifted = key.startsWith("Shift+");
+      const pressed = shifted ? press(key.slice(6).toUpperCase(), { shiftKey: true }) : press(key);
+      expect(actionOf(pressed)).toBe(action);
+    }
+  }
+});
+
+test("every sequence has its key", () => {
+  for (const { id, key } of SEQUENCES) expect(actionOf(press(key))).toBe(`sequence:${id}`);
+});
+
+test("chords belong to the browser", () => {
+  expect(actionOf(press("r", { ctrlKey: true }))).toBeNull();
+  expect(actionOf(press("r", { metaKey: true }))).toBeNull();
+  expect(actionOf(press("ArrowLeft", { altKey: true }))).toBeNull();
+});
+
+test("signs that need Shift on some keyboards work either way", () => {
+  expect(actionOf(press("?", { shiftKey: true }))).toBe("help");
+  expect(actionOf(press("/"))).toBe("prompt");
+});
+
+test("keys are shown as they are printed", () => {
+  expect(keyCap(" ")).toBe("Space");
+  expect(keyCap("Shift+o")).toBe("Shift O");
+  expect(keyCap("ArrowUp")).toBe("↑");
+});
