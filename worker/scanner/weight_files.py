@@ -159,6 +159,7 @@ class _Renaming:
         self._converters = [step for step in steps if isinstance(step, WeightConverter)]
         self._prefix: str = model.base_model_prefix
         self._known: dict[str, Any] = model.state_dict()
+        self._modules = {name for name, _ in model.named_modules()}
 
     def __call__(self, stored_name: str) -> str:
         name: str
@@ -170,7 +171,12 @@ class _Renaming:
                 f"{stored_name} is stored in another layout than the model uses ({converter}): "
                 "expected weights that need no conversion"
             )
+        if name not in self._known and self._prefixed(name).rpartition(".")[0] in self._modules:
+            return self._prefixed(name)  # a buffer of a file that leaves the model's name out
         return name
+
+    def _prefixed(self, name: str) -> str:
+        return f"{self._prefix}.{name}"
 
 
 def shards(folder: Path) -> tuple[Path, ...]:

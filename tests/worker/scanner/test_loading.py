@@ -1,6 +1,7 @@
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_code_that_comes_with_a_model_is_never_run(folder: Path) -> None:
 
 def test_a_family_whose_parts_mean_something_else_is_refused(tmp_path: Path) -> None:
     # Granite scales what a sublayer writes on its way into the residual stream.
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 61,
         "hidden_size": 32,
         "intermediate_size": 40,

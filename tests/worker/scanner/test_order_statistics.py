@@ -1,0 +1,75 @@
+"""Order statistics of runs against sorting everything."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from worker.scanner.order_statistics import (
+    SAMPLE,
+    Float32s,
+    Float64s,
+    Quantiles,
+    _brackets,
+    look_up,
+    sample,
+)
+
+SHARES = (0.0, 0.001, 0.25, 0.5, 0.99, 1.0)
+
+# A few values over and over, or anything: ties and their absence.
+numbers = st.sampled_from([-1.5, -0.0, 0.0, 1e-45, 1.0, 3.4e38]) | st.floats(-1e6, 1e6, width=32)
+runs_of_numbers = st.lists(
+    arrays.arrays(np.float32, st.integers(1, 3 * SAMPLE), elements=numbers), min_size=1, max_size=6
+)
+
+
+class Found(NamedTuple):
+    quantiles: Float64s
+    below: list[int]
+
+
+def looked_up(runs: list[Float32s], limits: list[float]) -> Found:
+    ordered = [np.sort(run) for run in runs]
+    sought = Quantiles.of(sum(map(len, runs)), SHARES)
+    found = look_up(
+        lambda: ordered,
+        [sample(run) for run in ordered],
+        ranks=sought.ranks,
+        limits=np.array(limits),
+    )
+    return Found(sought.between(found.at_ranks), found.below.tolist())
+
+
+@given(runs_of_numbers, st.lists(st.floats(-1e6, 1e6), max_size=5))
+def test_quantiles_and_counts_are_those_of_all_values_sorted(
+    runs: list[Float32s], limits: list[float]
+) -> None:
+    found = looked_up(runs, limits)
+    everything = np.concatenate(runs).astype(np.float64)
+    expected = np.quantile(everything, SHARES)
+    np.testing.assert_allclose(found.quantiles, expected, rtol=1e-12, atol=1e-300)
+    assert found.below == [int((everything < limit).sum()) for limit in limits]
+
+
+@pytest.mark.parametrize("n_values", [1, SAMPLE - 1, SAMPLE, SAMPLE + 1, 5000])
+def test_equal_values_are_found_however_many_there_are(n_values: int) -> None:
+    found = looked_up([np.full(n_values, 0.25, np.float32)] * 3, [0.25, 0.26])
+    assert found.quantiles.tolist() == [0.25] * len(SHARES)
+    assert found.below == [0, 3 * n_values]
+
+
+@given(runs_of_numbers, st.data())
+def test_a_bracket_holds_its_ranks_and_little_else(
+    runs: list[Float32s], data: st.DataObject
+) -> None:
+    everything = np.sort(np.concatenate(runs))
+    rank = data.draw(st.integers(0, len(everything) - 1))
+    samples = [sample(np.sort(run)) for run in runs]
+    (floor,), (ceiling,) = _brackets(np.sort(np.concatenate(samples)), len(runs), [(rank, rank)])
+    assert floor <= everything[rank] <= ceiling
+    inside = (everything > floor) & (everything < ceiling)
+    assert inside.sum() <= 2 * (len(runs) + 1) * SAMPLE
