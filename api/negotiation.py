@@ -1,10 +1,10 @@
-"""Which of several media types a reader wants (RFC 9110, section 12.5.1)."""
+"""Which of several forms a reader wants (RFC 9110, section 12.5)."""
 
 from typing import NamedTuple
 
 from api.problems import NotAcceptable
 
-__all__ = ("preferred",)
+__all__ = ("accepts_coding", "preferred")
 
 
 class _Wish(NamedTuple):
@@ -24,6 +24,12 @@ def preferred(accept: str | None, offers: tuple[str, ...]) -> str:
             f"{accept} is not to be had here, but {' and '.join(offers)}", offers=offers
         )
     return best
+
+
+def accepts_coding(accept_encoding: str | None, coding: str) -> bool:
+    """Whether a reader takes a content coding; none is taken that is not named."""
+    wishes = [_wish(part) for part in (accept_encoding or "").lower().split(",")]
+    return any(wish.pattern in (coding, "*") and wish.quality > 0 for wish in wishes)
 
 
 def _wish(part: str) -> _Wish:

@@ -36,6 +36,7 @@ __all__ = (
     "HANDLERS",
     "CrossOrigin",
     "InternalError",
+    "JsonRequest",
     "MethodNotAllowed",
     "NotAcceptable",
     "ProblemDetails",
@@ -185,7 +186,7 @@ def _refused(request: Request[Any, Any, Any], error: HTTPException) -> Response[
     """What Litestar itself refuses."""
     match error:
         case ValidationException():
-            return _problem(request, _invalid(error))
+            return _problem(request, _invalid(request, error))
         case NotFoundException():
             return _problem(request, NotFound(f"there is nothing at {request.url.path}"))
         case ClientException(status_code=400):
@@ -214,13 +215,13 @@ def _not_allowed(request: Request[Any, Any, Any], error: HTTPException) -> Metho
     )
 
 
-def _invalid(error: ValidationException) -> InvalidRequest:
+def _invalid(request: Request[Any, Any, Any], error: ValidationException) -> InvalidRequest:
     """Names each value at fault and what was expected."""
     faults: Any = error.extra if isinstance(error.extra, list) else []
     errors = [
         InvalidField(
-            field=_field(fault),
-            location=str(fault.get("source", "body")),
+            field=_field(request, fault),
+            location=_location(fault),
             message=_message(fault),
         )
         for fault in faults
@@ -232,9 +233,19 @@ def _invalid(error: ValidationException) -> InvalidRequest:
     return InvalidRequest(said or error.detail, errors=msgspec.to_builtins(errors))
 
 
-def _field(fault: Mapping[str, Any]) -> str:
-    key = str(fault.get("key", ""))
-    return str(fault.get("source", "body")) if key in ("", "data") else key
+def _field(request: Request[Any, Any, Any], fault: Mapping[str, Any]) -> str:
+    """What the caller calls the value: Litestar names the handler's argument."""
+    key, location = str(fault.get("key", "")), _location(fault)
+    if key in ("", "data"):
+        return location
+    argument = request.route_handler.parsed_fn_signature.parameters.get(key)
+    definition = argument.kwarg_definition if argument is not None and location != "body" else None
+    return getattr(definition, "name", None) or key
+
+
+def _location(fault: Mapping[str, Any]) -> str:
+    source = fault.get("source", "body")
+    return str(getattr(source, "value", source))
 
 
 def _message(fault: Mapping[str, Any]) -> str:
@@ -246,6 +257,19 @@ def _message(fault: Mapping[str, Any]) -> str:
 
 def _fault(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     return _problem(request, incident(error, method=request.method, path=request.url.path))
+
+
+class JsonRequest(Request[Any, Any, Any]):
+    """Refuses bodies that Litestar would break on: they are the caller's fault, not ours."""
+
+    async def json(self) -> Any:
+        """The body, decoded. Raises `InvalidRequest`."""
+        try:
+            return await super().json()
+        except RecursionError as error:
+            raise InvalidRequest("the body is nested too deeply") from error
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"the body is not UTF-8: {error.reason}") from error
 
 
 HANDLERS: ExceptionHandlersMap = {

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from api.files import Payload, accepts_gzip, header
+from api.files import Payload, header
+from api.negotiation import accepts_coding
 from api.problems import MethodNotAllowed
 from neural_mri.contract.problems import NotFound
 
@@ -110,7 +111,7 @@ class Viewer:
         file, headers = self._files[name], {"vary": "accept-encoding"}
         etag = file.etag
         packed = self._files.get(f"{name}.gz")
-        if packed is not None and accepts_gzip(scope):
+        if packed is not None and accepts_coding(header(scope, b"accept-encoding"), "gzip"):
             file, etag = packed, f"{packed.etag}-gzip"
             headers["content-encoding"] = "gzip"
         immutable = name.startswith(HASHED)

@@ -147,10 +147,11 @@ def build(family: str, *, seed: int = 0) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model: PreTrainedModel = _AutoModel.from_config(FAMILIES[family])
+        model = _AutoModel.from_config(FAMILIES[family])
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.2)
-    return model.eval()
+    finished: PreTrainedModel = model.eval()
+    return finished
 
 
 def save(family: str, folder: Path, *, seed: int = 0) -> Path:

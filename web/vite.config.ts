@@ -17,7 +17,6 @@ export default defineConfig({
       "d3-interpolate": fileURLToPath(new URL("src/model/interpolate.ts", import.meta.url)),
     },
   },
-  base: "./",
   build: {
     target: "es2022",
     // Nothing is inlined as a data: URL, so that the page runs under `default-src 'self'`.

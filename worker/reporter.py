@@ -16,6 +16,7 @@ import structlog
 
 from neural_mri.contract.events import (
     ActivationFrame,
+    EffectsFrame,
     Ended,
     Event,
     LayerFrame,
@@ -172,6 +173,10 @@ class Reporter:
 
     def frame(self, frame: ActivationFrame) -> None:
         """A token's components are known."""
+        self._outbox.post(self._job_id, frame)
+
+    def effects(self, frame: EffectsFrame) -> None:
+        """Components' effects are estimated, or measured."""
         self._outbox.post(self._job_id, frame)
 
     def checkpoint(self) -> None:

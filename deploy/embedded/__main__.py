@@ -8,6 +8,7 @@ from deploy.embedded import premises
 from deploy.embedded.launcher import Launcher
 from deploy.embedded.premises import Refusal
 from neural_mri.backing.settings import InvalidSettings, load_settings
+from neural_mri.contract.problems import Problem
 
 
 def main() -> int:
@@ -20,7 +21,7 @@ def main() -> int:
         with premises.locked(settings.folder):
             premises.check_port(settings.host, settings.port)
             Launcher(settings, Console(highlight=False)).run()
-    except (InvalidSettings, Refusal) as error:
+    except (InvalidSettings, Refusal, Problem) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"neural-mri: {error}", markup=False
         )

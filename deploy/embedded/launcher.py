@@ -99,8 +99,7 @@ class Launcher:
         self._tell("database", "ready")
         self._supervisor.start(self._python("api", "api"))
         self._supervisor.start(self._python("reaper", "worker.reaper"))
-        self._wait("valkey", lambda: valkey.answers(settings))
-        self._tell("valkey", "answers")
+        self._await_redis()
         for name in self._unregistered():
             self._register(name)
         self._supervisor.start(self._python("worker", "worker"))
@@ -117,6 +116,14 @@ class Launcher:
             "  (Ctrl-C stops everything)"
         )
 
+    def _await_redis(self) -> None:
+        settings = self._settings
+        if self._bundled_server:
+            self._wait("valkey", lambda: valkey.answers(settings))
+        elif not valkey.answers(settings):
+            raise Refusal("the server that NEURAL_MRI_REDIS_URL names does not answer.")
+        self._tell("redis", "answers")
+
     def _serve(self) -> None:
         look_at = 0.0
         with closing(Watch(self._settings)) as watch:
@@ -128,15 +135,13 @@ class Launcher:
                         self._supervisor.kill("worker", why)
 
     def _stop(self) -> None:
-        # Further signals are counted by the same handler: the second one ends the grace.
-        heard = self._signals
-        self._console.print("\nStopping ...")
+        self._console.print("\nStopping ... (again to stop at once)")
         self._supervisor.stop(
             "worker",
             "api",
             "reaper",
             grace_seconds=GRACE_SECONDS,
-            hurried=lambda: self._signals > max(heard, 1),
+            hurried=lambda: self._signals > 1,
         )
         # Last, because the others say goodbye through it.
         self._supervisor.stop("valkey", grace_seconds=GRACE_SECONDS, hurried=lambda: False)
@@ -176,7 +181,7 @@ class Launcher:
             while process.exit_status() is None:
                 self._pause()
         finally:
-            end_all([process], grace_seconds=1.0, hurried=lambda: False)
+            end_all([process], grace_seconds=5.0, hurried=lambda: False)
         if process.exit_status() != 0:
             raise Refusal(f"the model {name} could not be prepared: the lines above say why.")
         self._tell("model", f"{name} is ready")

@@ -50,7 +50,7 @@ check_space() {
 }
 
 find_chromium() {
-    for browser in ${CHROMIUM:-} chromium chromium-browser google-chrome; do
+    for browser in chromium chromium-browser google-chrome google-chrome-stable; do
         if command -v "$browser" >/dev/null 2>&1; then
             return
         fi

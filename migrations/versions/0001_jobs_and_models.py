@@ -30,6 +30,7 @@ def upgrade() -> None:
         sa.Column("lane", sa.String(16), nullable=False),
         sa.Column("request", sa.Text(), nullable=False),
         sa.Column("tokens", sa.Text(), nullable=True),
+        sa.Column("operands", sa.Text(), nullable=False),
         sa.Column("n_tokens", sa.Integer(), nullable=False),
         sa.Column("scan_key", sa.String(64), nullable=True),
         sa.Column("reusable", sa.Boolean(), nullable=False),

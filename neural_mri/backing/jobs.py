@@ -100,6 +100,7 @@ def submit(session: Session, submission: Submission, *, max_queued: int = 10_000
         "lane": submission.lane,
         "request": submission.request.decode(),
         "tokens": _json(submission.tokens),
+        "operands": _json(submission.operands),
         "n_tokens": len(submission.tokens) if submission.tokens else 0,
         "scan_key": submission.scan_key,
         "reusable": True,

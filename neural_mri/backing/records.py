@@ -15,7 +15,7 @@ from sqlalchemy import Row
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.contract.jobs import JobKind, JobState, JobView, Lane
 from neural_mri.contract.problems import ProblemDocument
-from neural_mri.contract.tokens import Tokens
+from neural_mri.contract.tokens import Operands, Tokens
 
 __all__ = ("LANE_WEIGHTS", "AnyRow", "Job", "Submission", "new_id")
 
@@ -36,6 +36,7 @@ class _Mode(msgspec.Struct):
 
 
 _tokens = msgspec.json.Decoder(Tokens)
+_operands = msgspec.json.Decoder(Operands)
 _document = msgspec.json.Decoder(dict[str, Any])
 _mode = msgspec.json.Decoder(_Mode)
 
@@ -51,6 +52,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     request: bytes
     """JSON, defaults written out."""
     tokens: Tokens | None = None
+    operands: Operands = Operands()
     scan_key: str | None = None
     """None for work whose result nobody could use again."""
     lane: Lane = Lane.INTERACTIVE
@@ -86,6 +88,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     request: bytes
     """JSON, as it was submitted."""
     tokens: Tokens | None
+    operands: Operands
     n_tokens: int
     scan_key: str | None
     batch_key: str
@@ -118,6 +121,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             lane=row.lane,
             request=row.request.encode(),
             tokens=None if row.tokens is None else _tokens.decode(row.tokens),
+            operands=_operands.decode(row.operands),
             n_tokens=row.n_tokens,
             scan_key=row.scan_key,
             batch_key=row.batch_key,

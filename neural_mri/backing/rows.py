@@ -104,6 +104,8 @@ class JobRow(Base):
     """JSON, as it was understood."""
     tokens: Mapped[str | None]
     """JSON of `contract.tokens.Tokens`."""
+    operands: Mapped[str]
+    """JSON of `contract.tokens.Operands`."""
     n_tokens: Mapped[int]
     scan_key: Mapped[str | None] = mapped_column(String(64))
     reusable: Mapped[bool]

@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scan_base import Positions, Prompt, ScanBase, TargetedScan
 
-__all__ = ("AnomalyScan", "CalibrationScan", "Lens")
+__all__ = ("AnomalyScan", "CalibrationScan", "Lens", "Sublayers")
 
 Weight = Annotated[float, Meta(ge=0, le=1000)]
 
@@ -23,19 +24,33 @@ class Lens(StrEnum):
     """After an affine map to the last layer's residual, fitted by ridge regression."""
 
 
+class Sublayers(StrEnum):
+    """Where the lens is read between attention and MLP too, so that each has a value of its own."""
+
+    NONE = "none"
+    TARGET = "target"
+    """At the target position."""
+    ALL = "all"
+    """At every position of the scan: twice the work."""
+
+
 class AnomalyScan(TargetedScan, frozen=True, kw_only=True, tag="FLAIR", tag_field="scan_mode"):
     """FLAIR: uncertainty, where the answer appears, and whether it is supported.
 
-    All in absolute nats, never scaled by the prompt itself.
+    All in absolute nats, never scaled by the prompt itself. Position 0 is not measured: its residual is
+    the attention sink's.
     """
 
     lens: Lens = Lens.BIAS
-    token_positions: Literal["last"] | Positions = "all"
+    token_positions: Literal["target"] | Positions = "all"
+    """Positions to read the lens at; the target position always is."""
+    sublayers: Sublayers = Sublayers.TARGET
     kl_weight: Weight = 0.6
     entropy_weight: Weight = 0.4
     """Weights of the seed's score, kl_weight * KL + entropy_weight * H. Not an error detector."""
     false_alarm_rate: Annotated[float, Meta(gt=0, lt=0.5)] = 0.01
-    """Share of ordinary text on which a node may be called anomalous."""
+    """Share of ordinary positions at which a channel (all layers together, all sublayers together,
+    entropy, support) may call anything anomalous."""
 
 
 class CalibrationScan(
@@ -48,6 +63,15 @@ class CalibrationScan(
 
     texts: Annotated[tuple[Prompt, ...], Meta(max_length=10_000)] = ()
     n_tokens: Annotated[int, Meta(ge=256, le=1_000_000)] = 2048
-    seed: Annotated[int, Meta(ge=0)] = 0
-    ridge: bool = False
-    """Whether to fit the ridge lens too: `d_model`^2 + `d_model` numbers a layer."""
+    """Tokens of reference text, at most."""
+    n_ordinary: Annotated[int, Meta(ge=32, le=100_000)] = 256
+    """Positions, spread over that text, whose channel values are kept as ordinary."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    lenses: Annotated[tuple[Lens, ...], Meta(min_length=1, max_length=3)] = (Lens.BIAS,)
+    """Lenses whose ordinary values are kept. With `ridge` among them that lens is fitted:
+    2 x n_layers x (`d_model`^2 + `d_model`) numbers."""
+
+    def check(self) -> None:
+        """Raises `Unprocessable` where a lens is named twice."""
+        if len(set(self.lenses)) < len(self.lenses):
+            raise Unprocessable(f"lenses {self.lenses} names a lens twice: expected each once")

@@ -13,6 +13,7 @@ from neural_mri.contract.jobs import JobState
 __all__ = (
     "ActivationFrame",
     "Artifact",
+    "EffectsFrame",
     "Ended",
     "Event",
     "FrameLayer",
@@ -75,6 +76,18 @@ class ActivationFrame(EventBase, frozen=True, kw_only=True, tag="activation_fram
     unit: str
 
 
+class EffectsFrame(EventBase, frozen=True, kw_only=True, tag="effects_frame"):
+    """Effects of components on a circuit scan's metric: the estimates first, then what was measured."""
+
+    exact: bool
+    """Whether each was measured, or is a first-order estimate."""
+    components: tuple[str, ...]
+    """Addresses: the strongest where there are too many to tell."""
+    effects: tuple[float, ...]
+    """Of each component in turn. Measured ones are the floats of the stored table."""
+    unit: str
+
+
 class Artifact(EventBase, frozen=True, kw_only=True, tag="artifact"):
     """A table of the result can be fetched."""
 
@@ -101,7 +114,9 @@ class Ended(EventBase, frozen=True, kw_only=True, tag="ended"):
     problem: dict[str, Any] | None = None
 
 
-Event: TypeAlias = StateChanged | Progress | LayerFrame | ActivationFrame | Artifact | Reset | Ended
+Event: TypeAlias = (
+    StateChanged | Progress | LayerFrame | ActivationFrame | EffectsFrame | Artifact | Reset | Ended
+)
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

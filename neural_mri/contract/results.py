@@ -307,6 +307,50 @@ SCHEMAS: Mapping[str, TableSchema] = MappingProxyType(
             ),
             "How far each position's next-token distribution moved: D_KL(clean ‖ perturbed).",
         ),
+        "metric": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("position", pa.int32()),
+                _field("answer_id", pa.int32()),
+                _field("answer", pa.string()),
+                _field("foil_id", pa.int32()),
+                _field("foil", pa.string()),
+                _field("clean", pa.float32()),
+                _field("corrupted", pa.float32()),
+                _field("probability_clean", pa.float32()),
+                _field("probability_corrupted", pa.float32()),
+                _field("direct_biases", pa.float32()),
+            ),
+            "What a circuit is asked about, one row: the metric and the answer's probability in the clean "
+            "and the corrupted run (NaN where there is none). `direct_biases` is the part of the direct "
+            "attribution that no component writes.",
+        ),
+        "effects": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                *_COMPONENT,
+                _field("effect", pa.float32()),
+                _field("exact", pa.bool_()),
+                _field("estimate", pa.float32()),
+                _field("direct", pa.float32()),
+            ),
+            "What replacing each component does to the metric: below 0 where the component helps. "
+            "`effect` is measured where `exact`, else the `estimate`; `direct` is the component's own "
+            "term of the logits, whose sum with `metric.direct_biases` they are.",
+        ),
+        "edges": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("source", pa.string()),
+                _field("target", pa.string()),
+                _field("source_index", pa.int32()),
+                _field("target_index", pa.int32()),
+                _field("strength", pa.float32()),
+            ),
+            "The strongest paths from what one component writes straight to what another reads, by "
+            "absolute strength: the first-order effect of replacing the source for that target alone. "
+            "The indices are rows of `effects`.",
+        ),
         "attention": TableSchema(
             SchemaVersion(1, 0),
             (

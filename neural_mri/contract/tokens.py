@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import msgspec
 
-__all__ = ("Span", "Tokens")
+__all__ = ("Operands", "Span", "Tokens")
 
 
 class Span(NamedTuple):
@@ -27,3 +27,12 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+class Operands(msgspec.Struct, frozen=True, kw_only=True):
+    """What a scan reads beside its prompt, resolved by the model's tokenizer before it is queued."""
+
+    prompts: dict[str, Tokens] = {}
+    """Other prompts, by their text: a corrupt prompt, the source of a patch."""
+    token_ids: dict[str, int] = {}
+    """Single tokens by the name of the request's field: `answer`, `foil`."""

@@ -1,12 +1,13 @@
 """Byte ranges, by themselves."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.files import Unsatisfiable, extent, is_known
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6), st.data())
 def test_a_range_is_what_slicing_would_give(size: int, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, size - 1))
@@ -24,6 +25,7 @@ def test_a_range_is_what_slicing_would_give(size: int, data: st.DataObject) -> N
     assert body[end.start : end.end] == body[-suffix:]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.integers(0, 1000))
 def test_any_header_is_a_part_the_whole_or_unsatisfiable(text: str, size: int) -> None:
     try:

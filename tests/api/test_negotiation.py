@@ -2,7 +2,7 @@
 
 import pytest
 
-from api.negotiation import preferred
+from api.negotiation import accepts_coding, preferred
 from api.problems import NotAcceptable
 
 OFFERS = ("application/json", "application/vnd.apache.arrow.file")
@@ -34,3 +34,21 @@ def test_an_unmet_wish_is_refused_with_the_offers(accept: str) -> None:
     with pytest.raises(NotAcceptable) as refusal:
         preferred(accept, OFFERS)
     assert refusal.value.members["offers"] == OFFERS
+
+
+@pytest.mark.parametrize(
+    ("accept_encoding", "taken"),
+    [
+        (None, False),
+        ("identity", False),
+        ("br, gzip", True),
+        ("gzip;q=0.5", True),
+        ("gzip;q=0", False),
+        ("gzip;q=0.0", False),
+        ("*", True),
+    ],
+)
+def test_a_coding_is_taken_only_where_it_is_named(
+    accept_encoding: str | None, *, taken: bool
+) -> None:
+    assert accepts_coding(accept_encoding, "gzip") is taken

@@ -192,7 +192,14 @@ def test_layers_of_attention_are_a_set(api: httpx.Client) -> None:
 
 def test_a_body_that_is_no_json_is_refused(api: httpx.Client) -> None:
     headers = {"content-type": "application/json"}
-    for body, words in ((b"{nope", "malformed"), (b"", "got no body"), (b"[1]", "object")):
+    for body, words in (
+        (b"{nope", "malformed"),
+        (b"", "got no body"),
+        (b"[1]", "object"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b"[" * 15_000, "nested too deeply"),
+        (b'{"prompt": "a", "more": ' + b"[" * 15_000, "nested too deeply"),
+    ):
         answer = api.post("/api/scan/activation", content=body, headers=headers)
         assert answer.status_code == 400
         assert words in answer.json()["detail"]
@@ -205,6 +212,11 @@ def test_every_field_at_fault_is_named(api: httpx.Client) -> None:
         "location": "body",
         "message": "Expected `str`, got `int`",
     }
+
+
+def test_a_field_is_called_what_the_caller_calls_it(api: httpx.Client) -> None:
+    (error,) = api.get("/api/jobs?state=asleep").json()["errors"]
+    assert (error["field"], error["location"]) == ("state", "query")
 
 
 def test_a_model_that_no_worker_should_hold_is_not_scanned(api: httpx.Client, world: World) -> None:

@@ -2,7 +2,7 @@
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -63,6 +63,7 @@ def test_the_first_token_of_a_character_carries_it(text: str) -> None:
 @pytest.mark.parametrize(
     "tokenizer", [BYTE_LEVEL, BYTE_FALLBACK, TRIMMING], ids=["bytes", "fallback", "trimming"]
 )
+@settings(deadline=None)
 @given(prompt=st.text(min_size=1, max_size=30))
 def test_texts_put_together_are_the_prompt_and_spans_stay_inside(
     tokenizer: Tokenizer, prompt: str

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from neural_mri.contract.events import (
     ActivationFrame,
     Artifact,
+    EffectsFrame,
     Ended,
     Event,
     FrameLayer,
@@ -50,6 +51,13 @@ EVENTS = {
         token_idx=COUNTS,
         token=TEXTS,
         layers=st.lists(LAYERS, max_size=3).map(tuple),
+        unit=TEXTS,
+    ),
+    EffectsFrame: st.builds(
+        EffectsFrame,
+        exact=st.booleans(),
+        components=st.lists(TEXTS, max_size=4).map(tuple),
+        effects=st.lists(VALUES, max_size=4).map(tuple),
         unit=TEXTS,
     ),
     Artifact: st.builds(Artifact, table=TEXTS, url=TEXTS, bytes=COUNTS),

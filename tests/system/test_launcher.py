@@ -82,34 +82,25 @@ def launch(settings: Settings) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_control_c_ends_every_process_and_a_second_start_finds_the_results(
+def test_neither_a_kill_nor_control_c_leaves_a_process_or_loses_a_result(
     service: Service, settings: Settings
 ) -> None:
     first = service.scan("w3 w4 w5", wait=60)
-    everything = service.processes()
-    assert len(everything) == 5
-    assert service.stop(signal.SIGINT) == 0
-    assert all(is_gone(process) for process in everything)
-    assert not settings.valkey_socket.exists()
-    assert service.says().splitlines()[-1] == "Stopped."
-    with running(settings) as again:
-        again.wait_until_ready()
-        second = again.scan("w3 w4 w5", wait=60)
-    assert (first["cached"], second["cached"]) == (False, True)
-    assert first["scan_key"] == second["scan_key"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
-def test_a_killed_launcher_leaves_nothing_and_the_next_one_starts(
-    service: Service, settings: Settings
-) -> None:
-    everything = service.processes()
+    killed = service.processes()
+    assert len(killed) == 5
     service.launcher.kill()
     service.launcher.wait()
     with running(settings) as again:
         again.wait_until_ready()
-        assert all(is_gone(process) for process in everything)
-        assert again.scan("w6 w7", wait=60)["state"] == "succeeded"
+        assert all(is_gone(process) for process in killed)
+        second = again.scan("w3 w4 w5", wait=60)
+        assert (first["cached"], second["cached"]) == (False, True)
+        assert first["scan_key"] == second["scan_key"]
+        stopped = again.processes()
+        assert again.stop(signal.SIGINT) == 0
+        assert all(is_gone(process) for process in stopped)
+        assert again.says().splitlines()[-1] == "Stopped."
+    assert not settings.valkey_socket.exists()
 
 
 def test_a_second_launcher_is_refused_the_folder(lasting_service: Service) -> None:
@@ -174,3 +165,11 @@ def test_a_model_that_nobody_knows_is_refused_with_what_to_do(settings: Settings
     assert refused.returncode == 1
     assert "python -m worker.modelstore add unheard-of folder:/path" in refused.stderr
     assert {process.pid for process in psutil.Process().children(recursive=True)} == before
+
+
+def test_a_redis_server_that_is_not_there_is_said(settings: Settings, tmp_path: Path) -> None:
+    nowhere = msgspec.structs.replace(settings, redis_url=f"unix://{tmp_path}/nobody.sock")
+    refused = launch(nowhere)
+    assert refused.returncode == 1
+    (said,) = refused.stderr.splitlines()
+    assert said == "neural-mri: the server that NEURAL_MRI_REDIS_URL names does not answer."

@@ -65,6 +65,37 @@ print("token step", await latency(["ArrowRight", ",", "."]));
 print("sequence switch, first new frame", await latency(["1", "3"]));
 print("window, by key", await latency(["[", "]"]));
 
+const CINE_FPS = 30;
+await viewer.getByRole("spinbutton").fill(String(CINE_FPS));
+await viewer.getByRole("spinbutton").press("Tab");
+const shown = await viewer.evaluate(async () => {
+  const corner = document.querySelector("[data-testid=corner-token]");
+  let changes = 0;
+  const watch = new MutationObserver(() => changes++);
+  if (corner !== null)
+    watch.observe(corner, { attributes: true, attributeFilter: ["data-column"] });
+  const play = () =>
+    document.body.dispatchEvent(new KeyboardEvent("keydown", { key: " ", bubbles: true }));
+  play();
+  await new Promise((resolve) => setTimeout(resolve, 4000));
+  play();
+  return changes / 4;
+});
+print(`cine, ${CINE_FPS} tokens a second asked`, `${shown.toFixed(1)} shown`);
+
+const session = await viewer.context().newCDPSession(viewer);
+const before = await heap();
+await viewer.evaluate(async () => {
+  const press = (/** @type {string} */ key) =>
+    document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  for (let i = 0; i < 1000; i++) {
+    press(i % 2 === 0 ? "1" : "3");
+    for (let step = 0; step < 10; step++) press(step % 2 === 0 ? "," : ".");
+    if (i % 20 === 0) await new Promise((resolve) => requestAnimationFrame(resolve));
+  }
+});
+print("heap after 1,000 switches, 10,000 steps", `${((await heap()) - before).toFixed(2)} MB more`);
+
 await viewer.waitForTimeout(6000);
 const idle = await viewer.evaluate(async () => {
   let frames = 0;
@@ -82,6 +113,12 @@ print("animation frames in 2 idle seconds", String(idle));
 await browser.close();
 await close();
 
+async function heap() {
+  await session.send("HeapProfiler.collectGarbage");
+  const { usedSize } = await session.send("Runtime.getHeapUsage");
+  return usedSize / 1e6;
+}
+
 /**
  * From a key press to the end of the frame that shows it: median and 95th percentile.
  * @param {readonly string[]} keys
@@ -90,7 +127,7 @@ async function latency(keys) {
   const times = await viewer.evaluate(async ([pressed, repeats]) => {
     const taken = [];
     for (let i = 0; i < repeats; i++) {
-      const key = pressed[i % pressed.length];
+      const key = pressed[i % pressed.length] ?? "";
       await new Promise((resolve) => setTimeout(resolve, 350));
       const start = performance.now();
       document.activeElement?.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));

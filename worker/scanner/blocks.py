@@ -54,7 +54,7 @@ class Block(NamedTuple):
         *,
         parallel: bool,
         start: int,
-        causal: Float[Tensor, "1 1 query key"],
+        causal: Float[Tensor, "1 1 query key"] | None = None,
     ) -> Self:
         """The block for rows that begin at position `start`.
 
@@ -63,7 +63,7 @@ class Block(NamedTuple):
             call: How its attention was called for the whole prompt.
             parallel: Whether the MLP reads what attention reads.
             start: The rows' first position. 0 where `call` kept no keys and values.
-            causal: What masks scores where the model left masking to its kernel.
+            causal: Masks scores where the model left masking to its kernel. Not needed from 0 on.
         """
         if start == 0:
             return cls(modules, parallel, call.args, call.kwargs)
@@ -72,7 +72,8 @@ class Block(NamedTuple):
         kwargs: dict[str, Any] = {**call.kwargs}
         kwargs[call.cache_argument] = _Prefix(call.keys[:, :, :start], call.values[:, :, :start])
         mask = kwargs.get("attention_mask")
-        kwargs["attention_mask"] = (causal if mask is None else mask)[..., start:, :]
+        mask = causal if mask is None else mask
+        kwargs["attention_mask"] = None if mask is None else mask[..., start:, :]
         for name in ("position_embeddings", "position_ids"):
             if kwargs.get(name) is not None:
                 kwargs[name] = _after(kwargs[name], start)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neural_mri.contract.circuits import Granularity
 from neural_mri.contract.components import EMBED, UNEMBED, Component, Kind
-from worker.scanner.attribution import Differentiated
+from worker.scanner.attribution import Differentiated, StraightPath
 from worker.scanner.blocks import Block, causal_mask, rows_at_once
 from worker.scanner.hooks import tensor_in
 from worker.scanner.listening import Listener
@@ -62,7 +62,7 @@ class _Targets(NamedTuple):
 def strongest_edges(
     model: LoadedModel,
     clean: Run,
-    path: Differentiated,
+    path: Sequence[Differentiated] | StraightPath,
     replacements: Replacements,
     granularity: Granularity,
     count: int,
@@ -73,7 +73,7 @@ def strongest_edges(
     Args:
         model: The model.
         clean: The clean run.
-        path: Where gradients are taken, averaged over its rows: the clean run itself (EAP), or the way
+        path: Where gradients are taken, averaged over its rows: the clean run alone (EAP), or the way
             there from corrupt embeddings (EAP-IG).
         replacements: What takes a source's place.
         granularity: Whether heads or attention layers are components.
@@ -105,7 +105,7 @@ class _Finder:
         self,
         model: LoadedModel,
         clean: Run,
-        path: Differentiated,
+        path: Sequence[Differentiated] | StraightPath,
         replacements: Replacements,
         granularity: Granularity,
     ) -> None:
@@ -116,6 +116,7 @@ class _Finder:
         self._replacements = replacements
         self._by_head = granularity is Granularity.HEADS
         self._kept = slice(replacements.start, clean.n_positions)
+        self._width = clean.n_positions - replacements.start
 
     def at_layer(self, layer: int) -> tuple[Component, ...]:
         """Components of a layer in the order in which they write; the embedding is layer -1."""
@@ -163,66 +164,63 @@ class _Finder:
 
     def target_groups(self, listener: Listener) -> Iterator[_Targets]:
         """The targets, as many layers of them at a time as may be held."""
-        width = (self._kept.stop - self._kept.start) * self._shape.d_model * 4
-        at_once = max(1, _TARGETS_BYTES // (width * len(self.at_layer(0))))
+        row_bytes = 4 * self._width * self._shape.d_model
+        at_once = max(1, _TARGETS_BYTES // (row_bytes * len(self.at_layer(0))))
         n_layers = self._shape.n_layers
-        for first in range(0, n_layers, at_once):
-            layers = range(first, min(first + at_once, n_layers))
-            reads = []
-            for layer in layers:
-                listener.checkpoint()
-                reads.append(self._reads(layer))
-                listener.progress("edges", layer + 1, n_layers)
-            components = [component for layer in layers for component in self.at_layer(layer)]
-            if layers.stop == n_layers:
+        for layers in torch.split(torch.arange(n_layers), at_once):
+            summed: list[Tensor] = []
+            n_rows = 0
+            for number, part in enumerate(self._path):
+                for row in range(len(part.gradients.embed)):
+                    n_rows += 1
+                    reads = self._reads(layers.tolist(), part.row(row), listener)
+                    summed = (
+                        [a + b for a, b in zip(summed, reads, strict=True)] if summed else reads
+                    )
+                done = number * n_layers + int(layers[-1]) + 1
+                listener.progress("edges", done, len(self._path) * n_layers)
+            components = [c for layer in layers.tolist() for c in self.at_layer(layer)]
+            if layers[-1] == n_layers - 1:
                 components.append(UNEMBED)
-                reads.append(self._averaged(self._path.gradients.final).unsqueeze(0))
-            yield _Targets(tuple(components), torch.cat(reads))
+            yield _Targets(tuple(components), torch.cat(summed) / n_rows)
 
-    def _averaged(
-        self, gradient: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "pos d_model"]:
-        return gradient[:, self._kept].float().mean(0)
+    def _reads(
+        self, layers: Sequence[int], at: Differentiated, listener: Listener
+    ) -> list[Float[Tensor, "target pos d_model"]]:
+        """One row's gradients where components read, float32: a tensor a layer, the unembedding last."""
+        found = []
+        for layer in layers:
+            listener.checkpoint()
+            attn = self._head_reads(layer, at) if self._by_head else at.gradients.attn_reads[layer]
+            mlp = at.gradients.mlp_reads[layer]
+            found.append(torch.cat([attn[:, -self._width :], mlp[:, -self._width :]]).float())
+        if layers[-1] == self._shape.n_layers - 1:
+            found.append(at.gradients.final[:, -self._width :].float())
+        return found
 
-    def _reads(self, layer: int) -> Float[Tensor, "target pos d_model"]:
-        """The metric's gradient where each component of a layer reads. float32."""
-        gradients = self._path.gradients
-        mlp = self._averaged(gradients.mlp_reads[layer]).unsqueeze(0)
-        if not self._by_head:
-            attn = self._averaged(gradients.attn_reads[layer]).unsqueeze(0)
-            return torch.cat([attn, mlp])
-        rows = range(len(gradients.embed))
-        by_row = torch.stack([self._head_reads(layer, row) for row in rows])
-        return torch.cat([by_row.mean(0), mlp])
-
-    def _head_reads(self, layer: int, row: int) -> Float[Tensor, "head pos d_model"]:
+    def _head_reads(self, layer: int, at: Differentiated) -> Float[Tensor, "head pos d_model"]:
         """The part of the gradient at attention's input that comes through each head.
 
         One row a head: the layer's attention again, and back through it with the gradient at all other
         heads' z left out.
         """
-        run, start = self._path.run, self._kept.start
-        call = run.calls[layer]
-        begin = start
-        if call.keys is None or call.values is None:
-            begin = 0
-        else:
-            call = call._replace(keys=call.keys[row : row + 1], values=call.values[row : row + 1])
+        call = at.run.calls[layer]
+        start = 0 if call.keys is None else self._kept.start
         block = Block.of(
             self._model.modules.blocks[layer],
             call,
             parallel=self._shape.parallel_blocks,
-            start=begin,
-            causal=causal_mask(run.n_positions, run.final),
+            start=start,
+            causal=causal_mask(at.run.n_positions, at.run.final),
         )
-        residual = run.resid_pre[layer][row, begin:]
-        gradient = self._path.gradients.z[layer][row, begin:]
+        residual = at.run.resid_pre[layer][0, start:]
+        gradient = at.gradients.z[layer][0, start:]
         heads = torch.arange(self._shape.n_heads, device=residual.device)
         found = [
             _through_heads(block, residual, gradient, some, self._shape.d_head)
             for some in torch.split(heads, rows_at_once(self._model, len(residual)))
         ]
-        return torch.cat(found)[:, start - begin :].float()
+        return torch.cat(found)
 
 
 def _through_heads(

@@ -2,7 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
-from neural_mri.contract.events import ActivationFrame, LayerFrame
+from neural_mri.contract.events import ActivationFrame, EffectsFrame, LayerFrame
 
 __all__ = ("Cancelled", "Listener", "Silent")
 
@@ -24,6 +24,9 @@ class Listener(Protocol):
     def frame(self, frame: ActivationFrame) -> None:
         """A token's values are known, exactly as they will be stored."""
 
+    def effects(self, frame: EffectsFrame) -> None:
+        """Effects of components have been estimated, or measured."""
+
     def checkpoint(self) -> None:
         """Raises `Cancelled` when the scan should go no further."""
 
@@ -38,6 +41,9 @@ class Silent:
         """Nothing."""
 
     def frame(self, frame: ActivationFrame) -> None:
+        """Nothing."""
+
+    def effects(self, frame: EffectsFrame) -> None:
         """Nothing."""
 
     def checkpoint(self) -> None:

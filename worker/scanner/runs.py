@@ -34,6 +34,17 @@ class AttentionCall(NamedTuple):
     values: Float[Tensor, "batch kv_head pos d_head"] | None
     """As attention reads them, rotated; None where it takes no cache."""
 
+    def row(self, row: int) -> "AttentionCall":
+        """The call as it would have been for one prompt of the batch."""
+        kwargs, mask = self.kwargs, self.kwargs.get("attention_mask")
+        if mask is not None:
+            kwargs = {**kwargs, "attention_mask": mask[row % len(mask)].unsqueeze(0)}
+        return self._replace(
+            kwargs=kwargs,
+            keys=None if self.keys is None else self.keys[row : row + 1],
+            values=None if self.values is None else self.values[row : row + 1],
+        )
+
     def detached(self) -> "AttentionCall":
         """The same call without the graph of its keys and values."""
         return self._replace(
@@ -66,22 +77,30 @@ class Run(NamedTuple):
         """Tokens of the prompt."""
         return self.final.shape[1]
 
+    def row(self, row: int) -> "Run":
+        """The run of one prompt of the batch."""
+        run = self._each(lambda value: value[row : row + 1])
+        return run._replace(calls=tuple(call.row(row) for call in self.calls))
+
     def detached(self) -> "Run":
         """The same values without their graph."""
+        run = self._each(lambda value: value.detach())
+        return run._replace(calls=tuple(call.detached() for call in self.calls))
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Run":
         def layers(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(value.detach() for value in values)
+            return tuple(change(value) for value in values)
 
         return self._replace(
+            ids=change(self.ids),
             resid_pre=layers(self.resid_pre),
             z=layers(self.z),
             attn=layers(self.attn),
             mlp=layers(self.mlp),
             attn_reads=layers(self.attn_reads),
             mlp_reads=layers(self.mlp_reads),
-            final=self.final.detach(),
-            logits=self.logits.detach(),
-            calls=tuple(call.detached() for call in self.calls),
+            final=change(self.final),
+            logits=change(self.logits),
         )
 
 

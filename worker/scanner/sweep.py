@@ -44,6 +44,13 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, tor
 digits between a whole prompt and its end."""
 
 
+_WORTHWHILE = 16
+"""A share of the positions that rows need not hold, as its inverse."""
+
+_EMBEDDING = -1
+"""Its layer, as far as order goes."""
+
+
 class Swept(NamedTuple):
     """What came of replacing components one at a time."""
 
@@ -62,14 +69,14 @@ def sweep(
     metric: Metric,
     listener: Listener,
 ) -> Swept:
-    """The effect of each component: heads, attention layers and MLPs, in any order.
+    """The effect of each component: the embedding, heads, attention layers and MLPs, in any order.
 
     Tells how far it is as stage `sweep`, in rows times blocks. Raises `Cancelled` when the listener
     stops it.
     """
     if not components:
         return Swept(torch.empty(0), "nothing was replaced")
-    order = sorted(range(len(components)), key=lambda index: components[index].layer or 0)
+    order = sorted(range(len(components)), key=lambda index: _layer(components[index]))
     growing = _GrowingBatch(model, clean, replacements, metric, listener)
     swept = growing.run([components[index] for index in order])
     method = "rows that join after the block of their component, in one pass"
@@ -81,6 +88,10 @@ def sweep(
     effects = torch.empty(len(components))
     effects[torch.tensor(order)] = swept.cpu()
     return Swept(effects, method)
+
+
+def _layer(component: Component) -> int:
+    return _EMBEDDING if component.layer is None else component.layer
 
 
 class _GrowingBatch:
@@ -100,20 +111,21 @@ class _GrowingBatch:
         self._metric = metric
         self._listener = listener
         self._shape = model.architecture
-        n_positions = clean.n_positions
-        self._kept = slice(replacements.start, n_positions)
+        n_positions, start = clean.n_positions, replacements.start
+        # Beginning later needs a mask, which costs more than a few positions are worth.
+        worth_it = start * _WORTHWHILE >= n_positions
+        shared = worth_it and all(call.keys is not None for call in clean.calls)
+        self._kept = slice(start if shared else 0, n_positions)
         self._last = slice(n_positions - 1, n_positions)
-        width = n_positions - replacements.start
+        width = n_positions - self._kept.start
+        row_bytes = width * self._shape.d_model * clean.final.element_size()
         self._rows_at_once = rows_at_once(model, width)
-        self._rows_at_most = max(
-            2, _ROWS_BYTES // (width * self._shape.d_model * clean.final.element_size())
-        )
+        self._rows_at_most = max(2, _ROWS_BYTES // row_bytes)
+        self._causal = causal_mask(n_positions, clean.final) if shared else None
         self._done = self._total = 0
 
     def run(self, components: Sequence[Component]) -> Float[Tensor, " component"] | None:
         """Effects of components in the order of their layers; None where row 0 went astray."""
-        if self._replacements.start and any(call.keys is None for call in self._clean.calls):
-            return None
         step = self._rows_at_most - 1
         passes = [components[i : i + step] for i in range(0, len(components), step)]
         self._total = sum(self._work(part) for part in passes)
@@ -128,19 +140,21 @@ class _GrowingBatch:
     def _work(self, components: Sequence[Component]) -> int:
         """Rows times blocks of one pass."""
         n_layers = self._shape.n_layers
-        first = components[0].layer or 0
-        return n_layers - first + sum(n_layers - (c.layer or 0) for c in components)
+        joins = [max(_layer(component), 0) for component in components]
+        return n_layers - joins[0] + sum(n_layers - layer for layer in joins)
 
     def _grown(self, components: Sequence[Component]) -> Float[Tensor, "row d_model"]:
         """The last position's final residual in every row; row 0 is the clean one."""
-        first = components[0].layer or 0
-        joining = {
-            layer: list(group) for layer, group in groupby(components, key=lambda c: c.layer or 0)
-        }
+        first = max(_layer(components[0]), 0)
+        joining = {layer: list(group) for layer, group in groupby(components, key=_layer)}
         begun = self._clean.resid_pre[first][:, self._kept]
         rows = begun.new_empty(1 + len(components), *begun.shape[1:])
         rows[0] = begun[0]
         present = 1
+        for embedding in joining.get(_EMBEDDING, []):
+            rows[present] = begun[0]
+            self._replace(rows[present], embedding)
+            present += 1
         for layer in range(first, self._shape.n_layers):
             block = self._block(layer)
             last = layer == self._shape.n_layers - 1
@@ -154,13 +168,12 @@ class _GrowingBatch:
         return rows[:, -1]
 
     def _block(self, layer: int) -> Block:
-        call = self._clean.calls[layer]
         return Block.of(
             self._model.modules.blocks[layer],
-            call,
+            self._clean.calls[layer],
             parallel=self._shape.parallel_blocks,
-            start=self._replacements.start,
-            causal=causal_mask(self._clean.n_positions, self._clean.final),
+            start=self._kept.start,
+            causal=self._causal,
         )
 
     def _advance(self, block: Block, rows: Float[Tensor, "row pos d_model"], *, last: bool) -> None:
@@ -191,34 +204,34 @@ class _GrowingBatch:
                 self._listener.checkpoint()
                 some = replaced[at : at + self._rows_at_once]
                 if kind is Kind.MLP:
-                    yield before + attn + self._given(some, here)
+                    yield before + attn + self._with_replaced(mlp, some)
                     continue
                 if kind is Kind.HEAD:
-                    z = self._edited_z(layer, some, here)
+                    z = self._with_replaced(self._clean.z[layer][:, here], some)
                     written = block.post_norm(block.modules.w_o(z))
                 else:
-                    written = self._given(some, here)
+                    written = self._with_replaced(attn, some)
                 rows = before + written
                 rows += mlp if block.parallel else block.mlp(rows)
                 yield rows
 
-    def _given(
-        self, components: Sequence[Component], here: slice
-    ) -> Float[Tensor, "row pos d_model"]:
-        return torch.stack([self._replacement(component, here) for component in components])
+    def _with_replaced(
+        self, clean: Float[Tensor, "1 pos width"], components: Sequence[Component]
+    ) -> Float[Tensor, "row pos width"]:
+        """The clean value once for each component, the component's own part replaced."""
+        rows = clean.repeat(len(components), 1, 1)
+        for row, component in zip(rows, components, strict=True):
+            self._replace(row, component)
+        return rows
 
-    def _replacement(self, component: Component, here: slice) -> Float[Tensor, "pos width"]:
-        start = self._replacements.start
-        return self._replacements.of(component)[here.start - start : here.stop - start]
-
-    def _edited_z(
-        self, layer: int, heads: Sequence[Component], here: slice
-    ) -> Float[Tensor, "row pos heads_by_d_head"]:
-        z = self._clean.z[layer][:, here].repeat(len(heads), 1, 1)
-        by_head = z.view(*z.shape[:2], self._shape.n_heads, self._shape.d_head)
-        for row, component in enumerate(heads):
-            by_head[row, :, component.index or 0] = self._replacement(component, here)
-        return z
+    def _replace(self, value: Float[Tensor, "pos width"], component: Component) -> None:
+        """Replace a component in its clean value, which ends at the last position."""
+        new = self._replacements.of(component)[-len(value) :]
+        own = slice(None)
+        if component.kind is Kind.HEAD:
+            d_head, head = self._shape.d_head, component.index or 0
+            own = slice(head * d_head, (head + 1) * d_head)
+        value[-len(new) :, own] = new
 
     def _measured(self, final: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"] | None:
         """The metric of every row; None where row 0 is not the clean run."""

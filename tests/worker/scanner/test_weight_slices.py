@@ -49,7 +49,7 @@ def look_inside(
     seen: dict[str, Tensor] = {}
 
     def at_z(_module: object, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        z = inputs[0].clone().unflatten(-1, (anatomy.architecture.n_heads, -1))
+        z = inputs[0].reshape(*inputs[0].shape[:2], anatomy.architecture.n_heads, -1).clone()
         if without_head is not None:
             z[:, :, without_head] = 0
         seen["z"] = z[0]

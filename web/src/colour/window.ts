@@ -13,8 +13,6 @@ export interface Window {
 }
 
 const NARROWEST = 1e-9;
-/** Beyond this many values a regular sample stands for all of them. */
-const SAMPLE = 20_000;
 
 /** A value's coordinate on the scale: -Infinity for a log of 0, NaN for what has none. */
 export function coordinate(value: number, scale: Scale): number {
@@ -50,8 +48,7 @@ export function coordinates(values: Iterable<number>, scale: Scale): Float64Arra
     const u = coordinate(value, scale);
     if (Number.isFinite(u)) all.push(u);
   }
-  const step = Math.max(1, Math.ceil(all.length / SAMPLE));
-  return Float64Array.from(step === 1 ? all : all.filter((_, i) => i % step === 0)).sort();
+  return Float64Array.from(all).sort();
 }
 
 /** The value below which a share of sorted numbers lies, interpolated between neighbours. */

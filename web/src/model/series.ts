@@ -11,7 +11,7 @@ import {
   type Prediction,
   type Token,
 } from "../api/frames";
-import type { ActivationFrame, JobView, LayerFrame, Manifest } from "../api/schema";
+import type { ActivationFrame, JobEvent, JobView, LayerFrame, Manifest } from "../api/schema";
 import type { SequenceId } from "./sequences";
 import { Volume } from "./volume";
 
@@ -96,9 +96,10 @@ export async function loadFunctional(manifest: Manifest, job: string, read: Tabl
 export class Growing {
   #series: Series;
   readonly #rows: ReadonlyMap<string, number>;
-  /** Layer last reported by a layer frame; -1 before the first. */
+  /** Layer the sweep has reached; -1 before it and once whole tokens arrive. */
   layer = -1;
-  tokensArrived = 0;
+  /** Column of the frame that came last. */
+  token = 0;
 
   constructor(job: JobView, components: readonly string[], tokens: readonly string[]) {
     this.#rows = new Map(components.map((component, row) => [component, row]));
@@ -130,8 +131,18 @@ export class Growing {
     return this.#series;
   }
 
+  /** Takes in what an event brings. Whether it brought any numbers. */
+  take(event: JobEvent): boolean {
+    if (event.type === "layer_frame") this.#layerArrived(event);
+    else if (event.type === "activation_frame") this.#tokenArrived(event);
+    else return false;
+    this.token = event.token_idx;
+    this.#series = { ...this.#series, unit: event.unit, volume: this.#series.volume.again() };
+    return true;
+  }
+
   /** One layer at one token. */
-  layerArrived(frame: LayerFrame): void {
+  #layerArrived(frame: LayerFrame): void {
     this.layer = frame.layer;
     const block = `blocks.${frame.layer}`;
     frame.heads.forEach((value, head) => {
@@ -142,11 +153,11 @@ export class Growing {
     if (frame.resid_post !== null) {
       this.#put(`${block}.resid_post`, frame.token_idx, frame.resid_post);
     }
-    this.#renew(frame.unit);
   }
 
   /** All components at one token. */
-  tokenArrived(frame: ActivationFrame): void {
+  #tokenArrived(frame: ActivationFrame): void {
+    this.layer = -1;
     for (const layer of frame.layers) {
       if (layer.type === "attention") {
         layer.activations.forEach((value, head) => {
@@ -156,8 +167,6 @@ export class Growing {
         this.#put(layer.layer_id, frame.token_idx, layer.activations[0] ?? NaN);
       }
     }
-    this.tokensArrived++;
-    this.#renew(frame.unit);
   }
 
   #put(component: string, column: number, value: number): void {
@@ -165,10 +174,6 @@ export class Growing {
     const { volume } = this.#series;
     if (row === undefined || column < 0 || column >= volume.width) return;
     volume.data[row * volume.width + column] = value;
-  }
-
-  #renew(unit: string): void {
-    this.#series = { ...this.#series, unit, volume: this.#series.volume.again() };
   }
 }
 

@@ -8,7 +8,7 @@ import type { Token } from "../api/frames";
 import type { Series } from "../model/series";
 import { sequence, type Sequence } from "../model/sequences";
 import type { Topology } from "../model/topology";
-import { ranks } from "../model/volume";
+import { ranks, type Volume } from "../model/volume";
 import type { Crosshair } from "./crosshair.svelte";
 import type { Display } from "./display.svelte";
 import { shown, type SeriesState, type Study } from "./study.svelte";
@@ -28,7 +28,7 @@ export class Reading {
   readonly topology: Topology | null = $derived.by(() => this.#study.topology);
   readonly state: SeriesState = $derived.by(() => this.#study.series[this.#display.sequence]);
   readonly series: Series | null = $derived.by(() => shown(this.state));
-  readonly volume = $derived.by(() => this.series?.volume ?? null);
+  readonly volume: Volume | null = $derived.by(() => this.series?.volume ?? null);
   readonly tokens: readonly Token[] = $derived.by(() => this.series?.tokens ?? []);
 
   /** Column of the volume that is shown, always one it has. */
@@ -94,18 +94,31 @@ export class Reading {
   }
 }
 
+/** As many values as tell their distribution; a longer scan is sampled at regular steps. */
+const SAMPLE = 20_000;
+
 function* nodeValues(
   topology: Topology,
-  volume: { profile(component: string): ArrayLike<number> | null },
+  volume: Volume,
   tokens: readonly Token[],
 ): Generator<number> {
   // Where every token is a sink (a prompt of one token) there is nothing else to go by.
   const all = tokens.every((token) => token.sink);
+  const columns = Array.from({ length: volume.width }, (_, column) => column).filter(
+    (column) => all || tokens[column]?.sink !== true,
+  );
+  let step = Math.max(1, Math.ceil((topology.size * columns.length) / SAMPLE));
+  // A step that has a factor in common with the row would meet the same tokens in every row.
+  while (commonFactor(step, columns.length) > 1) step++;
+  let skip = 0;
   for (const address of topology.addresses) {
     const profile = volume.profile(address);
     if (profile === null) continue;
-    for (let column = 0; column < profile.length; column++) {
-      if (all || tokens[column]?.sink !== true) yield profile[column] ?? NaN;
-    }
+    for (; skip < columns.length; skip += step) yield profile[columns[skip] ?? 0] ?? NaN;
+    skip -= columns.length;
   }
+}
+
+function commonFactor(a: number, b: number): number {
+  return b === 0 ? a : commonFactor(b, a % b);
 }

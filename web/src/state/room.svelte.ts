@@ -61,8 +61,7 @@ export class Room {
     this.#apply(place);
     this.study.chosen = place.model;
     this.#restoring = true;
-    await this.study.begin();
-    if (place.job !== null) await this.study.open(place.job);
+    await this.study.begin(place.job);
     this.#suggest();
     this.#restoring = false;
   }

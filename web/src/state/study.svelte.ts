@@ -86,9 +86,13 @@ export class Study {
     this.#listener = listener;
   }
 
-  /** The models and the T1 image of the chosen one, both at once: the first picture. */
-  async begin(): Promise<void> {
-    await Promise.all([this.refreshModels(), this.#structural()]);
+  /** The models and the T1 image of the chosen one, both at once: the first picture; then a stored scan. */
+  async begin(job: string | null = null): Promise<void> {
+    const stored = async () => {
+      await this.refreshModels();
+      if (job !== null) await this.open(job);
+    };
+    await Promise.all([this.#structural(), stored()]);
   }
 
   async refreshModels(): Promise<void> {
@@ -159,6 +163,14 @@ export class Study {
     } catch (error) {
       this.#log.add(explain(error), "error");
     }
+  }
+
+  /** Takes a failure as read: what there was before stands again. */
+  dismiss(id: SequenceId): void {
+    const state = this.series[id];
+    if (state.status !== "failed") return;
+    const { series } = state;
+    this.#set(id, series === null ? { status: "absent" } : { status: "ready", series });
   }
 
   async load(name: string): Promise<void> {
@@ -241,7 +253,11 @@ export class Study {
           ? null
           : new Growing(job, [...this.topology.addresses, ...residuals(this.topology)], texts);
       this.#update(id, { job: job.id, stage: job.state });
-      await this.#untilEnd(job, signal, (event) => this.#arrived(id, event, growing));
+      const show = growing === null ? null : inNextPicture(() => this.#grown(id, growing, signal));
+      await this.#untilEnd(job, signal, (event) => {
+        this.#arrived(id, event);
+        if (growing?.take(event) === true) show?.();
+      });
     }
     if (signal.aborted) throw new DOMException("The scan was given up", "AbortError");
     this.#update(id, { job: job.id, stage: "fetching", share: null });
@@ -252,34 +268,19 @@ export class Study {
       : loadFunctional(manifest, job.id, read);
   }
 
-  #arrived(id: SequenceId, event: JobEvent, growing: Growing | null): void {
-    switch (event.type) {
-      case "state":
-      case "reset":
-        this.#update(id, { stage: event.state, share: null });
-        break;
-      case "progress":
-        this.#update(id, {
-          stage: event.stage,
-          share: event.total > 0 ? event.done / event.total : null,
-        });
-        break;
-      case "layer_frame":
-        if (growing === null) break;
-        growing.layerArrived(event);
-        this.#update(id, { series: growing.series, layer: event.layer });
-        this.#listener.tokenReached?.(id, event.token_idx);
-        break;
-      case "activation_frame":
-        if (growing === null) break;
-        growing.tokenArrived(event);
-        this.#update(id, { series: growing.series, layer: -1 });
-        this.#listener.tokenReached?.(id, event.token_idx);
-        break;
-      case "artifact":
-      case "ended":
-        break;
+  #arrived(id: SequenceId, event: JobEvent): void {
+    if (event.type === "state" || event.type === "reset") {
+      this.#update(id, { stage: event.state, share: null });
+    } else if (event.type === "progress") {
+      const share = event.total > 0 ? event.done / event.total : null;
+      this.#update(id, { stage: event.stage, share });
     }
+  }
+
+  #grown(id: SequenceId, growing: Growing, signal: AbortSignal): void {
+    if (signal.aborted || this.series[id].status !== "acquiring") return;
+    this.#update(id, { series: growing.series, layer: growing.layer });
+    this.#listener.tokenReached?.(id, growing.token);
   }
 
   /** Reads a job's events to the last. Throws the job's own problem unless it succeeded. */
@@ -323,6 +324,19 @@ function none(): AllSeries {
   return Object.fromEntries(
     SEQUENCES.map(({ id }) => [id, { status: "absent" }]),
   ) as unknown as AllSeries;
+}
+
+/** Frames can come faster than pictures are drawn: what arrives between two is shown in one. */
+function inNextPicture(show: () => void): () => void {
+  let asked = false;
+  return () => {
+    if (asked) return;
+    asked = true;
+    requestAnimationFrame(() => {
+      asked = false;
+      show();
+    });
+  };
 }
 
 /** Places a scan reports beside the nodes: whole attention layers and the residual stream. */

@@ -103,6 +103,9 @@ test("a refusal is shown in its own words, and the scan before it stays", async 
     .filter({ hasText: "longer than the model's context: 9000 tokens, at most 8192." })
     .waitFor();
   expect(await reading(page)).toEqual(before);
+  await page.getByRole("button", { name: "Dismiss" }).click();
+  expect(await page.getByTestId("problem").count()).toBe(0);
+  expect(await reading(page)).toEqual(before);
   await leave(open);
 });
 

@@ -73,7 +73,7 @@ test("what a volume does not hold reads as not measured, never as zero", () => {
 
 test("a scan put together from its frames equals the stored table", () => {
   const growing = new Growing(job, topology.addresses, frames.texts);
-  frames.texts.forEach((_, token) => growing.tokenArrived(tokenFrame(token)));
+  frames.texts.forEach((_, token) => growing.take(tokenFrame(token)));
   const stored = readActivations(bytes("activations"));
   const table = new Volume(stored.components, stored.width, stored.values);
   for (const component of topology.addresses.slice(0, -1)) {
@@ -97,7 +97,7 @@ test("a layer's frame fills that layer alone, and readers see a new volume", () 
     resid_post: null,
     unit: "L2 norm",
   };
-  growing.layerArrived(frame);
+  growing.take(frame);
   expect(growing.series).not.toBe(before);
   expect(growing.series.volume).not.toBe(before.volume);
   expect(growing.series.volume.at("blocks.4.mlp", 9)).toBe(value("blocks.4.mlp", 9));
@@ -105,8 +105,15 @@ test("a layer's frame fills that layer alone, and readers see a new volume", () 
   expect(growing.layer).toBe(4);
 });
 
+test("events that bring no numbers leave the scan as it was", () => {
+  const growing = new Growing(job, topology.addresses, frames.texts);
+  const before = growing.series;
+  expect(growing.take({ type: "progress", stage: "forward", done: 1, total: 30 })).toBe(false);
+  expect(growing.series).toBe(before);
+});
+
 test("a frame for a component or token the prompt does not have is left out", () => {
   const growing = new Growing(job, topology.addresses, ["one"]);
-  expect(() => growing.tokenArrived(tokenFrame(5))).not.toThrow();
+  expect(() => growing.take(tokenFrame(5))).not.toThrow();
   expect(growing.series.volume.at("embed", 0)).toBeNaN();
 });

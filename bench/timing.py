@@ -1,0 +1,47 @@
+"""Fair comparisons on a machine that does other things too."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+__all__ = ("Row", "median_seconds")
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    what: str
+    n_tokens: int
+    seconds: float
+    plain_seconds: float
+    """One plain forward of the same prompt, in the same rounds."""
+    goal: float | None = None
+    """Highest ratio that is good enough; None where there is no bar."""
+
+    @property
+    def ratio(self) -> float:
+        """Cost in plain forwards."""
+        return self.seconds / self.plain_seconds
+
+
+def median_seconds(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 3
+) -> dict[str, float]:
+    """Median time of each candidate, run in turn, round after round.
+
+    In turn, so that a slow minute of the machine falls on all of them alike. Where PyTorch runs on one
+    thread, it is that thread's processor time, which leaves out what others do on a busy machine; wall
+    time otherwise.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(warm_up + rounds):
+        for name, run in candidates.items():
+            started = clock()
+            run()
+            if number >= warm_up:
+                times[name].append(clock() - started)
+    return {name: statistics.median(taken) for name, taken in times.items()}
