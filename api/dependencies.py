@@ -41,6 +41,8 @@ class Services:
     hub: Hub
     errands: set[asyncio.Task[None]] = field(default_factory=set)
     """What is being told while its request has been answered already."""
+    under_way: dict[str, UUID] = field(default_factory=dict)
+    """Jobs that requests which only read have made, by scan key."""
 
     async def job(self, job_id: UUID) -> Job:
         """The caller's job of that id. Raises `UnknownJob`, for another owner's as well."""

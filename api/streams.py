@@ -181,7 +181,8 @@ class Following:
 
     def _id(self) -> str:
         if not self._is_shared:
-            return str(*self._cursors.values())
+            (position,) = self._cursors.values()
+            return str(position)
         return ",".join(f"{job_id.hex}={at}" for job_id, at in self._cursors.items() if at != START)
 
 

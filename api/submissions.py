@@ -11,7 +11,7 @@ from neural_mri.backing import jobs, keys
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Job, Submission
 from neural_mri.contract.components import Component, Kind
-from neural_mri.contract.jobs import JobKind, Lane
+from neural_mri.contract.jobs import TERMINAL, JobKind, Lane
 from neural_mri.contract.models import Architecture, ModelRequest
 from neural_mri.contract.problems import Conflict, ModelNotLoaded, PromptTooLong, Unprocessable
 from neural_mri.contract.scan_keys import scan_key
@@ -37,6 +37,9 @@ __all__ = (
 
 LARGEST_RESULT_BYTES = 512 * 2**20
 """Tables of one scan may take as much, by an estimate from shapes alone."""
+
+REMEMBERED = 1000
+"""Jobs of requests that only read, remembered so that the same request finds them."""
 
 FLOAT_BYTES = 4
 NEURON_ROW_BYTES = 32
@@ -81,7 +84,22 @@ async def submit_attention(services: Services, job: Job, layer: int) -> Job:
             revision=job.revision,
         )
     wanted = AttentionScan(model=job.model, prompt=scan.prompt, layers=(layer,))
-    return await submit_scan(services, wanted, job.lane)
+    submission = _submission(services, await _prepared(services, wanted), job.lane)
+    return await _submit_once(services, submission)
+
+
+async def _submit_once(services: Services, submission: Submission) -> Job:
+    """The job of a request that only reads: asked for again, it makes no second job of the first."""
+    key = str(submission.scan_key)
+    if (job_id := services.under_way.get(key)) is not None:
+        known = await services.sessions.read(jobs.get, job_id)
+        if known is not None and known.state not in TERMINAL:
+            return known
+    job = await _submit(services, submission)
+    services.under_way[key] = job.id
+    if len(services.under_way) > REMEMBERED:
+        del services.under_way[next(iter(services.under_way))]
+    return job
 
 
 async def _submit(services: Services, submission: Submission) -> Job:

@@ -64,6 +64,7 @@ async def model_info(services: NamedDependency[Services], name: NamedModel = Non
 @post(
     "/api/model/load",
     status_code=202,
+    response_description="The job, and where to look",
     operation_id="loadModel",
     summary="Ask a worker to hold a model",
     tags=["models"],
@@ -80,6 +81,7 @@ async def load_model(
 @delete(
     "/api/model/unload",
     status_code=202,
+    response_description="The job, and where to look",
     operation_id="unloadModel",
     summary="Give a model's memory back",
     description="The model is named in the query or in the body.",

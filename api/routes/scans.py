@@ -32,6 +32,7 @@ RESPONSES = {
 @post(
     "/api/scan/structural",
     status_code=202,
+    response_description="The job, and where to look",
     operation_id="scanStructural",
     summary="T1: structure and exact parameter counts",
     description="From the model's configuration alone: nothing is loaded.",
@@ -57,6 +58,7 @@ async def scan_structural(
 @post(
     "/api/scan/activation",
     status_code=202,
+    response_description="The job, and where to look",
     operation_id="scanActivation",
     summary="fMRI: what each component writes to the residual stream",
     description="For each token of a prompt; the strongest neurons and likeliest next tokens as well.",
@@ -97,6 +99,7 @@ async def scan_activation(
 @post(
     "/api/scan/attention",
     status_code=202,
+    response_description="The job, and where to look",
     operation_id="scanAttention",
     summary="Attention patterns of some layers",
     description="One table a layer, a row a head; each query's row sums to 1.",

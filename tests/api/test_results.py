@@ -262,6 +262,8 @@ def test_attention_is_measured_when_it_is_first_asked_for(
         "prompt": PROMPT,
         "layers": [1],
     }
+    # Asked for again meanwhile, it is not measured twice.
+    assert api.get(path, headers={"prefer": "wait=0"}).json()["id"] == job["id"]
     world.perform(world.claim(world.queue()))
     answer = api.get(path, headers={"accept": ARROW_FILE})
     assert answer.status_code == 200
