@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,3 +18,4 @@ def service(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) -> I
     with running(settings) as service:
         service.wait_until_ready()
         yield service
+    shutil.rmtree(settings.folder)  # half a gigabyte that nobody looks at again

@@ -138,6 +138,7 @@ def running(settings: Settings) -> Iterator[Service]:
         for process in everything:
             if not is_gone(process):
                 process.kill()
+        service.http.close()
 
 
 def register(settings: Settings, name: str, folder: Path) -> None:
