@@ -351,6 +351,115 @@ SCHEMAS: Mapping[str, TableSchema] = MappingProxyType(
             "absolute strength: the first-order effect of replacing the source for that target alone. "
             "The indices are rows of `effects`.",
         ),
+        "lens": TableSchema(
+            SchemaVersion(1, 0),
+            (*_COMPONENT, _field("quantity", pa.string())),
+            "What the logit lens predicts at `embed` and after each block, beside what the model predicts: "
+            "a row a place and quantity, a value a position. `kl` D_KL(model ‖ lens), `js`, `entropy`, "
+            "`answer_log_probability` in nats; `answer_rank` counts likelier tokens; `agrees` is 1 where "
+            "the likeliest token is the model's; `kl_z` in ordinary standard deviations, `anomalous` 1 "
+            "where |kl_z| exceeds the bound.",
+        ),
+        "lens_tokens": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("component", pa.string()),
+                _field("layer", pa.int16()),
+                _field("position", pa.int32()),
+                _field("token_id", pa.int32()),
+                _field("text", pa.string()),
+                _field("log_probability", pa.float32()),
+            ),
+            "The lens's likeliest next token at each place and position. Log-probabilities in nats.",
+        ),
+        "nodes": TableSchema(
+            SchemaVersion(1, 0),
+            (*_COMPONENT, _field("quantity", pa.string())),
+            "What FLAIR paints on each attention layer and MLP: `kl_change`, by how many nats the "
+            "sublayer's write changes D_KL(model ‖ lens) (negative: towards the model's prediction; all "
+            "together they lead from the embedding's divergence to 0); `z`, in ordinary standard "
+            "deviations; `anomalous`, 1 where |z| exceeds the bound.",
+        ),
+        "uncertainty": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("position", pa.int32()),
+                _field("token_id", pa.int32()),
+                _field("text", pa.string()),
+                *_float_fields("entropy", "max_probability", "margin", "entropy_z", "seed_score"),
+                _field("anomalous", pa.bool_()),
+            ),
+            "How sure the model is of its own next token: entropy in nats, margin over the next token in "
+            "logits. `anomalous`: more entropy than the bound. `seed_score` weighs KL and entropy over "
+            "layers; it is not an error detector.",
+        ),
+        "support": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("position", pa.int32()),
+                _field("role", pa.string()),
+                _field("token_id", pa.int32()),
+                _field("text", pa.string()),
+                *_float_fields(
+                    "log_probability", "lens_log_probability", "gain", "gain_z", "support"
+                ),
+                _field("anomalous", pa.bool_()),
+            ),
+            "How far a next token is supported by more than habit. `gain` = log p(token) - its mean log-"
+            "probability in lenses half-way up, nats; `support` the mean of z(gain) and z(margin), in "
+            "ordinary standard deviations: low is suspicious. Role `own`: the model's likeliest, at "
+            "every position; `answer`, `foil`: the tokens asked about, at the target alone, where "
+            "`support` takes the token's own margin over the likeliest other.",
+        ),
+        "depth": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("position", pa.int32()),
+                _field("layer", pa.int16()),
+                _field("depth", pa.float32()),
+            ),
+            "The first layer after which the lens's likeliest token is the model's and stays it; `depth` "
+            "as a share of the layers. Neutral: right answers are often decided late. Layer -1 and NaN "
+            "where not measured.",
+        ),
+        "calibration_lens": TableSchema(
+            SchemaVersion(1, 0),
+            (_field("lens", pa.string()), *_COMPONENT),
+            "The maps of a lens, a row a place: `value` is the bias, d_model values.",
+        ),
+        "calibration_matrix": TableSchema(
+            SchemaVersion(1, 0),
+            (_field("lens", pa.string()), *_COMPONENT),
+            "The maps of a lens, a row a place: `value` is the matrix added to the identity, row-major, "
+            "d_model x d_model values.",
+        ),
+        "calibration_means": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                *_COMPONENT,
+                _field("part", pa.string()),
+                _field("mean", pa.list_(_field("item", pa.float32()))),
+            ),
+            "Mean vectors over positions 1 and later of reference text: `z` of each head before W_O, the "
+            "MLP's `hidden` activation, and what `attn` and `mlp` write and `resid_pre`, `resid_post` hold.",
+        ),
+        "calibration_activity": TableSchema(
+            SchemaVersion(1, 0),
+            _COMPONENT,
+            "Quantiles of the L2 norm of what each component writes on reference text, positions 1 and "
+            "later: `value` at the levels 0, 0.01, ... 1.",
+        ),
+        "calibration_ordinary": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("lens", pa.string()),
+                _field("channel", pa.string()),
+                _field("row", pa.int16()),
+                *_float_fields("mean", "sd"),
+            ),
+            "Values of FLAIR's channels on reference text: `value` holds them, smallest first; the k-th of "
+            "n is the k / (n + 1) quantile. A row a layer where the channel has layers.",
+        ),
         "attention": TableSchema(
             SchemaVersion(1, 0),
             (

@@ -5,6 +5,7 @@ unknown field is refused, so that a typing error is never a silent default.
 """
 
 from enum import StrEnum
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
@@ -141,6 +142,7 @@ def kind_of(scan: Scan) -> ScanKind:
     return ScanKind(config.tag)
 
 
+@lru_cache(maxsize=32)
 def reporting_order(architecture: Architecture) -> tuple[Component, ...]:
     """Every component an fMRI scan can report, from the embedding down to the last residual."""
     order = [Component(Kind.EMBED)]

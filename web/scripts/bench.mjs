@@ -2,14 +2,12 @@
  * How fast the viewer is, in a headless browser without a GPU: frames a second while every node changes
  * colour, and how long a key press takes to be on the screen. Needs a built viewer.
  */
-import { existsSync } from "node:fs";
-import { delimiter, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
-import { chromium } from "playwright-core";
 import { createServer } from "vite";
 
 import { serveFixtures } from "../tests/fixtures/server.mjs";
+import { launch } from "./chromium.mjs";
 
 /** Layers and heads that make about 302, 2,000 and 10,000 nodes. */
 const SIZES = [
@@ -21,14 +19,7 @@ const MEASURED_MILLISECONDS = 4000;
 const REPEATS = 40;
 const PROMPT = "The Eiffel Tower is located in the city of";
 
-const executablePath = (process.env["PATH"] ?? "")
-  .split(delimiter)
-  .flatMap((folder) =>
-    ["chromium", "chromium-browser", "google-chrome"].map((n) => join(folder, n)),
-  )
-  .find(existsSync);
-if (executablePath === undefined) throw new Error("No chromium is on the PATH");
-const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu"] });
+const browser = await launch();
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 const sources = await createServer({ root, logLevel: "error", server: { port: 0 } });

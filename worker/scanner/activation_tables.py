@@ -29,8 +29,8 @@ _METHOD = (
     "one plain forward; of each vector that is written to the residual stream (head: z W_O[head]; where "
     "a norm follows the sublayer, after that norm, frozen), and of the residual stream itself"
 )
-_BYTES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Logits that are looked at together: what fits into a cache, or keeps a GPU busy."""
+_CACHED_BYTES = {"cpu": 1 << 18, "cuda": 1 << 28}
+"""Logits that are summed together: what stays in a cache, or keeps a GPU busy."""
 
 
 def _column(values: Tensor, dtype: torch.dtype) -> pa.Array:
@@ -134,15 +134,11 @@ def predictions_table(
 ) -> pa.Table:
     """The likeliest next tokens after each reported position, likeliest first."""
     n_ranks = min(request.top_predictions, logits.shape[-1])
-    rows_at_once = max(1, _BYTES_AT_ONCE[logits.device.type] // (4 * logits.shape[-1]))
-    tops, normalisers = [], []
-    for rows in torch.split(logits, rows_at_once):
-        exact = rows.float()
-        tops.append(largest(exact, n_ranks))
-        normalisers.append(exact.logsumexp(-1, keepdim=True))
-    top_logits = torch.cat([top.values for top in tops]).cpu()
-    token_ids = torch.cat([top.indices for top in tops]).cpu()
-    log_probabilities = top_logits - torch.cat(normalisers).cpu()
+    rows_at_once = max(1, _CACHED_BYTES[logits.device.type] // (4 * logits.shape[-1]))
+    normalisers = [rows.float().logsumexp(-1) for rows in torch.split(logits, rows_at_once)]
+    top = largest(logits, n_ranks)
+    top_logits, token_ids = top.values.float().cpu(), top.indices.cpu()
+    log_probabilities = top_logits - torch.cat(normalisers).cpu().unsqueeze(-1)
     columns = {
         "position": _column(_repeated(positions, each=n_ranks, times=1), torch.int32),
         "rank": _column(_repeated(range(n_ranks), each=1, times=len(positions)), torch.int16),

@@ -1,8 +1,9 @@
 """fMRI: what each component writes to the residual stream at each token, in one plain forward.
 
-Hooks of our own on the plain model's modules (`layer_reading`) let each layer be summarised on its device
-as the model runs, and keep numbers instead of tensors (`layer_summaries`). Attention is causal, so a token's column is what a run of the prompt up
-to that token would give: stepping through tokens needs no second forward.
+Hooks of our own on the plain model's modules (`layer_reading`) have each layer summarised on its device as
+the model runs, and keep numbers instead of tensors (`layer_summaries`). Attention is causal, so a token's
+column is what a run of the prompt up to that token would give: stepping through tokens needs no second
+forward.
 """
 
 import time

@@ -62,9 +62,7 @@ def metric_table(model: LoadedModel, metric: Metric, measured: Measured) -> pa.T
     )
 
 
-def effects_table(
-    metric: Metric, effects: Effects, *, method: str, **parameters: Any
-) -> pa.Table:
+def effects_table(metric: Metric, effects: Effects, *, method: str, **parameters: Any) -> pa.Table:
     """A row a component; the embedding first, the unembedding last."""
     columns = {
         **component_columns(effects.components),

@@ -45,6 +45,7 @@ class Reading:
         self._kinds = frozenset(component.kind for component in components)
         self._layers = frozenset(component.layer for component in components)
         self._reads_neurons = Kind.MLP in self._kinds and request.top_neurons > 0
+        self._reads_residuals = any(kind.is_residual for kind in self._kinds)
         self._listener = listener
         self._last_position = positions[-1]
         self._unit = unit(request.aggregation)
@@ -89,41 +90,41 @@ class Reading:
         hidden = Part.HIDDEN if self._reads_neurons else None
         mlp = Part.MLP if Kind.MLP in self._kinds else None
         if block.attn_write is block.w_o:
-            yield block.w_o, partial(self._hold, z, attn)
+            yield block.w_o, self._holder(z, attn)
         else:
-            yield block.w_o, partial(self._hold, z, Part.PROJECTED if z else None)
-            yield block.attn_write, partial(self._hold, None, attn)
+            yield block.w_o, self._holder(z, Part.PROJECTED if z else None)
+            yield block.attn_write, self._holder(None, attn)
         if block.mlp_write is block.w_out:
-            yield block.w_out, partial(self._hold, hidden, mlp)
+            yield block.w_out, self._holder(hidden, mlp)
         else:
-            yield block.w_out, partial(self._hold, hidden, None)
-            yield block.mlp_write, partial(self._hold, None, mlp)
+            yield block.w_out, self._holder(hidden, None)
+            yield block.mlp_write, self._holder(None, mlp)
 
-    def _hold(
-        self,
-        taken: Part | None,
-        given: Part | None,
-        _module: nn.Module,
-        args: tuple[Any, ...],
-        output: Any,
-    ) -> None:
-        """Keep what a module took and gave, by the names of the parts that they are."""
-        if taken is not None:
-            self._running[taken] = self._at_positions(tensor_in(args))
-        if given is not None:
-            self._running[given] = self._at_positions(tensor_out(output))
+    def _holder(self, taken: Part | None, given: Part | None) -> Reader:
+        """Keeps what a module took and gave, as the parts that they are."""
+        running, at_positions = self._running, self._at_positions
+
+        def hold(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if taken is not None:
+                running[taken] = at_positions(tensor_in(args))
+            if given is not None:
+                running[given] = at_positions(tensor_out(output))
+
+        return hold
 
     def _at_positions(self, value: Tensor) -> Tensor:
-        """The one prompt of the batch, at reported positions."""
-        return value[0] if self._kept is None else value[0].index_select(0, self._kept)
+        """The batch's prompts one after another, most often one, at reported positions."""
+        stream = value.flatten(0, 1)
+        return stream if self._kept is None else stream.index_select(0, self._kept)
 
     def _end_layer(self, layer: int, _m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        parts, self._running = self._running, {}
+        parts = self._running.copy()
+        self._running.clear()
         if layer == 0 and Kind.EMBED in self._kinds:
             self.summaries.add_embedding(self._at_positions(tensor_in(args)))
-        if layer in self._layers and any(kind.is_residual for kind in self._kinds):
+        if self._reads_residuals and layer in self._layers:
             parts[Part.BEFORE] = self._at_positions(tensor_in(args))
-        parts[Part.AFTER] = tensor_out(output)[0]
+        parts[Part.AFTER] = tensor_out(output).flatten(0, 1)
         if self._gathered and self._gathered[-1].parts.keys() != parts.keys():
             self._summarise()
         self._gathered.append(LayerTensors(layer, parts))
@@ -145,14 +146,18 @@ class Reading:
 
     def _tell(self, layer: int) -> None:
         values = self.summaries.layer_values(layer)
+
+        def one(kind: Kind) -> float | None:
+            return values[kind][0] if kind in values else None
+
         self._listener.layer(
             LayerFrame(
                 layer=layer,
                 token_idx=self._last_position,
-                heads=tuple(value for c, value in values.items() if c.kind is Kind.HEAD),
-                mlp=values.get(Component(Kind.MLP, layer)),
-                attn=values.get(Component(Kind.ATTN, layer)),
-                resid_post=values.get(Component(Kind.RESID_POST, layer)),
+                heads=tuple(values.get(Kind.HEAD, ())),
+                mlp=one(Kind.MLP),
+                attn=one(Kind.ATTN),
+                resid_post=one(Kind.RESID_POST),
                 unit=self._unit,
             )
         )

@@ -148,11 +148,14 @@ class Summaries:
         """The reported values, in reporting order, on the CPU."""
         return self._values.cpu()[self._rows]
 
-    def layer_values(self, layer: int) -> dict[Component, float]:
+    def layer_values(self, layer: int) -> dict[Kind, list[float]]:
         """A layer's reported values at the last reported position. Waits for the device."""
-        components = self._of_layer[layer]
         last = self._blocks[layer, :, -1].tolist()
-        return {c: last[self._row_of_kind[c.kind] + (c.index or 0)] for c in components}
+        values: dict[Kind, list[float]] = {}
+        for component in self._of_layer[layer]:
+            row = self._row_of_kind[component.kind] + (component.index or 0)
+            values.setdefault(component.kind, []).append(last[row])
+        return values
 
     def neurons(self) -> Neurons | None:
         """The strongest neurons, on the CPU; None where none were asked for."""

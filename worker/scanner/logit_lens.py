@@ -42,6 +42,8 @@ class FinalReadings(NamedTuple):
     """By how many logits `top` beats the next."""
     asked: Float[Tensor, "pos asked"]
     """Log-probability of each token asked about."""
+    rank: Int[Tensor, " pos"]
+    """Tokens likelier than the first one asked about; -1 where none was."""
 
 
 class LensReadings(NamedTuple):
@@ -112,7 +114,7 @@ def read(
     device, kind = model.device, model.device.type
     rows = 1 + n_places
     row_bytes = d_vocab * places.element_size()
-    at_once = min(n_positions, max(1, _PRODUCT_BYTES[kind] // (rows * row_bytes)))
+    at_once = max(1, min(n_positions, _PRODUCT_BYTES[kind] // (rows * row_bytes)))
     product = torch.empty(rows * at_once, d_vocab, device=device, dtype=model.plain.dtype)
     measuring = _Measuring(n_places, n_positions, at_once, d_vocab, asked, device)
     for start in range(0, n_positions, at_once):
@@ -155,6 +157,7 @@ class _Measuring:
             log_probability=numbers(n_positions),
             margin=numbers(n_positions),
             asked=numbers(n_positions, len(asked)),
+            rank=torch.full((n_positions,), -1, device=device),
         )
         self._lens = LensReadings(
             kl=numbers(n_places, n_positions),
@@ -180,7 +183,7 @@ class _Measuring:
         self._measure_final(chunk, logits[0], log_p, p)
         for first in range(1, len(logits), self._step):
             some = logits[first : first + self._step]
-            self._measure_lens(slice(first - 1, first - 1 + len(some)), chunk, some, log_p, p)
+            self._measure_lens(slice(first - 1, first - 1 + len(some)), chunk, some, p)
 
     def _measure_final(
         self,
@@ -197,13 +200,14 @@ class _Measuring:
         found.margin[chunk] = top.values[:, 0] - top.values[:, 1]
         found.entropy[chunk] = torch.linalg.vecdot(p, log_p).neg_()
         found.asked[chunk] = log_p.index_select(-1, self._asked)
+        if len(self._asked):
+            found.rank[chunk] = (log_p > found.asked[chunk][:, :1]).sum(-1)
 
     def _measure_lens(
         self,
         places: slice,
         chunk: slice,
         logits: Float[Tensor, "place pos d_vocab"],
-        log_p: Float[Tensor, "pos d_vocab"],
         p: Float[Tensor, "pos d_vocab"],
     ) -> None:
         found, at = self._lens, (places, chunk)

@@ -9,7 +9,7 @@ module reads it, but what the two write still adds up.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +22,7 @@ from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
 from worker.scanner.measures import norm
 
-__all__ = ("ResidualReading", "inner_places", "outer_places")
+__all__ = ("ResidualReading", "Residuals", "inner_places", "outer_places")
 
 
 def outer_places(n_layers: int) -> tuple[Component, ...]:
@@ -35,16 +35,22 @@ def inner_places(n_layers: int) -> tuple[Component, ...]:
     return tuple(Component(Kind.RESID_MID, layer) for layer in range(n_layers))
 
 
+class Residuals(NamedTuple):
+    """The residual stream at some positions, in the model's type, on its device."""
+
+    outer: Float[Tensor, "outer pos d_model"]
+    """At each of `outer_places`; the last is what the final norm reads."""
+    inner: Float[Tensor, "layer inner_pos d_model"]
+    """At each of `inner_places`."""
+
+
 class ResidualReading:
     """One forward's residuals: use `listening` round it, then read them.
 
     Positions of a batch count on from one text to the next: `text * length + position`.
     """
 
-    outer: Float[Tensor, "outer pos d_model"]
-    """At each of `outer_places`; the last is what the final norm reads."""
-    inner: Float[Tensor, "layer inner_pos d_model"]
-    """At each of `inner_places`; empty where none were asked for."""
+    residuals: Residuals
 
     def __init__(
         self,
@@ -59,11 +65,13 @@ class ResidualReading:
         self._positions = positions.to(model.device)
         self._inner_positions = inner_positions.to(model.device)
         self._listener = listener
-        self._before: Tensor | None = None
+        self._before = torch.empty(0)
         self._lengths: list[Float[Tensor, " all_pos"]] = []
         kind: dict[str, Any] = {"device": model.device, "dtype": model.plain.dtype}
-        self.outer = torch.empty(shape.n_layers + 1, len(positions), shape.d_model, **kind)
-        self.inner = torch.empty(shape.n_layers, len(inner_positions), shape.d_model, **kind)
+        self.residuals = Residuals(
+            torch.empty(shape.n_layers + 1, len(positions), shape.d_model, **kind),
+            torch.empty(shape.n_layers, len(inner_positions), shape.d_model, **kind),
+        )
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -92,20 +100,20 @@ class ResidualReading:
 
     def _before_blocks(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         entering = tensor_in(args).flatten(0, 1)
-        self._take(entering, self._positions, self.outer[0])
+        self._take(entering, self._positions, self.residuals.outer[0])
         self._before = entering.index_select(0, self._inner_positions)
 
     def _after_attention(
         self, layer: int, _module: nn.Module, _args: tuple[Any, ...], output: Any
     ) -> None:
         written = tensor_out(output).flatten(0, 1).index_select(0, self._inner_positions)
-        torch.add(self._before, written, out=self.inner[layer])
+        torch.add(self._before, written, out=self.residuals.inner[layer])
 
     def _after_block(
         self, layer: int, _module: nn.Module, _args: tuple[Any, ...], output: Any
     ) -> None:
         leaving = tensor_out(output).flatten(0, 1)
-        self._take(leaving, self._positions, self.outer[layer + 1])
+        self._take(leaving, self._positions, self.residuals.outer[layer + 1])
         self._before = leaving.index_select(0, self._inner_positions)
         self._lengths.append(norm(leaving))
         self._listener.progress("forward", layer + 1, self._n_layers)

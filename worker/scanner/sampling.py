@@ -39,9 +39,7 @@ def sampled_text(
     first = torch.tensor([start], device=model.device).expand(n_texts, -1)
     written, cache, given = [], None, first
     for done in range(1, length + 1):
-        run = model.plain(
-            input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        run = model.plain(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = run.past_key_values
         given = _drawn(run.logits[:, -1], generator).to(model.device)
         written.append(given)

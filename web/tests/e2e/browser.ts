@@ -1,11 +1,12 @@
 /** A real browser on the built viewer, with a stand-in for the service behind it. */
-import { existsSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import { delimiter, join } from "node:path";
 
-import { chromium, type Browser, type Page } from "playwright-core";
+import type { Browser, Page } from "playwright-core";
 
 import { serveFixtures } from "../fixtures/server.mjs";
+
+export { launch } from "../../scripts/chromium.mjs";
 
 export const PROMPT = "The Eiffel Tower is located in the city of";
 export const FRAMES = JSON.parse(
@@ -33,22 +34,6 @@ export interface VisitOptions {
   readonly height?: number;
   readonly zoom?: number;
   readonly reducedMotion?: "reduce" | "no-preference";
-}
-
-export function launch(): Promise<Browser> {
-  // Software drawing: what is fast enough here is fast enough anywhere.
-  return chromium.launch({ executablePath: executable(), args: ["--no-sandbox", "--disable-gpu"] });
-}
-
-/** The system's own browser: none is downloaded. */
-function executable(): string {
-  const names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
-  const folders = (process.env["PATH"] ?? "").split(delimiter);
-  const found = folders
-    .flatMap((folder) => names.map((name) => join(folder, name)))
-    .find(existsSync);
-  if (found === undefined) throw new Error(`None of ${names.join(", ")} is on the PATH`);
-  return found;
 }
 
 /** Opens the viewer, counting animation frames and timers from the first. */

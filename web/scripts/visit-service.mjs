@@ -1,0 +1,104 @@
+/**
+ * Visits a running service as a person would: takes a scan, walks the crosshair over it by keyboard, and
+ * prints what the screen says as one JSON object, for somebody else to hold against the stored floats.
+ *
+ *     node scripts/visit-service.mjs ORIGIN PROMPT STEPS [FOLDER FOR PICTURES]
+ */
+import { mkdirSync } from "node:fs";
+import { join } from "node:path";
+import process from "node:process";
+
+import { launch } from "./chromium.mjs";
+
+const [origin = "", prompt = "", steps = "0", pictures] = process.argv.slice(2);
+const KEYS = ["ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", ",", ".", "h", "Home", "End"];
+const SMALL = { width: 1280, height: 720 };
+const LARGE = { width: 1920, height: 1080 };
+
+/** The same walk each time: a small linear congruential generator. */
+let state = 7;
+function chance(/** @type {number} */ below) {
+  state = (state * 1_103_515_245 + 12_345) % 2 ** 31;
+  return Math.floor((state / 2 ** 31) * below);
+}
+
+const browser = await launch();
+try {
+  const page = await browser.newPage({ viewport: SMALL });
+  /** @type {string[]} */
+  const complaints = [];
+  /** @type {Set<string>} */
+  const origins = new Set();
+  page.on("console", (message) => {
+    if (message.type() === "error") complaints.push(message.text());
+  });
+  page.on("pageerror", (error) => complaints.push(error.message));
+  page.on("request", (request) => origins.add(new URL(request.url()).origin));
+
+  await page.goto(origin);
+  await page.getByTestId("corner-value").waitFor();
+  const structure = await corner();
+  await picture("T1");
+  await page.fill("#prompt", prompt);
+  await page.press("#prompt", "Enter");
+  await page.locator(".status", { hasText: "fMRI scan complete" }).waitFor();
+  await page.getByTestId("axial").focus();
+  const readings = [await corner()];
+  for (let step = 0; step < Number(steps); step++) {
+    await page.keyboard.press(KEYS[chance(KEYS.length)] ?? "h");
+    readings.push(await corner());
+  }
+  const fragment = new URLSearchParams(new URL(page.url()).hash.slice(1));
+  const told = await page.getByTestId("announcement").textContent();
+  await page.keyboard.press("h");
+  await picture("fMRI");
+
+  // The address alone brings the same picture back, in another window.
+  const before = await corner();
+  const again = await browser.newPage({ viewport: SMALL });
+  await again.goto(page.url());
+  await again.locator(`[data-testid=corner-value][data-component="${before.component}"]`).waitFor();
+  await again.locator(`[data-testid=corner-value][data-value="${before.value}"]`).waitFor();
+
+  process.stdout.write(
+    JSON.stringify({
+      job: fragment.get("job"),
+      structure,
+      readings,
+      told,
+      complaints,
+      origins: [...origins],
+    }),
+  );
+
+  async function corner() {
+    await page.evaluate(
+      () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))),
+    );
+    const data = await page
+      .getByTestId("corner-value")
+      .evaluate((element) => ({ .../** @type {HTMLElement} */ (element).dataset }));
+    return {
+      component: data["component"],
+      column: Number(data["column"]),
+      // As text: JSON has no NaN, and a number would be rounded once more on its way.
+      value: data["value"],
+    };
+  }
+
+  async function picture(/** @type {string} */ name) {
+    if (pictures === undefined) return;
+    mkdirSync(pictures, { recursive: true });
+    for (const screen of [SMALL, LARGE]) {
+      await page.setViewportSize(screen);
+      await page.waitForTimeout(600);
+      await page.screenshot({
+        path: join(pictures, `${name}-${screen.width}x${screen.height}.png`),
+      });
+    }
+    await page.setViewportSize(SMALL);
+    await page.waitForTimeout(300);
+  }
+} finally {
+  await browser.close();
+}

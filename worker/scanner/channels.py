@@ -1,0 +1,174 @@
+"""The channels of FLAIR: what is read off the lens, one number a position or one a layer and position.
+
+A scan and the calibration it is read against measure them here alike.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from worker.scanner import logit_lens
+from worker.scanner.lens_maps import Affine, applied, support_layers
+from worker.scanner.loading import LoadedModel
+from worker.scanner.logit_lens import FinalReadings, LensReadings
+from worker.scanner.ordinary import Ordinary
+from worker.scanner.residuals import Residuals
+
+__all__ = (
+    "Channels",
+    "LensSet",
+    "Measured",
+    "channels",
+    "derived",
+    "gain",
+    "measure",
+    "support",
+)
+
+Channels = dict[str, Float[Tensor, "row pos"]]
+"""By name. `kl`, `js`, `entropy`: a row a place between blocks, the last excepted. `attn`, `mlp`: a row a
+layer. All others one row."""
+
+
+class LensSet(NamedTuple):
+    """The maps of one scan; None for the raw lens."""
+
+    outer: Affine | None
+    """At `embed` and after each block but the last."""
+    inner: Affine | None
+    """Inside each block."""
+    support: Affine | None
+    """After each of `support_layers`."""
+
+
+class Measured(NamedTuple):
+    """One prompt's readings."""
+
+    final: FinalReadings
+    outer: LensReadings
+    """At `embed` and after each block; the last row is the model's own prediction."""
+    inner: LensReadings | None
+    """Inside each block, at `inner_at` alone."""
+    inner_at: Int[Tensor, " inner_pos"]
+    """Which of the positions."""
+    support: LensReadings
+    """After each of `support_layers`."""
+
+
+def measure(
+    model: LoadedModel,
+    residuals: Residuals,
+    lenses: LensSet,
+    inner_at: Int[Tensor, " inner_pos"],
+    *,
+    asked: tuple[int, ...] = (),
+    after_chunk: Callable[[int], None] | None = None,
+) -> Measured:
+    """Hold the lenses to what was read."""
+    outer, final, inner = residuals.outer[:-1], residuals.outer[-1], residuals.inner
+    n_outer = len(outer)
+    after_support = residuals.outer[[layer + 1 for layer in support_layers(n_outer)]]
+    places = [applied(lenses.outer, outer), applied(lenses.support, after_support)]
+    together = 0 < len(inner_at) == len(final)
+    if together:
+        places.append(applied(lenses.inner, inner))
+    found = logit_lens.read(model, torch.cat(places), final, asked=asked, after_chunk=after_chunk)
+    first_inner = n_outer + len(after_support)
+    inside = None
+    if together:
+        inside = _rows(found.lens, slice(first_inner, None))
+    elif len(inner_at):
+        at = inner_at.to(final.device)
+        inside = logit_lens.read(model, applied(lenses.inner, inner), final[at], asked=asked).lens
+    return Measured(
+        final=found.final,
+        outer=_with_last(_rows(found.lens, slice(n_outer)), found.final),
+        inner=inside,
+        inner_at=inner_at,
+        support=_rows(found.lens, slice(n_outer, first_inner)),
+    )
+
+
+def gain(measured: Measured) -> Float[Tensor, " pos"]:
+    """Retrieval gain of the model's own next token: log p(y) - mean over support lenses of log q(y).
+
+    Low where the prediction is what the model would have made anyway, without anything recalled.
+    """
+    return measured.final.log_probability - measured.support.own.mean(0)
+
+
+def channels(
+    measured: Measured, *, kl_weight: float = 0.6, entropy_weight: float = 0.4
+) -> Channels:
+    """All channels, on the CPU. Those of sublayers stand at `inner_at`, where it is not empty."""
+    final, outer = measured.final, measured.outer
+    score = kl_weight * outer.kl[1:-1] + entropy_weight * outer.entropy[1:-1]
+    found = {
+        "kl": outer.kl[:-1],
+        "js": outer.js[:-1],
+        "entropy": outer.entropy[:-1],
+        "final_entropy": final.entropy.unsqueeze(0),
+        "log_probability": final.log_probability.unsqueeze(0),
+        "margin": final.margin.unsqueeze(0),
+        "gain": gain(measured).unsqueeze(0),
+        "seed_score": score.mean(0, keepdim=True),
+    }
+    if measured.inner is not None:
+        around = outer.kl[:, measured.inner_at.to(outer.kl.device)]
+        found["attn"] = measured.inner.kl - around[:-1]
+        found["mlp"] = around[1:] - measured.inner.kl
+    return {name: values.cpu() for name, values in found.items()}
+
+
+def derived(found: Channels, known: Mapping[str, Ordinary]) -> Channels:
+    """Channels that are made of how ordinary others are.
+
+    `support`; `extreme_lens`, the largest |z| of KL over all layers; `extreme_node`, the largest |z| over
+    all sublayers. One bound on an extreme holds for a whole picture, however many layers it has.
+    """
+    made = {
+        "support": support(found["gain"], found["margin"], known),
+        "extreme_lens": _largest(known["kl"].z(found["kl"])),
+    }
+    if "attn" in found:
+        z = torch.cat([known[name].z(found[name]) for name in ("attn", "mlp")])
+        made["extreme_node"] = _largest(z)
+    return made
+
+
+def support(
+    gains: Float[Tensor, "row pos"],
+    margins: Float[Tensor, "row pos"],
+    known: Mapping[str, Ordinary],
+) -> Float[Tensor, "row pos"]:
+    """How well an answer is supported: the mean of z(gain) and z(margin). Low is suspicious."""
+    return (known["gain"].z(gains) + known["margin"].z(margins)) / 2
+
+
+def _largest(z: Float[Tensor, "row pos"]) -> Float[Tensor, "one pos"]:
+    return z.abs().nan_to_num(nan=0.0).amax(0, keepdim=True)
+
+
+def _rows(lens: LensReadings, rows: slice) -> LensReadings:
+    return LensReadings(*(values[rows] for values in lens))
+
+
+def _with_last(lens: LensReadings, final: FinalReadings) -> LensReadings:
+    """The last residual through the lens is the model's own prediction: no divergence."""
+    nothing = torch.zeros_like(final.entropy)
+    last = LensReadings(
+        kl=nothing,
+        js=nothing,
+        entropy=final.entropy,
+        top=final.top,
+        top_log_probability=final.log_probability,
+        own=final.log_probability,
+        asked=final.asked,
+        rank=final.rank,
+    )
+    return LensReadings(
+        *(torch.cat([rows, row.unsqueeze(0)]) for rows, row in zip(lens, last, strict=True))
+    )
