@@ -99,10 +99,9 @@ def test_ridge_finds_an_affine_map_where_there_is_one() -> None:
     matrix = 0.3 * torch.randn(6, 6, generator=generator)
     final = x[0] + x[0] @ matrix + torch.arange(6.0)
     moments = Moments(1, 6, products=True, device=torch.device("cpu"))
-    for part in x.split(1000, dim=1):
-        at = slice(0, 1000)
-        moments.add(part, final[at])
-        final = final[1000:]
+    for first in range(0, 4000, 1000):
+        at = slice(first, first + 1000)
+        moments.add(x[:, at], final[at])
     found = moments.ridge()
     assert found.matrix is not None
     torch.testing.assert_close(found.matrix[0], matrix, rtol=0.05, atol=0.02)
@@ -114,8 +113,9 @@ def test_ridge_comes_nearer_to_the_last_residual_than_the_bias(tiny_model: Loade
     ids = sampled_text(tiny_model, 512, seed=5, prefix=(), listener=Silent())
     read = residuals(tiny_model, ids)
 
-    def distance(lens: Lens) -> Tensor:
-        return (applied(found.lenses(lens).outer, read.outer[:-1]) - read.outer[-1]).square().mean()
+    def distance(lens: Lens) -> float:
+        mapped = applied(found.lenses(lens).outer, read.outer[:-1])
+        return float((mapped - read.outer[-1]).square().mean())
 
     assert distance(Lens.RIDGE) < distance(Lens.BIAS) < distance(Lens.RAW)
 
@@ -162,7 +162,7 @@ def test_sampled_text_begins_with_what_the_tokenizer_puts_first(tiny_model: Load
     assert bare.shape == begun.shape
     assert bool((begun[:, 0] == 1).all())
     assert not bool((bare[:, 0] == 1).all())
-    assert len(bare.unique(dim=0)) == len(bare)
+    assert len({tuple(text) for text in bare.tolist()}) == len(bare)
 
 
 def test_sampling_follows_the_models_own_probabilities(tiny_models: dict[str, LoadedModel]) -> None:
@@ -221,8 +221,11 @@ def test_it_stops_when_asked_and_leaves_no_hook(
     stage: str, tiny_models: dict[str, LoadedModel]
 ) -> None:
     model = tiny_models["gemma2"]
+
+    def hooks() -> list[tuple[int, int]]:
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.plain.modules()]
+
+    before = hooks()
     with pytest.raises(Cancelled):
         calibrate(model, request(), Stopping(stage))
-    assert not any(
-        module._forward_hooks or module._forward_pre_hooks for module in model.plain.modules()
-    )
+    assert hooks() == before
