@@ -113,6 +113,7 @@ CONFIG = OpenAPIConfig(
     path="/schema",
     tags=[
         Tag("scans", "Images of a model, each request a job."),
+        Tag("stimulation", "A prompt read with something done to a component, before and after."),
         Tag("models", "What can be scanned."),
         Tag("jobs", "What was asked, and how far it has come."),
         Tag("events", "How a job comes along, as it does."),

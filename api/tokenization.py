@@ -46,6 +46,22 @@ class Tokenizers:
             )
         return tokens_of(encoding, prompt)
 
+    async def token_id(self, digest: str, name: str, text: str) -> int:
+        """The one token that `text` is. Raises `Unprocessable` naming its tokens where it is several."""
+        tokenizer = await self.tokenizer(digest)
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) == 1:
+            return int(ids[0])
+        pieces = [tokenizer.decode([token_id], skip_special_tokens=False) for token_id in ids]
+        hint = (
+            "" if text.startswith(" ") else ": within a sentence a word's token begins with a space"
+        )
+        raise Unprocessable(
+            f"{name} {text!r} is {len(ids)} tokens, {pieces}: expected text that is one token, or its "
+            f"id{hint}",
+            tokens=ids,
+        )
+
     async def tokenizer(self, digest: str) -> Tokenizer:
         """The tokenizer of that digest."""
         reading = self._read.get(digest)

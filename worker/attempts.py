@@ -18,6 +18,7 @@ import torch
 from neural_mri.backing import events, jobs, keys, models, storage
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.jobs import Job, LeaseOwner
+from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import Store
 from neural_mri.contract.events import Artifact
@@ -25,6 +26,7 @@ from neural_mri.contract.jobs import JobKind, JobState
 from neural_mri.contract.problems import ModelBusy, Problem, ProblemDocument, Unavailable
 from neural_mri.contract.results import TableRef
 from worker import scans
+from worker.calibrations import Calibrations
 from worker.keeper import Holding, Keeper, LeaseLost
 from worker.reporter import Outbox, Reporter
 from worker.residency import Residency
@@ -74,6 +76,7 @@ class Attempts:
         keeper: Keeper,
         outbox: Outbox,
         residency: Residency,
+        calibrations: Calibrations,
         intake: Intake,
     ) -> None:
         self._settings = settings
@@ -83,6 +86,7 @@ class Attempts:
         self._keeper = keeper
         self._outbox = outbox
         self._residency = residency
+        self._calibrations = calibrations
         self._intake = intake
 
     def take(self, queue: str) -> int:
@@ -152,14 +156,15 @@ class Attempts:
             job,
             self._insisting(lambda: self._sessions.read(models.get, job.model)),
             self._residency.get(job.revision),
+            baseline=self._baseline(job),
+            calibrations=self._calibrations,
             models_dir=self._settings.models_dir,
             listener=reporter,
         )
         self._move(holding, JobState.STORING)
         result = storage.save_result(
             self._store,
-            job.id,
-            job.attempt,
+            keys.manifest_path(job.id, job.attempt),
             scanned.manifest,
             scanned.tables,
             stored=_counting(reporter, len(scanned.tables)),
@@ -174,6 +179,13 @@ class Attempts:
             self._outbox.post(job.id, Artifact(table=ref.name, url=url, bytes=ref.bytes))
         self._tell(ended)
 
+    def _baseline(self, job: Job) -> RegisteredModel | None:
+        """The model that the job's scan compares with."""
+        name = scans.baseline_of(job)
+        if name is None:
+            return None
+        return self._insisting(lambda: self._sessions.read(models.get, name))
+
     def _load(self, holding: Holding) -> None:
         job = holding.job
         self._move(holding, JobState.LOADING)
@@ -184,6 +196,7 @@ class Attempts:
         try:
             holding.check()
             self._move(holding, JobState.RUNNING)
+            self._calibrations.prepare(resident, reporter)
             self._move(holding, JobState.STORING)
             self._want(job.model, wanted=True)
             self._keeper.beat()

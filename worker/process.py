@@ -15,9 +15,11 @@ from neural_mri.backing.settings import Settings
 from neural_mri.contract.problems import Problem
 from worker.app import CeleryIntake, serve
 from worker.attempts import Attempts
+from worker.calibrations import Calibrations
 from worker.keeper import Keeper
 from worker.reporter import Outbox
 from worker.residency import Residency
+from worker.scanner.listening import Silent
 
 __all__ = ("run",)
 
@@ -49,18 +51,21 @@ def run(settings: Settings) -> int:
             describe=describe,
         ) as keeper,
     ):
-        _hold_models(settings, sessions, residency)
+        store = storage.open_store(settings)
+        calibrations = Calibrations(store)
+        _hold_models(settings, sessions, residency, calibrations)
         # What stands now stands for good: collections need not look at it again.
         gc.freeze()
         gc.enable()
         attempts = Attempts(
             settings=settings,
             sessions=sessions,
-            store=storage.open_store(settings),
+            store=store,
             owner=owner,
             keeper=keeper,
             outbox=outbox,
             residency=residency,
+            calibrations=calibrations,
             intake=intake,
         )
         return serve(
@@ -68,13 +73,15 @@ def run(settings: Settings) -> int:
         )
 
 
-def _hold_models(settings: Settings, sessions: Sessions, residency: Residency) -> None:
+def _hold_models(
+    settings: Settings, sessions: Sessions, residency: Residency, calibrations: Calibrations
+) -> None:
     """Pinned models are what this worker is for; one that was wanted may have gone bad since."""
     for name in settings.pinned:
-        residency.load(name, pin=True)
+        calibrations.prepare(residency.load(name, pin=True), Silent())
     for model in sessions.read(models.all):
         if model.wanted and model.name not in settings.pinned:
             try:
-                residency.load(model.name)
+                calibrations.prepare(residency.load(model.name), Silent())
             except Problem as problem:
                 log.warning("wanted_model_not_loaded", model=model.name, reason=problem.detail)

@@ -4,7 +4,7 @@ Sees to it that the numbers are those that the job's scan key promises. Knows ne
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -18,25 +18,42 @@ from neural_mri.backing.jobs import Job
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import Conflict, Unavailable
-from neural_mri.contract.results import Manifest, provenance_of, stamp
-from neural_mri.contract.scan_keys import SCANNER_VERSION, scan_key
+from neural_mri.contract.results import Manifest, signed
+from neural_mri.contract.scan_keys import ANSWERS, SCANNER_VERSION, scan_key
 from neural_mri.contract.scans import (
     ActivationScan,
+    AnomalyScan,
     AttentionScan,
+    CalibrationScan,
+    CircuitScan,
+    PatchingScan,
+    PerturbationScan,
+    PromptScan,
     Scan,
+    ScanKind,
     StructuralScan,
+    TracingScan,
+    WeightScan,
     decode_scan,
     kind_of,
 )
-from neural_mri.contract.tokens import Tokens
+from neural_mri.contract.tokens import Operands, Tokens
+from worker.calibrations import Calibrations
 from worker.residency import Resident
 from worker.scanner.activations import scan_activations
+from worker.scanner.anomalies import scan_anomalies
 from worker.scanner.attention import scan_attention
+from worker.scanner.calibrating import calibrate
+from worker.scanner.calibration import Calibration
+from worker.scanner.circuits import scan_circuits
 from worker.scanner.listening import Listener
+from worker.scanner.loading import LoadedModel
+from worker.scanner.perturbation import scan_perturbation
 from worker.scanner.prompts import ScanOutput
 from worker.scanner.topology import scan_topology
+from worker.scanner.weights import scan_weights
 
-__all__ = ("ModelChanged", "Scanned", "perform")
+__all__ = ("ModelChanged", "Scanned", "baseline_of", "perform")
 
 
 class ModelChanged(Conflict):
@@ -56,10 +73,14 @@ def perform(
     registered: RegisteredModel | None,
     resident: Resident | None,
     *,
+    baseline: RegisteredModel | None = None,
+    calibrations: Calibrations,
     models_dir: Path,
     listener: Listener,
 ) -> Scanned:
     """Run a job's scan. `resident` is the model with the job's weights, where it is held.
+
+    `baseline` is the model that the scan compares with, where it names one.
 
     Raises `ModelChanged` when the numbers would not be those of the job's key, `Cancelled` when the
     listener stops it, and what the scanner refuses.
@@ -72,9 +93,12 @@ def perform(
             model=job.model,
         )
     numerics = registered.numerics if resident is None else resident.model.numerics
-    key = _promised_key(job, scan, registered, numerics)
+    key = _promised_key(job, scan, registered, numerics, baseline)
+    compared = None if baseline is None else models_dir / baseline.folder
     with torch.inference_mode():  # this thread's alone, so it is entered here
-        output = _output(job, scan, models_dir / registered.folder, resident, listener)
+        output = _output(
+            job, scan, models_dir / registered.folder, resident, compared, calibrations, listener
+        )
     manifest = Manifest(
         scan_key=key,
         kind=kind_of(scan),
@@ -90,18 +114,33 @@ def perform(
         compute_seconds=time.perf_counter() - started,
         memory_bytes=_memory_bytes(numerics.device),
     )
-    return Scanned(
-        manifest, {name: _signed(table, manifest) for name, table in output.tables.items()}
-    )
+    tables = signed(output.tables, manifest)
+    if manifest.kind is ScanKind.CALIBRATION:
+        calibrations.save(manifest, tables)
+    return Scanned(manifest, tables)
 
 
-def _promised_key(job: Job, scan: Scan, registered: RegisteredModel, numerics: Numerics) -> str:
+def baseline_of(job: Job) -> str | None:
+    """Name of the model that a job's scan compares with, where it does."""
+    scan = decode_scan(job.request)
+    return scan.baseline if isinstance(scan, WeightScan) else None
+
+
+def _promised_key(
+    job: Job,
+    scan: Scan,
+    registered: RegisteredModel,
+    numerics: Numerics,
+    baseline: RegisteredModel | None,
+) -> str:
     key = scan_key(
         scan,
         token_ids=job.tokens.ids if job.tokens else None,
         revision=registered.revision,
         tokenizer_digest=registered.tokenizer_digest,
         numerics=numerics,
+        operands=job.operands,
+        baseline_revision=None if baseline is None else baseline.revision,
     )
     if job.scan_key not in (None, key):
         raise ModelChanged(
@@ -113,36 +152,102 @@ def _promised_key(job: Job, scan: Scan, registered: RegisteredModel, numerics: N
 
 
 def _output(
-    job: Job, scan: Scan, folder: Path, resident: Resident | None, listener: Listener
+    job: Job,
+    scan: Scan,
+    folder: Path,
+    resident: Resident | None,
+    baseline: Path | None,
+    calibrations: Calibrations,
+    listener: Listener,
 ) -> ScanOutput:
-    if isinstance(scan, StructuralScan):
-        return ScanOutput(scan_topology(folder), forward_seconds=0.0)
+    match scan:
+        case StructuralScan():
+            return ScanOutput(scan_topology(folder), forward_seconds=0.0)
+        case WeightScan():
+            return scan_weights(folder, scan, listener, baseline)
     if resident is None:
         raise Unavailable(f"{job.model} is not in this worker's memory: load it, then scan again")
-    model, tokens = resident.model, _tokens(job)
+    model = resident.model
+    if isinstance(scan, CalibrationScan):
+        texts = [job.operands.prompts[text] for text in scan.texts]
+        return _calibration(model, scan, texts, listener)
+    calibration = None
+    if scan.needs_calibration:
+        calibration = calibrations.of(resident, getattr(scan, "calibration", None), listener)
+    return _prompt_scan(model, scan, _tokens(job), job.operands, calibration, listener)
+
+
+def _prompt_scan(
+    model: LoadedModel,
+    scan: PromptScan,
+    tokens: Tokens,
+    operands: Operands,
+    calibration: Calibration | None,
+    listener: Listener,
+) -> ScanOutput:
+    answer_id, foil_id = (operands.token_ids.get(name) for name in ANSWERS)
+    means = None if calibration is None else calibration.means
     match scan:
         case ActivationScan():
-            return scan_activations(model, scan, tokens, listener)
+            return scan_activations(model, scan, tokens, listener, calibration=calibration)
         case AttentionScan():
             return scan_attention(model, scan, tokens, listener)
+        case CircuitScan():
+            corrupt = operands.prompts.get(scan.corrupt_prompt or "")
+            return scan_circuits(model, scan, tokens, corrupt, answer_id, foil_id, listener, means)
+        case AnomalyScan():
+            return scan_anomalies(
+                model,
+                scan,
+                tokens,
+                listener,
+                calibration=calibration,
+                answer_id=answer_id,
+                foil_id=foil_id,
+            )
+        case PerturbationScan():
+            return scan_perturbation(
+                model,
+                scan,
+                tokens,
+                listener,
+                sources=operands.prompts,
+                answer_id=answer_id,
+                foil_id=foil_id,
+                means=means,
+            )
+        case PatchingScan():
+            from worker.scanner.patching import scan_patching
+
+            return scan_patching(
+                model,
+                scan,
+                tokens,
+                operands.prompts[scan.corrupt_prompt],
+                listener,
+                answer_id=answer_id,
+                foil_id=foil_id,
+            )
+        case TracingScan():
+            from worker.scanner.tracing import scan_tracing
+
+            return scan_tracing(model, scan, tokens, listener, answer_id=answer_id, foil_id=foil_id)
+        case _:
+            raise TypeError(f"no scanner for {type(scan).__name__}")
+
+
+def _calibration(
+    model: LoadedModel, scan: CalibrationScan, texts: Sequence[Tokens], listener: Listener
+) -> ScanOutput:
+    started = time.perf_counter()
+    measured = calibrate(model, scan, listener, texts=texts, prefix=model.prefix)
+    return ScanOutput(measured.to_tables(), forward_seconds=time.perf_counter() - started)
 
 
 def _tokens(job: Job) -> Tokens:
     if job.tokens is None:
         raise ValueError(f"job {job.id} is a scan of a prompt, but its row has no tokens")
     return job.tokens
-
-
-def _signed(table: pa.Table, manifest: Manifest) -> pa.Table:
-    """The table, saying whose weights and which scan it is of."""
-    provenance = msgspec.structs.replace(
-        provenance_of(table),
-        model=manifest.model,
-        revision=manifest.revision,
-        scan_key=manifest.scan_key,
-        scanner_version=manifest.scanner_version,
-    )
-    return stamp(table, provenance)
 
 
 def _memory_bytes(device: str) -> int:

@@ -9,15 +9,13 @@ from api.routes.health import health
 from api.routes.jobs import cancel_job, get_job, list_jobs
 from api.routes.models import list_models, load_model, model_info, unload_model
 from api.routes.results import get_attention, get_manifest, get_result, get_table
-from api.routes.scans import scan_activation, scan_attention, scan_structural
+from api.routes.scans import SCANS
 from api.routes.tokens import tokenize
 
 __all__ = ("ROUTES",)
 
 ROUTES: Sequence[HTTPRouteHandler] = (
-    scan_structural,
-    scan_activation,
-    scan_attention,
+    *SCANS,
     list_models,
     model_info,
     load_model,

@@ -9,8 +9,8 @@ from litestar.openapi.spec import Example
 from litestar.params import BodyKwarg
 
 from api.dependencies import Services
+from api.preparation import tokens_of_prompt
 from api.problems import refusals
-from api.submissions import tokens_of_prompt
 from neural_mri.contract.scans import PromptScan
 from neural_mri.contract.tokens import Tokens
 

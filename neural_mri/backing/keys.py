@@ -6,6 +6,7 @@ __all__ = (
     "CONTROL_QUEUE",
     "CPU_QUEUE",
     "WORKERS",
+    "calibration_path",
     "cancel_flag",
     "chunk_path",
     "event_stream",
@@ -52,6 +53,11 @@ def chunk_path(sha256: str) -> str:
 def manifest_path(job_id: UUID, attempt: int) -> str:
     """An attempt's manifest: two attempts never share a file."""
     return f"manifests/{job_id}.{attempt}.json"
+
+
+def calibration_path(scan_key: str) -> str:
+    """The manifest of a calibration, under its scan key: whoever needs it finds it there."""
+    return f"calibrations/{scan_key[:2]}/{scan_key}.json"
 
 
 def tokenizer_path(digest: str) -> str:

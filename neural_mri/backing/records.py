@@ -53,6 +53,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     """JSON, defaults written out."""
     tokens: Tokens | None = None
     operands: Operands = Operands()
+    forwards: float = 1.0
+    """About how much work it is, in plain forward passes of its prompt."""
     scan_key: str | None = None
     """None for work whose result nobody could use again."""
     lane: Lane = Lane.INTERACTIVE
@@ -61,8 +63,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def estimated_cost(self) -> float:
-        """Forward-pass work in tokens; 1 where there is no prompt."""
-        return float(max(1, len(self.tokens) if self.tokens else 1))
+        """Forward-pass work in tokens; 1 for one forward where there is no prompt."""
+        return self.forwards * max(1, len(self.tokens) if self.tokens else 1)
 
     def batch_key(self, job_id: UUID) -> str:
         """Equal for jobs that may share a forward pass: same pass, weights and exact length.

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
-from uuid import UUID
 
 import msgspec
 import pyarrow as pa
@@ -242,14 +241,13 @@ class SavedResult(NamedTuple):
 
 def save_result(
     store: Store,
-    job_id: UUID,
-    attempt: int,
+    path: str,
     manifest: Manifest,
     tables: Mapping[str, pa.Table],
     *,
     stored: Callable[[TableRef], None] = lambda _ref: None,
 ) -> SavedResult:
-    """Write an attempt's tables, then the manifest that names them.
+    """Write a result's tables, then, under the path, the manifest that names them.
 
     `manifest` says everything but the tables. Each of `tables` bears its provenance; `stored` is told of
     each as it is written, and may raise to stop.
@@ -260,7 +258,6 @@ def save_result(
             refs.append(ref)
             stored(ref)
     whole = msgspec.structs.replace(manifest, tables=tuple(refs))
-    path = keys.manifest_path(job_id, attempt)
     store.put(path, msgspec.json.encode(whole))
     return SavedResult(path, whole)
 

@@ -5,8 +5,15 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from neural_mri.contract.models import Architecture
 from neural_mri.contract.problems import Unprocessable
-from neural_mri.contract.scan_base import Positions, Prompt, ScanBase, TargetedScan
+from neural_mri.contract.scan_base import (
+    CalibrationKey,
+    Positions,
+    Prompt,
+    ScanBase,
+    TargetedScan,
+)
 
 __all__ = ("AnomalyScan", "CalibrationScan", "Lens", "Sublayers")
 
@@ -51,6 +58,13 @@ class AnomalyScan(TargetedScan, frozen=True, kw_only=True, tag="FLAIR", tag_fiel
     false_alarm_rate: Annotated[float, Meta(gt=0, lt=0.5)] = 0.01
     """Share of ordinary positions at which a channel (all layers together, all sublayers together,
     entropy, support) may call anything anomalous."""
+    calibration: CalibrationKey | None = None
+    """Scan key of the calibration it is read against; the model's own where left out."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Always: what is anomalous is told by what is ordinary."""
+        return True
 
 
 class CalibrationScan(
@@ -71,7 +85,13 @@ class CalibrationScan(
     """Lenses whose ordinary values are kept. With `ridge` among them that lens is fitted:
     2 x n_layers x (`d_model`^2 + `d_model`) numbers."""
 
-    def check(self) -> None:
+    @property
+    def other_prompts(self) -> tuple[str, ...]:
+        """The texts, each once."""
+        return tuple(dict.fromkeys(self.texts))
+
+    def check(self, architecture: Architecture) -> None:
         """Raises `Unprocessable` where a lens is named twice."""
+        super().check(architecture)
         if len(set(self.lenses)) < len(self.lenses):
             raise Unprocessable(f"lenses {self.lenses} names a lens twice: expected each once")

@@ -5,8 +5,9 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from neural_mri.contract.models import Architecture
 from neural_mri.contract.problems import Unprocessable
-from neural_mri.contract.scan_base import Prompt, TargetedScan
+from neural_mri.contract.scan_base import CalibrationKey, Prompt, TargetedScan
 
 __all__ = ("Ablation", "CircuitMethod", "CircuitScan", "Granularity")
 
@@ -68,6 +69,8 @@ class CircuitScan(TargetedScan, frozen=True, kw_only=True, tag="DTI", tag_field=
     """Strongest edges between components to report."""
     steps: Annotated[int, Meta(ge=1, le=64)] = 5
     """Steps of `integrated_gradients`."""
+    calibration: CalibrationKey | None = None
+    """Scan key of the calibration whose means are used; the model's own where left out."""
 
     @property
     def effective_ablation(self) -> Ablation:
@@ -76,8 +79,19 @@ class CircuitScan(TargetedScan, frozen=True, kw_only=True, tag="DTI", tag_field=
             return self.ablation
         return Ablation.RESAMPLE if self.corrupt_prompt is not None else Ablation.MEAN
 
-    def check(self) -> None:
+    @property
+    def other_prompts(self) -> tuple[str, ...]:
+        """The corrupt prompt."""
+        return () if self.corrupt_prompt is None else (self.corrupt_prompt,)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Mean ablation puts calibrated means in a component's place."""
+        return self.method is not CircuitMethod.DIRECT and self.effective_ablation is Ablation.MEAN
+
+    def check(self, architecture: Architecture) -> None:
         """Raises `Unprocessable` where the parts of the request contradict each other."""
+        super().check(architecture)
         if self.effective_ablation is Ablation.RESAMPLE and self.corrupt_prompt is None:
             raise Unprocessable("ablation 'resample' needs a corrupt_prompt to take values from")
         if self.method is CircuitMethod.INTEGRATED_GRADIENTS and self.corrupt_prompt is None:

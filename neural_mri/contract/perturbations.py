@@ -12,7 +12,13 @@ from msgspec import Meta
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.models import Architecture
 from neural_mri.contract.problems import Unprocessable
-from neural_mri.contract.scan_base import Address, Positions, Prompt, TargetedScan
+from neural_mri.contract.scan_base import (
+    Address,
+    CalibrationKey,
+    Positions,
+    Prompt,
+    TargetedScan,
+)
 
 __all__ = (
     "Amplify",
@@ -112,9 +118,24 @@ class PerturbationScan(
     top_predictions: Annotated[int, Meta(ge=1, le=100)] = 10
     perturbed_scan: bool = True
     """Whether to report the activations of the perturbed run."""
+    calibration: CalibrationKey | None = None
+    """Scan key of the calibration whose means `ablate` uses; the model's own where left out."""
+
+    @property
+    def other_prompts(self) -> tuple[str, ...]:
+        """Source prompts of patches, each once."""
+        return tuple(
+            dict.fromkeys(p.source_prompt for p in self.perturbations if isinstance(p, Patch))
+        )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Mean ablation puts calibrated means in a component's place."""
+        return any(isinstance(p, MeanAblation) for p in self.perturbations)
 
     def check(self, architecture: Architecture) -> None:
         """Raises `UnknownComponent`, `InvalidAddress` or `Unprocessable` naming what is wrong."""
+        super().check(architecture)
         for perturbation in self.perturbations:
             component = architecture.check(Component.parse(perturbation.component))
             if component.kind is Kind.UNEMBED:
@@ -157,6 +178,11 @@ class PatchingScan(TargetedScan, frozen=True, kw_only=True, tag="patching", tag_
         PatchSite.ATTENTION,
         PatchSite.MLP,
     )
+
+    @property
+    def other_prompts(self) -> tuple[str, ...]:
+        """The corrupt prompt."""
+        return (self.corrupt_prompt,)
 
 
 class TraceKind(StrEnum):

@@ -32,6 +32,7 @@ __all__ = (
     "from_ipc",
     "positions_column",
     "provenance_of",
+    "signed",
     "stamp",
     "to_ipc",
 )
@@ -567,6 +568,23 @@ def stamp(table: pa.Table, provenance: Provenance) -> pa.Table:
     """The table with its provenance in the schema metadata."""
     metadata = {**(table.schema.metadata or {}), _METADATA_KEY: msgspec.json.encode(provenance)}
     return table.replace_schema_metadata(metadata)
+
+
+def signed(tables: Mapping[str, pa.Table], manifest: Manifest) -> dict[str, pa.Table]:
+    """The tables, each saying whose weights and which scan it is of."""
+    return {
+        name: stamp(
+            table,
+            msgspec.structs.replace(
+                provenance_of(table),
+                model=manifest.model,
+                revision=manifest.revision,
+                scan_key=manifest.scan_key,
+                scanner_version=manifest.scanner_version,
+            ),
+        )
+        for name, table in tables.items()
+    }
 
 
 def provenance_of(table: pa.Table) -> Provenance:

@@ -4,18 +4,20 @@ Strict where a human sends them: an unknown field is refused, so that a typing e
 default.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
-from neural_mri.contract.models import ModelName
+from neural_mri.contract.models import Architecture, ModelName
 from neural_mri.contract.problems import InvalidPositions
 
 __all__ = (
     "MAX_PROMPT_CHARACTERS",
     "Address",
     "AnswerToken",
+    "CalibrationKey",
     "Positions",
     "Prompt",
     "PromptScan",
@@ -31,6 +33,8 @@ Address = Annotated[str, Meta(max_length=80)]
 AnswerToken = Annotated[str, Meta(min_length=1, max_length=200)] | Annotated[int, Meta(ge=0)]
 Positions = Literal["all"] | Annotated[tuple[int, ...], Meta(min_length=1)]
 """Token positions, from 0; negative ones count from the end."""
+CalibrationKey = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+"""Scan key of a calibration."""
 
 
 class ScanBase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,17 +45,38 @@ class ScanBase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     needs_loaded_model: ClassVar[bool] = True
 
+    @property
+    def other_prompts(self) -> tuple[str, ...]:
+        """Texts that the scan reads beside its prompt, each once."""
+        return ()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the scan is read against the model's calibration."""
+        return False
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises the `Unprocessable` that names what contradicts itself, or what the model lacks."""
+
+    def __post_init__(self) -> None:
+        for name, text in self._texts():
+            if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"{name} must not hold NUL or lone surrogate characters")
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        """What tokenizers are to read, by what it is called."""
+        for text in self.other_prompts:
+            yield "another prompt", text
+
 
 class PromptScan(ScanBase, frozen=True, kw_only=True):
     """A scan of the model reading one prompt."""
 
     prompt: Prompt
 
-    def __post_init__(self) -> None:
-        if "\0" in self.prompt or any(
-            "\ud800" <= character <= "\udfff" for character in self.prompt
-        ):
-            raise ValueError("prompt must not hold NUL or lone surrogate characters")
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        yield "prompt", self.prompt
+        yield from super()._texts()
 
 
 def resolve_positions(

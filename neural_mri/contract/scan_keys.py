@@ -1,20 +1,26 @@
 """The content address of a scan: equal keys mean equal numbers.
 
 SHA-256 over canonical JSON (RFC 8785: keys sorted, no white space) of everything that changes a number:
-the kind, every parameter with its default, the *token ids* instead of the text they came from, the
+the kind, every parameter with its default, the *token ids* instead of the texts they came from, the
 digests of weights and tokenizer, the numerics and the scanner's version. Never the user, the lane or how
 the picture is shown.
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from neural_mri.contract.models import Numerics
-from neural_mri.contract.scans import PromptScan, Scan, kind_of
+from neural_mri.contract.scans import CalibrationScan, PromptScan, Scan, TracingScan, kind_of
+from neural_mri.contract.tokens import Operands
 
-__all__ = ("SCANNER_VERSION", "scan_key")
+__all__ = ("ANSWERS", "SCANNER_VERSION", "calibration_key", "scan_key")
+
+NO_OPERANDS = Operands()
+ANSWERS = ("answer", "foil")
+"""Fields of a `TargetedScan` that name one token each."""
 
 SCANNER_VERSION = "1"
 """Raised with every change that moves a number, in whatever digit."""
@@ -27,13 +33,22 @@ def scan_key(
     revision: str,
     tokenizer_digest: str,
     numerics: Numerics,
+    operands: Operands = NO_OPERANDS,
+    baseline_revision: str | None = None,
     scanner_version: str = SCANNER_VERSION,
 ) -> str:
-    """The scan's key, 64 hexadecimal digits."""
-    parameters: dict[str, Any] = msgspec.to_builtins(scan)
+    """The scan's key, 64 hexadecimal digits.
+
+    `operands` has the tokens of what the scan reads beside its prompt; `baseline_revision` is the digest
+    of the weights that it compares with.
+    """
+    parameters: dict[str, Any] = _as_tokens(msgspec.to_builtins(scan), operands)
     del parameters["scan_mode"], parameters["model"]
-    if isinstance(scan, PromptScan):
+    if isinstance(scan, PromptScan) and not isinstance(scan, TracingScan):
+        # Where a subject stands is read off the text itself.
         del parameters["prompt"]
+    if "baseline" in parameters:
+        parameters["baseline"] = baseline_revision
     document = {
         "kind": kind_of(scan).value,
         "parameters": parameters,
@@ -44,3 +59,40 @@ def scan_key(
         "scanner_version": scanner_version,
     }
     return hashlib.sha256(msgspec.json.encode(document, order="sorted")).hexdigest()
+
+
+def calibration_key(*, revision: str, tokenizer_digest: str, numerics: Numerics) -> str:
+    """The key of a model's own calibration: the one that scans are read against by default."""
+    return scan_key(
+        CalibrationScan(),
+        token_ids=None,
+        revision=revision,
+        tokenizer_digest=tokenizer_digest,
+        numerics=numerics,
+    )
+
+
+_TEXTS = frozenset({"corrupt_prompt", "source_prompt", "texts"})
+"""Fields that hold other prompts."""
+
+
+def _as_tokens(value: Any, operands: Operands) -> Any:
+    """The same parameters with token ids in place of texts."""
+    if isinstance(value, Mapping):
+        return {
+            name: _ids(inner, operands)
+            if name in _TEXTS
+            else operands.token_ids.get(name, inner)
+            if name in ANSWERS
+            else _as_tokens(inner, operands)
+            for name, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_as_tokens(inner, operands) for inner in value]
+    return value
+
+
+def _ids(text: Any, operands: Operands) -> Any:
+    if isinstance(text, list):
+        return [_ids(one, operands) for one in text]
+    return list(operands.prompts[text].ids) if text in operands.prompts else text

@@ -11,29 +11,44 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from neural_mri.contract.anomalies import AnomalyScan, CalibrationScan
+from neural_mri.contract.circuits import CircuitScan
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.models import Architecture
+from neural_mri.contract.perturbations import PatchingScan, PerturbationScan, TracingScan
 from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scan_base import (
     MAX_PROMPT_CHARACTERS,
     Address,
+    CalibrationKey,
     Positions,
     Prompt,
     PromptScan,
     ScanBase,
+    TargetedScan,
     resolve_positions,
 )
+from neural_mri.contract.weights import WeightScan
 
 __all__ = (
     "MAX_PROMPT_CHARACTERS",
     "ActivationScan",
     "Aggregation",
+    "AnomalyScan",
     "AttentionScan",
+    "CalibrationScan",
+    "CircuitScan",
+    "PatchingScan",
+    "PerturbationScan",
     "Prompt",
     "PromptScan",
     "Scan",
+    "ScanBase",
     "ScanKind",
     "StructuralScan",
+    "TargetedScan",
+    "TracingScan",
+    "WeightScan",
     "decode_scan",
     "encode_scan",
     "kind_of",
@@ -46,8 +61,15 @@ class ScanKind(StrEnum):
     """The tag of each request."""
 
     T1 = "T1"
+    T2 = "T2"
     FMRI = "fMRI"
     ATTENTION = "attention"
+    DTI = "DTI"
+    FLAIR = "FLAIR"
+    PERTURBATION = "perturbation"
+    PATCHING = "patching"
+    TRACING = "tracing"
+    CALIBRATION = "calibration"
 
 
 class Aggregation(StrEnum):
@@ -85,6 +107,18 @@ class ActivationScan(PromptScan, frozen=True, kw_only=True, tag="fMRI", tag_fiel
     """Strongest neurons to name for each MLP and position."""
     top_predictions: Annotated[int, Meta(ge=1, le=100)] = 10
     """Likeliest next tokens to name for each position."""
+    calibration: CalibrationKey | None = None
+    """Scan key of the calibration that `percentile` ranks values in; the model's own where left out."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Norms are ranked among those on reference text."""
+        return self.aggregation in {Aggregation.L2_NORM, Aggregation.RAW}
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises what `selected` does."""
+        super().check(architecture)
+        self.selected(architecture)
 
     def selected(self, architecture: Architecture) -> tuple[Component, ...]:
         """The components to report, in reading order, each once.
@@ -119,8 +153,25 @@ class AttentionScan(PromptScan, frozen=True, kw_only=True, tag="attention", tag_
 
     layers: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1, max_length=4096)]
 
+    def check(self, architecture: Architecture) -> None:
+        """Raises `UnknownComponent` naming the first layer that the model does not have."""
+        super().check(architecture)
+        for layer in self.layers:
+            architecture.check(Component(Kind.ATTN, layer))
 
-Scan: TypeAlias = StructuralScan | ActivationScan | AttentionScan
+
+Scan: TypeAlias = (
+    StructuralScan
+    | WeightScan
+    | ActivationScan
+    | AttentionScan
+    | CircuitScan
+    | AnomalyScan
+    | PerturbationScan
+    | PatchingScan
+    | TracingScan
+    | CalibrationScan
+)
 
 _decoder: msgspec.json.Decoder[Scan] = msgspec.json.Decoder(Scan)
 _encoder = msgspec.json.Encoder(order="deterministic")

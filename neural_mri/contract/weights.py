@@ -36,6 +36,11 @@ class WeightScan(ScanBase, frozen=True, kw_only=True, tag="T2", tag_field="scan_
     Of a Gaussian's values, 3 would mark one in 370, and 6 one in 500 million.
     """
 
+    def check(self, architecture: Architecture) -> None:
+        """Raises what `selected` does."""
+        super().check(architecture)
+        self.selected(architecture)
+
     def selected(self, architecture: Architecture) -> tuple[Component, ...]:
         """The components to report, in the order of `weight_order`, each once.
 

@@ -168,7 +168,10 @@ class World:
             memory_bytes=5000,
         )
         saved = save_result(
-            self.store, job.id, job.attempt, manifest, tables_of(scan, job.n_tokens)
+            self.store,
+            keys.manifest_path(job.id, job.attempt),
+            manifest,
+            tables_of(scan, job.n_tokens),
         )
         return self.move(job, JobState.SUCCEEDED, manifest=saved.path)
 

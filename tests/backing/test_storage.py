@@ -233,7 +233,7 @@ def manifest() -> Manifest:
 def test_a_result_is_read_back_as_it_was_saved(store: FolderStore) -> None:
     told: list[TableRef] = []
     tables = {"tokens": table(), "vectors.1": table(5)}
-    saved = storage.save_result(store, JOB, 2, manifest(), tables, stored=told.append)
+    saved = storage.save_result(store, keys.manifest_path(JOB, 2), manifest(), tables, stored=told.append)
     assert saved.path == keys.manifest_path(JOB, 2)
     assert storage.load_manifest(store, saved.path) == saved.manifest
     assert tuple(told) == saved.manifest.tables
@@ -248,7 +248,7 @@ def test_a_result_is_read_back_as_it_was_saved(store: FolderStore) -> None:
 
 def test_equal_tables_are_stored_once(store: FolderStore, root: Path) -> None:
     for attempt in (1, 2):
-        storage.save_result(store, JOB, attempt, manifest(), {"tokens": table()})
+        storage.save_result(store, keys.manifest_path(JOB, attempt), manifest(), {"tokens": table()})
     assert sorted(path.split("/")[0] for path in files(root)) == [
         "chunks",
         "manifests",
@@ -266,13 +266,13 @@ def test_the_manifest_comes_last(store: FolderStore, root: Path) -> None:
 
     tables = {"first": table(1), "second": table(2), "third": table(3)}
     with pytest.raises(Interrupted):
-        storage.save_result(store, JOB, 1, manifest(), tables, stored=interrupt)
+        storage.save_result(store, keys.manifest_path(JOB, 1), manifest(), tables, stored=interrupt)
     assert {path.split("/")[0] for path in files(root)} == {"chunks"}
 
 
 @pytest.mark.parametrize("change", ["flip", "truncate", "empty"])
 def test_a_damaged_chunk_is_refused(store: FolderStore, root: Path, change: str) -> None:
-    saved = storage.save_result(store, JOB, 1, manifest(), {"tokens": table()})
+    saved = storage.save_result(store, keys.manifest_path(JOB, 1), manifest(), {"tokens": table()})
     [ref] = saved.manifest.tables
     path = root / keys.chunk_path(ref.chunk)
     body = path.read_bytes()
@@ -288,7 +288,7 @@ def test_a_damaged_chunk_is_refused(store: FolderStore, root: Path, change: str)
 
 
 def test_a_lost_chunk_is_missing(store: FolderStore) -> None:
-    saved = storage.save_result(store, JOB, 1, manifest(), {"tokens": table()})
+    saved = storage.save_result(store, keys.manifest_path(JOB, 1), manifest(), {"tokens": table()})
     [ref] = saved.manifest.tables
     store.delete(keys.chunk_path(ref.chunk))
     with pytest.raises(Missing):

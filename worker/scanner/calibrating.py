@@ -58,7 +58,7 @@ def calibrate(
         Problem: There is too little text, or a ridge lens that would not fit into memory.
         Cancelled: The listener stopped it.
     """
-    request.check()
+    request.check(model.architecture)
     _refuse_large_ridge(model, request)
     if texts:
         ids = given_text(model, texts, request.n_tokens)

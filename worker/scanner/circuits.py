@@ -75,7 +75,7 @@ def scan_circuits(
         Problem: The request asks for what the model or the prompts do not have.
         Cancelled: The listener stopped it. The model is as it was, hooks and all.
     """
-    request.check()
+    request.check(model.architecture)
     prompts = Prompts.of(model, request, tokens, corrupt)
     question = Question.of(model, answer_id, foil_id)
     started = time.perf_counter()

@@ -7,6 +7,7 @@ intervenes. Both stand on the same tensors.
 
 import ctypes
 import gc
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +38,19 @@ class LoadedModel:
     output_maps: OutputMaps
 
     def __init__(
-        self, plain: PreTrainedModel, numerics: Numerics, vocabulary: tuple[str, ...]
+        self,
+        plain: PreTrainedModel,
+        numerics: Numerics,
+        vocabulary: tuple[str, ...],
+        prefix: tuple[int, ...] = (),
     ) -> None:
         anatomy = topology.examine(plain)
         self.architecture: Architecture = anatomy.architecture
         self.numerics = numerics
         self.vocabulary = vocabulary
         """Text of each token id, as it reads after another token; empty without a tokenizer."""
+        self.prefix = prefix
+        """What the tokenizer puts before every prompt: a BOS, mostly, or nothing."""
         self.plain = plain
         self.modules = sites.modules(plain, anatomy.paths)
         self.output_maps = output_maps(self.modules, self.architecture)
@@ -103,8 +110,12 @@ def load(folder: Path, numerics: Numerics) -> LoadedModel:
             f"{folder.name} cannot run with attention {numerics.attention!r}: expected {possible!r} "
             "or 'eager'"
         )
+    tokenizer = _tokenizer(folder / TOKENIZER_FILE)
     model = LoadedModel(
-        bridging.plain_model(folder, numerics), numerics, _vocabulary(folder / TOKENIZER_FILE)
+        bridging.plain_model(folder, numerics),
+        numerics,
+        () if tokenizer is None else _vocabulary(tokenizer),
+        () if tokenizer is None else _prefix(tokenizer),
     )
     try:
         verification.verify(model.plain, model.bridge, model.modules, model.architecture)
@@ -121,11 +132,21 @@ def published_numerics(folder: Path, *, dtype: str = "float32", device: str = "c
     return Numerics(dtype=dtype, device=device, attention=attention)
 
 
-def _vocabulary(path: Path) -> tuple[str, ...]:
+def _tokenizer(path: Path) -> Tokenizer | None:
+    return Tokenizer.from_file(str(path)) if path.exists() else None
+
+
+def _prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens before a text."""
+    encoding = tokenizer.encode("a")
+    added = itertools.takewhile(
+        lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+    )
+    return tuple(token_id for token_id, _ in added)
+
+
+def _vocabulary(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Every token's text. A token alone may lose its leading space, so each is read after another."""
-    if not path.exists():
-        return ()
-    tokenizer = Tokenizer.from_file(str(path))
     before = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
     prefix = tokenizer.decode(before, skip_special_tokens=False)
     texts = tokenizer.decode_batch(
