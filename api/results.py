@@ -25,10 +25,9 @@ from neural_mri.backing.storage import Damaged, Missing, Store, load_manifest, r
 from neural_mri.contract.jobs import JobKind, JobView
 from neural_mri.contract.problems import Conflict, Gone, ResultNotReady, UnknownTable
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, Manifest, TableRef
-from neural_mri.contract.scans import ScanKind
-from neural_mri.contract.summaries import Summary, summarise, tables_needed
+from neural_mri.contract.summaries import Summary, main_table, summarise, tables_needed
 
-__all__ = ("FinishedJob", "is_whole", "main_table", "manifest_of", "summary_of", "table_answer")
+__all__ = ("FinishedJob", "is_whole", "manifest_of", "summary_of", "table_answer")
 
 IMMUTABLE = "private, max-age=31536000, immutable"
 """A job's table never changes: another attempt would be another job's result."""
@@ -57,12 +56,6 @@ async def manifest_of(services: Services, job: Job) -> Manifest:
     except Gone as gone:
         await _withdraw(services, job, gone)
         raise
-
-
-def main_table(manifest: Manifest) -> TableRef:
-    """The table that a result is mainly about."""
-    name = {ScanKind.T1: "topology", ScanKind.FMRI: "activations"}.get(manifest.kind)
-    return next((ref for ref in manifest.tables if ref.name == name), manifest.tables[0])
 
 
 async def summary_of(services: Services, job: Job) -> Summary:

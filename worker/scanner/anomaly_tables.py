@@ -61,6 +61,13 @@ class Findings:
         bound = self.known[extreme].above(self.request.false_alarm_rate)
         return torch.where(z.isnan(), torch.nan, (z.abs() > bound).float())
 
+    def bound(self, channel: str) -> float | None:
+        """Beyond it a value is anomalous: above, of support below; None where nothing can be judged."""
+        if channel not in self.known:
+            return None
+        ordinary, rate = self.known[channel], self.request.false_alarm_rate
+        return (ordinary.below(rate) if channel == "support" else ordinary.above(rate)).item()
+
     def judged_by(self) -> dict[str, Any]:
         """What a table says about its judgements."""
         calibration = self.calibration
@@ -137,6 +144,7 @@ def _lens(found: Findings) -> pa.Table:
         "above what its largest over all places exceeds at the false-alarm rate on reference text",
         positions=found.positions,
         answer_id=found.asked[0],
+        bound=found.bound("extreme_lens"),
         **found.judged_by(),
     )
 
@@ -187,6 +195,7 @@ def _nodes(found: Findings) -> pa.Table:
         "itself); anomalous: |z| above what its largest over all sublayers exceeds at the false-alarm "
         "rate on reference text. Where both sublayers read one residual, attention is taken to write first",
         positions=found.inner_positions,
+        bound=found.bound("extreme_node"),
         **found.judged_by(),
     )
 
@@ -215,6 +224,7 @@ def _uncertainty(found: Findings) -> pa.Table:
         "false-alarm rate allows. seed_score: mean over layers of "
         f"{request.kl_weight:g} KL + {request.entropy_weight:g} H of the lens; not an error detector",
         positions=found.positions,
+        bound=found.bound("final_entropy"),
         **found.judged_by(),
     )
 
@@ -266,6 +276,7 @@ def _support(found: Findings) -> pa.Table:
         method=f"gain: log p(token) - mean over {lenses} lenses after layers "
         f"{', '.join(map(str, layers))} of log q(token); support: (z(gain) + z(margin)) / 2; anomalous: "
         "support below the bound that the false-alarm rate allows",
+        bound=found.bound("support"),
         **found.judged_by(),
     )
 
