@@ -11,6 +11,7 @@ import uvicorn
 
 from api.app import Application, create_app
 from neural_mri.backing import logs
+from neural_mri.backing.access import check_bind, load_pepper
 from neural_mri.backing.settings import InvalidSettings, load_settings
 
 GRACE_SECONDS = 5
@@ -52,6 +53,8 @@ def main() -> int:
     """Serve; the process's exit status."""
     try:
         settings = load_settings()
+        check_bind(settings)
+        load_pepper(settings)
     except InvalidSettings as error:
         sys.stderr.write(f"{error}\n")
         return 2

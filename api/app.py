@@ -3,15 +3,17 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
-from typing import cast
+from typing import Any, cast
 
 import structlog
-from litestar import Litestar
+from litestar import Litestar, Request
 from litestar.di import Provide
 from litestar.enums import ScopeType
+from litestar.handlers.base import BaseRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from api import openapi
+from api.access import Connection, admit
 from api.cancellation import cancelled
 from api.dependencies import Services, open_services
 from api.edge import Edge
@@ -36,6 +38,7 @@ class Application:
         self.litestar = Litestar(
             route_handlers=ROUTES,
             dependencies={"services": Provide(self._provide, sync_to_thread=False)},
+            guards=[self._admit],
             exception_handlers=HANDLERS,
             lifespan=[self._life],
             openapi_config=openapi.CONFIG,
@@ -61,7 +64,14 @@ class Application:
         handler = self._viewer if _is_of_the_viewer(scope) else self.litestar
         await cast("ASGIApp", handler)(scope, receive, send)
 
-    def _provide(self) -> Services:
+    async def _admit(self, connection: Connection, handler: BaseRouteHandler) -> None:
+        """Runs before anything of the request but its path is read."""
+        connection.state.caller = await admit(self._started(), connection, handler)
+
+    def _provide(self, request: Request[Any, Any, Any]) -> Services:
+        return self._started().on_behalf_of(request.state.caller)
+
+    def _started(self) -> Services:
         if self._services is None:
             raise RuntimeError("a request came before the application had started")
         return self._services

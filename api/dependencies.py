@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 from uuid import UUID
 
 from sqlalchemy.orm import Session
@@ -10,6 +11,7 @@ from sqlalchemy.orm import Session
 from api.hub import Hub
 from api.tokenization import Tokenizers
 from neural_mri.backing import jobs, models
+from neural_mri.backing.access import LOCAL, load_pepper
 from neural_mri.backing.broker import AsyncRedis, connect_async
 from neural_mri.backing.database import AsyncSessions, async_sessions
 from neural_mri.backing.events import AsyncPublisher
@@ -18,18 +20,16 @@ from neural_mri.backing.queue import TicketSender
 from neural_mri.backing.records import Job
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import Store, open_store
+from neural_mri.contract.auth import Identity
 from neural_mri.contract.jobs import TERMINAL, JobState
 from neural_mri.contract.problems import UnknownJob, UnknownModel
 
-__all__ = ("OWNER", "Services", "open_services")
-
-OWNER = "local"
-"""Whose jobs these are. One person has one machine; with API keys this becomes the key's owner."""
+__all__ = ("Services", "open_services")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Services:
-    """What this process stands on."""
+    """What this process stands on, as one caller may use it."""
 
     settings: Settings
     sessions: AsyncSessions
@@ -39,15 +39,23 @@ class Services:
     publisher: AsyncPublisher
     tokenizers: Tokenizers
     hub: Hub
+    pepper: bytes = field(repr=False)
+    """What keys and sessions are hashed under."""
+    caller: Identity = LOCAL
+    """Whose request it is: whatever is read by its id must be theirs."""
     errands: set[asyncio.Task[None]] = field(default_factory=set)
     """What is being told while its request has been answered already."""
-    under_way: dict[str, UUID] = field(default_factory=dict)
-    """Jobs that requests which only read have made, by scan key."""
+    under_way: dict[tuple[str, str], UUID] = field(default_factory=dict)
+    """Jobs that requests which only read have made, by owner and scan key."""
+
+    def on_behalf_of(self, caller: Identity) -> Self:
+        """The same services, for a request of this caller."""
+        return replace(self, caller=caller)
 
     async def job(self, job_id: UUID) -> Job:
         """The caller's job of that id. Raises `UnknownJob`, for another owner's as well."""
         job = await self.sessions.read(jobs.get, job_id)
-        if job is None or job.owner != OWNER:
+        if job is None or job.owner != self.caller.user:
             raise UnknownJob(f"there is no job {job_id}", job=str(job_id))
         return job
 
@@ -102,6 +110,7 @@ def open_services(settings: Settings) -> Services:
         publisher=AsyncPublisher(redis, settings),
         tokenizers=Tokenizers(store),
         hub=Hub(settings, redis, ended),
+        pepper=load_pepper(settings),
     )
     services.hub.start()
     return services

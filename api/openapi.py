@@ -12,9 +12,10 @@ from litestar import Request
 from litestar.enums import MediaType
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import OpenAPIRenderPlugin
-from litestar.openapi.spec import Tag
+from litestar.openapi.spec import Components, SecurityScheme, Tag
 
 from api import reference
+from api.access import COOKIE
 from neural_mri import __version__
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM
 
@@ -118,8 +119,24 @@ CONFIG = OpenAPIConfig(
         Tag("jobs", "What was asked, and how far it has come."),
         Tag("events", "How a job comes along, as it does."),
         Tag("results", "What a scan measured."),
+        Tag("access", "Who may do what: API keys, and sessions of browsers."),
         Tag("service", "The service itself."),
     ],
+    components=Components(
+        security_schemes={
+            "key": SecurityScheme(
+                type="http", scheme="bearer", description="An API key: `nmri_<id>_<secret>`."
+            ),
+            "session": SecurityScheme(
+                type="apiKey",
+                name=COOKIE,
+                security_scheme_in="cookie",
+                description="What POST /api/login gives a browser for its key.",
+            ),
+        }
+    ),
+    # Nothing at all is needed where the service asks for no key.
+    security=[{"key": []}, {"session": []}, {}],
     render_plugins=[
         _Rendering("/", MediaType.HTML, lambda document: reference.page(document).encode()),
         _Rendering("/openapi.json", MediaType.JSON, msgspec.json.encode),

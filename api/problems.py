@@ -22,6 +22,7 @@ from litestar.exceptions import (
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ExceptionHandlersMap, Send
 
+from neural_mri.contract.auth import Unauthenticated
 from neural_mri.contract.problems import (
     MEDIA_TYPE,
     InvalidRequest,
@@ -119,7 +120,7 @@ def refusals(*statuses: int) -> dict[int, ResponseSpec]:
             media_type=MEDIA_TYPE,
             generate_examples=False,
         )
-        for status in sorted({*statuses, 400, 500, 503})
+        for status in sorted({*statuses, 400, 401, 403, 500, 503})
     }
 
 
@@ -143,6 +144,8 @@ def headers_of(problem: Problem) -> dict[str, str]:
     match problem:
         case TooMany() | Unavailable():
             return {"retry-after": str(RETRY_AFTER_SECONDS)}
+        case Unauthenticated():
+            return {"www-authenticate": 'Bearer realm="neural-mri"'}
         case MethodNotAllowed():
             return {"allow": ", ".join(problem.members["allow"])}
         case _:

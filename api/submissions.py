@@ -2,12 +2,13 @@
 
 import msgspec
 
-from api.dependencies import OWNER, Services
+from api.dependencies import Services
 from api.preparation import Prepared, prepare
 from api.results import is_whole
 from neural_mri.backing import jobs, keys
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Job, Submission
+from neural_mri.contract.auth import Scope
 from neural_mri.contract.jobs import TERMINAL, JobKind, Lane
 from neural_mri.contract.models import ModelRequest
 from neural_mri.contract.problems import Conflict, Unprocessable
@@ -55,7 +56,7 @@ async def submit_attention(services: Services, job: Job, layer: int) -> Job:
 
 async def _submit_once(services: Services, submission: Submission) -> Job:
     """The job of a request that only reads: asked for again, it makes no second job of the first."""
-    key = str(submission.scan_key)
+    key = (submission.owner, str(submission.scan_key))
     if (job_id := services.under_way.get(key)) is not None:
         known = await services.sessions.read(jobs.get, job_id)
         if known is not None and known.state not in TERMINAL:
@@ -68,7 +69,12 @@ async def _submit_once(services: Services, submission: Submission) -> Job:
 
 
 async def _submit(services: Services, submission: Submission) -> Job:
-    """Record a job, then tell of it. A known result is used only while all of its bytes are there."""
+    """Record a job, then tell of it. A known result is used only while all of its bytes are there.
+
+    Raises `MissingScope`: some requests that read have something measured first.
+    """
+    is_scan = submission.kind is JobKind.SCAN
+    services.caller.require(Scope.SCAN_WRITE if is_scan else Scope.MODEL_LOAD)
     limit = services.settings.max_queued_jobs
     job = await services.sessions.write(jobs.submit, submission, max_queued=limit)
     if job.cached and job.manifest is not None and not await is_whole(services, job):
@@ -82,7 +88,7 @@ async def submit_model_job(services: Services, kind: JobKind, model: RegisteredM
     """The job that loads a model, or unloads it."""
     loading = kind is JobKind.LOAD
     submission = Submission(
-        owner=OWNER,
+        owner=services.caller.user,
         kind=kind,
         model=model.name,
         revision=model.revision,
@@ -97,7 +103,7 @@ async def submit_model_job(services: Services, kind: JobKind, model: RegisteredM
 def _submission(services: Services, prepared: Prepared, lane: Lane) -> Submission:
     scan, model = prepared.scan, prepared.model
     return Submission(
-        owner=OWNER,
+        owner=services.caller.user,
         kind=JobKind.SCAN,
         model=model.name,
         revision=model.revision,

@@ -4,6 +4,14 @@ from collections.abc import Sequence
 
 from litestar.handlers import HTTPRouteHandler
 
+from api.routes.access import (
+    create_key,
+    list_keys,
+    log_in,
+    log_out,
+    revoke_key,
+    who_am_i,
+)
 from api.routes.events import follow_job, follow_jobs
 from api.routes.health import health
 from api.routes.jobs import cancel_job, get_job, list_jobs
@@ -30,5 +38,11 @@ ROUTES: Sequence[HTTPRouteHandler] = (
     get_manifest,
     get_table,
     get_attention,
+    who_am_i,
+    log_in,
+    log_out,
+    list_keys,
+    create_key,
+    revoke_key,
     health,
 )

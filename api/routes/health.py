@@ -8,12 +8,14 @@ from litestar import Response, get
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
 
+from api.access import ANYBODY
 from api.dependencies import Services
 from api.residents import Holdings, holdings
 from neural_mri import __version__
 from neural_mri.backing import jobs, keys, models
 from neural_mri.backing.events import WorkerBeat
 from neural_mri.backing.models import RegisteredModel
+from neural_mri.contract.auth import Scope
 from neural_mri.contract.models import ModelState
 from neural_mri.contract.problems import Unavailable
 
@@ -71,8 +73,12 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     "/api/health",
     operation_id="health",
     summary="How the service is",
-    description="503 while the database is away; every other state takes requests.",
+    description=(
+        "503 while the database is away; every other state takes requests. Needs no API key; who has "
+        "none is told of no worker and no model."
+    ),
     tags=["service"],
+    opt=ANYBODY,
     responses={
         503: ResponseSpec(Health, description="The database is away", generate_examples=False)
     },
@@ -97,7 +103,7 @@ async def _report(services: Services, held: Holdings) -> Health:
         version=__version__,
         database=database,
         redis=Backing.UP if held.is_known else Backing.AWAY,
-        workers=held.beats,
+        workers=held.beats if services.caller.may(Scope.SCAN_READ) else (),
         models=tuple(
             ModelHealth(
                 name=model.name,
@@ -105,6 +111,7 @@ async def _report(services: Services, held: Holdings) -> Health:
                 queued=queued.get(keys.scan_queue(model.revision), 0),
             )
             for model in registered
+            if services.caller.may(Scope.SCAN_READ)
         ),
         queued=sum(queued.values()),
         streams=services.hub.followed,

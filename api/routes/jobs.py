@@ -7,7 +7,7 @@ from litestar import Response, delete, get
 from litestar.di import NamedDependency
 from litestar.params import FromPath, QueryParameter
 
-from api.dependencies import OWNER, Services
+from api.dependencies import Services
 from api.problems import refusals
 from neural_mri.backing import jobs
 from neural_mri.contract.jobs import TERMINAL, JobState, JobView
@@ -35,7 +35,7 @@ async def list_jobs(
 ) -> list[JobView]:
     """List jobs."""
     latest = limit if in_state is None else LATEST
-    found = await services.sessions.read(jobs.recent, OWNER, latest)
+    found = await services.sessions.read(jobs.recent, services.caller.user, latest)
     return [job.view() for job in found if in_state in (None, job.state)][:limit]
 
 

@@ -8,6 +8,7 @@ from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody, QueryParameter
 
+from api.access import needs
 from api.answers import Prefer, job_answer
 from api.dependencies import Services
 from api.problems import refusals
@@ -15,6 +16,7 @@ from api.residents import holdings
 from api.results import FinishedJob
 from api.submissions import submit_model_job
 from neural_mri.backing import models
+from neural_mri.contract.auth import Scope
 from neural_mri.contract.jobs import JobKind, JobView
 from neural_mri.contract.models import ModelInfo, ModelRequest
 from neural_mri.contract.problems import Conflict, ModelBusy
@@ -68,6 +70,7 @@ async def model_info(services: NamedDependency[Services], name: NamedModel = Non
     operation_id="loadModel",
     summary="Ask a worker to hold a model",
     tags=["models"],
+    opt=needs(Scope.MODEL_LOAD),
     responses=JOB_RESPONSES,
 )
 async def load_model(
@@ -86,6 +89,7 @@ async def load_model(
     summary="Give a model's memory back",
     description="The model is named in the query or in the body.",
     tags=["models"],
+    opt=needs(Scope.MODEL_LOAD),
     responses=JOB_RESPONSES,
 )
 async def unload_model(

@@ -8,9 +8,11 @@ from litestar.enums import RequestEncodingType
 from litestar.openapi.spec import Example
 from litestar.params import BodyKwarg
 
+from api.access import needs
 from api.dependencies import Services
 from api.preparation import tokens_of_prompt
 from api.problems import refusals
+from neural_mri.contract.auth import Scope
 from neural_mri.contract.scans import PromptScan
 from neural_mri.contract.tokens import Tokens
 
@@ -31,6 +33,7 @@ class TokenizeRequest(PromptScan, frozen=True, kw_only=True):
         "text; the first token of that character carries it."
     ),
     tags=["models"],
+    opt=needs(Scope.SCAN_READ),
     responses=refusals(413, 415, 422),
 )
 async def tokenize(

@@ -1,4 +1,4 @@
-"""The rows of the database: jobs, registered models, and the queues' virtual clocks.
+"""The rows of the database: jobs, registered models, the queues' virtual clocks, users and their keys.
 
 Knows columns, constraints and indices; nothing of what moves a job. Times are seconds since 1970 by the
 database's own clock: processes on several hosts never compare theirs.
@@ -13,6 +13,7 @@ from sqlalchemy import (
     CheckConstraint,
     Double,
     Enum,
+    ForeignKey,
     Index,
     MetaData,
     String,
@@ -23,7 +24,21 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from neural_mri.contract.jobs import HELD, TERMINAL, JobKind, JobState, Lane
 
-__all__ = ("JOBS", "MODELS", "QUEUE_CLOCKS", "Base", "JobRow", "ModelRow", "QueueClockRow")
+__all__ = (
+    "API_KEYS",
+    "JOBS",
+    "LOGINS",
+    "MODELS",
+    "QUEUE_CLOCKS",
+    "USERS",
+    "ApiKeyRow",
+    "Base",
+    "JobRow",
+    "LoginRow",
+    "ModelRow",
+    "QueueClockRow",
+    "UserRow",
+)
 
 _UNFINISHED = text("finished_at IS NULL")
 _LEASED = text("lease_owner IS NOT NULL")
@@ -51,6 +66,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
             "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
         }
     )
     type_annotation_map: ClassVar[dict[Any, Any]] = {
@@ -163,7 +179,48 @@ class ModelRow(Base):
     registered_at: Mapped[float]
 
 
+class UserRow(Base):
+    """One person, or program, that has or had an API key."""
+
+    __tablename__ = "users"
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    created_at: Mapped[float]
+
+
+class ApiKeyRow(Base):
+    """One API key, without what would let anybody use it."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    user: Mapped[str] = mapped_column(String(200), ForeignKey("users.name"), index=True)
+    label: Mapped[str]
+    digest: Mapped[str] = mapped_column(String(64))
+    """HMAC-SHA-256 of the whole key, under the service's pepper."""
+    scopes: Mapped[str]
+    """Separated by blanks."""
+    created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    revoked_at: Mapped[float | None]
+
+
+class LoginRow(Base):
+    """One session of the viewer: a cookie that stands for a key."""
+
+    __tablename__ = "logins"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """HMAC-SHA-256 of the cookie's value."""
+    key_id: Mapped[str] = mapped_column(String(12), ForeignKey("api_keys.id"), index=True)
+    created_at: Mapped[float]
+    expires_at: Mapped[float] = mapped_column(index=True)
+
+
 JOBS = Base.metadata.tables["jobs"]
 QUEUE_CLOCKS = Base.metadata.tables["queue_clocks"]
 MODELS = Base.metadata.tables["models"]
+USERS = Base.metadata.tables["users"]
+API_KEYS = Base.metadata.tables["api_keys"]
+LOGINS = Base.metadata.tables["logins"]
 """The same as tables: a statement over a mapped class costs several times what SQLite takes to run it."""

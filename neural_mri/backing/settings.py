@@ -20,11 +20,14 @@ PREFIX = "NEURAL_MRI_"
 Seconds = Annotated[float, Meta(gt=0)]
 
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*(?=@)")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*(?=@)|(?<=nmri_[0-9a-f]{12}_)[\w-]+")
+
+_SECRET = frozenset({"key_pepper"})
+"""Settings whose values are shown nowhere."""
 
 
 def without_credentials(text: str) -> str:
-    """The text, with user names and passwords in URLs hidden."""
+    """The text, with user names and passwords in URLs hidden, and the secrets of API keys."""
     return _CREDENTIALS.sub("***", text)
 
 
@@ -47,6 +50,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Port the API listens on."""
     allowed_hosts: str = "127.0.0.1,localhost,[::1]"
     """Host headers the API answers to, separated by commas: stops DNS rebinding."""
+    auth: Literal["off", "keys"] = "off"
+    """`keys`: every request needs an API key. `off`: none does, and only this machine is served."""
+    key_pepper: str = ""
+    """What API keys are hashed under; the data folder's own, made when first needed, where empty."""
+    login_seconds: Seconds = 43_200.0
+    """How long a session of the viewer lasts."""
     viewer_dir: Path = Path("web/dist")
     """Folder of the built viewer."""
     default_model: str = "smollm2-135m-instruct"
@@ -123,7 +132,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __repr__(self) -> str:
         fields = (field.name for field in msgspec.structs.fields(self))
-        shown = (f"{name}={without_credentials(repr(getattr(self, name)))}" for name in fields)
+        shown = (
+            f"{name}={'***' if name in _SECRET else without_credentials(repr(getattr(self, name)))}"
+            for name in fields
+        )
         return f"Settings({', '.join(shown)})"
 
     def environment(self) -> dict[str, str]:

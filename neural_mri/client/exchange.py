@@ -14,13 +14,15 @@ import msgspec
 
 from neural_mri import __version__
 from neural_mri.client.errors import NotUnderstood, Refused, Unreachable
+from neural_mri.contract.auth import KEY_PATTERN
 from neural_mri.contract.problems import MEDIA_TYPE
 
-__all__ = ("DEFAULT_URL", "URL_VARIABLE", "Exchange")
+__all__ = ("DEFAULT_URL", "KEY_VARIABLE", "URL_VARIABLE", "Exchange")
 
 DEFAULT_URL = "http://127.0.0.1:8642"
 URL_VARIABLE = "NMRI_URL"
 """Not `NEURAL_MRI_*`: those are the processes' settings, and they refuse one they do not know."""
+KEY_VARIABLE = "NMRI_API_KEY"
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -39,6 +41,7 @@ class Exchange:
         timeout_seconds: float,
         patience_seconds: float,
         headers: Mapping[str, str],
+        api_key: str | None = None,
     ) -> None:
         self.patience_seconds = patience_seconds
         self._timeout_seconds = timeout_seconds
@@ -46,7 +49,11 @@ class Exchange:
         self._http = httpx.Client(
             base_url=self.base_url,
             timeout=timeout_seconds,
-            headers={"User-Agent": f"neural-mri/{__version__}", **headers},
+            headers={
+                "User-Agent": f"neural-mri/{__version__}",
+                **_authorization(api_key or os.environ.get(KEY_VARIABLE)),
+                **headers,
+            },
             # A proxy named in the environment cannot reach this machine's own loopback.
             trust_env=httpx.URL(self.base_url).host not in _LOOPBACK,
         )
@@ -156,6 +163,15 @@ def _problem(response: httpx.Response) -> dict[str, Any]:
             f"{response.reason_phrase}, without a problem document: is this a Neural MRI service?"
         ),
     }
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    """The header that names the caller. Raises `ValueError`, which does not repeat what may be a secret."""
+    if not api_key or not (key := api_key.strip()):
+        return {}
+    if KEY_PATTERN.fullmatch(key) is None:
+        raise ValueError(f"the API key ({KEY_VARIABLE}) is none: expected nmri_<id>_<secret>")
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _checked_url(url: str) -> str:

@@ -1,0 +1,90 @@
+"""Who a request comes from, and whether its route is for them.
+
+Every route under `/api` needs a key, as `Authorization: Bearer`, or a session's cookie, unless it says
+that it is open. What a key must allow follows from the method, unless the route says otherwise: to look is
+`scan:read`, to change is `scan:write`.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from litestar.connection import ASGIConnection
+from litestar.handlers.base import BaseRouteHandler
+
+from api.dependencies import Services
+from neural_mri.backing import access
+from neural_mri.backing.access import LOCAL
+from neural_mri.contract.auth import Identity, Scope, Unauthenticated
+
+__all__ = ("ANYBODY", "ANY_KEY", "COOKIE", "Connection", "admit", "needs", "presented")
+
+COOKIE = "nmri_session"
+
+_SCOPE = "needed_scope"
+_OPEN = "open"
+
+ANYBODY: Mapping[str, Any] = MappingProxyType({_OPEN: True})
+"""`opt` of a route that needs no key; it is told who asks where that is known."""
+ANY_KEY: Mapping[str, Any] = MappingProxyType({_SCOPE: None})
+"""`opt` of a route that any key may use."""
+
+Connection = ASGIConnection[Any, Any, Any, Any]
+
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+def needs(scope: Scope) -> dict[str, Any]:
+    """`opt` of a route that needs this scope."""
+    return {_SCOPE: scope}
+
+
+async def admit(services: Services, connection: Connection, handler: BaseRouteHandler) -> Identity:
+    """The caller, if the route is for them. Raises `Unauthenticated`, `MissingScope`."""
+    if services.settings.auth == "off":
+        return LOCAL
+    method = connection.scope["method"]  # type: ignore[typeddict-item]  # of HTTP only
+    is_open = (
+        handler.opt.get(_OPEN, False)
+        or method == "OPTIONS"
+        or not connection.scope["path"].startswith("/api/")
+    )
+    try:
+        caller = await _identity(services, connection)
+    except Unauthenticated:
+        if is_open:
+            return Identity(user="", scopes=())
+        raise
+    usual = Scope.SCAN_READ if method in _SAFE else Scope.SCAN_WRITE
+    needed: Scope | None = handler.opt.get(_SCOPE, usual)
+    if not is_open and needed is not None:
+        caller.require(needed)
+    return caller
+
+
+async def _identity(services: Services, connection: Connection) -> Identity:
+    given = connection.headers.get("authorization")
+    if given is not None:
+        scheme, _, text = given.partition(" ")
+        if scheme.lower() != "bearer":
+            raise Unauthenticated(
+                f"Authorization names the scheme {scheme[:20]!r}: expected Bearer and an API key"
+            )
+        return await presented(services, text.strip())
+    if (token := connection.cookies.get(COOKIE)) is not None:
+        found = await services.sessions.read(access.login_identity, services.pepper, token)
+        if found is None:
+            raise Unauthenticated("the session has ended: log in again")
+        return found
+    raise Unauthenticated(
+        "this needs an API key: send it as `Authorization: Bearer nmri_...`, or log in by "
+        "POST /api/login"
+    )
+
+
+async def presented(services: Services, key: str) -> Identity:
+    """Whose key this is. Raises `Unauthenticated`, which says nothing of the key."""
+    found = await services.sessions.read(access.authenticate, services.pepper, key)
+    if found is None:
+        raise Unauthenticated("the API key is unknown, expired or revoked")
+    return found
