@@ -57,6 +57,7 @@ class Client:
         timeout_seconds: float = 30.0,
         patience_seconds: float = 60.0,
         headers: Mapping[str, str] | None = None,
+        api_key: str | None = None,
     ) -> None:
         """Make a client; nothing is sent yet.
 
@@ -66,12 +67,15 @@ class Client:
             timeout_seconds: How long to wait for an answer to any one request.
             patience_seconds: How long a broken event stream is tried again before giving up.
             headers: Sent with every request, for a service behind a gateway of its own.
+            api_key: Who asks, where the service wants to know; by default the environment's
+                `NMRI_API_KEY`. Raises `ValueError` when it is no key.
         """
         self._exchange = Exchange(
             base_url,
             timeout_seconds=timeout_seconds,
             patience_seconds=patience_seconds,
             headers=headers or {},
+            api_key=api_key,
         )
 
     @property
