@@ -19,6 +19,7 @@ from neural_mri.contract.scan_base import (
     Prompt,
     TargetedScan,
 )
+from neural_mri.contract.tokens import Tokens
 
 __all__ = (
     "Amplify",
@@ -98,6 +99,21 @@ class Inject(PerturbationBase, frozen=True, kw_only=True, tag="inject"):
     values: Annotated[tuple[Finite, ...], Meta(min_length=1, max_length=65536)]
     mode: InjectMode = InjectMode.ADD
 
+    def check_values(self, component: Component, architecture: Architecture) -> None:
+        """Raises `Unprocessable` where `values` has not as many numbers as the component takes."""
+        expected = architecture.d_model
+        if component.kind is Kind.NEURON:
+            expected = 1
+        elif component.kind is Kind.HEAD and self.mode is InjectMode.REPLACE:
+            expected = architecture.d_head
+        if len(self.values) != expected:
+            raise Unprocessable(
+                f"inject has {len(self.values)} values for {component}: expected {expected} where the "
+                f"mode is {self.mode.value}",
+                component=str(component),
+                expected=expected,
+            )
+
 
 class Patch(PerturbationBase, frozen=True, kw_only=True, tag="patch"):
     """Its output in the run of another prompt of the same number of tokens."""
@@ -144,6 +160,8 @@ class PerturbationScan(
                     "resid_post instead",
                     component=str(component),
                 )
+            if isinstance(perturbation, Inject):
+                perturbation.check_values(component, architecture)
 
 
 class Direction(StrEnum):
@@ -159,6 +177,7 @@ class PatchSite(StrEnum):
     """What is patched, for every layer (and head) and every position."""
 
     RESIDUAL = "resid_pre"
+    """The residual stream entering the block."""
     ATTENTION = "attn"
     MLP = "mlp"
     HEAD = "head"
@@ -167,8 +186,10 @@ class PatchSite(StrEnum):
 class PatchingScan(TargetedScan, frozen=True, kw_only=True, tag="patching", tag_field="scan_mode"):
     """Activation patching between two prompts of equal token length, as layer x position maps.
 
-    Recovery = (patched - corrupted) / (clean - corrupted) of the metric: unclamped, and undefined (NaN)
-    where the two runs differ by less than 0.1.
+    Recovery = (patched - corrupted) / (clean - corrupted) of the metric, in either direction: 0 is the
+    corrupted run, 1 the clean one. Unclamped, and undefined (NaN) where the two runs differ by less than
+    0.1. The metric is the logit difference answer - foil where there is a foil, else the answer's
+    log-probability in nats. (Zhang & Nanda 2024.)
     """
 
     corrupt_prompt: Prompt
@@ -184,17 +205,34 @@ class PatchingScan(TargetedScan, frozen=True, kw_only=True, tag="patching", tag_
         """The corrupt prompt."""
         return (self.corrupt_prompt,)
 
+    def check(self, architecture: Architecture) -> None:
+        """Raises `Unprocessable` where there is nothing to patch."""
+        super().check(architecture)
+        if self.corrupt_prompt == self.prompt:
+            raise Unprocessable(
+                f"corrupt_prompt is the prompt itself, {self.prompt!r}: expected one that differs, or "
+                "there is nothing to recover"
+            )
+
 
 class TraceKind(StrEnum):
     """What causal tracing restores (Meng et al. 2022, figure 2)."""
 
     STATE = "state"
+    """The residual stream leaving one block."""
     MLP = "mlp"
+    """What the MLPs of a window of layers write."""
     ATTENTION = "attn"
+    """What the attention layers of a window of layers write."""
 
 
 class TracingScan(TargetedScan, frozen=True, kw_only=True, tag="tracing", tag_field="scan_mode"):
-    """Causal tracing (Meng et al. 2022): noise on the subject's embeddings, then states restored."""
+    """Causal tracing (Meng et al. 2022): noise on the subject's embeddings, then states restored.
+
+    Indirect effect = the answer's probability with the clean values put back at one place and position,
+    minus its probability in the corrupted run; with a foil, the same of the logit difference answer -
+    foil. Mean and standard deviation over draws of the noise.
+    """
 
     subject: Annotated[str, Meta(min_length=1, max_length=2000)]
     """Text in the prompt whose tokens are corrupted; its last occurrence."""
@@ -209,3 +247,38 @@ class TracingScan(TargetedScan, frozen=True, kw_only=True, tag="tracing", tag_fi
         TraceKind.MLP,
         TraceKind.ATTENTION,
     )
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises `Unprocessable` where the prompt has no such subject."""
+        super().check(architecture)
+        self._subject_start()
+
+    def subject_positions(self, tokens: Tokens) -> tuple[int, ...]:
+        """Positions of the tokens that hold any of the subject's characters, in order.
+
+        Raises `Unprocessable` where the prompt has no such subject, or none of its tokens holds it.
+        """
+        start = self._subject_start()
+        end = start + len(self.subject)
+        positions = tuple(
+            position
+            for position, span in enumerate(tokens.spans)
+            if max(span.start, start) < min(span.end, end)
+        )
+        if not positions:
+            raise Unprocessable(f"no token of the prompt holds the subject {self.subject!r}")
+        return positions
+
+    def layers(self, layer: int, n_layers: int) -> range:
+        """The layers restored together for `layer`: fewer than `window` at either end of the model."""
+        before = self.window // 2
+        return range(max(0, layer - before), min(n_layers, layer - before + self.window))
+
+    def _subject_start(self) -> int:
+        start = self.prompt.rfind(self.subject)
+        if start < 0:
+            raise Unprocessable(
+                f"the subject {self.subject!r} does not stand in the prompt {self.prompt!r}",
+                subject=self.subject,
+            )
+        return start

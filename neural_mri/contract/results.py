@@ -471,6 +471,49 @@ SCHEMAS: Mapping[str, TableSchema] = MappingProxyType(
             "Attention patterns: a row a head, query-major `[query position, key position]`; each "
             "query's row sums to 1.",
         ),
+        "contrast": TableSchema(
+            SchemaVersion(1, 0),
+            (
+                _field("position", pa.int32()),
+                _field("answer_id", pa.int32()),
+                _field("answer", pa.string()),
+                _field("foil_id", pa.int32()),
+                _field("foil", pa.string()),
+                *_float_fields(
+                    "clean",
+                    "corrupted",
+                    "corrupted_sd",
+                    "probability_clean",
+                    "probability_corrupted",
+                    "probability_corrupted_sd",
+                ),
+            ),
+            "The two runs that values are patched between, one row: the metric and the answer's "
+            "probability in each, of the next token after the position. The metric is the logit "
+            "difference answer - foil, or without a foil (foil_id -1) the answer's log-probability. "
+            "Mean and spread over draws where the corrupted run is drawn; a single one has no spread.",
+        ),
+        "recovery": TableSchema(
+            SchemaVersion(1, 0),
+            _COMPONENT,
+            "What patching a component at one position restores of the metric: a row a component, a value "
+            "a position. (patched - corrupted) / (clean - corrupted): 0 the corrupted run, 1 the clean "
+            "one, and beyond; NaN where the two runs are too close.",
+        ),
+        "patched": TableSchema(
+            SchemaVersion(1, 0),
+            _COMPONENT,
+            "The metric itself with a component patched at one position: a row a component, a value a "
+            "position.",
+        ),
+        "trace": TableSchema(
+            SchemaVersion(1, 0),
+            (*_COMPONENT, _field("quantity", pa.string())),
+            "Causal tracing: a row a place and quantity, a value a position where the clean value was put "
+            "back into the corrupted run. `indirect_effect`: restored minus corrupted, mean over draws of "
+            "the noise; `sd` its spread. `resid_post` is one layer's state; `attn` and `mlp` are the "
+            "middle of a window of layers.",
+        ),
     }
 )
 

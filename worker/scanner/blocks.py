@@ -4,19 +4,23 @@ Rows are residuals of one prompt from some position on. What lies before it is t
 it is not computed again: attention finds its keys and values in the recorded run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from neural_mri.contract.components import Kind
 from worker.scanner.hooks import tensor_out
 from worker.scanner.loading import LoadedModel
 from worker.scanner.runs import AttentionCall
 from worker.scanner.sites import BlockModules
 
-__all__ = ("ACTIVATION_BYTES", "Block", "causal_mask", "rows_at_once")
+__all__ = ("ACTIVATION_BYTES", "Block", "Rewrite", "causal_mask", "rows_at_once")
+
+Rewrite = Callable[[Kind, Tensor], None]
+"""Changes in place what the attention layer, or the MLP, writes in some rows."""
 
 ACTIVATION_BYTES = {"cpu": 4 << 20, "cuda": 1 << 28}
 """Hidden activations that are computed together: what fits into a cache, or keeps a GPU busy."""
@@ -95,6 +99,31 @@ class Block(NamedTuple):
         """What the MLP writes when it reads the residual `read`."""
         written: Tensor = self.modules.mlp_post_norm(self.modules.mlp(self.modules.mlp_norm(read)))
         return written
+
+    def advance(
+        self, rows: Float[Tensor, "row pos d_model"], *, last: bool, rewrite: Rewrite | None = None
+    ) -> None:
+        """Run rows through the block, in place.
+
+        Args:
+            rows: Residuals that enter the block, and then those that leave it.
+            last: Whether nothing is read of the rows but their last position: no other goes through
+                the MLP, and the others' residuals are good for nothing afterwards.
+            rewrite: Changes what a sublayer writes before it is added.
+        """
+        by_attn = self.attn(rows)
+        if rewrite is not None:
+            rewrite(Kind.ATTN, by_attn)
+        after = rows[:, -1:] if last else rows
+        if self.parallel:
+            by_mlp = self.mlp(after)
+            rows += by_attn
+        else:
+            rows += by_attn
+            by_mlp = self.mlp(after)
+        if rewrite is not None:
+            rewrite(Kind.MLP, by_mlp)
+        after += by_mlp
 
 
 def _after(value: Any, start: int) -> Any:

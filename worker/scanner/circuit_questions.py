@@ -1,4 +1,4 @@
-"""What a circuit scan reads, and which next token it asks about."""
+"""What a scan that compares runs reads, and which next token it asks about."""
 
 from typing import NamedTuple, Self
 
@@ -14,7 +14,7 @@ from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import Metric
 from worker.scanner.prompts import token_ids
 
-__all__ = ("Prompts", "Question")
+__all__ = ("Prompts", "Question", "paired_ids")
 
 
 class Prompts(NamedTuple):
@@ -30,18 +30,9 @@ class Prompts(NamedTuple):
         cls, model: LoadedModel, request: CircuitScan, tokens: Tokens, corrupt: Tokens | None
     ) -> Self:
         """Raises `Unprocessable` where the prompts do not correspond."""
-        rows = [token_ids(model, tokens)]
         if (corrupt is None) != (request.corrupt_prompt is None):
             raise ValueError("tokens of the corrupt prompt are expected where the request has one")
-        if corrupt is not None:
-            if len(corrupt) != len(tokens):
-                raise Unprocessable(
-                    f"the corrupt prompt has {len(corrupt)} tokens and the prompt {len(tokens)}: "
-                    "expected as many, or positions would not correspond",
-                    n_tokens=len(tokens),
-                    n_corrupt_tokens=len(corrupt),
-                )
-            rows.append(token_ids(model, corrupt))
+        ids = token_ids(model, tokens) if corrupt is None else paired_ids(model, tokens, corrupt)
         position = resolve_positions((request.target_token_idx,), len(tokens))[0]
         start = 0 if request.include_first_token else 1
         if position < start:
@@ -49,7 +40,21 @@ class Prompts(NamedTuple):
                 "nothing can be replaced: the next token after position 0 is asked about, and components "
                 "are replaced from position 1 on; set include_first_token, or ask about a later position"
             )
-        return cls(torch.cat(rows)[:, : position + 1], start)
+        return cls(ids[:, : position + 1], start)
+
+
+def paired_ids(
+    model: LoadedModel, tokens: Tokens, corrupt: Tokens
+) -> Int[Tensor, "clean_and_corrupt pos"]:
+    """A prompt and the corrupt one. Raises `Unprocessable` where they are not of one length."""
+    if len(corrupt) != len(tokens):
+        raise Unprocessable(
+            f"the corrupt prompt has {len(corrupt)} tokens and the prompt {len(tokens)}: "
+            "expected as many, or positions would not correspond",
+            n_tokens=len(tokens),
+            n_corrupt_tokens=len(corrupt),
+        )
+    return torch.cat([token_ids(model, tokens), token_ids(model, corrupt)])
 
 
 class Question(NamedTuple):

@@ -19,7 +19,7 @@ from neural_mri.contract.scans import ActivationScan, Aggregation, reporting_ord
 from worker.scanner.measures import measure, norm
 from worker.scanner.output_maps import OutputMaps
 
-__all__ = ("SINK_RATIO", "LayerTensors", "Neurons", "Part", "Summaries", "Vectors")
+__all__ = ("SINK_RATIO", "LayerTensors", "Neurons", "Part", "Summaries", "Vectors", "sinks")
 
 SINK_RATIO = 10.0
 """A token is a sink when its residual norm is this often the median over the tokens after the first."""
@@ -169,13 +169,7 @@ class Summaries:
 
     def sinks(self) -> Bool[Tensor, " pos"]:
         """Whether each token of the prompt is a sink, in any layer."""
-        norms = torch.cat(self._residual_norms).cpu()
-        sinks = torch.zeros(norms.shape[1], dtype=torch.bool)
-        sinks[0] = True
-        if len(sinks) > 1:
-            typical = norms[:, 1:].median(dim=1, keepdim=True).values
-            sinks |= (norms > SINK_RATIO * typical).any(dim=0)
-        return sinks
+        return sinks(torch.cat(self._residual_norms).cpu())
 
     def _kept_of_each(self, values: Float[Tensor, "layer pos width"]) -> Tensor:
         return values if self._kept is None else values.index_select(1, self._kept)
@@ -222,3 +216,13 @@ class Summaries:
         self._neurons.append(
             Neurons(tuple(layers), indices[chosen], hidden.gather(-1, indices).float()[chosen])
         )
+
+
+def sinks(norms: Float[Tensor, "layer pos"]) -> Bool[Tensor, " pos"]:
+    """Whether each token is a sink in any layer, from the norms of what leaves the blocks."""
+    found = torch.zeros(norms.shape[1], dtype=torch.bool)
+    found[0] = True
+    if len(found) > 1:
+        typical = norms[:, 1:].median(dim=1, keepdim=True).values
+        found |= (norms > SINK_RATIO * typical).any(dim=0)
+    return found

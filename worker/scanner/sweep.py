@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neural_mri.contract.components import Component, Kind
-from worker.scanner.blocks import ACTIVATION_BYTES, Block, causal_mask, rows_at_once
+from worker.scanner.blocks import Block, causal_mask, rows_at_once
+from worker.scanner.final_residuals import Known, measured, predictions_at_once
 from worker.scanner.interventions import Edit, Rows, forward
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
@@ -38,11 +39,6 @@ __all__ = ("Swept", "sweep")
 
 _ROWS_BYTES = 1 << 30
 """Residuals of one pass; more components than that take another pass over the weights."""
-
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""How far row 0 may be from the clean run, as a share of the largest logit: kernels differ in the last
-digits between a whole prompt and its end."""
-
 
 _WORTHWHILE = 16
 """A share of the positions that rows need not hold, as its inverse."""
@@ -129,9 +125,10 @@ class _GrowingBatch:
         step = self._rows_at_most - 1
         passes = [components[i : i + step] for i in range(0, len(components), step)]
         self._total = sum(self._work(part) for part in passes)
+        known = Known(self._clean.logits, torch.zeros(1, dtype=torch.long))
         effects = []
         for part in passes:
-            values = self._measured(self._grown(part))
+            values = measured(self._model, self._grown(part), known, self._metric)
             if values is None:
                 return None
             effects.append(values[1:] - values[0])
@@ -159,7 +156,8 @@ class _GrowingBatch:
             block = self._block(layer)
             last = layer == self._shape.n_layers - 1
             for some in torch.split(rows[:present], self._rows_at_once):
-                self._advance(block, some, last=last)
+                self._listener.checkpoint()
+                block.advance(some, last=last)
             for some in self._newcomers(layer, block, joining.get(layer, []), last=last):
                 rows[present : present + len(some), -some.shape[1] :] = some
                 present += len(some)
@@ -175,19 +173,6 @@ class _GrowingBatch:
             start=self._kept.start,
             causal=self._causal,
         )
-
-    def _advance(self, block: Block, rows: Float[Tensor, "row pos d_model"], *, last: bool) -> None:
-        """Run rows through the block, in place; through the last block's MLP only where it is read."""
-        self._listener.checkpoint()
-        written = block.attn(rows)
-        after = rows[:, -1:] if last else rows
-        if block.parallel:
-            by_mlp = block.mlp(after)
-            rows += written
-        else:
-            rows += written
-            by_mlp = block.mlp(after)
-        after += by_mlp
 
     def _newcomers(
         self, layer: int, block: Block, components: Sequence[Component], *, last: bool
@@ -233,32 +218,6 @@ class _GrowingBatch:
             own = slice(head * d_head, (head + 1) * d_head)
         value[-len(new) :, own] = new
 
-    def _measured(self, final: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"] | None:
-        """The metric of every row; None where row 0 is not the clean run."""
-        values: list[Tensor] = []
-        for some in torch.split(final, _predictions_at_once(self._model)):
-            logits = self._logits(some)
-            if not values and not self._is_clean(logits[0]):
-                return None
-            values.append(self._metric(logits))
-        return torch.cat(values)
-
-    def _logits(self, final: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-        modules, cap = self._model.modules, self._shape.final_softcap
-        logits: Tensor = modules.unembed(modules.final_norm(final))
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def _is_clean(self, logits: Float[Tensor, " d_vocab"]) -> bool:
-        expected = self._clean.logits[0].float()
-        worst = (logits.float() - expected).abs().max().item()
-        scale = max(expected.abs().max().item(), 1.0)
-        return worst <= _TOLERANCE[self._clean.logits.dtype] * scale
-
-
-def _predictions_at_once(model: LoadedModel) -> int:
-    """Rows of logits that are measured together."""
-    return max(1, 8 * ACTIVATION_BYTES[model.device.type] // (4 * model.architecture.d_vocab))
-
 
 def _whole_rows(
     model: LoadedModel,
@@ -270,7 +229,7 @@ def _whole_rows(
 ) -> Float[Tensor, " component"]:
     """The same effects from whole forwards, a clean row in each batch: slow, and true of any family."""
     positions = tuple(range(replacements.start, clean.n_positions))
-    at_once = max(1, _predictions_at_once(model) // clean.n_positions)
+    at_once = max(1, predictions_at_once(model) // clean.n_positions)
     effects = []
     for at in range(0, len(components), at_once):
         some = components[at : at + at_once]
