@@ -16,7 +16,7 @@ from neural_mri.backing.records import Job
 from neural_mri.contract.jobs import TERMINAL, JobView
 from neural_mri.contract.problems import MEDIA_TYPE
 
-__all__ = ("Prefer", "job_answer", "plain_answer")
+__all__ = ("IdempotencyKey", "Prefer", "job_answer", "plain_answer")
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -28,6 +28,19 @@ Prefer = Annotated[
             "`wait=N` (RFC 7240): answer when the job has ended, within N seconds, at most "
             f"{LONGEST_WAIT_SECONDS}."
         ),
+        required=False,
+    ),
+]
+
+IdempotencyKey = Annotated[
+    str | None,
+    HeaderParameter(
+        name="Idempotency-Key",
+        description=(
+            "Your own word for this request, new for each: sent again within a day, because its answer "
+            "was lost, it gives the same job; with another request it is refused."
+        ),
+        pattern=r"^[\x20-\x7e]{1,200}$",
         required=False,
     ),
 ]

@@ -20,14 +20,16 @@ REMEMBERED = 1000
 """Jobs of requests that only read, remembered so that the same request finds them."""
 
 
-async def submit_scan(services: Services, scan: Scan, lane: Lane) -> Job:
+async def submit_scan(
+    services: Services, scan: Scan, lane: Lane, idempotency_key: str | None = None
+) -> Job:
     """The job of a scan: queued, or born succeeded where its result is known.
 
     Raises the `Unprocessable` that names what the model or the prompt does not have, `ModelNotLoaded`,
     and `TooMany`.
     """
     prepared = await prepare(services, scan)
-    return await _submit(services, _submission(services, prepared, lane))
+    return await _submit(services, _submission(services, prepared, lane, idempotency_key))
 
 
 async def submit_attention(services: Services, job: Job, layer: int) -> Job:
@@ -76,15 +78,21 @@ async def _submit(services: Services, submission: Submission) -> Job:
     is_scan = submission.kind is JobKind.SCAN
     services.caller.require(Scope.SCAN_WRITE if is_scan else Scope.MODEL_LOAD)
     limit = services.settings.max_queued_jobs
-    job = await services.sessions.write(jobs.submit, submission, max_queued=limit)
+    job, is_new = await services.sessions.write(jobs.submit_once, submission, max_queued=limit)
+    if not is_new:
+        return job
     if job.cached and job.manifest is not None and not await is_whole(services, job):
         await services.sessions.write(jobs.withdraw_result, job.manifest)
-        job = await services.sessions.write(jobs.submit, submission, max_queued=limit)
+        job, _ = await services.sessions.write(
+            jobs.submit_once, submission, max_queued=limit, is_anew=True
+        )
     services.announce(job)
     return job
 
 
-async def submit_model_job(services: Services, kind: JobKind, model: RegisteredModel) -> Job:
+async def submit_model_job(
+    services: Services, kind: JobKind, model: RegisteredModel, idempotency_key: str | None = None
+) -> Job:
     """The job that loads a model, or unloads it."""
     loading = kind is JobKind.LOAD
     submission = Submission(
@@ -96,11 +104,14 @@ async def submit_model_job(services: Services, kind: JobKind, model: RegisteredM
         queue=keys.CONTROL_QUEUE if loading else keys.scan_queue(model.revision),
         request=msgspec.json.encode(ModelRequest(model=model.name)),
         deadline_seconds=services.settings.job_deadline_seconds,
+        idempotency_key=idempotency_key,
     )
     return await _submit(services, submission)
 
 
-def _submission(services: Services, prepared: Prepared, lane: Lane) -> Submission:
+def _submission(
+    services: Services, prepared: Prepared, lane: Lane, idempotency_key: str | None = None
+) -> Submission:
     scan, model = prepared.scan, prepared.model
     return Submission(
         owner=services.caller.user,
@@ -115,4 +126,5 @@ def _submission(services: Services, prepared: Prepared, lane: Lane) -> Submissio
         scan_key=prepared.key,
         lane=lane,
         deadline_seconds=services.settings.job_deadline_seconds,
+        idempotency_key=idempotency_key,
     )

@@ -9,7 +9,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody, QueryParameter
 
 from api.access import needs
-from api.answers import Prefer, job_answer
+from api.answers import IdempotencyKey, Prefer, job_answer
 from api.dependencies import Services
 from api.problems import refusals
 from api.residents import holdings
@@ -74,11 +74,15 @@ async def model_info(services: NamedDependency[Services], name: NamedModel = Non
     responses=JOB_RESPONSES,
 )
 async def load_model(
-    data: JSONBody[ModelRequest], services: NamedDependency[Services], prefer: Prefer = None
+    data: JSONBody[ModelRequest],
+    services: NamedDependency[Services],
+    prefer: Prefer = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response[JobView]:
     """Load a model."""
     model = await services.model(data.model)
-    return await job_answer(services, await submit_model_job(services, JobKind.LOAD, model), prefer)
+    job = await submit_model_job(services, JobKind.LOAD, model, idempotency_key)
+    return await job_answer(services, job, prefer)
 
 
 @delete(
@@ -97,6 +101,7 @@ async def unload_model(
     name: NamedModel = None,
     data: JSONBody[ModelRequest | None] = None,
     prefer: Prefer = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response[JobView]:
     """Unload a model."""
     model = await services.model(data.model if data is not None else name)
@@ -109,6 +114,5 @@ async def unload_model(
         # A worker that starts later must not load it again.
         await services.sessions.write(models.set_wanted, model.name, wanted=False)
         raise Conflict(f"no worker holds {model.name}: nothing is to be unloaded", model=model.name)
-    return await job_answer(
-        services, await submit_model_job(services, JobKind.UNLOAD, model), prefer
-    )
+    job = await submit_model_job(services, JobKind.UNLOAD, model, idempotency_key)
+    return await job_answer(services, job, prefer)

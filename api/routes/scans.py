@@ -15,7 +15,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import BodyKwarg, QueryParameter
 
-from api.answers import Prefer, job_answer
+from api.answers import IdempotencyKey, Prefer, job_answer
 from api.dependencies import Services
 from api.problems import refusals
 from api.results import FinishedJob
@@ -312,8 +312,10 @@ def _handler(route: _Route) -> HTTPRouteHandler:
         services: NamedDependency[Services],
         prefer: Prefer = None,
         lane: AsLane = Lane.INTERACTIVE,
+        idempotency_key: IdempotencyKey = None,
     ) -> Response[JobView]:
-        return await job_answer(services, await submit_scan(services, _scan(data), lane), prefer)
+        job = await submit_scan(services, _scan(data), lane, idempotency_key)
+        return await job_answer(services, job, prefer)
 
     handle.__doc__ = route.summary + "."
     handle.__name__ = route.operation_id

@@ -20,7 +20,7 @@ import msgspec
 from sqlalchemy import CursorResult, Executable
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import statements
+from neural_mri.backing import idempotency, statements
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.backing.records import LANE_WEIGHTS, AnyRow, Job, Submission, new_id
 from neural_mri.contract.jobs import TERMINAL, JobState
@@ -33,6 +33,7 @@ __all__ = (
     "LeaseOwner",
     "Renewal",
     "Submission",
+    "Submitted",
     "WaitedTooLong",
     "WorkersLost",
     "advance",
@@ -45,6 +46,7 @@ __all__ = (
     "renew",
     "request_cancel",
     "submit",
+    "submit_once",
     "withdraw_result",
 )
 
@@ -76,6 +78,14 @@ class Renewal(NamedTuple):
     """Still its own; somebody asked to stop."""
 
 
+class Submitted(NamedTuple):
+    """What a request to make a job led to."""
+
+    job: Job
+    is_new: bool
+    """False where an earlier request under the same Idempotency-Key had made it."""
+
+
 class Cancellation(NamedTuple):
     """Where a job stands after it was asked to stop."""
 
@@ -84,12 +94,35 @@ class Cancellation(NamedTuple):
     """Whether it was cancelled just now; a held job is, by its worker, a little later."""
 
 
-def submit(session: Session, submission: Submission, *, max_queued: int = 10_000) -> Job:
+def submit_once(
+    session: Session, submission: Submission, *, max_queued: int = 10_000, is_anew: bool = False
+) -> Submitted:
+    """Record a job, unless the submission's Idempotency-Key has made one: then that.
+
+    `is_anew` makes another in place of one whose result is lost. Raises `IdempotencyKeyReused`, and as
+    `submit` does.
+    """
+    job_id = new_id()
+    made = idempotency.job_made_by(session, submission, job_id, is_anew=is_anew)
+    known = None if made is None else get(session, made)
+    if known is not None:
+        return Submitted(known, is_new=False)
+    job = submit(session, submission, max_queued=max_queued, job_id=job_id)
+    return Submitted(job, is_new=True)
+
+
+def submit(
+    session: Session,
+    submission: Submission,
+    *,
+    max_queued: int = 10_000,
+    job_id: UUID | None = None,
+) -> Job:
     """Record a job; one whose result exists is born succeeded.
 
     Raises `TooMany` when `max_queued` jobs are unfinished.
     """
-    job_id = new_id()
+    job_id = job_id or new_id()
     row: dict[str, Any] = {
         "id": job_id,
         "owner": submission.owner,

@@ -60,6 +60,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     lane: Lane = Lane.INTERACTIVE
     deadline_seconds: float = 600.0
     """How long one attempt may run."""
+    idempotency_key: str | None = None
+    """The caller's own word for this request: sent again, it makes no second job."""
 
     @property
     def estimated_cost(self) -> float:

@@ -26,6 +26,7 @@ from neural_mri.contract.jobs import HELD, TERMINAL, JobKind, JobState, Lane
 
 __all__ = (
     "API_KEYS",
+    "IDEMPOTENCY_KEYS",
     "JOBS",
     "LOGINS",
     "MODELS",
@@ -33,6 +34,7 @@ __all__ = (
     "USERS",
     "ApiKeyRow",
     "Base",
+    "IdempotencyKeyRow",
     "JobRow",
     "LoginRow",
     "ModelRow",
@@ -158,6 +160,18 @@ class QueueClockRow(Base):
     virtual_clock: Mapped[float]
 
 
+class IdempotencyKeyRow(Base):
+    """The job that a caller's Idempotency-Key made. Only `backing.idempotency` writes here."""
+
+    __tablename__ = "idempotency_keys"
+
+    owner: Mapped[str] = mapped_column(String(200), primary_key=True)
+    key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    request_digest: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[UUID]
+    created_at: Mapped[float]
+
+
 class ModelRow(Base):
     """One registered model."""
 
@@ -223,4 +237,5 @@ MODELS = Base.metadata.tables["models"]
 USERS = Base.metadata.tables["users"]
 API_KEYS = Base.metadata.tables["api_keys"]
 LOGINS = Base.metadata.tables["logins"]
+IDEMPOTENCY_KEYS = Base.metadata.tables["idempotency_keys"]
 """The same as tables: a statement over a mapped class costs several times what SQLite takes to run it."""
