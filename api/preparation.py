@@ -12,8 +12,11 @@ from api.dependencies import Services
 from api.sizes import extent
 from neural_mri.backing import keys
 from neural_mri.backing.models import RegisteredModel
+from neural_mri.backing.storage import load_manifest
+from neural_mri.contract.anomalies import Lens
 from neural_mri.contract.models import Architecture
 from neural_mri.contract.problems import (
+    Gone,
     ModelNotLoaded,
     PromptTooLong,
     Unprocessable,
@@ -75,6 +78,8 @@ async def prepare(services: Services, scan: Scan) -> Prepared:
     operands = await _operands(services, model, scan)
     n_tokens = len(tokens) if tokens else sum(map(len, operands.prompts.values()))
     _check_tokens(scan, n_tokens, operands)
+    if isinstance(scan, TracingScan) and tokens is not None:
+        scan.subject_positions(tokens)
     await _check_calibration(services, model, scan)
     estimate = extent(scan, model.architecture, n_tokens)
     if estimate.result_bytes > LARGEST_RESULT_BYTES:
@@ -159,16 +164,13 @@ def _check_tokens(scan: Scan, n_tokens: int, operands: Operands) -> None:
                 resolve_positions(perturbation.token_positions, n_tokens)
         case AnomalyScan() if scan.token_positions != "target":
             resolve_positions(scan.token_positions, n_tokens)
-        case TracingScan() if scan.subject not in scan.prompt:
-            raise Unprocessable(
-                f"the subject {scan.subject!r} does not stand in the prompt {scan.prompt!r}"
-            )
     if isinstance(scan, CircuitScan | PatchingScan | PerturbationScan):
-        for text, tokens in operands.prompts.items():
+        name = "source_prompt" if isinstance(scan, PerturbationScan) else "corrupt_prompt"
+        for tokens in operands.prompts.values():
             if len(tokens) != n_tokens:
                 raise Unprocessable(
-                    f"the prompt has {n_tokens} tokens, but {text!r} has {len(tokens)}: expected as "
-                    "many, or positions would not correspond",
+                    f"{name} has {len(tokens)} tokens and the prompt {n_tokens}: expected as many, or "
+                    "positions would not correspond",
                     n_tokens=n_tokens,
                     n_other_tokens=len(tokens),
                 )
@@ -177,18 +179,43 @@ def _check_tokens(scan: Scan, n_tokens: int, operands: Operands) -> None:
 async def _check_calibration(services: Services, model: RegisteredModel, scan: Scan) -> None:
     """A calibration that is asked for by its key must be there; the model's own is made when needed."""
     wanted = getattr(scan, "calibration", None)
-    if wanted is None:
-        return
     own = calibration_key(
         revision=model.revision, tokenizer_digest=model.tokenizer_digest, numerics=model.numerics
     )
-    path = keys.calibration_path(wanted)
-    if wanted != own and not await asyncio.to_thread(services.store.exists, path):
+    lens = scan.lens if isinstance(scan, AnomalyScan) else Lens.BIAS
+    if wanted in (None, own):
+        lenses = {Lens.RAW, *CalibrationScan().lenses}
+    else:
+        lenses = {Lens.RAW, Lens.BIAS, *await _fitted_lenses(services, model, wanted)}
+    if lens not in lenses:
+        raise Unprocessable(
+            f"lens {lens.value!r} is not fitted: POST /api/model/calibrate with {lens.value!r} among its "
+            "lenses, wait, and give its job's scan_key as calibration",
+            lens=lens.value,
+        )
+
+
+async def _fitted_lenses(
+    services: Services, model: RegisteredModel, wanted: str
+) -> tuple[Lens, ...]:
+    """Raises `Unprocessable` where there is no such calibration of the model."""
+    try:
+        manifest = await asyncio.to_thread(
+            load_manifest, services.store, keys.calibration_path(wanted)
+        )
+    except Gone as gone:
         raise Unprocessable(
             f"there is no calibration {wanted}: POST /api/model/calibrate, wait, and give its job's "
             "scan_key",
             calibration=wanted,
+        ) from gone
+    if manifest.revision != model.revision:
+        raise Unprocessable(
+            f"calibration {wanted} is of {manifest.model}'s weights, not of {model.name}'s: expected one "
+            "of the model that is scanned",
+            calibration=wanted,
         )
+    return tuple(Lens(lens) for lens in manifest.request["lenses"])
 
 
 async def _baseline_revision(

@@ -17,7 +17,9 @@ from neural_mri.contract.scans import (
     PatchingScan,
     PerturbationScan,
     Scan,
+    StructuralScan,
     TracingScan,
+    WeightScan,
     resolve_positions,
 )
 
@@ -81,7 +83,8 @@ def extent(scan: Scan, architecture: Architecture, n_tokens: int) -> Extent:
             matrices = 2 * architecture.n_layers if Lens.RIDGE in scan.lenses else 4
             size = matrices * architecture.d_model**2 * FLOAT_BYTES
             return Extent(size, 8.0, "ask for lens 'bias' alone")
-        case _:
+        case StructuralScan() | WeightScan():
+            # As many rows as the model has tensors and components, whatever is asked.
             return Extent(0, 1.0, "")
 
 

@@ -18,6 +18,7 @@ from neural_mri.contract.scan_base import (
     Positions,
     Prompt,
     TargetedScan,
+    resolve_positions,
 )
 from neural_mri.contract.tokens import Tokens
 
@@ -256,7 +257,8 @@ class TracingScan(TargetedScan, frozen=True, kw_only=True, tag="tracing", tag_fi
     def subject_positions(self, tokens: Tokens) -> tuple[int, ...]:
         """Positions of the tokens that hold any of the subject's characters, in order.
 
-        Raises `Unprocessable` where the prompt has no such subject, or none of its tokens holds it.
+        Raises `Unprocessable` where the prompt has no such subject, none of its tokens holds it, or it has
+        not been read by the position whose next token is asked about.
         """
         start = self._subject_start()
         end = start + len(self.subject)
@@ -267,6 +269,14 @@ class TracingScan(TargetedScan, frozen=True, kw_only=True, tag="tracing", tag_fi
         )
         if not positions:
             raise Unprocessable(f"no token of the prompt holds the subject {self.subject!r}")
+        (target,) = resolve_positions((self.target_token_idx,), len(tokens))
+        if positions[-1] > target:
+            raise Unprocessable(
+                f"the subject {self.subject!r} ends at token {positions[-1]}, and the next token after "
+                f"{target} is asked about: expected a subject that has been read by then",
+                subject=self.subject,
+                target_token_idx=self.target_token_idx,
+            )
         return positions
 
     def layers(self, layer: int, n_layers: int) -> range:

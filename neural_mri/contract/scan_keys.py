@@ -87,12 +87,12 @@ def _as_tokens(value: Any, operands: Operands) -> Any:
             else _as_tokens(inner, operands)
             for name, inner in value.items()
         }
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_as_tokens(inner, operands) for inner in value]
     return value
 
 
 def _ids(text: Any, operands: Operands) -> Any:
-    if isinstance(text, list):
+    if isinstance(text, list | tuple):
         return [_ids(one, operands) for one in text]
     return list(operands.prompts[text].ids) if text in operands.prompts else text

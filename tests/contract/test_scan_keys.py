@@ -1,22 +1,50 @@
 """Equal keys mean equal numbers, and other numbers mean another key."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neural_mri.contract.anomalies import Lens, Sublayers
+from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
 from neural_mri.contract.models import Numerics
-from neural_mri.contract.scan_keys import scan_key
+from neural_mri.contract.perturbations import (
+    Amplify,
+    Direction,
+    Inject,
+    InjectMode,
+    Invert,
+    MeanAblation,
+    Noise,
+    Patch,
+    PatchSite,
+    Perturbation,
+    TraceKind,
+    ZeroAblation,
+)
+from neural_mri.contract.scan_keys import calibration_key, scan_key
 from neural_mri.contract.scans import (
     ActivationScan,
     Aggregation,
+    AnomalyScan,
     AttentionScan,
+    CalibrationScan,
+    CircuitScan,
+    PatchingScan,
+    PerturbationScan,
+    PromptScan,
     Scan,
     StructuralScan,
+    TargetedScan,
+    TracingScan,
+    WeightScan,
+    kind_of,
 )
-from tests.contract.strategies import activation_scans, numerics, prompts, scans
+from neural_mri.contract.tokens import Operands, Span, Tokens
+from tests.contract.strategies import SCANS, numerics, prompts, scans
 
 IDS = st.lists(st.integers(0, 99_999), min_size=1, max_size=6).map(tuple)
 DIGESTS = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -30,10 +58,18 @@ GIVEN: dict[str, Any] = {
 }
 
 
+def key(scan: Scan, **changes: Any) -> str:
+    return scan_key(scan, **{**GIVEN, **changes})
+
+
+def tokens(*ids: int) -> Tokens:
+    return Tokens(ids=ids, texts=("x",) * len(ids), spans=(Span(0, 0),) * len(ids))
+
+
 def test_the_key_of_a_plain_scan_never_moves() -> None:
     """Stored results would no longer be found: change it only with SCANNER_VERSION."""
-    assert scan_key(ActivationScan(prompt="The Eiffel Tower"), **GIVEN) == (
-        "1c2bec421f8970bab9b840711738a94010f18315c21a1eced50b2bb11c122370"
+    assert key(ActivationScan(prompt="The Eiffel Tower")) == (
+        "de1f9f490d012e418a803d759b578971ddc7a285f5071ec0471753548281a726"
     )
 
 
@@ -41,22 +77,35 @@ def test_the_key_of_a_plain_scan_never_moves() -> None:
 def test_a_key_is_64_digits_and_does_not_depend_on_the_process(
     scan: Scan, ids: tuple[int, ...], revision: str, tokenizer: str, kind: Numerics
 ) -> None:
-    def key() -> str:
-        return scan_key(
-            scan, token_ids=ids, revision=revision, tokenizer_digest=tokenizer, numerics=kind
-        )
+    given = {
+        "token_ids": ids,
+        "revision": revision,
+        "tokenizer_digest": tokenizer,
+        "numerics": kind,
+    }
+    assert key(scan, **given) == key(scan, **given)
+    assert len(key(scan, **given)) == 64
+    assert set(key(scan, **given)) <= set("0123456789abcdef")
 
-    assert key() == key()
-    assert len(key()) == 64
-    assert set(key()) <= set("0123456789abcdef")
+
+@given(scans(), st.none() | st.just("another"))
+def test_the_models_name_does_not_move_the_key(scan: Scan, model: str | None) -> None:
+    assert key(msgspec.structs.replace(scan, model=model)) == key(scan)
 
 
-@given(activation_scans(), st.none() | st.just("another"), prompts)
-def test_the_models_name_and_the_prompts_text_do_not_move_the_key(
-    scan: ActivationScan, model: str | None, prompt: str
+@pytest.mark.parametrize("kind", [kind for kind in get_args(Scan) if issubclass(kind, PromptScan)])
+@given(data=st.data(), prompt=prompts)
+def test_tokens_stand_for_the_prompts_text_unless_a_subject_is_found_in_it(
+    kind: type[PromptScan], data: st.DataObject, prompt: str
 ) -> None:
-    renamed = msgspec.structs.replace(scan, model=model, prompt=prompt)
-    assert scan_key(renamed, **GIVEN) == scan_key(scan, **GIVEN)
+    scan: Any = data.draw(next(drawn for name, drawn in SCANS.items() if name == _tag(kind)))
+    other = msgspec.structs.replace(scan, prompt=prompt)
+    same = kind is not TracingScan or prompt == scan.prompt
+    assert (key(other) == key(scan)) == same
+
+
+def _tag(kind: type[Any]) -> str:
+    return str(kind.__struct_config__.tag)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +125,34 @@ def test_the_models_name_and_the_prompts_text_do_not_move_the_key(
 )
 def test_whatever_moves_a_number_moves_the_key(name: str, value: object) -> None:
     scan = ActivationScan(prompt="a")
-    assert scan_key(scan, **{**GIVEN, name: value}) != scan_key(scan, **GIVEN)
+    assert key(scan, **{name: value}) != key(scan)
 
+
+PLAIN: tuple[Scan, ...] = (
+    StructuralScan(),
+    WeightScan(),
+    ActivationScan(prompt="a"),
+    AttentionScan(prompt="a", layers=(0,)),
+    CircuitScan(prompt="a"),
+    AnomalyScan(prompt="a"),
+    PerturbationScan(prompt="a"),
+    PatchingScan(prompt="a", corrupt_prompt="b"),
+    TracingScan(prompt="a", subject="a"),
+    CalibrationScan(),
+)
+"""One of each kind."""
+
+TARGETED: Mapping[str, Any] = {"target_token_idx": 0, "answer": 3, "foil": 4}
+OTHER_CALIBRATION = "d" * 64
 
 OTHER_PARAMETERS: dict[type[Scan], dict[str, Any]] = {
     StructuralScan: {},
+    WeightScan: {
+        "layers": ("blocks.0.mlp",),
+        "baseline": "base",
+        "histogram_bins": 32,
+        "outlier_sigma": 3.0,
+    },
     ActivationScan: {
         "layers": ("blocks.0.mlp",),
         "aggregation": Aggregation.MAX,
@@ -88,39 +160,178 @@ OTHER_PARAMETERS: dict[type[Scan], dict[str, Any]] = {
         "token_positions": (0,),
         "top_neurons": 3,
         "top_predictions": 3,
+        "calibration": OTHER_CALIBRATION,
     },
     AttentionScan: {"layers": (1,)},
+    CircuitScan: {
+        **TARGETED,
+        "corrupt_prompt": "b",
+        "method": CircuitMethod.ABLATION,
+        "ablation": Ablation.ZERO,
+        "granularity": Granularity.BLOCKS,
+        "include_first_token": True,
+        "exact": 3,
+        "edges": 3,
+        "steps": 3,
+        "calibration": OTHER_CALIBRATION,
+    },
+    AnomalyScan: {
+        **TARGETED,
+        "lens": Lens.RIDGE,
+        "token_positions": "target",
+        "sublayers": Sublayers.ALL,
+        "kl_weight": 1.0,
+        "entropy_weight": 1.0,
+        "false_alarm_rate": 0.1,
+        "calibration": OTHER_CALIBRATION,
+    },
+    PerturbationScan: {
+        **TARGETED,
+        "perturbations": (ZeroAblation(component="blocks.0.mlp"),),
+        "top_predictions": 3,
+        "perturbed_scan": False,
+        "calibration": OTHER_CALIBRATION,
+    },
+    PatchingScan: {
+        **TARGETED,
+        "corrupt_prompt": "c",
+        "direction": Direction.NOISING,
+        "sites": (PatchSite.HEAD,),
+    },
+    TracingScan: {
+        **TARGETED,
+        "subject": "b",
+        "sigma": 1.0,
+        "draws": 1,
+        "seed": 1,
+        "window": 1,
+        "kinds": (TraceKind.STATE,),
+    },
+    CalibrationScan: {
+        "texts": ("b",),
+        "n_tokens": 4096,
+        "n_ordinary": 64,
+        "seed": 1,
+        "lenses": (Lens.RAW,),
+    },
 }
 """For each field that moves numbers, a value beside its default."""
 
 
 @pytest.mark.parametrize(
-    ("scan", "name", "value"),
-    [
-        (
-            StructuralScan()
-            if kind is StructuralScan
-            else AttentionScan(prompt="a", layers=(0,))
-            if kind is AttentionScan
-            else ActivationScan(prompt="a"),
-            name,
-            value,
-        )
-        for kind, fields in OTHER_PARAMETERS.items()
-        for name, value in fields.items()
-    ],
+    ("scan", "name"), [(scan, name) for scan in PLAIN for name in OTHER_PARAMETERS[type(scan)]]
 )
-def test_every_parameter_moves_the_key(scan: Scan, name: str, value: object) -> None:
-    changed = msgspec.structs.replace(scan, **{name: value})
-    assert scan_key(changed, **GIVEN) != scan_key(scan, **GIVEN)
+def test_every_parameter_moves_the_key(scan: Scan, name: str) -> None:
+    changed = msgspec.structs.replace(scan, **{name: OTHER_PARAMETERS[type(scan)][name]})
+    baseline = "c" * 64 if name == "baseline" else None
+    assert key(changed, baseline_revision=baseline) != key(scan)
 
 
-@pytest.mark.parametrize("kind", OTHER_PARAMETERS)
+@pytest.mark.parametrize("kind", get_args(Scan))
 def test_no_field_of_a_request_is_forgotten_above(kind: type[Scan]) -> None:
     fields = {field.name for field in msgspec.structs.fields(kind)}
     assert fields - {"model", "prompt"} == set(OTHER_PARAMETERS[kind])
 
 
+OTHER_OPERANDS: dict[type[Perturbation], dict[str, Any]] = {
+    ZeroAblation: {},
+    Amplify: {"factor": 3.0},
+    Invert: {},
+    Noise: {"sigma": 2.0, "seed": 1, "draws": 1},
+    MeanAblation: {},
+    Inject: {"values": (2.0,), "mode": InjectMode.REPLACE},
+    Patch: {"source_prompt": "c"},
+}
+NEEDED: dict[type[Perturbation], dict[str, Any]] = {
+    Inject: {"values": (1.0,)},
+    Patch: {"source_prompt": "b"},
+}
+
+
+@pytest.mark.parametrize("kind", get_args(Perturbation))
+def test_every_field_of_a_perturbation_moves_the_key(kind: type[Perturbation]) -> None:
+    others = {"component": "blocks.1.mlp", "token_positions": (0,), **OTHER_OPERANDS[kind]}
+    assert {field.name for field in msgspec.structs.fields(kind)} == set(others)
+    plain = kind(component="blocks.0.mlp", **NEEDED.get(kind, {}))
+    keys = {key(PerturbationScan(prompt="a", perturbations=(plain,)))}
+    for name, value in others.items():
+        changed = msgspec.structs.replace(plain, **{name: value})
+        keys.add(key(PerturbationScan(prompt="a", perturbations=(changed,))))
+    assert len(keys) == 1 + len(others)
+
+
+def test_what_is_done_and_in_which_order_moves_the_key() -> None:
+    zero, invert = ZeroAblation(component="embed"), Invert(component="embed")
+    done = ((), (zero,), (invert,), (zero, invert), (invert, zero), (zero, zero))
+    assert len({key(PerturbationScan(prompt="a", perturbations=each)) for each in done}) == 6
+
+
 def test_kinds_never_share_a_key() -> None:
-    activation, attention = ActivationScan(prompt="a"), AttentionScan(prompt="a", layers=(0,))
-    assert len({scan_key(scan, **GIVEN) for scan in (activation, attention, StructuralScan())}) == 3
+    assert len({key(scan) for scan in PLAIN}) == len(PLAIN) == len(get_args(Scan))
+
+
+@pytest.mark.parametrize(
+    "scan", [scan for scan in PLAIN if isinstance(scan, TargetedScan)], ids=kind_of
+)
+def test_an_answer_is_known_by_its_token_however_it_was_written(scan: TargetedScan) -> None:
+    def asked(answer: str | int, token_id: int) -> str:
+        changed: Any = msgspec.structs.replace(scan, answer=answer, foil=9)
+        return key(changed, operands=Operands(token_ids={"answer": token_id, "foil": 9}))
+
+    assert asked(" Paris", 7) == asked(7, 7) == asked("Paris", 7)
+    assert asked(" Paris", 7) != asked(" Paris", 8)
+
+
+@pytest.mark.parametrize(
+    ("scan", "field"),
+    [
+        (CircuitScan(prompt="a", corrupt_prompt="b"), "corrupt_prompt"),
+        (PatchingScan(prompt="a", corrupt_prompt="b"), "corrupt_prompt"),
+        (
+            PerturbationScan(
+                prompt="a", perturbations=(Patch(component="embed", source_prompt="b"),)
+            ),
+            "source_prompt",
+        ),
+        (CalibrationScan(texts=("b",)), "texts"),
+    ],
+    ids=["circuits", "patching", "patch", "calibration"],
+)
+def test_another_prompt_is_known_by_its_tokens(scan: Any, field: str) -> None:
+    def read(text: str, *ids: int) -> str:
+        changed = scan
+        if field == "source_prompt":
+            (patch,) = scan.perturbations
+            done = (msgspec.structs.replace(patch, source_prompt=text),)
+            changed = msgspec.structs.replace(scan, perturbations=done)
+        else:
+            value = (text,) if field == "texts" else text
+            changed = msgspec.structs.replace(scan, **{field: value})
+        return key(changed, operands=Operands(prompts={text: tokens(*ids)}))
+
+    assert read("b", 5, 6) == read("B", 5, 6)
+    assert read("b", 5, 6) != read("b", 5, 7)
+    assert read("b", 5, 6) != read("b", 5)
+
+
+def test_a_baseline_is_known_by_its_weights_not_by_its_name() -> None:
+    def compared(name: str, revision: str) -> str:
+        return key(WeightScan(baseline=name), baseline_revision=revision)
+
+    assert compared("one", "c" * 64) == compared("other", "c" * 64)
+    assert compared("one", "c" * 64) != compared("one", "d" * 64)
+    assert compared("one", "c" * 64) != key(WeightScan())
+
+
+@given(DIGESTS, DIGESTS, numerics())
+def test_a_models_own_calibration_is_the_plain_one(
+    revision: str, tokenizer: str, kind: Numerics
+) -> None:
+    own: dict[str, Any] = {
+        "revision": revision,
+        "tokenizer_digest": tokenizer,
+        "numerics": kind,
+    }
+    assert calibration_key(**own) == scan_key(CalibrationScan(), token_ids=None, **own)
+    named = scan_key(CalibrationScan(model="named"), token_ids=None, **own)
+    assert calibration_key(**own) == named

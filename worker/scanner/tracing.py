@@ -15,7 +15,6 @@ from torch import Tensor
 
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.perturbations import TraceKind, TracingScan
-from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scans import resolve_positions
 from neural_mri.contract.tokens import Tokens
 from worker.scanner.circuit_questions import Question
@@ -63,7 +62,7 @@ def scan_tracing(
     shape = model.architecture
     request.check(shape)
     position = resolve_positions((request.target_token_idx,), len(tokens))[0]
-    subject = _subject(request, tokens, position)
+    subject = request.subject_positions(tokens)
     ids = token_ids(model, tokens)[:, : position + 1]
     question = Question.of(model, answer_id, foil_id)
 
@@ -117,18 +116,6 @@ def scan_tracing(
         "tokens": read_tokens_table(tokens, recorded, _CLEAN),
     }
     return ScanOutput(made, forward_seconds)
-
-
-def _subject(request: TracingScan, tokens: Tokens, position: int) -> tuple[int, ...]:
-    subject = request.subject_positions(tokens)
-    if subject[-1] > position:
-        raise Unprocessable(
-            f"the subject {request.subject!r} ends at token {subject[-1]}, and the next token after "
-            f"{position} is asked about: expected a subject that has been read by then",
-            subject=request.subject,
-            target_token_idx=request.target_token_idx,
-        )
-    return subject
 
 
 def _entries_sd(model: LoadedModel, ids: Int[Tensor, "1 pos"]) -> float:
