@@ -28,6 +28,9 @@ __all__ = ("scan_patching",)
 
 _CLEAN, _CORRUPT = 0, 1
 
+_ORDER = (PatchSite.RESIDUAL, PatchSite.ATTENTION, PatchSite.HEAD, PatchSite.MLP)
+"""A layer's attention before the heads that it is made of, as everywhere."""
+
 
 @torch.inference_mode()
 def scan_patching(
@@ -115,9 +118,9 @@ def scan_patching(
 
 
 def _places(request: PatchingScan, shape: Architecture) -> Iterator[Component]:
-    """The components patched, layer by layer, in the order in which a block comes to them."""
+    """The components patched, layer by layer."""
     for layer in range(shape.n_layers):
-        for site in PatchSite:
+        for site in _ORDER:
             if site not in request.sites:
                 continue
             if site is PatchSite.HEAD:
