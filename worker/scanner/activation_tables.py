@@ -18,7 +18,9 @@ from worker.scanner.measures import largest, unit
 from worker.scanner.prompts import finished
 
 __all__ = (
+    "CACHED_BYTES",
     "activations_table",
+    "columns_of",
     "neurons_table",
     "predictions_table",
     "tokens_table",
@@ -29,7 +31,7 @@ _METHOD = (
     "one plain forward; of each vector that is written to the residual stream (head: z W_O[head]; where "
     "a norm follows the sublayer, after that norm, frozen), and of the residual stream itself"
 )
-_CACHED_BYTES = {"cpu": 1 << 18, "cuda": 1 << 28}
+CACHED_BYTES = {"cpu": 1 << 18, "cuda": 1 << 28}
 """Logits that are summed together: what stays in a cache, or keeps a GPU busy."""
 
 
@@ -38,7 +40,7 @@ def _column(values: Tensor, dtype: torch.dtype) -> pa.Array:
 
 
 @lru_cache(maxsize=8)
-def _component_columns(components: tuple[Component, ...]) -> dict[str, pa.Array]:
+def columns_of(components: tuple[Component, ...]) -> dict[str, pa.Array]:
     """The columns of a selection that is asked for again and again."""
     return component_columns(components)
 
@@ -76,7 +78,7 @@ def activations_table(
     """A row a component, a value a reported token."""
     value = positions_column(_column(values, torch.float32), len(positions))
     return finished(
-        build("activations", _component_columns(tuple(components)), value),
+        build("activations", columns_of(tuple(components)), value),
         "activations",
         unit=unit(request.aggregation),
         method=f"{unit(request.aggregation)}: {_METHOD}",
@@ -134,7 +136,7 @@ def predictions_table(
 ) -> pa.Table:
     """The likeliest next tokens after each reported position, likeliest first."""
     n_ranks = min(request.top_predictions, logits.shape[-1])
-    rows_at_once = max(1, _CACHED_BYTES[logits.device.type] // (4 * logits.shape[-1]))
+    rows_at_once = max(1, CACHED_BYTES[logits.device.type] // (4 * logits.shape[-1]))
     normalisers = [rows.float().logsumexp(-1) for rows in torch.split(logits, rows_at_once)]
     top = largest(logits, n_ranks)
     top_logits, token_ids = top.values.float().cpu(), top.indices.cpu()

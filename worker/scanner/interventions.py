@@ -152,10 +152,12 @@ def _editing(
     grow_at = _first_layer(edits) if len(rows.prompts) == 1 and rows.copies else None
     handles: list[Any] = []
     try:
+        edited = {point.layer for point in plan}
         for layer, block in enumerate(model.modules.blocks):
-            handles += _Block(layer, block, plan, model.architecture).hooks(
-                rows.copies if layer == grow_at else 0
-            )
+            if layer in edited or layer == grow_at:
+                handles += _Block(layer, block, plan, model.architecture).hooks(
+                    rows.copies if layer == grow_at else 0
+                )
             if on_layer is not None:
                 handles.append(block.block.register_forward_hook(partial(_after, on_layer, layer)))
         yield

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from math import log
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -24,13 +26,14 @@ from neural_mri.contract.perturbations import (
     ZeroAblation,
 )
 from neural_mri.contract.problems import Conflict, Unprocessable
-from neural_mri.contract.results import build, component_columns, positions_column
+from neural_mri.contract.results import build, positions_column
 from neural_mri.contract.scans import ActivationScan, reporting_order, resolve_positions
 from neural_mri.contract.tokens import Tokens
 from worker.scanner import activation_tables as tables
 from worker.scanner.hooks import Reader, hooked, tensor_in, tensor_out
 from worker.scanner.interventions import CLEAN, Edit, Rows, forward, width
-from worker.scanner.layer_summaries import LayerTensors, Part, Summaries
+from worker.scanner.layer_reading import GATHERED_BYTES
+from worker.scanner.layer_summaries import LayerTensors, Part, Summaries, sinks
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
 from worker.scanner.prompts import ScanOutput, finished, token_ids
@@ -93,7 +96,7 @@ def scan_perturbation(
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     forward_seconds = time.perf_counter() - started
-    before, after = logits[CLEAN], logits[list(plan.perturbed)]
+    before, after = logits[CLEAN], logits[plan.perturbed.start :]
     made = _comparison_tables(model, request, before, after, position, answer_id, foil_id)
     if reading is not None:
         made |= reading.tables(tokens)
@@ -175,23 +178,14 @@ def _edit(
                 )
             return edit._replace(scale=0.0, offset=means.of(component))
         case Inject(values=values, mode=mode):
-            return _injection(model, edit, torch.tensor(values), mode)
+            return _injection(edit, torch.tensor(values), mode)
         case Patch(source_prompt=source):
             return edit._replace(scale=0.0, source_row=1 + sources.index(source))
 
 
-def _injection(model: LoadedModel, edit: Edit, values: Tensor, mode: InjectMode) -> Edit:
-    kind, shape = edit.component.kind, model.architecture
+def _injection(edit: Edit, values: Tensor, mode: InjectMode) -> Edit:
     adds = mode is InjectMode.ADD
-    expected = shape.d_model if adds and kind is Kind.HEAD else width(kind, shape)
-    if len(values) != expected:
-        raise Unprocessable(
-            f"inject has {len(values)} values for {edit.component}: expected {expected} where the mode "
-            f"is {mode.value}",
-            component=str(edit.component),
-            expected=expected,
-        )
-    if adds and kind is Kind.HEAD:
+    if adds and edit.component.kind is Kind.HEAD:
         # What a head writes is added to what its layer writes.
         edit = edit._replace(component=Component(Kind.ATTN, edit.component.layer))
     return edit._replace(scale=float(adds), offset=values)
@@ -210,6 +204,41 @@ def _spread(draws: Float[Tensor, "draw *rest"]) -> _Spread:
     return _Spread(draws.mean(0), draws.std(0))
 
 
+class _Shift(NamedTuple):
+    """What lies between the clean and the perturbed next-token distributions, in nats."""
+
+    kl: Float[Tensor, "draw pos"]
+    entropy_before: Float[Tensor, " pos"]
+    entropy_after: Float[Tensor, "draw pos"]
+    mixed: Float[Tensor, "pos d_vocab"]
+    """Logits of the distribution that draws from the perturbed model would show."""
+
+    @classmethod
+    def between(
+        cls, before: Float[Tensor, "pos d_vocab"], after: Float[Tensor, "draw pos d_vocab"]
+    ) -> "_Shift":
+        """A few positions at a time: their logits then stay in the processor's cache."""
+        n_draws, _, d_vocab = after.shape
+        at_once = max(1, tables.CACHED_BYTES[before.device.type] // (4 * d_vocab))
+        kl, entropy_before, entropy_after, mixed = [], [], [], []
+        for clean, others in zip(
+            torch.split(before, at_once), torch.split(after, at_once, 1), strict=True
+        ):
+            log_p, log_q = clean.float().log_softmax(-1), others.float().log_softmax(-1)
+            p = log_p.exp()
+            kl.append(torch.linalg.vecdot(p.expand_as(log_q), log_p - log_q))
+            entropy_before.append(-torch.linalg.vecdot(p, log_p))
+            entropy_after.append(-torch.linalg.vecdot(log_q.exp(), log_q))
+            if n_draws > 1:
+                mixed.append(log_q.logsumexp(0) - log(n_draws))
+        return cls(
+            torch.cat(kl, 1),
+            torch.cat(entropy_before),
+            torch.cat(entropy_after, 1),
+            torch.cat(mixed) if mixed else after[0],
+        )
+
+
 def _comparison_tables(
     model: LoadedModel,
     request: PerturbationScan,
@@ -219,29 +248,20 @@ def _comparison_tables(
     answer_id: int | None,
     foil_id: int | None,
 ) -> dict[str, pa.Table]:
-    log_p = before.float().log_softmax(-1)
-    log_q = after.float().log_softmax(-1)
-    p = log_p.exp()
-    kl = _spread((p * (log_p - log_q)).sum(-1))
-    entropy_before = -(p * log_p).sum(-1)
-    entropy_after = _spread(-(log_q.exp() * log_q).sum(-1))
-    n_positions = len(before)
-    everywhere = tuple(range(n_positions))
+    found = _Shift.between(before, after)
+    kl = _spread(found.kl)
+    everywhere = tuple(range(len(before)))
     shift = build(
         "shift",
         {
             "position": pa.array(everywhere, pa.int32()),
             "kl": _floats(kl.mean),
             "kl_sd": _floats(kl.sd),
-            "entropy_before": _floats(entropy_before),
-            "entropy_after": _floats(entropy_after.mean),
+            "entropy_before": _floats(found.entropy_before),
+            "entropy_after": _floats(found.entropy_after.mean(0)),
         },
     )
     answer = int(before[position].argmax()) if answer_id is None else answer_id
-    # The distribution that draws from the perturbed model would show.
-    mixed = (
-        after[0] if len(after) == 1 else log_q.logsumexp(0) - torch.log(torch.tensor(len(after)))
-    )
     as_scan = ActivationScan(prompt=request.prompt, top_predictions=request.top_predictions)
     return {
         "comparison": _comparison(
@@ -255,7 +275,7 @@ def _comparison_tables(
             draws=len(after),
         ),
         "predictions": tables.predictions_table(model, as_scan, before, everywhere),
-        "predictions_after": tables.predictions_table(model, as_scan, mixed, everywhere),
+        "predictions_after": tables.predictions_table(model, as_scan, found.mixed, everywhere),
     }
 
 
@@ -300,117 +320,122 @@ def _floats(values: Tensor) -> pa.Array:
 
 
 class _PairReading:
-    """What components write in the clean and in the perturbed rows, and the length of the difference."""
+    """What components write in the clean and in the perturbed rows, and the length of the difference.
+
+    Summarised together, as if clean run, perturbed runs and differences were one long prompt.
+    """
 
     def __init__(self, model: LoadedModel, n_tokens: int, perturbed: range) -> None:
-        self._model = model
-        self._perturbed = perturbed
-        self._request = ActivationScan(prompt="-", top_neurons=0)
+        self._modules = model.modules
+        self._maps = model.output_maps
+        self._n_layers = model.architecture.n_layers
+        self._first, self._n_draws = perturbed.start, len(perturbed)
         self._components = reporting_order(model.architecture)
         self._n_tokens = n_tokens
-        self._clean = self._summaries()
-        self._after = [self._summaries() for _ in perturbed]
-        self._change = [self._summaries() for _ in perturbed]
-        self._running: dict[Part, Tensor] = {}
-
-    def _summaries(self) -> Summaries:
-        return Summaries(
-            self._request,
+        self._summaries = Summaries(
+            ActivationScan(prompt="-", top_neurons=0),
             self._components,
-            self._model.architecture,
-            self._model.output_maps,
-            n_positions=self._n_tokens,
+            model.architecture,
+            model.output_maps,
+            n_positions=(1 + 2 * self._n_draws) * n_tokens,
             kept=None,
-            device=self._model.device,
+            device=model.device,
         )
+        self._running: dict[Part, Tensor] = {}
+        self._gathered: list[LayerTensors] = []
+        self._gathered_bytes = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Read the next forward."""
         readers: list[tuple[Any, Reader]] = []
-        post_norms = self._model.output_maps.gain is not None
-        for layer, block in enumerate(self._model.modules.blocks):
-            readers.append((block.w_o, self._hold_w_o if post_norms else self._hold_z))
-            readers.append((block.attn_write, self._holder(Part.ATTN)))
-            readers.append((block.mlp_write, self._holder(Part.MLP)))
-            readers.append((block.block, self._end_of(layer)))
-        readers.append((self._model.modules.final_norm, self._end))
+        for layer, block in enumerate(self._modules.blocks):
+            if block.attn_write is block.w_o:
+                readers.append((block.w_o, self._holder(Part.Z, Part.ATTN)))
+            else:
+                readers.append((block.w_o, self._holder(Part.Z, Part.PROJECTED)))
+                readers.append((block.attn_write, self._holder(None, Part.ATTN)))
+            readers.append((block.mlp_write, self._holder(None, Part.MLP)))
+            readers.append((block.block, partial(self._end_layer, layer)))
+        readers.append((self._modules.final_norm, self._end))
         with hooked(*readers):
             yield
 
-    def _hold_z(self, _module: Any, args: tuple[Any, ...], _output: Any) -> None:
-        self._running[Part.Z] = tensor_in(args)
+    def _holder(self, taken: Part | None, given: Part) -> Reader:
+        running = self._running
 
-    def _hold_w_o(self, _module: Any, args: tuple[Any, ...], output: Any) -> None:
-        self._running[Part.Z] = tensor_in(args)
-        self._running[Part.PROJECTED] = tensor_out(output)
-
-    def _holder(self, part: Part) -> Reader:
-        def hold(_module: Any, _args: tuple[Any, ...], output: Any) -> None:
-            self._running[part] = tensor_out(output)
+        def hold(_module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if taken is not None:
+                running[taken] = tensor_in(args)
+            running[given] = tensor_out(output)
 
         return hold
 
-    def _end_of(self, layer: int) -> Reader:
-        def end(_module: Any, args: tuple[Any, ...], output: Any) -> None:
-            parts, self._running = self._running, {}
-            parts[Part.BEFORE], parts[Part.AFTER] = tensor_in(args), tensor_out(output)
-            if layer == 0:
-                self._add_embedding(parts[Part.BEFORE])
-            self._add(layer, parts)
-
-        return end
+    def _end_layer(self, layer: int, _module: Any, args: tuple[Any, ...], output: Any) -> None:
+        parts = self._running.copy()
+        self._running.clear()
+        parts[Part.BEFORE], parts[Part.AFTER] = tensor_in(args), tensor_out(output)
+        if layer == 0:
+            (embedding,) = self._compared(parts[Part.BEFORE][None])
+            self._summaries.add_embedding(embedding)
+        if self._gathered and len(self._gathered[-1].parts[Part.AFTER]) < len(parts[Part.AFTER]):
+            self._summarise()
+        self._gathered.append(LayerTensors(layer, parts))
+        self._gathered_bytes += sum(value.nbytes for value in parts.values())
+        if self._gathered_bytes >= GATHERED_BYTES or layer == self._n_layers - 1:
+            self._summarise()
 
     def _end(self, _module: Any, _args: tuple[Any, ...], output: Any) -> None:
-        clean, others = self._rows(tensor_out(output))
-        self._clean.add_unembedding(clean)
-        for after, change, other in zip(self._after, self._change, others, strict=True):
-            after.add_unembedding(other)
-            change.add_unembedding(other - clean)
+        (normed,) = self._compared(tensor_out(output)[None])
+        self._summaries.add_unembedding(normed)
 
-    def _add_embedding(self, value: Tensor) -> None:
-        clean, others = self._rows(value)
-        self._clean.add_embedding(clean)
-        for after, change, other in zip(self._after, self._change, others, strict=True):
-            after.add_embedding(other)
-            change.add_embedding(other - clean)
+    def _summarise(self) -> None:
+        layers = [gathered.layer for gathered in self._gathered]
+        parts = {
+            part: torch.stack([gathered.parts[part] for gathered in self._gathered])
+            for part in self._gathered[0].parts
+        }
+        if Part.PROJECTED in parts:
+            # Each run has its own post-norm scale: it goes into z, so that differences need none.
+            written = parts[Part.ATTN]
+            scale = self._maps.scale(
+                slice(layers[0], layers[-1] + 1),
+                parts.pop(Part.PROJECTED).flatten(1, 2),
+                written.flatten(1, 2),
+            )
+            parts[Part.Z] = parts[Part.Z].float() * scale.view(*written.shape[:3], 1)
+        compared = {part: self._compared(value) for part, value in parts.items()}
+        self._summaries.add_layers(
+            [
+                LayerTensors(layer, {part: value[offset] for part, value in compared.items()})
+                for offset, layer in enumerate(layers)
+            ]
+        )
+        self._gathered, self._gathered_bytes = [], 0
 
-    def _rows(self, value: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The clean row and the perturbed ones, which equal it while the batch has not grown."""
-        clean = value[CLEAN]
-        return clean, [value[row] if row < len(value) else clean for row in self._perturbed]
-
-    def _add(self, layer: int, parts: Mapping[Part, Tensor]) -> None:
-        rows = {part: self._rows(value) for part, value in parts.items()}
-        clean = {part: row for part, (row, _) in rows.items()}
-        self._clean.add_layers([LayerTensors(layer, clean)])
-        for draw, (after, change) in enumerate(zip(self._after, self._change, strict=True)):
-            other = {part: others[draw] for part, (_, others) in rows.items()}
-            after.add_layers([LayerTensors(layer, other)])
-            change.add_layers([LayerTensors(layer, self._difference(layer, clean, other))])
-
-    def _difference(
-        self, layer: int, clean: Mapping[Part, Tensor], other: Mapping[Part, Tensor]
-    ) -> dict[Part, Tensor]:
-        difference = {part: other[part] - clean[part] for part in clean}
-        if Part.PROJECTED in difference:
-            # Each run has its own post-norm scale: it goes into z, so that none is left to apply.
-            del difference[Part.PROJECTED]
-            difference[Part.Z] = self._scaled_z(layer, other) - self._scaled_z(layer, clean)
-        return difference
-
-    def _scaled_z(self, layer: int, parts: Mapping[Part, Tensor]) -> Tensor:
-        span = slice(layer, layer + 1)
-        projected, written = parts[Part.PROJECTED][None], parts[Part.ATTN][None]
-        scale = self._model.output_maps.scale(span, projected, written)[0]
-        return parts[Part.Z].float() * scale.unsqueeze(-1)
+    def _compared(
+        self, value: Float[Tensor, "layer row pos width"]
+    ) -> Float[Tensor, "layer all width"]:
+        """Clean row, perturbed rows (which equal it while the batch has not grown), differences."""
+        clean = value[:, CLEAN : CLEAN + 1].float()
+        if value.shape[1] > self._first:
+            others = value[:, self._first :].float()
+            differences = others - clean
+        else:
+            others = clean.expand(-1, self._n_draws, -1, -1)
+            differences = torch.zeros_like(others)
+        return torch.cat([clean, others, differences], dim=1).flatten(1, 2)
 
     def tables(self, tokens: Tokens) -> dict[str, pa.Table]:
         """`tokens`, `activations`, `activations_after`, `change`."""
         positions = tuple(range(self._n_tokens))
+        values = self._summaries.values().view(len(self._components), -1, self._n_tokens)
+        clean = values[:, 0]
+        after, change = torch.split(values[:, 1:], self._n_draws, 1)
+        ends = [row for row, c in enumerate(self._components) if c.kind is Kind.RESID_POST]
+        columns = tables.columns_of(self._components)
 
-        def table(values: Tensor, of: str) -> pa.Table:
-            columns = component_columns(self._components)
+        def table(values: Float[Tensor, "component pos"], of: str) -> pa.Table:
             value = positions_column(_floats(values), self._n_tokens)
             return finished(
                 build("activations", columns, value),
@@ -422,12 +447,8 @@ class _PairReading:
             )
 
         return {
-            "tokens": tables.tokens_table(tokens, self._clean.sinks()),
-            "activations": table(self._clean.values(), "clean"),
-            "activations_after": table(_mean(self._after), "perturbed"),
-            "change": table(_mean(self._change), "perturbed - clean"),
+            "tokens": tables.tokens_table(tokens, sinks(clean[ends])),
+            "activations": table(clean, "clean"),
+            "activations_after": table(after.mean(1), "perturbed"),
+            "change": table(change.mean(1), "perturbed - clean"),
         }
-
-
-def _mean(summaries: Sequence[Summaries]) -> Float[Tensor, "component pos"]:
-    return torch.stack([one.values() for one in summaries]).mean(0)
