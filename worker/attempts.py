@@ -191,12 +191,11 @@ class Attempts:
         self._move(holding, JobState.LOADING)
         held_before = self._residency.get(job.revision) is not None
         reporter = Reporter(self._outbox, job.id, holding.check)
-        resident = self._residency.load(job.model, reporter.progress)
+        resident = self._residency.load(job.model, reporter)
         revision = resident.registered.revision
         try:
             holding.check()
             self._move(holding, JobState.RUNNING)
-            self._calibrations.prepare(resident, reporter)
             self._move(holding, JobState.STORING)
             self._want(job.model, wanted=True)
             self._keeper.beat()

@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -21,7 +22,7 @@ from neural_mri.contract.problems import Conflict, Gone, Problem
 from neural_mri.contract.results import Manifest, TableRef, signed
 from neural_mri.contract.scan_keys import SCANNER_VERSION, calibration_key
 from neural_mri.contract.scans import CalibrationScan, ScanKind
-from worker.residency import Resident
+from worker.resident import Resident
 from worker.scanner.calibrating import calibrate
 from worker.scanner.calibration import Calibration
 from worker.scanner.listening import Listener
@@ -34,12 +35,19 @@ KEPT = 4
 log = structlog.get_logger(__name__)
 
 
+class _Kept(NamedTuple):
+    """A calibration in memory, and whose it is."""
+
+    revision: str
+    calibration: Calibration
+
+
 class Calibrations:
     """Where scans get what they are read against."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._kept: OrderedDict[str, Calibration] = OrderedDict()
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
     def prepare(self, resident: Resident, listener: Listener) -> None:
         """See to it that the model's own calibration is there before a person waits for it.
@@ -61,7 +69,7 @@ class Calibrations:
         key = wanted or own
         if key in self._kept:
             self._kept.move_to_end(key)
-            return self._kept[key]
+            return self._kept[key].calibration
         found = self._stored(key, resident)
         if found is None:
             if key != own:
@@ -69,8 +77,15 @@ class Calibrations:
                     f"the store has lost calibration {key}: calibrate the model with those texts again"
                 )
             found = self._measured(key, resident, listener)
-        self._keep(key, found)
+        self._kept[key] = _Kept(resident.registered.revision, found)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
         return found
+
+    def forget(self, revision: str) -> None:
+        """Give back the memory of a model's calibrations; the store keeps them."""
+        for key in [key for key, kept in self._kept.items() if kept.revision == revision]:
+            del self._kept[key]
 
     def save(self, manifest: Manifest, tables: Mapping[str, pa.Table]) -> None:
         """Store what a calibration scan has measured, for scans that name its key."""
@@ -117,11 +132,6 @@ class Calibrations:
             "model_calibrated", model=resident.registered.name, key=key, seconds=round(seconds, 2)
         )
         return measured
-
-    def _keep(self, key: str, calibration: Calibration) -> None:
-        self._kept[key] = calibration
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
 
 
 def _own_key(resident: Resident) -> str:

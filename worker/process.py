@@ -19,7 +19,6 @@ from worker.calibrations import Calibrations
 from worker.keeper import Keeper
 from worker.reporter import Outbox
 from worker.residency import Residency
-from worker.scanner.listening import Silent
 
 __all__ = ("run",)
 
@@ -33,7 +32,9 @@ def run(settings: Settings) -> int:
     name = f"worker-{os.getpid()}@{socket.gethostname()}"
     owner = LeaseOwner.here()
     sessions = database.sessions(settings)
-    residency = Residency(settings, sessions)
+    store = storage.open_store(settings)
+    calibrations = Calibrations(store)
+    residency = Residency(settings, sessions, calibrations)
     intake = CeleryIntake()
 
     def describe() -> events.WorkerBeat:
@@ -51,9 +52,7 @@ def run(settings: Settings) -> int:
             describe=describe,
         ) as keeper,
     ):
-        store = storage.open_store(settings)
-        calibrations = Calibrations(store)
-        _hold_models(settings, sessions, residency, calibrations)
+        _hold_models(settings, sessions, residency)
         # What stands now stands for good: collections need not look at it again.
         gc.freeze()
         gc.enable()
@@ -73,15 +72,13 @@ def run(settings: Settings) -> int:
         )
 
 
-def _hold_models(
-    settings: Settings, sessions: Sessions, residency: Residency, calibrations: Calibrations
-) -> None:
+def _hold_models(settings: Settings, sessions: Sessions, residency: Residency) -> None:
     """Pinned models are what this worker is for; one that was wanted may have gone bad since."""
     for name in settings.pinned:
-        calibrations.prepare(residency.load(name, pin=True), Silent())
+        residency.load(name, pin=True)
     for model in sessions.read(models.all):
         if model.wanted and model.name not in settings.pinned:
             try:
-                calibrations.prepare(residency.load(model.name), Silent())
+                residency.load(model.name)
             except Problem as problem:
                 log.warning("wanted_model_not_loaded", model=model.name, reason=problem.detail)

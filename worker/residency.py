@@ -5,9 +5,8 @@ held. Two registered names of equal weights are one model in memory.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -20,23 +19,16 @@ from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.models import ModelState, Numerics
 from neural_mri.contract.problems import UnknownModel
+from worker.calibrations import Calibrations
+from worker.resident import Resident
 from worker.scanner import loading
-from worker.scanner.loading import LoadedModel
+from worker.scanner.listening import Listener, Silent
 
-__all__ = ("Residency", "Resident", "device_class")
+__all__ = ("Residency", "device_class")
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, steps done, and steps in all."""
+SILENT = Silent()
 
 log = structlog.get_logger(__name__)
-
-
-class Resident(NamedTuple):
-    """A model in memory."""
-
-    registered: RegisteredModel
-    model: LoadedModel
-    memory_bytes: int
 
 
 def device_class(settings: Settings) -> str:
@@ -49,11 +41,12 @@ def device_class(settings: Settings) -> str:
 class Residency:
     """The models in this process's memory, by the digest of their weights."""
 
-    def __init__(self, settings: Settings, sessions: Sessions) -> None:
+    def __init__(self, settings: Settings, sessions: Sessions, calibrations: Calibrations) -> None:
         self.device = device_class(settings)
         self._dtype = settings.dtype
         self._models_dir = settings.models_dir
         self._sessions = sessions
+        self._calibrations = calibrations
         self._pinned: set[str] = set()
         self._lock = threading.Lock()
         self._residents: dict[str, Resident] = {}
@@ -89,14 +82,15 @@ class Residency:
     def load(
         self,
         name: str,
-        progress: Progress = lambda _stage, _done, _total: None,
+        listener: Listener = SILENT,
         *,
         pin: bool = False,
     ) -> Resident:
-        """Hold a registered model. One that is held already stays as it is.
+        """Hold a registered model, calibrated. One that is held already stays as it is.
 
-        `progress` hears of bytes, as stage `load`. Raises `UnknownModel`, and `UnsupportedModel` when
-        the model cannot be loaded or is not what it says.
+        `listener` hears of bytes, as stage `load`, then of the calibration where that is not stored yet,
+        and may stop it. Raises `UnknownModel`, and `UnsupportedModel` when the model cannot be loaded or
+        is not what it says.
         """
         registered = self._sessions.read(models.get, name)
         if registered is None:
@@ -105,16 +99,21 @@ class Residency:
             self._pinned.add(registered.revision)
         if resident := self.get(registered.revision):
             return resident
-        progress("load", 0, registered.weights_bytes)
+        listener.progress("load", 0, registered.weights_bytes)
         numerics = msgspec.structs.replace(
             registered.numerics, dtype=self._dtype, device=self.device
         )
         with self._announced(registered, ModelState.LOADING):
             model = loading.load(self._models_dir / registered.folder, numerics)
             resident = Resident(self._published(registered, numerics), model, model.memory_bytes)
+            listener.progress("load", registered.weights_bytes, registered.weights_bytes)
+            try:
+                self._calibrations.prepare(resident, listener)
+            except BaseException:
+                model.release()
+                raise
             with self._lock:
                 self._residents[registered.revision] = resident
-        progress("load", registered.weights_bytes, registered.weights_bytes)
         log.info("model_loaded", model=name, memory_bytes=resident.memory_bytes)
         return resident
 
@@ -125,6 +124,7 @@ class Residency:
         if resident is None:
             return
         with self._announced(resident.registered, ModelState.UNLOADING):
+            self._calibrations.forget(revision)
             resident.model.release()
         log.info("model_released", model=resident.registered.name)
 

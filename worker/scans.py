@@ -39,7 +39,7 @@ from neural_mri.contract.scans import (
 )
 from neural_mri.contract.tokens import Operands, Tokens
 from worker.calibrations import Calibrations
-from worker.residency import Resident
+from worker.resident import Resident
 from worker.scanner.activations import scan_activations
 from worker.scanner.anomalies import scan_anomalies
 from worker.scanner.attention import scan_attention
@@ -48,9 +48,11 @@ from worker.scanner.calibration import Calibration
 from worker.scanner.circuits import scan_circuits
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
+from worker.scanner.patching import scan_patching
 from worker.scanner.perturbation import scan_perturbation
 from worker.scanner.prompts import ScanOutput
 from worker.scanner.topology import scan_topology
+from worker.scanner.tracing import scan_tracing
 from worker.scanner.weights import scan_weights
 
 __all__ = ("ModelChanged", "Scanned", "baseline_of", "perform")
@@ -217,8 +219,6 @@ def _prompt_scan(
                 means=means,
             )
         case PatchingScan():
-            from worker.scanner.patching import scan_patching
-
             return scan_patching(
                 model,
                 scan,
@@ -229,8 +229,6 @@ def _prompt_scan(
                 foil_id=foil_id,
             )
         case TracingScan():
-            from worker.scanner.tracing import scan_tracing
-
             return scan_tracing(model, scan, tokens, listener, answer_id=answer_id, foil_id=foil_id)
         case _:
             raise TypeError(f"no scanner for {type(scan).__name__}")

@@ -113,7 +113,7 @@ class ActivationScan(PromptScan, frozen=True, kw_only=True, tag="fMRI", tag_fiel
     @property
     def needs_calibration(self) -> bool:
         """Norms are ranked among those on reference text."""
-        return self.aggregation in {Aggregation.L2_NORM, Aggregation.RAW}
+        return self.aggregation is Aggregation.L2_NORM
 
     def check(self, architecture: Architecture) -> None:
         """Raises what `selected` does."""

@@ -11,6 +11,7 @@ from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from tests.servers import Valkey, database_copy, migrated_database, valkey
 from tests.tiny import save_tiny_model
+from tests.worker.bench import Bench
 from worker import modelstore
 
 
@@ -59,3 +60,32 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(settings: Settings, tiny_folder: Path) -> RegisteredModel:
     """The tiny model, registered."""
     return modelstore.add(settings, "tiny", f"folder:{tiny_folder}")
+
+
+@pytest.fixture
+def bench(
+    settings: Settings, sessions: Sessions, redis: SyncRedis, tiny: RegisteredModel
+) -> Iterator[Bench]:
+    bench = Bench(settings, sessions, redis, tiny)
+    with bench.outbox, bench.keeper:
+        yield bench
+
+
+@pytest.fixture(scope="session")
+def calibrated() -> dict[Path, bytes]:
+    """Files of the tiny model's calibration, once a test has measured it."""
+    return {}
+
+
+@pytest.fixture
+def holding_tiny(bench: Bench, calibrated: dict[Path, bytes]) -> Bench:
+    """A worker that holds the tiny model; what it is read against is measured once a session."""
+    store = bench.settings.store_dir
+    for path, body in calibrated.items():
+        (store / path).parent.mkdir(parents=True, exist_ok=True)
+        (store / path).write_bytes(body)
+    bench.residency.load("tiny")
+    if not calibrated:
+        files = (file for file in store.rglob("*") if file.is_file())
+        calibrated.update({file.relative_to(store): file.read_bytes() for file in files})
+    return bench

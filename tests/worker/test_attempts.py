@@ -1,166 +1,36 @@
 """What one worker does with what it claims, on a real database, store, Valkey and (tiny) model."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from uuid import UUID
 
 import pytest
 import structlog
 
 from neural_mri.backing import jobs, keys, models, storage
-from neural_mri.backing.broker import SyncRedis
-from neural_mri.backing.database import Sessions
-from neural_mri.backing.events import Publisher, WorkerBeat, parse_entries
-from neural_mri.backing.jobs import Job, LeaseOwner, Submission
-from neural_mri.backing.models import RegisteredModel
-from neural_mri.backing.settings import Settings
+from neural_mri.backing.events import Publisher
+from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.storage import Store
 from neural_mri.contract.events import (
     ActivationFrame,
     Artifact,
     Ended,
-    Event,
     Progress,
     StateChanged,
-    decode_event,
 )
 from neural_mri.contract.jobs import JobKind, JobState
 from neural_mri.contract.problems import Unavailable
 from neural_mri.contract.results import provenance_of
-from neural_mri.contract.scan_keys import scan_key
 from neural_mri.contract.scans import (
     ActivationScan,
     AttentionScan,
-    Scan,
     StructuralScan,
-    encode_scan,
 )
-from neural_mri.contract.tokens import Span, Tokens
+from tests.worker.bench import Bench
 from worker import attempts as module
 from worker import scans
-from worker.attempts import Attempts
-from worker.keeper import Keeper
-from worker.reporter import Outbox
-from worker.residency import Residency
 
 ELSEWHERE = LeaseOwner("another-host", 4242, 99)
-
-
-class Queues:
-    """An intake that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def open(self, queue: str) -> None:
-        self.said.append(f"open {queue}")
-
-    def close(self, queue: str) -> None:
-        self.said.append(f"close {queue}")
-
-
-class Bench:
-    """A worker's parts, put together by hand."""
-
-    def __init__(
-        self, settings: Settings, sessions: Sessions, redis: SyncRedis, tiny: RegisteredModel
-    ) -> None:
-        self.settings = settings
-        self.sessions = sessions
-        self.redis = redis
-        self.tiny = tiny
-        self.queue = keys.scan_queue(tiny.revision)
-        self.store: Store = storage.open_store(settings)
-        self.residency = Residency(settings, sessions)
-        self.intake = Queues()
-        self.outbox = Outbox(Publisher(redis, settings))
-        self.keeper = Keeper(
-            sessions=sessions,
-            redis=redis,
-            owner=LeaseOwner.here(),
-            lease_seconds=settings.lease_seconds,
-            describe=lambda: WorkerBeat(worker="worker-1@here", device="cpu", at=0.0),
-        )
-
-    def attempts(self, store: Store | None = None) -> Attempts:
-        return Attempts(
-            settings=self.settings,
-            sessions=self.sessions,
-            store=store or self.store,
-            owner=LeaseOwner.here(),
-            keeper=self.keeper,
-            outbox=self.outbox,
-            residency=self.residency,
-            intake=self.intake,
-        )
-
-    def submit(self, scan: Scan, *, n_tokens: int = 6, **changes: Any) -> Job:
-        prompted = not isinstance(scan, StructuralScan)
-        tokens = (
-            Tokens(
-                ids=tuple(range(3, 3 + n_tokens)),
-                texts=tuple(f"w{index}" for index in range(n_tokens)),
-                spans=tuple(Span(3 * index, 3 * index + 2) for index in range(n_tokens)),
-            )
-            if prompted
-            else None
-        )
-        fields: dict[str, Any] = {
-            "owner": "ada",
-            "kind": JobKind.SCAN,
-            "model": "tiny",
-            "revision": self.tiny.revision,
-            "queue": self.queue if prompted else keys.CPU_QUEUE,
-            "request": encode_scan(scan),
-            "tokens": tokens,
-            "scan_key": scan_key(
-                scan,
-                token_ids=tokens.ids if tokens else None,
-                revision=self.tiny.revision,
-                tokenizer_digest=self.tiny.tokenizer_digest,
-                numerics=self.tiny.numerics,
-            ),
-        }
-        return self.sessions.write(jobs.submit, Submission(**{**fields, **changes}))
-
-    def order(self, kind: JobKind) -> Job:
-        """A job to load or unload the model."""
-        queue = keys.CONTROL_QUEUE if kind is JobKind.LOAD else self.queue
-        submission = Submission(
-            owner="ada",
-            kind=kind,
-            model="tiny",
-            revision=self.tiny.revision,
-            queue=queue,
-            request=b'{"model":"tiny"}',
-        )
-        return self.sessions.write(jobs.submit, submission)
-
-    def now(self, job: Job) -> Job:
-        found = self.sessions.read(jobs.get, job.id)
-        assert found is not None
-        return found
-
-    def told(self, job_id: UUID) -> list[Event]:
-        assert self.outbox.flush(5)
-        rows: Any = self.redis.xrange(keys.event_stream(job_id))
-        return [decode_event(entry.data) for entry in parse_entries(rows)]
-
-
-@pytest.fixture
-def bench(
-    settings: Settings, sessions: Sessions, redis: SyncRedis, tiny: RegisteredModel
-) -> Iterator[Bench]:
-    bench = Bench(settings, sessions, redis, tiny)
-    with bench.outbox, bench.keeper:
-        yield bench
-
-
-@pytest.fixture
-def holding_tiny(bench: Bench) -> Bench:
-    bench.residency.load("tiny")
-    return bench
 
 
 PROMPT = ActivationScan(prompt="anything", model="tiny")

@@ -5,15 +5,20 @@ import msgspec
 import psutil
 import pytest
 
-from neural_mri.backing import keys, models
+from neural_mri.backing import keys, models, storage
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.models import ModelState
 from neural_mri.contract.problems import UnknownModel, UnsupportedModel
 from worker import modelstore
+from worker.calibrations import Calibrations
 from worker.residency import Residency
 from worker.scanner import loading
+
+
+def residency(settings: Settings, sessions: Sessions) -> Residency:
+    return Residency(settings, sessions, Calibrations(storage.open_store(settings)))
 
 
 def resident_bytes() -> int:
@@ -24,7 +29,7 @@ def resident_bytes() -> int:
 def test_what_is_held_is_served(
     settings: Settings, sessions: Sessions, tiny: RegisteredModel
 ) -> None:
-    held = Residency(settings, sessions)
+    held = residency(settings, sessions)
     assert held.queues() == {keys.CPU_QUEUE, keys.CONTROL_QUEUE}
     held.load("tiny")
     assert keys.scan_queue(tiny.revision) in held.queues()
@@ -42,7 +47,7 @@ def test_two_names_of_equal_weights_are_one_model_in_memory(
 ) -> None:
     twin = modelstore.add(settings, "twin", f"folder:{tiny_folder}")
     assert twin.revision == tiny.revision
-    held = Residency(settings, sessions)
+    held = residency(settings, sessions)
     assert held.load("tiny") is held.load("twin")
     assert len(held.held()) == 1
 
@@ -50,7 +55,7 @@ def test_two_names_of_equal_weights_are_one_model_in_memory(
 def test_while_a_model_is_loading_others_can_see_it(
     settings: Settings, sessions: Sessions, tiny: RegisteredModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = Residency(settings, sessions)
+    held = residency(settings, sessions)
     seen = []
     load = loading.load
 
@@ -67,7 +72,7 @@ def test_a_model_that_does_not_load_is_not_held(
     settings: Settings, sessions: Sessions, tiny: RegisteredModel
 ) -> None:
     shutil.rmtree(settings.models_dir / tiny.folder)
-    held = Residency(settings, sessions)
+    held = residency(settings, sessions)
     with pytest.raises(UnsupportedModel):
         held.load("tiny")
     assert held.held() == ()
@@ -75,14 +80,14 @@ def test_a_model_that_does_not_load_is_not_held(
 
 def test_a_model_that_is_not_registered_is_refused(settings: Settings, sessions: Sessions) -> None:
     with pytest.raises(UnknownModel, match="unheard-of"):
-        Residency(settings, sessions).load("unheard-of")
+        residency(settings, sessions).load("unheard-of")
 
 
 def test_another_data_type_is_published_with_the_model_that_has_it(
     settings: Settings, sessions: Sessions, tiny: RegisteredModel
 ) -> None:
     half = msgspec.structs.replace(settings, dtype="bfloat16")
-    resident = Residency(half, sessions).load("tiny")
+    resident = residency(half, sessions).load("tiny")
     registered = sessions.read(models.get, "tiny")
     assert registered is not None
     assert registered.numerics == resident.model.numerics
@@ -94,7 +99,7 @@ def test_a_released_model_gives_its_memory_back_to_the_system(
     settings: Settings, sessions: Sessions, smollm2_folder: Path
 ) -> None:
     model = modelstore.add(settings, "smollm2", f"folder:{smollm2_folder}")
-    held = Residency(settings, sessions)
+    held = residency(settings, sessions)
     before = resident_bytes()
     held.load("smollm2")
     with_model = resident_bytes()

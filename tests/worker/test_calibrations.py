@@ -1,0 +1,135 @@
+"""What scans are read against: measured once, found by everybody, measured again where it was lost."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from neural_mri.backing import keys, storage
+from neural_mri.backing.database import Sessions
+from neural_mri.backing.models import RegisteredModel
+from neural_mri.backing.settings import Settings
+from neural_mri.backing.storage import Store
+from neural_mri.contract.problems import Conflict
+from neural_mri.contract.scan_keys import calibration_key
+from worker import calibrations as module
+from worker.calibrations import Calibrations
+from worker.residency import Residency
+from worker.resident import Resident
+from worker.scanner.calibration import Calibration
+from worker.scanner.listening import Cancelled, Silent
+
+
+@pytest.fixture
+def store(settings: Settings) -> Store:
+    return storage.open_store(settings)
+
+
+@pytest.fixture
+def resident(
+    settings: Settings, sessions: Sessions, store: Store, tiny: RegisteredModel
+) -> Iterator[Resident]:
+    held = Residency(settings, sessions, Calibrations(store))
+    yield held.load("tiny")
+    held.release(tiny.revision)
+
+
+def own_key(resident: Resident) -> str:
+    return calibration_key(
+        revision=resident.registered.revision,
+        tokenizer_digest=resident.registered.tokenizer_digest,
+        numerics=resident.model.numerics,
+    )
+
+
+def same(one: Calibration, other: Calibration) -> bool:
+    return all(
+        table.equals(other.to_tables()[name], check_metadata=True)
+        for name, table in one.to_tables().items()
+    )
+
+
+def test_a_model_that_is_loaded_has_its_calibration_in_the_store(
+    resident: Resident, store: Store
+) -> None:
+    manifest = storage.load_manifest(store, keys.calibration_path(own_key(resident)))
+    assert manifest.scan_key == own_key(resident)
+    assert manifest.revision == resident.registered.revision
+    assert {ref.name for ref in manifest.tables} >= {"calibration_means", "calibration_lens"}
+
+
+def test_another_process_reads_it_and_measures_nothing(
+    resident: Resident, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Calibrations(store).of(resident, None, Silent())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("it was measured again")
+
+    monkeypatch.setattr(module, "calibrate", refuse)
+    assert same(Calibrations(store).of(resident, None, Silent()), first)
+
+
+def test_what_the_store_has_lost_is_measured_again_to_the_same_digits(
+    resident: Resident, store: Store
+) -> None:
+    first = Calibrations(store).of(resident, None, Silent())
+    path = keys.calibration_path(own_key(resident))
+    manifest = storage.load_manifest(store, path)
+    store.delete(keys.chunk_path(manifest.tables[0].chunk))
+    again = Calibrations(store).of(resident, None, Silent())
+    assert same(again, first)
+    healed = storage.load_manifest(store, path)
+    assert [ref.chunk for ref in healed.tables] == [ref.chunk for ref in manifest.tables]
+
+
+def test_one_that_was_asked_for_by_its_key_and_is_lost_is_refused(
+    resident: Resident, store: Store
+) -> None:
+    with pytest.raises(Conflict, match="lost calibration ffff"):
+        Calibrations(store).of(resident, "f" * 64, Silent())
+
+
+def test_one_of_other_weights_is_refused(resident: Resident, store: Store) -> None:
+    path = keys.calibration_path(own_key(resident))
+    store.put(
+        keys.calibration_path("e" * 64),
+        store.get(path).replace(
+            resident.registered.revision.encode(), b"0" * len(resident.registered.revision)
+        ),
+    )
+    with pytest.raises(Conflict, match="not of tiny's"):
+        Calibrations(store).of(resident, "e" * 64, Silent())
+
+
+class Impatient(Silent):
+    """Stops whatever it hears of."""
+
+    def checkpoint(self) -> None:
+        raise Cancelled
+
+
+def test_a_load_that_is_cancelled_while_it_calibrates_holds_nothing(
+    settings: Settings, sessions: Sessions, store: Store, tiny: RegisteredModel
+) -> None:
+    held = Residency(settings, sessions, Calibrations(store))
+    with pytest.raises(Cancelled):
+        held.load("tiny", Impatient())
+    assert held.held() == ()
+    assert held.get(tiny.revision) is None
+
+
+def test_a_model_that_cannot_be_calibrated_can_still_be_held(
+    settings: Settings,
+    sessions: Sessions,
+    store: Store,
+    tiny: RegisteredModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(module, "calibrate", no_memory)
+    held = Residency(settings, sessions, Calibrations(store))
+    held.load("tiny")
+    assert held.get(tiny.revision) is not None

@@ -1,0 +1,16 @@
+"""A model in a worker's memory, and what it was registered as."""
+
+from typing import NamedTuple
+
+from neural_mri.backing.models import RegisteredModel
+from worker.scanner.loading import LoadedModel
+
+__all__ = ("Resident",)
+
+
+class Resident(NamedTuple):
+    """A model in memory."""
+
+    registered: RegisteredModel
+    model: LoadedModel
+    memory_bytes: int
