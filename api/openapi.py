@@ -1,21 +1,24 @@
 """What the API can do, for programs: the OpenAPI 3.1 document.
 
-What Litestar does not know of msgspec is mended here: a tag may be left out where only one kind of
-request is read, and unknown fields are refused.
+Litestar knows the routes. What their requests and answers look like is said by `schemas`; a tag may be left
+out where a route reads only one kind of request.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
-from litestar import Request
+from litestar import Litestar, Request
 from litestar.enums import MediaType
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme, Tag
+from litestar.routes import HTTPRoute
 
 from api import reference
 from api.access import COOKIE
+from api.schemas import ContractType, contract_types, schema_of, schemas_of
 from neural_mri import __version__
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM
 
@@ -40,25 +43,49 @@ def operations(document: Mapping[str, Any]) -> Iterator[Operation]:
                 yield Operation(path, method, methods[method])
 
 
-def mended(schema: Mapping[str, Any]) -> dict[str, Any]:
+def mended(schema: Mapping[str, Any], handlers: Iterable[HTTPRouteHandler]) -> dict[str, Any]:
     """Litestar's document, with what it says wrongly or not at all set right."""
     document: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(schema))
-    schemas = document["components"]["schemas"]
+    by_name = {handler.operation_id: handler for handler in handlers}
+    types = {kind for handler in by_name.values() for kind in _types_of(handler)}
+    known = document["components"]["schemas"]
+    for name, described in schemas_of(types).items():
+        examples = known.get(name, {}).get("examples")
+        known[name] = described if examples is None else {**described, "examples": examples}
     for operation in operations(document):
         spec = operation.spec
         spec["responses"] = dict(sorted(spec["responses"].items()))
+        _name_unions(operation, by_name[spec["operationId"]])
         _name_arrow_forms(operation)
         if (body := spec.get("requestBody")) is not None:
             content = body["content"]["application/json"]["schema"]
             body["required"] = {"type": "null"} not in content.get("oneOf", [])
             for name in references(content):
-                _close(schemas[name])
+                _let_tag_out(known[name])
     return document
 
 
-def _close(request: dict[str, Any]) -> None:
-    """Requests hold no other fields; one that a route reads alone needs no tag."""
-    request["additionalProperties"] = False
+def _types_of(handler: HTTPRouteHandler) -> Iterator[ContractType]:
+    """What a route's request and its answers consist of."""
+    signature = handler.parsed_fn_signature
+    for parameter in signature.parameters.values():
+        if parameter.name != "services":
+            yield from contract_types(parameter.annotation)
+    yield from contract_types(signature.return_type.annotation)
+    for answer in (handler.responses or {}).values():
+        yield from contract_types(answer.data_container)
+
+
+def _name_unions(operation: Operation, handler: HTTPRouteHandler) -> None:
+    """Where an answer is one of several things, its tag tells which."""
+    for status, answer in (handler.responses or {}).items():
+        if len(list(contract_types(answer.data_container))) > 1:
+            content = operation.spec["responses"][str(status)]["content"]
+            content[answer.media_type]["schema"] = schema_of(answer.data_container)
+
+
+def _let_tag_out(request: dict[str, Any]) -> None:
+    """A request that a route reads alone needs no tag."""
     required = [field for field in request.pop("required", []) if field != "scan_mode"]
     if required:
         request["required"] = required
@@ -94,10 +121,16 @@ class _Rendering(OpenAPIRenderPlugin):
         self._write = write
         self._written: bytes | None = None
 
-    def render(self, _request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
         if self._written is None:
-            self._written = self._write(mended(openapi_schema))
+            self._written = self._write(mended(openapi_schema, _handlers(request.app)))
         return self._written
+
+
+def _handlers(app: Litestar) -> Iterator[HTTPRouteHandler]:
+    for route in app.routes:
+        if isinstance(route, HTTPRoute):
+            yield from route.route_handlers
 
 
 PATHS = ("/schema", "/schema/openapi.json", reference.STYLESHEET)

@@ -87,7 +87,8 @@ def _operation(path: str, method: str, spec: Mapping[str, Any]) -> Iterator[str]
     yield (
         f'<h3 id="{escape(spec["operationId"])}"><code>{method.upper()} {escape(path)}</code></h3>'
     )
-    yield f"<p>{_prose(spec.get('summary', ''))}. {_prose(spec.get('description', ''))}</p>"
+    yield f"<p>{_prose(spec.get('summary', ''))}.</p>"
+    yield from _paragraphs(spec.get("description", ""))
     if parameters := spec.get("parameters"):
         yield from _table(
             ("Parameter", "In", "Type", "Meaning"),
@@ -124,30 +125,47 @@ def _operation(path: str, method: str, spec: Mapping[str, Any]) -> Iterator[str]
 def _schemas(schemas: Mapping[str, Any]) -> Iterator[str]:
     for name, schema in sorted(schemas.items()):
         yield f'<h3 id="schema-{escape(name)}">{_code(name)}</h3>'
-        yield f"<p>{_prose(schema.get('description', ''))}</p>"
-        if "properties" not in schema:
+        yield from _paragraphs(schema.get("description", ""))
+        if "properties" in schema:
+            yield from _fields(schema)
+        elif "x-enum-descriptions" in schema:
+            values = zip(schema["enum"], schema["x-enum-descriptions"], strict=True)
+            yield from _table(
+                ("Value", "Meaning"),
+                [(_code(json.dumps(value)), _prose(meaning)) for value, meaning in values],
+            )
+        else:
             yield f"<p>{_type(schema)}</p>"
-            continue
-        required = schema.get("required", [])
-        yield from _table(
-            ("Field", "Type", "Default", "Meaning"),
-            [
-                (
-                    _code(field) + (" (required)" if field in required else ""),
-                    _type(kind),
-                    _code(json.dumps(kind["default"])) if "default" in kind else "",
-                    _prose(kind.get("description", "")),
-                )
-                for field, kind in schema["properties"].items()
-            ],
-        )
+
+
+def _fields(schema: Mapping[str, Any]) -> Iterator[str]:
+    required = schema.get("required", [])
+    yield from _table(
+        ("Field", "Type", "Default", "Meaning"),
+        [
+            (
+                _code(field) + (" (required)" if field in required else ""),
+                _type(kind),
+                _code(json.dumps(kind["default"])) if "default" in kind else "",
+                _prose(kind.get("description", "")),
+            )
+            for field, kind in schema["properties"].items()
+        ],
+    )
+    if schema.get("additionalProperties") is False:
+        yield "<p>Any other field is refused.</p>"
 
 
 def _type(schema: Mapping[str, Any]) -> str:
     """A schema in a few words, linked where it has a name."""
     if "$ref" in schema:
-        name = schema["$ref"].rpartition("/")[2]
-        return f'<a href="#schema-{escape(name)}">{escape(name)}</a>'
+        return _link(schema["$ref"])
+    if "discriminator" in schema:
+        tagged = schema["discriminator"]
+        return f"what {_code(tagged['propertyName'])} says: " + ", ".join(
+            f"{_code(json.dumps(tag))} {_link(reference)}"
+            for tag, reference in tagged["mapping"].items()
+        )
     for union in ("oneOf", "anyOf", "allOf"):
         if union in schema:
             return " or ".join(_type(kind) for kind in schema[union])
@@ -155,20 +173,47 @@ def _type(schema: Mapping[str, Any]) -> str:
         return _code(json.dumps(schema["const"]))
     if "enum" in schema:
         return " or ".join(_code(json.dumps(value)) for value in schema["enum"])
+    return _plain_type(schema)
+
+
+def _link(reference: str) -> str:
+    name = reference.rpartition("/")[2]
+    return f'<a href="#schema-{escape(name)}">{escape(name)}</a>'
+
+
+def _plain_type(schema: Mapping[str, Any]) -> str:
     kind = schema.get("type", "anything")
+    if kind == "array" and "prefixItems" in schema:
+        return f"array of {', '.join(map(_type, schema['prefixItems']))}"
     if kind == "array":
-        items = schema.get("items") or schema.get("prefixItems") or {}
-        inner = _type(items) if isinstance(items, Mapping) else ", ".join(map(_type, items))
-        return f"array of {inner}"
+        counted = _between("{} to {} items,", "minItems", "maxItems", schema)
+        return f"array{counted} of {_type(schema.get('items') or {})}"
     if kind == "object" and isinstance(schema.get("additionalProperties"), Mapping):
         return f"object of {_type(schema['additionalProperties'])}"
+    if kind == "string":
+        pattern = f", as {_code(schema['pattern'])}" if "pattern" in schema else ""
+        return f"string{_between('{} to {} characters', 'minLength', 'maxLength', schema)}{pattern}"
     bounds = [
         f"{word} {schema[key]:g}"
-        for key, word in (("minimum", "from"), ("maximum", "to"))
+        for key, word in (
+            ("minimum", "from"),
+            ("exclusiveMinimum", "above"),
+            ("maximum", "to"),
+            ("exclusiveMaximum", "below"),
+        )
         if key in schema
     ]
     words = " or ".join(kind) if isinstance(kind, list) else kind
     return escape(" ".join((words, *bounds)))
+
+
+def _between(words: str, least: str, most: str, schema: Mapping[str, Any]) -> str:
+    """How many there may be, where that is bounded."""
+    if most in schema:
+        return ", " + words.format(schema.get(least, 0), schema[most])
+    if schema.get(least):
+        return ", " + words.format(schema[least], "any number of")
+    return ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -182,6 +227,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def _code(text: str) -> str:
     return f"<code>{escape(text)}</code>"
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    for paragraph in text.split("\n\n"):
+        yield f"<p>{_prose(paragraph)}</p>"
 
 
 def _prose(text: str) -> str:

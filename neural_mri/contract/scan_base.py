@@ -33,7 +33,7 @@ Address = Annotated[str, Meta(max_length=80)]
 AnswerToken = Annotated[str, Meta(min_length=1, max_length=200)] | Annotated[int, Meta(ge=0)]
 Positions = Literal["all"] | Annotated[tuple[int, ...], Meta(min_length=1)]
 """Token positions, from 0; negative ones count from the end."""
-CalibrationKey = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+CalibrationKey = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", max_length=64)]
 """Scan key of a calibration."""
 
 

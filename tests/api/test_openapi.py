@@ -6,14 +6,18 @@ from html.parser import HTMLParser
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
-from api.openapi import METHODS, operations
+from api.openapi import METHODS, operations, references
 from api.routes import ROUTES
 from neural_mri import __version__
-from tests.api.specimens import PROMPT
+from neural_mri.backing import keys
+from neural_mri.contract.scans import ScanKind
+from tests.api.specimens import PROMPT, TINY, tiny_tokenizer
 from tests.api.world import World
 
+STIMULI = ("zero", "amplify", "invert", "noise", "ablate")
 NOBODYS = "01a208e5-620a-7f6d-98da-3f510d18b436"
 
 
@@ -83,21 +87,33 @@ def test_every_documented_route_answers_as_documented(
     done = world.perform(world.claim(world.queue()))
     key = api.post("/api/keys", json={}).json()
     fill = {"job_id": str(done.id), "table": "activations", "layer": "0", "key_id": key["id"]}
-    bodies = {
+    stimulus = {"prompt": "a", "component": "blocks.0.mlp"}
+    bodies: dict[str, dict[str, Any]] = {
         "/api/keys": {},
         "/api/login": {"key": key["key"]},
         "/api/model/load": {"model": "tiny"},
+        "/api/model/calibrate": {},
         "/api/scan/attention": {"prompt": "a", "layers": [0]},
         "/api/scan/structural": {},
+        "/api/scan/weights": {},
+        **{f"/api/perturb/{name}": stimulus for name in STIMULI},
+        "/api/perturb/reset": {"prompt": "a"},
+        "/api/perturb/inject": {**stimulus, "values": [0.5] * TINY.d_model},
+        "/api/perturb/patch": {**stimulus, "source_prompt": "b"},
+        "/api/perturb/patching": {"prompt": "a", "corrupt_prompt": "b"},
+        "/api/perturb/trace": {"prompt": "a", "subject": "a"},
     }
-    with world.working(world.queue()):
+    summed_up = set()
+    with world.working(world.queue(), keys.CPU_QUEUE):
         # What takes away comes last.
         for operation in sorted(operations(document), key=lambda op: op.method == "delete"):
             path = operation.path.format(**fill)
             if path == "/api/events":
                 path += f"?jobs={done.id}"
             body = bodies.get(path, {"prompt": "a"}) if operation.method == "post" else None
-            answer = api.request(operation.method.upper(), path, json=body)
+            is_scan = operation.spec["operationId"].startswith(("scan", "perturb", "calibrate"))
+            headers = {"prefer": "wait=10"} if is_scan else {}
+            answer = api.request(operation.method.upper(), path, json=body, headers=headers)
             place = f"{operation.method} {path}: {answer.status_code}"
             assert answer.status_code < 400 or (answer.status_code, path) == (
                 409,
@@ -108,6 +124,10 @@ def test_every_documented_route_answers_as_documented(
                 continue
             media_type = answer.headers["content-type"].partition(";")[0]
             assert media_type in spec["content"], place
+            if headers:
+                assert answer.json()["state"] == "succeeded", f"{place} {answer.text}"
+                summed_up.add(answer.json()["result"]["scan_mode"])
+    assert summed_up == set(ScanKind)
 
 
 def test_refusals_are_documented_in_the_shape_they_have(
@@ -127,28 +147,90 @@ def test_refusals_are_documented_in_the_shape_they_have(
     assert set(schema["required"]) <= set(problem)
 
 
-def test_the_examples_are_accepted(
+def bodies(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What can be sent where: the schema of each request."""
+    for operation in operations(document):
+        content = operation.spec.get("requestBody", {}).get("content", {})
+        if "application/json" in content:
+            yield operation.path, content["application/json"]["schema"]
+
+
+def test_the_examples_are_accepted_as_they_stand(
     api: httpx.Client, document: dict[str, Any], world: World
 ) -> None:
-    tried = 0
-    for operation in operations(document):
-        body = operation.spec.get("requestBody", {}).get("content", {}).get("application/json", {})
-        for value in body.get("schema", {}).get("examples", []):
-            if "layers" in value and operation.path == "/api/scan/attention":
-                value["layers"] = [0, 1]
-            if "layers" in value and operation.path == "/api/scan/activation":
-                value["layers"] = [layer.replace(".3.", ".1.") for layer in value["layers"]]
-            answer = api.request(operation.method.upper(), operation.path, json=value)
-            assert answer.status_code in (200, 202), answer.text
-            tried += 1
-    assert tried >= 5
+    """By a model of SmolLM2's shape, whose tokenizer knows the words in them."""
+    examples = [
+        (path, value) for path, body in bodies(document) for value in body.get("examples", [])
+    ]
+    words = [value for _, example in examples for value in example.values()]
+    large = msgspec.structs.replace(
+        TINY, n_layers=30, n_heads=9, n_kv_heads=3, d_model=576, d_mlp=1536, n_ctx=2048
+    )
+    tokenizer = tiny_tokenizer([word for word in words if isinstance(word, str)], n_tokens=500)
+    world.register(weights="large", architecture=large, tokenizer=tokenizer)
+    for path, value in examples:
+        answer = api.post(path, json=value)
+        assert answer.status_code in (200, 202), f"{path} {value}: {answer.text}"
+    kinds = {path for path, _ in examples}
+    assert kinds >= {path for path, _ in bodies(document) if "scan" in path or "perturb" in path}
 
 
 def test_what_a_request_may_hold_is_said_exactly(document: dict[str, Any]) -> None:
     schema = document["components"]["schemas"]["ActivationScan"]
     assert schema["required"] == ["prompt"]
-    assert schema["additionalProperties"] is False
     assert schema["properties"]["top_neurons"]["maximum"] == 100
+    assert schema["properties"]["aggregation"]["default"] == "l2_norm"
+    positions, layers = schema["properties"]["token_positions"], schema["properties"]["layers"]
+    assert positions["anyOf"][1] == {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+    assert layers["anyOf"][1]["items"]["maxLength"] == 80
+
+
+def test_what_a_field_means_is_read_where_it_is_defined(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    circuit = schemas["CircuitScan"]["properties"]
+    assert circuit["exact"]["description"].startswith("Strongest components `fast` measures")
+    assert circuit["foil"]["description"].startswith("A token to compare with")  # inherited
+    assert schemas["Ablation"]["enum"] == ["resample", "mean", "zero"]
+    assert schemas["Ablation"]["x-enum-descriptions"][0].startswith("Its value in the run of the")
+
+
+def test_a_perturbation_says_by_its_operation_what_it_is(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    items = schemas["PerturbationScan"]["properties"]["perturbations"]["items"]
+    mapping = items["discriminator"]["mapping"]
+    assert items["discriminator"]["propertyName"] == "operation"
+    assert set(mapping) == {"zero", "amplify", "invert", "noise", "ablate", "inject", "patch"}
+    assert {each["$ref"] for each in items["anyOf"]} == set(mapping.values())
+    for operation, reference in mapping.items():
+        schema = schemas[reference.rpartition("/")[2]]
+        assert schema["properties"]["operation"] == {"enum": [operation]}
+        assert "operation" in schema["required"]
+
+
+def test_a_summary_says_by_its_scan_mode_what_it_is(document: dict[str, Any]) -> None:
+    answer = document["paths"]["/api/jobs/{job_id}/result"]["get"]["responses"]["200"]
+    schema = answer["content"]["application/json"]["schema"]
+    assert set(schema["discriminator"]["mapping"]) == set(ScanKind)
+
+
+def test_unknown_fields_are_refused_at_every_depth_as_the_document_says(
+    api: httpx.Client, document: dict[str, Any], world: World
+) -> None:
+    schemas = document["components"]["schemas"]
+    waiting = [name for _, body in bodies(document) for name in references(body)]
+    seen = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting.extend(references(schemas[name]))
+            if "properties" in schemas[name]:
+                assert schemas[name]["additionalProperties"] is False, name
+    assert {"PerturbationScan", "Noise", "Patch", "ZeroRequest"} <= seen
+    inner = {"operation": "zero", "component": "embed", "facter": 2}
+    answer = api.post("/api/perturb", json={"prompt": "a", "perturbations": [inner]})
+    assert answer.status_code == 400
+    assert "unknown field `facter`" in answer.json()["detail"]
 
 
 class Page(HTMLParser):
@@ -199,6 +281,17 @@ def test_the_page_shows_every_operation_and_schema(
         assert f'id="{operation.spec["operationId"]}"' in text
     for name in document["components"]["schemas"]:
         assert f'id="schema-{name}"' in text
+
+
+def test_the_page_says_what_may_be_sent(api: httpx.Client) -> None:
+    text = api.get("/schema").text
+    perturbations = text[text.index('id="schema-PerturbationScan"') :]
+    perturbations = perturbations[: perturbations.index("</table>")]
+    assert "array, 0 to 256 items, of what <code>operation</code> says: " in perturbations
+    assert '<code>&quot;zero&quot;</code> <a href="#schema-ZeroAblation">' in perturbations
+    assert "string, 1 to 200 characters or integer from 0 or null" in perturbations
+    ablation = text[text.index('id="schema-Ablation"') :]
+    assert "<td>Its value in the run of the corrupt prompt.</td>" in ablation
 
 
 def test_nothing_else_stands_beside_the_document(api: httpx.Client) -> None:

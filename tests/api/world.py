@@ -17,6 +17,7 @@ import httpx
 import msgspec
 import redis
 import uvicorn
+from tokenizers import Tokenizer
 
 from api.app import Application, create_app
 from neural_mri.backing import database, jobs, keys, models
@@ -29,7 +30,7 @@ from neural_mri.contract.events import ActivationFrame, FrameLayer
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.models import Architecture, ModelState, Numerics
 from neural_mri.contract.results import Manifest
-from neural_mri.contract.scans import decode_scan, kind_of
+from neural_mri.contract.scans import ScanKind, decode_scan, kind_of
 from tests.api.specimens import TINY, tables_of, tiny_tokenizer
 from tests.servers import Valkey
 
@@ -62,11 +63,12 @@ class World:
         weights: str = "tiny",
         wanted: bool = True,
         architecture: Architecture = TINY,
+        tokenizer: Tokenizer | None = None,
         tokenizer_digest: str | None = None,
     ) -> models.RegisteredModel:
         """A registered model, with a tokenizer in the store unless another is named."""
         if tokenizer_digest is None:
-            body = tiny_tokenizer().to_str().encode()
+            body = (tokenizer or tiny_tokenizer()).to_str().encode()
             tokenizer_digest = hashlib.sha256(body).hexdigest()
             self.store.put(keys.tokenizer_path(tokenizer_digest), body)
         return self.sessions.write(
@@ -167,12 +169,11 @@ class World:
             compute_seconds=0.02,
             memory_bytes=5000,
         )
-        saved = save_result(
-            self.store,
-            keys.manifest_path(job.id, job.attempt),
-            manifest,
-            tables_of(scan, job.n_tokens),
-        )
+        tables = tables_of(scan, job.n_tokens)
+        if manifest.kind is ScanKind.CALIBRATION:
+            save_result(self.store, keys.calibration_path(manifest.scan_key), manifest, tables)
+        path = keys.manifest_path(job.id, job.attempt)
+        saved = save_result(self.store, path, manifest, tables)
         return self.move(job, JobState.SUCCEEDED, manifest=saved.path)
 
     @contextmanager
