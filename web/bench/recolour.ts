@@ -29,11 +29,11 @@ export async function recolour(
   } as Architecture);
   const stage = document.createElement("div");
   stage.style.position = "relative";
-  const [tracts, halos, nodes] = [canvas(), canvas(), canvas()];
-  stage.append(tracts, halos, nodes);
+  const [anatomy, tracts, halos, nodes] = [canvas(), canvas(), canvas(), canvas()];
+  stage.append(anatomy, tracts, halos, nodes);
   document.body.replaceChildren(stage);
   const renderer = new ScanRenderer(
-    { tracts, halos, nodes },
+    { anatomy, tracts, halos, nodes },
     {
       background: "#0a0c10",
       vignette: "#10141b",
@@ -63,9 +63,11 @@ export async function recolour(
         scale: "linear",
         lut: colours,
         radius: layout.maxRadius,
-        glows: true,
+        marks: new Float64Array(0),
+        halos: "largest",
+        signed: false,
       });
-      renderer.paint(paint, css(colours, 0.85), 0);
+      renderer.paint(paint, css(colours, 0.85), "#ff8fab", 0);
       if (now - began > WARM_UP_MILLISECONDS) {
         counted++;
         script += performance.now() - start;

@@ -15,12 +15,10 @@ const KEYS = ["ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", ",", ".", "h", 
 const SMALL = { width: 1280, height: 720 };
 const LARGE = { width: 1920, height: 1080 };
 
-/** The address follows the picture after a moment's rest. @param {{component?: string, column: number}} seen */
+/** The address follows the picture after a moment's rest. @param {{component: string | undefined, column: number}} seen */
 function isAddressOf(seen) {
   const fields = new URLSearchParams(location.hash.slice(1));
-  return (
-    fields.get("focus") === seen.component && Number(fields.get("token") ?? 0) === seen.column
-  );
+  return fields.get("focus") === seen.component && Number(fields.get("token") ?? 0) === seen.column;
 }
 
 /** The same walk each time: a small linear congruential generator. */
@@ -64,7 +62,7 @@ try {
   // The address alone brings the same picture back, in another window.
   const before = await corner();
   const again = await browser.newPage({ viewport: SMALL });
-  await page.waitForFunction(isAddressOf, before);
+  await page.waitForFunction(isAddressOf, { component: before.component, column: before.column });
   await again.goto(page.url());
   await again.locator(`[data-testid=corner-value][data-component="${before.component}"]`).waitFor();
   await again.locator(`[data-testid=corner-value][data-value="${before.value}"]`).waitFor();

@@ -2,7 +2,6 @@
  * The service's HTTP interface. Every refusal becomes a `Refusal` that carries one clear sentence.
  * Knows nothing of what is drawn.
  */
-import { follow } from "./events";
 import { Refusal, isAbort, problemOf } from "./refusals";
 import type { JobEvent, JobView, Manifest, ModelInfo, Tokens } from "./schema";
 
@@ -84,9 +83,11 @@ export class Client {
   }
 
   /** A job's events from its beginning to its end, across broken connections. */
-  events(job: JobView, signal: AbortSignal): AsyncGenerator<JobEvent> {
+  async *events(job: JobView, signal: AbortSignal): AsyncGenerator<JobEvent> {
     const path = job.links["events"] ?? `/api/jobs/${encodeURIComponent(job.id)}/events`;
-    return follow(this.#base + path, { signal, fetch: this.#fetch });
+    // Most of what is opened is finished, and has no use for a stream's reader.
+    const { follow } = await import("./events");
+    yield* follow(this.#base + path, { signal, fetch: this.#fetch });
   }
 
   async #end(job: JobView, signal?: AbortSignal): Promise<Pick<JobView, "state" | "problem">> {

@@ -76,93 +76,145 @@ export interface AttentionTable extends Stamped {
 }
 
 export function readTopology(bytes: ArrayBuffer): TopologyTable {
-  const { table, provenance } = open(bytes, "topology");
+  const table = openTable(bytes, "topology");
   return {
-    provenance,
-    components: strings(table, "component"),
-    parameters: numbers(table, "parameters"),
-    shared: numbers(table, "shared_parameters"),
+    provenance: table.provenance,
+    components: table.texts("component"),
+    parameters: table.numbers("parameters"),
+    shared: table.numbers("shared_parameters"),
   };
 }
 
 export function readParameters(bytes: ArrayBuffer): readonly ParameterTensor[] {
-  const { table } = open(bytes, "parameters");
-  const names = strings(table, "name");
-  const components = strings(table, "component");
-  const roles = strings(table, "role");
-  const counts = numbers(table, "parameters");
-  const tied = strings(table, "tied_to");
-  const shapes = column(table, "shape").toArray() as ArrayLike<Iterable<number>>;
-  return names.map((name, row) => ({
-    name,
-    component: components[row] ?? "",
-    role: roles[row] ?? "",
-    shape: [...(shapes[row] ?? [])],
-    parameters: counts[row] ?? 0,
-    tiedTo: tied[row] ?? "",
+  const table = openTable(bytes, "parameters");
+  const shapes = table.lists("shape");
+  return table.rows((row) => ({
+    name: row.text("name"),
+    component: row.text("component"),
+    role: row.text("role"),
+    shape: [...(shapes[row.index] ?? [])],
+    parameters: row.number("parameters"),
+    tiedTo: row.text("tied_to"),
   }));
 }
 
 export function readTokens(bytes: ArrayBuffer): readonly Token[] {
-  const { table } = open(bytes, "tokens");
-  const ids = numbers(table, "token_id");
-  const positions = numbers(table, "position");
-  const sinks = [...(column(table, "sink").toArray() as Iterable<boolean>)];
-  return strings(table, "text").map((text, row) => ({
-    position: positions[row] ?? row,
-    id: ids[row] ?? -1,
-    text,
-    sink: sinks[row] ?? false,
+  return openTable(bytes, "tokens").rows((row) => ({
+    position: row.number("position"),
+    id: row.number("token_id"),
+    text: row.text("text"),
+    sink: row.flag("sink"),
   }));
 }
 
 export function readActivations(bytes: ArrayBuffer): ActivationTable {
-  const { table, provenance } = open(bytes, "activations");
-  const { values, width } = matrix(table, "value");
-  return { provenance, components: strings(table, "component"), values, width };
+  const table = openTable(bytes, "activations");
+  const { values, width } = table.matrix("value");
+  return { provenance: table.provenance, components: table.texts("component"), values, width };
 }
 
 export function readNeurons(bytes: ArrayBuffer): readonly Neuron[] {
-  const { table } = open(bytes, "neurons");
-  const positions = numbers(table, "position");
-  const ranks = numbers(table, "rank");
-  const neurons = numbers(table, "neuron");
-  const values = numbers(table, "value");
-  return strings(table, "component").map((component, row) => ({
-    component,
-    position: positions[row] ?? 0,
-    rank: ranks[row] ?? 0,
-    neuron: neurons[row] ?? 0,
-    value: values[row] ?? NaN,
+  return openTable(bytes, "neurons").rows((row) => ({
+    component: row.text("component"),
+    position: row.number("position"),
+    rank: row.number("rank"),
+    neuron: row.number("neuron"),
+    value: row.number("value"),
   }));
 }
 
 export function readPredictions(bytes: ArrayBuffer): readonly Prediction[] {
-  const { table } = open(bytes, "predictions");
-  const positions = numbers(table, "position");
-  const ranks = numbers(table, "rank");
-  const logits = numbers(table, "logit");
-  const probabilities = numbers(table, "probability");
-  return strings(table, "text").map((text, row) => ({
-    position: positions[row] ?? 0,
-    rank: ranks[row] ?? 0,
-    text,
-    logit: logits[row] ?? NaN,
-    probability: probabilities[row] ?? NaN,
+  return openTable(bytes, "predictions").rows((row) => ({
+    position: row.number("position"),
+    rank: row.number("rank"),
+    text: row.text("text"),
+    logit: row.number("logit"),
+    probability: row.number("probability"),
   }));
 }
 
 export function readAttention(bytes: ArrayBuffer): AttentionTable {
-  const { table, provenance } = open(bytes, "attention");
-  const { values, width } = matrix(table, "value");
+  const table = openTable(bytes, "attention");
+  const { values, width } = table.matrix("value");
   const size = Math.sqrt(width);
   if (!Number.isInteger(size)) {
     throw new UnreadableTable(`An attention pattern of ${width} values is not a square`);
   }
-  return { provenance, components: strings(table, "component"), size, patterns: values };
+  return {
+    provenance: table.provenance,
+    components: table.texts("component"),
+    size,
+    patterns: values,
+  };
 }
 
-function open(bytes: ArrayBuffer, expected: string): { table: Columns; provenance: Provenance } {
+/** One row of a table, asked by column. */
+export interface Row {
+  readonly index: number;
+  readonly text: (column: string) => string;
+  readonly number: (column: string) => number;
+  readonly flag: (column: string) => boolean;
+}
+
+/** A table as columns of plain values. */
+export class ArrowTable {
+  readonly #columns: Columns;
+  readonly #read = new Map<string, ArrayLike<unknown>>();
+
+  constructor(
+    columns: Columns,
+    readonly provenance: Provenance,
+  ) {
+    this.#columns = columns;
+  }
+
+  texts(name: string): readonly string[] {
+    return this.#values(name) as readonly string[];
+  }
+
+  numbers(name: string): Float64Array {
+    return Float64Array.from(this.#values(name) as ArrayLike<number>);
+  }
+
+  lists(name: string): ArrayLike<Iterable<number>> {
+    return this.#values(name) as ArrayLike<Iterable<number>>;
+  }
+
+  rows<T>(make: (row: Row) => T): readonly T[] {
+    const at = (name: string, index: number) => this.#values(name)[index];
+    return Array.from({ length: this.#columns.numRows }, (_, index) =>
+      make({
+        index,
+        text: (name) => at(name, index) as string,
+        number: (name) => Number(at(name, index)),
+        flag: (name) => at(name, index) === true,
+      }),
+    );
+  }
+
+  /** A fixed-size-list column as one flat array. */
+  matrix(name: string): { readonly values: Float32Array; readonly width: number } {
+    const rows = column(this.#columns, name);
+    if (rows.length === 0) return { values: new Float32Array(0), width: 0 };
+    const width = (rows.at(0) as ArrayLike<number>).length;
+    const values = new Float32Array(rows.length * width);
+    for (let row = 0; row < rows.length; row++) {
+      values.set(rows.at(row) as ArrayLike<number>, row * width);
+    }
+    return { values, width };
+  }
+
+  #values(name: string): ArrayLike<unknown> {
+    let values = this.#read.get(name);
+    if (values === undefined) {
+      values = [...(column(this.#columns, name).toArray() as Iterable<unknown>)];
+      this.#read.set(name, values);
+    }
+    return values;
+  }
+}
+
+export function openTable(bytes: ArrayBuffer, expected: string): ArrowTable {
   const table = tableFromIPC(new Uint8Array(bytes));
   const stamp = table.schema.metadata?.get("neural_mri");
   if (stamp === undefined) {
@@ -176,7 +228,7 @@ function open(bytes: ArrayBuffer, expected: string): { table: Columns; provenanc
         provenance.version,
     );
   }
-  return { table, provenance };
+  return new ArrowTable(table, provenance);
 }
 
 function column(table: Columns, name: string) {
@@ -184,24 +236,4 @@ function column(table: Columns, name: string) {
   const found = table.getChild(name) as ReturnType<Columns["getChild"]> | undefined;
   if (found === undefined) throw new UnreadableTable(`The table has no column ${name}`);
   return found;
-}
-
-function strings(table: Columns, name: string): readonly string[] {
-  return [...(column(table, name).toArray() as Iterable<string>)];
-}
-
-function numbers(table: Columns, name: string): Float64Array {
-  return Float64Array.from(column(table, name).toArray() as ArrayLike<number>);
-}
-
-/** A fixed-size-list column as one flat array. */
-function matrix(table: Columns, name: string): { values: Float32Array; width: number } {
-  const rows = column(table, name);
-  if (rows.length === 0) return { values: new Float32Array(0), width: 0 };
-  const width = (rows.at(0) as Float32Array).length;
-  const values = new Float32Array(rows.length * width);
-  for (let row = 0; row < rows.length; row++) {
-    values.set(rows.at(row) as Float32Array, row * width);
-  }
-  return { values, width };
 }

@@ -113,6 +113,7 @@ export interface Provenance {
   readonly unit: string;
   readonly method: string;
   readonly positions: readonly number[] | null;
+  readonly parameters: Readonly<Record<string, unknown>>;
   readonly model: string;
   readonly revision: string;
   readonly scan_key: string;
@@ -160,6 +161,15 @@ export interface ActivationFrame {
   readonly unit: string;
 }
 
+/** Effects on a circuit scan's metric: estimates of all first, then what was measured. */
+export interface EffectsFrame {
+  readonly type: "effects_frame";
+  readonly exact: boolean;
+  readonly components: readonly string[];
+  readonly effects: readonly number[];
+  readonly unit: string;
+}
+
 export interface Artifact {
   readonly type: "artifact";
   readonly table: string;
@@ -184,4 +194,4 @@ export interface Ended {
 }
 
 export type JobEvent =
-  StateChanged | Progress | LayerFrame | ActivationFrame | Artifact | Reset | Ended;
+  StateChanged | Progress | LayerFrame | ActivationFrame | EffectsFrame | Artifact | Reset | Ended;

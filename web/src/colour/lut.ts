@@ -6,24 +6,45 @@ export type Lut = Uint8ClampedArray;
 
 export const LUT_SIZE = 256;
 
-export type MapName = "grey" | "inferno" | "magma" | "viridis" | "cividis" | "cool-hot";
+export type MapName =
+  | "grey"
+  | "steel"
+  | "inferno"
+  | "magma"
+  | "viridis"
+  | "cividis"
+  | "lesion"
+  | "cool-hot"
+  | "green-violet"
+  | "blue-orange";
 
-export const MAP_NAMES: readonly MapName[] = [
+/** For values that have a direction: dark where nothing happens, lighter towards either end. */
+export const DIVERGING_MAPS: readonly MapName[] = ["green-violet", "blue-orange"];
+
+export const SEQUENTIAL_MAPS: readonly MapName[] = [
   "grey",
+  "steel",
   "inferno",
   "magma",
   "viridis",
   "cividis",
+  "lesion",
   "cool-hot",
 ];
+
+export const MAP_NAMES: readonly MapName[] = [...SEQUENTIAL_MAPS, ...DIVERGING_MAPS];
 
 /** What each map is called where a person picks it. */
 export const MAP_TITLES: Readonly<Record<MapName, string>> = {
   grey: "Grey",
+  steel: "Steel",
   inferno: "Inferno",
   magma: "Magma",
   viridis: "Viridis",
   cividis: "Cividis",
+  lesion: "Lesion",
+  "green-violet": "Green-violet",
+  "blue-orange": "Blue-orange",
   "cool-hot": "Cool-hot (not uniform)",
 };
 
@@ -35,10 +56,27 @@ const colours: Readonly<Record<MapName, (t: number) => Rgb>> = {
     const v = 84 + t * 160;
     return [v, v, v + 10];
   },
+  steel: through([30, 42, 88], [68, 136, 204], [170, 204, 238], [238, 246, 255]),
   inferno: tabulated(maps.inferno),
   magma: tabulated(maps.magma),
   viridis: tabulated(maps.viridis),
   cividis: tabulated(maps.cividis),
+  // Ordinary tissue keeps 3:1 against the background; what stands out is redder and lighter at once.
+  lesion: through([88, 95, 107], [203, 66, 104], [255, 160, 178]),
+  "green-violet": through(
+    [150, 246, 208],
+    [38, 152, 116],
+    [44, 50, 61],
+    [130, 102, 245],
+    [216, 198, 255],
+  ),
+  "blue-orange": through(
+    [160, 212, 255],
+    [54, 128, 212],
+    [44, 50, 61],
+    [200, 98, 36],
+    [255, 194, 128],
+  ),
   // The specification's three pieces. It jumps at 0.3 and 0.6: offered for its look, not for reading.
   "cool-hot": (t) => {
     if (t < 0.3) return [30 + t * 80, 30 + t * 100, 80 + t * 120];
@@ -71,6 +109,18 @@ export function lutIndex(t: number): number {
 export function css(table: Lut, t: number): string {
   const at = lutIndex(t) * 3;
   return `rgb(${table[at] ?? 0} ${table[at + 1] ?? 0} ${table[at + 2] ?? 0})`;
+}
+
+/** Straight lines between colours at equal steps. */
+function through(...stops: readonly Rgb[]): (t: number) => Rgb {
+  return (t) => {
+    const place = Math.min(stops.length - 2, Math.floor(t * (stops.length - 1)));
+    const share = t * (stops.length - 1) - place;
+    const [from, to] = [stops[place], stops[place + 1]];
+    const mix = (channel: 0 | 1 | 2) =>
+      (from?.[channel] ?? 0) * (1 - share) + (to?.[channel] ?? 0) * share;
+    return [mix(0), mix(1), mix(2)];
+  };
 }
 
 function tabulated(base64: string): (t: number) => Rgb {

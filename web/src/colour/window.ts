@@ -1,9 +1,9 @@
 /**
  * Window and level: which values the colour map is spread over. Only colour depends on it, never a
  * number. Follows DICOM's LINEAR_EXACT: t = (u - level) / width + 1/2, where u is the value, or its
- * decimal logarithm on a log scale.
+ * decimal logarithm on a log scale, or its size alone where only the size is shown.
  */
-export type Scale = "linear" | "log";
+export type Scale = "linear" | "log" | "size";
 
 export interface Window {
   /** Centre, in units of the value (linear) or decades (log). */
@@ -16,7 +16,14 @@ const NARROWEST = 1e-9;
 
 /** A value's coordinate on the scale: -Infinity for a log of 0, NaN for what has none. */
 export function coordinate(value: number, scale: Scale): number {
-  return scale === "log" ? Math.log10(value) : value;
+  switch (scale) {
+    case "log":
+      return Math.log10(value);
+    case "size":
+      return Math.abs(value);
+    case "linear":
+      return value;
+  }
 }
 
 export function valueAt(u: number, scale: Scale): number {
@@ -73,6 +80,13 @@ export function automatic(sorted: Float64Array, tail: number): Window {
     return { level: low, width: Math.max(Math.abs(low), 1) };
   }
   return between(low, high);
+}
+
+/** The same about 0: the middle of a diverging map is where nothing happens. */
+export function symmetric(sorted: Float64Array, tail: number): Window {
+  const sizes = sorted.map(Math.abs).sort();
+  const most = sizes.length === 0 ? 1 : quantile(sizes, 1 - tail);
+  return { level: 0, width: Math.max(2 * most, NARROWEST) };
 }
 
 /** Wider or narrower by a factor, so that one drag works over decades. */

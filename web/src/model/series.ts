@@ -1,19 +1,23 @@
 /** One finished or growing scan: its numbers and everything that is known of how they were taken. */
 import {
-  readActivations,
-  readNeurons,
   readParameters,
-  readPredictions,
-  readTokens,
   readTopology,
   type Neuron,
   type ParameterTensor,
   type Prediction,
   type Token,
 } from "../api/frames";
-import type { ActivationFrame, JobEvent, JobView, LayerFrame, Manifest } from "../api/schema";
-import type { SequenceId } from "./sequences";
+import type { JobView, Manifest } from "../api/schema";
+import { field, type Field } from "./field";
+import type { Anomalies } from "./modes/anomalies";
+import type { Circuit } from "./modes/circuits";
+import type { Lesion } from "./modes/stimulation";
+import type { Weights } from "./modes/weights";
+import { sequence, type SequenceId } from "./sequences";
 import { Volume } from "./volume";
+
+/** What a series is of: one of the sequences, or the model reading a prompt with parts of it changed. */
+export type SeriesId = SequenceId | "stimulation";
 
 /** How and when a scan was taken, as the corners of the viewport tell it. */
 export interface Acquisition {
@@ -21,6 +25,8 @@ export interface Acquisition {
   readonly model: string;
   readonly revision: string;
   readonly prompt: string | null;
+  /** The request as it was sent. */
+  readonly request: Readonly<Record<string, unknown>>;
   readonly dtype: string | null;
   readonly device: string | null;
   readonly acquiredAt: Date | null;
@@ -30,11 +36,10 @@ export interface Acquisition {
 }
 
 export interface Series {
-  readonly sequence: SequenceId;
-  readonly volume: Volume;
-  readonly unit: string;
-  readonly method: string;
-  /** The tokens of the volume's columns; none for a static sequence. */
+  readonly sequence: SeriesId;
+  /** What it measured; the first is shown unless another is asked for. */
+  readonly fields: readonly Field[];
+  /** The tokens of the volumes' columns; none for a static image. */
   readonly tokens: readonly Token[];
   readonly acquisition: Acquisition;
   readonly neurons: readonly Neuron[];
@@ -42,164 +47,88 @@ export interface Series {
   readonly parameters: readonly ParameterTensor[];
   /** Parameters each component reads that are counted elsewhere. */
   readonly shared: ReadonlyMap<string, number>;
+  /** What one modality alone has. */
+  readonly weights: Weights | null;
+  readonly circuit: Circuit | null;
+  readonly anomalies: Anomalies | null;
+  readonly lesion: Lesion | null;
   /** False while frames still arrive; true once the stored table stands here. */
   readonly complete: boolean;
 }
 
 export type TableReader = (name: string) => Promise<ArrayBuffer>;
+export type Loader = (manifest: Manifest, job: string, read: TableReader) => Promise<Series>;
 
 /** T1, from its stored tables. */
-export async function loadStructural(manifest: Manifest, job: string, read: TableReader) {
+export const loadStructural: Loader = async (manifest, job, read) => {
   const [topology, parameters] = await Promise.all([
     read("topology").then(readTopology),
     read("parameters").then(readParameters),
   ]);
-  const series: Series = {
+  return {
     ...bare("T1", acquisitionOf(manifest, job)),
-    volume: new Volume(topology.components, 1, topology.parameters),
-    unit: topology.provenance.unit,
-    method: topology.provenance.method,
+    fields: [
+      field({
+        id: "parameters",
+        title: "Parameters",
+        unit: topology.provenance.unit,
+        method: topology.provenance.method,
+        volume: new Volume(topology.components, 1, topology.parameters),
+        map: sequence("T1").map,
+        scales: ["log", "linear"],
+        tail: 0,
+      }),
+    ],
     parameters,
     shared: new Map(topology.components.map((name, row) => [name, topology.shared[row] ?? 0])),
     complete: true,
   };
-  return series;
-}
+};
 
-/** fMRI, from its stored tables. */
-export async function loadFunctional(manifest: Manifest, job: string, read: TableReader) {
-  const [activations, tokens, neurons, predictions] = await Promise.all([
-    read("activations").then(readActivations),
-    read("tokens").then(readTokens),
-    stored(manifest, "neurons") ? read("neurons").then(readNeurons) : [],
-    stored(manifest, "predictions") ? read("predictions").then(readPredictions) : [],
-  ]);
-  const { provenance } = activations;
-  const positions = provenance.positions ?? tokens.map((token) => token.position);
-  const byPosition = new Map(tokens.map((token) => [token.position, token]));
-  const series: Series = {
-    ...bare("fMRI", acquisitionOf(manifest, job)),
-    volume: new Volume(activations.components, activations.width, activations.values),
-    unit: provenance.unit,
-    method: provenance.method,
-    tokens: positions.map(
-      (position) => byPosition.get(position) ?? { position, id: -1, text: "", sink: false },
-    ),
-    neurons,
-    predictions,
-    complete: true,
-  };
-  return series;
-}
-
-/** A scan as it comes in: frames fill a buffer, and each makes a new series that readers can tell apart. */
-export class Growing {
-  #series: Series;
-  readonly #rows: ReadonlyMap<string, number>;
-  /** Layer the sweep has reached; -1 before it and once whole tokens arrive. */
-  layer = -1;
-  /** Column of the frame that came last. */
-  token = 0;
-
-  constructor(job: JobView, components: readonly string[], tokens: readonly string[]) {
-    this.#rows = new Map(components.map((component, row) => [component, row]));
-    const width = tokens.length;
-    const buffer = new Float32Array(components.length * width).fill(NaN);
-    const prompt = job.request["prompt"];
-    this.#series = {
-      ...bare("fMRI", {
-        job: job.id,
-        model: job.model,
-        revision: job.revision,
-        prompt: typeof prompt === "string" ? prompt : null,
-        dtype: null,
-        device: null,
-        acquiredAt: null,
-        forwardSeconds: null,
-        computeSeconds: null,
-        memoryBytes: null,
-      }),
-      volume: new Volume(components, width, buffer),
-      unit: "",
-      method: "",
-      // Position 0 is a sink by definition; the others are known when the table is there.
-      tokens: tokens.map((text, position) => ({ position, id: -1, text, sink: position === 0 })),
-    };
-  }
-
-  get series(): Series {
-    return this.#series;
-  }
-
-  /** Takes in what an event brings. Whether it brought any numbers. */
-  take(event: JobEvent): boolean {
-    if (event.type === "layer_frame") this.#layerArrived(event);
-    else if (event.type === "activation_frame") this.#tokenArrived(event);
-    else return false;
-    this.token = event.token_idx;
-    this.#series = { ...this.#series, unit: event.unit, volume: this.#series.volume.again() };
-    return true;
-  }
-
-  /** One layer at one token. */
-  #layerArrived(frame: LayerFrame): void {
-    this.layer = frame.layer;
-    const block = `blocks.${frame.layer}`;
-    frame.heads.forEach((value, head) => {
-      this.#put(`${block}.attn.head_${head}`, frame.token_idx, value);
-    });
-    if (frame.mlp !== null) this.#put(`${block}.mlp`, frame.token_idx, frame.mlp);
-    if (frame.attn !== null) this.#put(`${block}.attn`, frame.token_idx, frame.attn);
-    if (frame.resid_post !== null) {
-      this.#put(`${block}.resid_post`, frame.token_idx, frame.resid_post);
-    }
-  }
-
-  /** All components at one token. */
-  #tokenArrived(frame: ActivationFrame): void {
-    this.layer = -1;
-    for (const layer of frame.layers) {
-      if (layer.type === "attention") {
-        layer.activations.forEach((value, head) => {
-          this.#put(`${layer.layer_id}.head_${head}`, frame.token_idx, value);
-        });
-      } else {
-        this.#put(layer.layer_id, frame.token_idx, layer.activations[0] ?? NaN);
-      }
-    }
-  }
-
-  #put(component: string, column: number, value: number): void {
-    const row = this.#rows.get(component);
-    const { volume } = this.#series;
-    if (row === undefined || column < 0 || column >= volume.width) return;
-    volume.data[row * volume.width + column] = value;
-  }
-}
-
-function bare(sequence: SequenceId, acquisition: Acquisition): Series {
+export function bare(sequence: SeriesId, acquisition: Acquisition): Series {
   return {
     sequence,
-    volume: new Volume([], 0, new Float32Array(0)),
-    unit: "",
-    method: "",
+    fields: [],
     tokens: [],
     acquisition,
     neurons: [],
     predictions: [],
     parameters: [],
     shared: new Map(),
+    weights: null,
+    circuit: null,
+    anomalies: null,
+    lesion: null,
     complete: false,
   };
 }
 
-function acquisitionOf(manifest: Manifest, job: string): Acquisition {
+/** What is known of a scan that still runs. */
+export function announced(job: JobView): Acquisition {
+  const prompt = job.request["prompt"];
+  return {
+    job: job.id,
+    model: job.model,
+    revision: job.revision,
+    prompt: typeof prompt === "string" ? prompt : null,
+    request: job.request,
+    dtype: null,
+    device: null,
+    acquiredAt: null,
+    forwardSeconds: null,
+    computeSeconds: null,
+    memoryBytes: null,
+  };
+}
+
+export function acquisitionOf(manifest: Manifest, job: string): Acquisition {
   const prompt = manifest.request["prompt"];
   return {
     job,
     model: manifest.model,
     revision: manifest.revision,
     prompt: typeof prompt === "string" ? prompt : null,
+    request: manifest.request,
     dtype: manifest.numerics.dtype,
     device: manifest.numerics.device,
     acquiredAt: new Date(manifest.created_at),
@@ -209,6 +138,6 @@ function acquisitionOf(manifest: Manifest, job: string): Acquisition {
   };
 }
 
-function stored(manifest: Manifest, name: string): boolean {
+export function stored(manifest: Manifest, name: string): boolean {
   return manifest.tables.some((table) => table.name === name);
 }

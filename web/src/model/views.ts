@@ -1,26 +1,31 @@
-/** How a sequence is looked at: the small state beside the immutable numbers. */
+/** How a sequence is looked at: the small state beside the immutable numbers. Null: as the field has it. */
 import type { MapName } from "../colour/lut";
 import type { Scale, Window } from "../colour/window";
-import { SEQUENCES, sequence, type SequenceId } from "./sequences";
+import { SEQUENCES, type SequenceId } from "./sequences";
 
 export interface SeriesView {
-  readonly map: MapName;
+  /** Which quantity is shown; null: the first. */
+  readonly field: string | null;
+  readonly map: MapName | null;
   readonly inverted: boolean;
-  readonly scale: Scale;
+  readonly scale: Scale | null;
   /** Null: the automatic window. */
   readonly window: Window | null;
 }
 
 export type Views = Readonly<Record<SequenceId, SeriesView>>;
 
-export type PanelName = "inspect" | "table" | "log";
-export const PANEL_NAMES: readonly PanelName[] = ["inspect", "table", "log"];
+export type PanelName = "inspect" | "stimulate" | "table" | "log";
+export const PANEL_NAMES: readonly PanelName[] = ["inspect", "stimulate", "table", "log"];
 
-export function defaultView(id: SequenceId): SeriesView {
-  const { map, scale } = sequence(id);
-  return { map, scale, inverted: false, window: null };
-}
+export const USUAL_VIEW: SeriesView = {
+  field: null,
+  map: null,
+  inverted: false,
+  scale: null,
+  window: null,
+};
 
 export function defaultViews(): Views {
-  return Object.fromEntries(SEQUENCES.map(({ id }) => [id, defaultView(id)])) as unknown as Views;
+  return Object.fromEntries(SEQUENCES.map(({ id }) => [id, USUAL_VIEW])) as unknown as Views;
 }

@@ -1,12 +1,14 @@
 /**
- * Draws the axial plane on three stacked canvases: tracts (when the layout changes), halos and nodes
- * (when values change). Whatever changes sets one flag; one animation frame follows; none when idle.
+ * Draws the axial plane on stacked canvases: anatomy (when the layout changes), tracts (when they do),
+ * halos and nodes (when values change). Whatever changes sets one flag; one animation frame follows; none when idle.
  * Knows nothing of Svelte, tokens or units.
  */
 import type { Layout } from "../model/layout";
 import { blend, type NodePaint } from "./paint";
+import { HURTS, type Tract } from "./tracts";
 
 export interface Surfaces {
+  readonly anatomy: HTMLCanvasElement;
   readonly tracts: HTMLCanvasElement;
   readonly halos: HTMLCanvasElement;
   readonly nodes: HTMLCanvasElement;
@@ -34,6 +36,7 @@ const HALO_REACH = 2.6;
 
 export class ScanRenderer {
   readonly #surfaces: Surfaces;
+  readonly #anatomy: CanvasRenderingContext2D;
   readonly #tracts: CanvasRenderingContext2D;
   readonly #halos: CanvasRenderingContext2D;
   readonly #nodes: CanvasRenderingContext2D;
@@ -49,6 +52,9 @@ export class ScanRenderer {
   #haloSprite: HTMLCanvasElement | null = null;
   #haloColour = "";
   #layoutChanged = false;
+  #paths: readonly Tract[] = [];
+  #tractsChanged = false;
+  #markColour = "";
   #sockets = false;
   #request = 0;
   /** Animation frames drawn so far. */
@@ -57,7 +63,8 @@ export class ScanRenderer {
   constructor(surfaces: Surfaces, theme: Theme) {
     this.#surfaces = surfaces;
     this.#theme = theme;
-    this.#tracts = context(surfaces.tracts, false);
+    this.#anatomy = context(surfaces.anatomy, false);
+    this.#tracts = context(surfaces.tracts, true);
     this.#halos = context(surfaces.halos, true);
     this.#nodes = context(surfaces.nodes, true);
     this.#hatch = hatch(this.#nodes, theme.missing);
@@ -74,7 +81,8 @@ export class ScanRenderer {
     this.#layout = layout;
     this.#sockets = sockets;
     this.#ratio = Math.min(devicePixels, MOST_PIXELS);
-    const { tracts, halos, nodes } = this.#surfaces;
+    const { anatomy, tracts, halos, nodes } = this.#surfaces;
+    resize(anatomy, layout, this.#ratio);
     resize(tracts, layout, this.#ratio);
     resize(halos, layout, HALO_PIXELS);
     resize(nodes, layout, this.#ratio);
@@ -82,11 +90,20 @@ export class ScanRenderer {
     this.#fadeStart = null;
     this.#from = null;
     this.#layoutChanged = true;
+    this.#tractsChanged = true;
+    this.#invalidate();
+  }
+
+  /** The paths a scan found, weakest first; none takes them away. */
+  setTracts(tracts: readonly Tract[]): void {
+    if (tracts.length === 0 && this.#paths.length === 0) return;
+    this.#paths = tracts;
+    this.#tractsChanged = true;
     this.#invalidate();
   }
 
   /** Shows a paint, crossfading from what is shown now; 0 ms replaces it at once. */
-  paint(to: NodePaint, haloColour: string, fadeMilliseconds: number): void {
+  paint(to: NodePaint, haloColour: string, markColour: string, fadeMilliseconds: number): void {
     const shown = this.#shown;
     const fades = fadeMilliseconds > 0 && shown?.radius.length === to.radius.length;
     // A repaint during a fade (a drag, a token step) goes on to the new goal in the time that is left.
@@ -97,6 +114,7 @@ export class ScanRenderer {
       this.#fadeMilliseconds = fades ? fadeMilliseconds : 0;
     }
     this.#to = to;
+    this.#markColour = markColour;
     if (haloColour !== this.#haloColour) {
       this.#haloColour = haloColour;
       this.#haloSprite = null;
@@ -120,6 +138,10 @@ export class ScanRenderer {
     this.frames++;
     if (this.#layoutChanged) {
       this.#layoutChanged = false;
+      this.#drawAnatomy(layout);
+    }
+    if (this.#tractsChanged) {
+      this.#tractsChanged = false;
       this.#drawTracts(layout);
     }
     const to = this.#to;
@@ -147,6 +169,25 @@ export class ScanRenderer {
 
   #drawTracts(layout: Layout): void {
     const ctx = this.#tracts;
+    ctx.setTransform(this.#ratio, 0, 0, this.#ratio, 0, 0);
+    ctx.clearRect(0, 0, layout.width, layout.height);
+    ctx.lineCap = "round";
+    for (const { curve, colour, width, opacity, helps } of this.#paths) {
+      ctx.strokeStyle = colour;
+      ctx.globalAlpha = opacity;
+      ctx.lineWidth = width;
+      ctx.setLineDash(helps ? [] : HURTS);
+      ctx.beginPath();
+      ctx.moveTo(curve[0], curve[1]);
+      ctx.quadraticCurveTo(curve[2], curve[3], curve[4], curve[5]);
+      ctx.stroke();
+    }
+    ctx.globalAlpha = 1;
+    ctx.setLineDash([]);
+  }
+
+  #drawAnatomy(layout: Layout): void {
+    const ctx = this.#anatomy;
     const { tracts, midline, width, height } = layout;
     ctx.setTransform(this.#ratio, 0, 0, this.#ratio, 0, 0);
     ctx.fillStyle = this.#theme.background;
@@ -189,7 +230,7 @@ export class ScanRenderer {
   }
 
   #drawSockets(layout: Layout): void {
-    const ctx = this.#tracts;
+    const ctx = this.#anatomy;
     ctx.strokeStyle = this.#theme.socket;
     ctx.fillStyle = this.#theme.background;
     ctx.lineWidth = 1;
@@ -203,6 +244,20 @@ export class ScanRenderer {
     }
     ctx.fill();
     if (radius >= SMALLEST_DISC) ctx.stroke();
+  }
+
+  /** Round what the scan marks. */
+  #drawRings(ctx: CanvasRenderingContext2D, { x, y, maxRadius }: Layout, paint: NodePaint): void {
+    const radius = maxRadius + 1.5;
+    ctx.strokeStyle = this.#markColour;
+    ctx.lineWidth = 1.5;
+    ctx.beginPath();
+    for (let node = 0; node < x.length; node++) {
+      if (!isRinged(paint, node)) continue;
+      ctx.moveTo((x[node] ?? 0) + radius, y[node] ?? 0);
+      ctx.arc(x[node] ?? 0, y[node] ?? 0, radius, 0, 2 * Math.PI);
+    }
+    ctx.stroke();
   }
 
   #drawHalos(layout: Layout, paint: NodePaint): void {
@@ -262,6 +317,7 @@ export class ScanRenderer {
       }
       ctx.fill();
     }
+    this.#drawRings(ctx, layout, paint);
     if (unmeasured.length === 0) return;
     ctx.fillStyle = this.#hatch ?? this.#theme.missing;
     ctx.beginPath();
@@ -270,6 +326,10 @@ export class ScanRenderer {
     }
     ctx.fill();
   }
+}
+
+function isRinged(paint: NodePaint, node: number): boolean {
+  return paint.ring[node] === 1 && paint.missing[node] === 0;
 }
 
 function resize(canvas: HTMLCanvasElement, layout: Layout, ratio: number): void {
@@ -299,6 +359,7 @@ function copy(paint: NodePaint): NodePaint {
     rgb: paint.rgb.slice(),
     radius: paint.radius.slice(),
     halo: paint.halo.slice(),
+    ring: paint.ring.slice(),
     missing: paint.missing.slice(),
   };
 }

@@ -9,6 +9,8 @@ export interface NodePaint {
   readonly radius: Float32Array;
   /** Strength of the halo, 0 to 1; 0 for most. */
   readonly halo: Float32Array;
+  /** 1 where the scan marks the node: ringed, so that colour is not all that says so. */
+  readonly ring: Uint8Array;
   /** 1 where there is no value: drawn hatched, never as a low value. */
   readonly missing: Uint8Array;
 }
@@ -20,7 +22,12 @@ export interface PaintInput {
   readonly lut: Lut;
   /** Radius of each node, or one for all that swells with the value. */
   readonly radius: Float32Array | number;
-  readonly glows: boolean;
+  /** 1 where the scan marks a node. */
+  readonly marks: Float64Array;
+  /** Which nodes have a halo: none, the largest values, or what the scan marks. */
+  readonly halos: "none" | "largest" | "marked";
+  /** Size by distance from 0, where values have a direction. */
+  readonly signed: boolean;
 }
 
 /** A node's radius at the window's lower end, as a share of the largest. */
@@ -34,6 +41,7 @@ export function paintNodes(input: PaintInput): NodePaint {
   const radius = new Float32Array(size);
   const halo = new Float32Array(size);
   const missing = new Uint8Array(size);
+  const ring = new Uint8Array(size);
   for (let node = 0; node < size; node++) {
     const t = position(input.values[node] ?? NaN, input.window, input.scale);
     const own = typeof input.radius === "number" ? input.radius : (input.radius[node] ?? 0);
@@ -46,11 +54,15 @@ export function paintNodes(input: PaintInput): NodePaint {
     for (let channel = 0; channel < 3; channel++) {
       rgb[node * 3 + channel] = input.lut[at + channel] ?? 0;
     }
+    const extent = input.signed ? Math.abs(2 * t - 1) : t;
     radius[node] =
-      typeof input.radius === "number" ? own * (LEAST_SHARE + (1 - LEAST_SHARE) * t) : own;
-    if (input.glows && t > HALO_FROM) halo[node] = (t - HALO_FROM) / (1 - HALO_FROM);
+      typeof input.radius === "number" ? own * (LEAST_SHARE + (1 - LEAST_SHARE) * extent) : own;
+    const marked = input.marks[node] === 1;
+    if (marked) ring[node] = 1;
+    if (input.halos === "largest" && t > HALO_FROM) halo[node] = (t - HALO_FROM) / (1 - HALO_FROM);
+    if (input.halos === "marked" && marked) halo[node] = 1;
   }
-  return { rgb, radius, halo, missing };
+  return { rgb, radius, halo, ring, missing };
 }
 
 /** `share` of the way from one paint to another, written into `out`. */
@@ -59,6 +71,7 @@ export function blend(from: NodePaint, to: NodePaint, share: number, out: NodePa
   mix(from.radius, to.radius, share, out.radius);
   mix(from.halo, to.halo, share, out.halo);
   out.missing.set(share < 0.5 ? from.missing : to.missing);
+  out.ring.set(share < 0.5 ? from.ring : to.ring);
 }
 
 function mix(from: Float32Array, to: Float32Array, share: number, out: Float32Array): void {

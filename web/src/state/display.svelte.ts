@@ -1,9 +1,8 @@
 /** How the picture is shown: sequence, layout, and each sequence's own window and colour map. */
-import { MAP_NAMES } from "../colour/lut";
 import { LAYOUT_NAMES, type LayoutName } from "../model/layout";
 import { SEQUENCES, type SequenceId } from "../model/sequences";
 import {
-  defaultView,
+  USUAL_VIEW,
   defaultViews,
   type PanelName,
   type SeriesView,
@@ -13,6 +12,9 @@ import {
 /** Which column of components the sagittal plane cuts. */
 export type SagittalColumn = "crosshair" | "attn" | "mlp" | "resid_post";
 
+/** Few enough to be followed by eye. */
+export const USUAL_TRACTS = 60;
+
 export class Display {
   sequence = $state<SequenceId>("T1");
   layout = $state<LayoutName>("brain");
@@ -21,6 +23,8 @@ export class Display {
   views = $state.raw<Views>(defaultViews());
   corners = $state(true);
   promptShown = $state(true);
+  /** How many of the strongest tracts are drawn. */
+  tracts = $state(USUAL_TRACTS);
   /** Whether the inspector asks the service for the attention pattern of the locked head. */
   attention = $state(false);
 
@@ -31,16 +35,12 @@ export class Display {
   }
 
   resetView(): void {
-    this.views = { ...this.views, [this.sequence]: defaultView(this.sequence) };
+    this.views = { ...this.views, [this.sequence]: { ...USUAL_VIEW, field: this.view.field } };
   }
 
-  /** A window of one scale means nothing on the other, so it goes back to automatic. */
-  toggleScale(): void {
-    this.change({ scale: this.view.scale === "log" ? "linear" : "log", window: null });
-  }
-
-  nextMap(): void {
-    this.change({ map: after(MAP_NAMES, this.view.map) });
+  /** Another quantity has a range, a map and scales of its own. */
+  showField(id: string | null): void {
+    this.views = { ...this.views, [this.sequence]: { ...USUAL_VIEW, field: id } };
   }
 
   nextLayout(): void {
@@ -54,6 +54,6 @@ export class Display {
   }
 }
 
-function after<T>(all: readonly T[], current: T): T {
+export function after<T>(all: readonly T[], current: T): T {
   return all[(all.indexOf(current) + 1) % all.length] ?? current;
 }

@@ -21,6 +21,10 @@ export type Action =
   | "automatic"
   | "scale"
   | "map"
+  | "field"
+  | "previous-mark"
+  | "next-mark"
+  | "stimulate"
   | "invert"
   | "layout"
   | "table"
@@ -46,6 +50,8 @@ export const BINDINGS: readonly Binding[] = [
   { keys: ["ArrowLeft"], action: "left", about: "Component to the left", group: "Crosshair" },
   { keys: ["ArrowRight"], action: "right", about: "Component to the right", group: "Crosshair" },
   { keys: ["h"], action: "hottest", about: "Largest value in the layers", group: "Crosshair" },
+  { keys: ["n"], action: "next-mark", about: "Next strongest, downwards", group: "Crosshair" },
+  { keys: ["b"], action: "previous-mark", about: "Back towards the strongest", group: "Crosshair" },
   { keys: ["Escape"], action: "release", about: "Let go of what is locked", group: "Crosshair" },
   { keys: [","], action: "previous-token", about: "Token before", group: "Tokens" },
   { keys: ["."], action: "next-token", about: "Token after", group: "Tokens" },
@@ -60,6 +66,7 @@ export const BINDINGS: readonly Binding[] = [
   })),
   { keys: ["PageUp"], action: "previous-sequence", about: "Sequence before", group: "Sequence" },
   { keys: ["PageDown"], action: "next-sequence", about: "Sequence after", group: "Sequence" },
+  { keys: ["f"], action: "field", about: "Next quantity of the sequence", group: "Sequence" },
   { keys: ["["], action: "narrower", about: "Narrower window", group: "Window and level" },
   { keys: ["]"], action: "wider", about: "Wider window", group: "Window and level" },
   { keys: ["-"], action: "lower", about: "Lower level", group: "Window and level" },
@@ -69,6 +76,7 @@ export const BINDINGS: readonly Binding[] = [
   { keys: ["m"], action: "map", about: "Next colour map", group: "Window and level" },
   { keys: ["i"], action: "invert", about: "Invert the colour map", group: "Window and level" },
   { keys: ["l"], action: "layout", about: "Next layout", group: "View" },
+  { keys: ["p"], action: "stimulate", about: "Stimulate the component", group: "View" },
   { keys: ["t"], action: "table", about: "Table of the scan", group: "View" },
   { keys: ["o"], action: "corners", about: "Corner texts", group: "View" },
   { keys: ["Shift+o"], action: "hide-prompt", about: "Hide the prompt", group: "View" },

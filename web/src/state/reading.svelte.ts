@@ -1,10 +1,13 @@
+// Maps and sets here are made and read within one derivation, so none need be reactive itself.
+/* eslint-disable svelte/prefer-svelte-reactivity */
 /**
  * What is on the screen now, derived: the series, its values at the token, their ranks, the window and
  * the focused component. Everything that shows a number or a colour reads it here, so that they agree.
  */
-import { lut, type Lut } from "../colour/lut";
-import { automatic, coordinates, type Window } from "../colour/window";
 import type { Token } from "../api/frames";
+import { lut, type Lut, type MapName } from "../colour/lut";
+import { automatic, coordinates, symmetric, type Scale, type Window } from "../colour/window";
+import { source, type Field } from "../model/field";
 import type { Series } from "../model/series";
 import { sequence, type Sequence } from "../model/sequences";
 import type { Topology } from "../model/topology";
@@ -12,6 +15,14 @@ import { ranks, type Volume } from "../model/volume";
 import type { Crosshair } from "./crosshair.svelte";
 import type { Display } from "./display.svelte";
 import { shown, type SeriesState, type Study } from "./study.svelte";
+
+/** One way to look at a series. */
+interface Offer {
+  readonly series: Series;
+  readonly field: Field;
+}
+
+type Entries = [string | null, number][];
 
 export class Reading {
   readonly #study: Study;
@@ -27,9 +38,34 @@ export class Reading {
   readonly sequence: Sequence = $derived.by(() => sequence(this.#display.sequence));
   readonly topology: Topology | null = $derived.by(() => this.#study.topology);
   readonly state: SeriesState = $derived.by(() => this.#study.series[this.#display.sequence]);
-  readonly series: Series | null = $derived.by(() => shown(this.state));
-  readonly volume: Volume | null = $derived.by(() => this.series?.volume ?? null);
+  /** What the shown sequence can be looked at as; fMRI also as what a stimulation made of it. */
+  readonly #offers: readonly Offer[] = $derived.by(() => {
+    const own = shown(this.state);
+    const changed =
+      this.#display.sequence === "fMRI" ? shown(this.#study.series.stimulation) : null;
+    return [own, changed].flatMap((series) =>
+      series === null ? [] : series.fields.map((field) => ({ series, field })),
+    );
+  });
+  readonly fields: readonly Field[] = $derived.by(() => this.#offers.map(({ field }) => field));
+  readonly #offer: Offer | null = $derived.by(() => {
+    const wanted = this.#display.view.field;
+    return this.#offers.find(({ field }) => field.id === wanted) ?? this.#offers[0] ?? null;
+  });
+  readonly series: Series | null = $derived.by(() => this.#offer?.series ?? shown(this.state));
+  readonly field: Field | null = $derived.by(() => this.#offer?.field ?? null);
+  readonly volume: Volume | null = $derived.by(() => this.field?.volume ?? null);
+  readonly unit: string = $derived.by(() => this.field?.unit ?? "");
   readonly tokens: readonly Token[] = $derived.by(() => this.series?.tokens ?? []);
+
+  readonly map: MapName = $derived.by(() => {
+    return this.#display.view.map ?? this.field?.map ?? this.sequence.map;
+  });
+  readonly scale: Scale = $derived.by(() => {
+    const { scale } = this.#display.view;
+    const scales = this.field?.scales ?? ["linear"];
+    return scale !== null && scales.includes(scale) ? scale : (scales[0] ?? "linear");
+  });
 
   /** Column of the volume that is shown, always one it has. */
   readonly column: number = $derived.by(() => {
@@ -38,32 +74,58 @@ export class Reading {
   });
   readonly token: Token | null = $derived.by(() => this.tokens[this.column] ?? null);
 
+  /** Whose number each node shows: its own, or its layer's where that was taken as a whole. */
+  readonly sources: readonly (string | null)[] = $derived.by(() => {
+    const { topology, volume } = this;
+    if (topology === null) return [];
+    return topology.addresses.map((address) => (volume === null ? null : source(volume, address)));
+  });
   /** Each node's value at the token; NaN where nothing was measured. */
-  readonly values: Float64Array = $derived.by(() => {
-    const addresses = this.topology?.addresses ?? [];
-    const volume = this.volume;
-    return volume === null
-      ? new Float64Array(addresses.length).fill(NaN)
-      : volume.slice(addresses, this.column);
+  readonly values: Float64Array = $derived.by(() => this.#sliced(this.volume));
+  /** 1 where the scan marks the node at the token. */
+  readonly marks: Float64Array = $derived.by(() => this.#sliced(this.field?.marks ?? null));
+  /** Ranks by size, whichever the sign; nodes that share a number share its rank. */
+  readonly ranks: Uint32Array = $derived.by(() => {
+    const { sources, values } = this;
+    const first = new Map(sources.map((address, node) => [address, node]).reverse() as Entries);
+    const own = values.map((value, node) =>
+      first.get(sources[node] ?? null) === node ? Math.abs(value) : NaN,
+    );
+    const ranked = ranks(own);
+    return ranked.map((_, node) => ranked[first.get(sources[node] ?? null) ?? node] ?? 0);
   });
-  readonly ranks: Uint32Array = $derived.by(() => ranks(this.values));
   readonly measured: number = $derived.by(() => {
-    return this.ranks.reduce((count, rank) => count + (rank > 0 ? 1 : 0), 0);
+    const { sources, values } = this;
+    return new Set(sources.filter((_, node) => !Number.isNaN(values[node]))).size;
   });
+
+  #sliced(volume: Volume | null): Float64Array {
+    const { column, sources } = this;
+    return Float64Array.from(sources, (address) =>
+      volume === null || address === null ? NaN : volume.at(address, column),
+    );
+  }
 
   /** Coordinates of every node at every token but the attention sinks, sorted. */
   readonly distribution: Float64Array = $derived.by(() => {
-    const { topology, volume } = this;
-    if (topology === null || volume === null) return new Float64Array(0);
-    return coordinates(nodeValues(topology, volume, this.tokens), this.#display.view.scale);
+    const { sources, volume } = this;
+    if (volume === null) return new Float64Array(0);
+    const places = [...new Set(sources)].filter((address) => address !== null);
+    return coordinates(nodeValues(places, volume, this.tokens), this.scale);
   });
-  readonly automatic: Window = $derived.by(() => {
-    return automatic(this.distribution, this.sequence.tail);
-  });
+  readonly automatic: Window = $derived.by(() => this.windowOf(this.distribution));
   readonly window: Window = $derived.by(() => this.#display.view.window ?? this.automatic);
-  readonly lut: Lut = $derived.by(() => {
-    return lut(this.#display.view.map, this.#display.view.inverted);
-  });
+  readonly lut: Lut = $derived.by(() => lut(this.map, this.#display.view.inverted));
+
+  /** The automatic window of sorted coordinates. */
+  windowOf(sorted: Float64Array): Window {
+    const tail = this.field?.tail ?? 0.02;
+    if (this.scale === "size") {
+      const most = symmetric(sorted, tail).width / 2;
+      return { level: most / 2, width: most };
+    }
+    return this.field?.signed === true ? symmetric(sorted, tail) : automatic(sorted, tail);
+  }
 
   /** The node looked at: the one under the pointer, else the locked one; -1 for none. */
   readonly focus: number = $derived.by(() => this.#nodeOf(this.#crosshair.focus));
@@ -86,11 +148,18 @@ export class Reading {
     return kind === "head" || kind === "mlp";
   }
 
-  /** The nodes from the largest value down. */
+  /** The nodes from the largest value down; of nodes that share a number the first. */
   ordered(): number[] {
+    const seen = new Set<string | null>();
     return [...this.ranks.keys()]
       .filter((node) => (this.ranks[node] ?? 0) > 0)
-      .sort((a, b) => (this.ranks[a] ?? 0) - (this.ranks[b] ?? 0));
+      .sort((a, b) => (this.ranks[a] ?? 0) - (this.ranks[b] ?? 0))
+      .filter((node) => {
+        const from = this.sources[node] ?? null;
+        const fresh = !seen.has(from);
+        seen.add(from);
+        return fresh;
+      });
   }
 }
 
@@ -98,7 +167,7 @@ export class Reading {
 const SAMPLE = 20_000;
 
 function* nodeValues(
-  topology: Topology,
+  addresses: readonly string[],
   volume: Volume,
   tokens: readonly Token[],
 ): Generator<number> {
@@ -107,11 +176,11 @@ function* nodeValues(
   const columns = Array.from({ length: volume.width }, (_, column) => column).filter(
     (column) => all || tokens[column]?.sink !== true,
   );
-  let step = Math.max(1, Math.ceil((topology.size * columns.length) / SAMPLE));
+  let step = Math.max(1, Math.ceil((addresses.length * columns.length) / SAMPLE));
   // A step that has a factor in common with the row would meet the same tokens in every row.
   while (commonFactor(step, columns.length) > 1) step++;
   let skip = 0;
-  for (const address of topology.addresses) {
+  for (const address of addresses) {
     const profile = volume.profile(address);
     if (profile === null) continue;
     for (; skip < columns.length; skip += step) yield profile[columns[skip] ?? 0] ?? NaN;

@@ -2,13 +2,17 @@
 import { createContext } from "svelte";
 
 import type { Client } from "../api/client";
+import { DIVERGING_MAPS, SEQUENTIAL_MAPS } from "../colour/lut";
 import { moved, widened } from "../colour/window";
-import { SEQUENCES, isSequence, type SequenceId } from "../model/sequences";
+import { NO_QUESTION, asked, askedOfCircuit, type Question } from "../model/question";
+import { isSequence, sequence, type SequenceId } from "../model/sequences";
+import type { SeriesId } from "../model/series";
+import type { Stimulus } from "../model/stimulus";
 import { headsLeft, neighbour, nodeAt, type Direction } from "../model/topology";
 import { spoken, value } from "../ui/format";
 import { Cine } from "./cine.svelte";
 import { Crosshair } from "./crosshair.svelte";
-import { Display } from "./display.svelte";
+import { Display, after } from "./display.svelte";
 import type { Action } from "./keys";
 import { Log } from "./log.svelte";
 import { Reading } from "./reading.svelte";
@@ -29,6 +33,10 @@ export class Room {
   readonly reading: Reading;
   readonly cine: Cine;
   prompt = $state("");
+  /** What DTI, FLAIR and stimulation are asked about. */
+  question = $state.raw<Question>(NO_QUESTION);
+  /** What the next stimulation does to the model. */
+  stimuli = $state.raw<readonly Stimulus[]>([]);
   help = $state(false);
   /** Whether single keys are shortcuts; a person who dictates can switch them off. */
   shortcuts = $state(true);
@@ -36,6 +44,8 @@ export class Room {
   announcement = $state("");
   /** Counts requests to put the cursor into the prompt. */
   promptCalls = $state(0);
+  /** Counts requests to put the focus on the stimulations. */
+  stimulationCalls = $state(0);
 
   constructor(client: Client) {
     this.study = new Study(client, this.log);
@@ -45,12 +55,7 @@ export class Room {
       tokenReached: (id, column) => {
         if (id === this.display.sequence) this.crosshair.token = column;
       },
-      finished: ({ sequence, tokens }) => {
-        if (sequence !== this.display.sequence) return;
-        if (!this.#restoring && tokens.length > 0) this.crosshair.token = tokens.length - 1;
-        this.#suggest();
-        this.#announce(`${sequence} scan complete. ${this.describe()}`);
-      },
+      finished: (series) => this.#finished(series.sequence, series.tokens.length),
     });
   }
 
@@ -61,7 +66,7 @@ export class Room {
     this.#apply(place);
     this.study.chosen = place.model;
     this.#restoring = true;
-    await this.study.begin(place.job);
+    await this.study.begin(place.jobs, place.sequence);
     this.#suggest();
     this.#restoring = false;
   }
@@ -70,26 +75,23 @@ export class Room {
   async visit(place: Place): Promise<void> {
     this.#apply(place);
     if (place.model !== null) await this.study.choose(place.model);
-    if (place.job !== null && place.job !== this.place().job) {
-      this.#restoring = true;
-      await this.study.open(place.job);
-      this.#restoring = false;
-    }
+    const there = this.study.jobs();
+    const missing = place.jobs.filter((job) => !there.includes(job));
+    if (missing.length === 0) return;
+    this.#restoring = true;
+    await this.study.openAll(missing, place.sequence);
+    this.#restoring = false;
   }
 
   place(): Place {
-    const state = this.study.series.fMRI;
-    const job =
-      state.status === "ready"
-        ? state.series.acquisition.job
-        : state.status === "acquiring"
-          ? state.job
-          : null;
     return {
       sequence: this.display.sequence,
       model: this.study.chosen,
-      job,
+      jobs: this.study.jobs(),
       prompt: this.prompt,
+      question: this.question,
+      stimuli: this.stimuli,
+      tracts: this.display.tracts,
       token: this.crosshair.token,
       focus: this.crosshair.locked,
       layout: this.display.layout,
@@ -98,23 +100,84 @@ export class Room {
     };
   }
 
-  /** Scans the prompt with the shown sequence, or with the first that takes a prompt. */
+  /** Takes a scan with the shown sequence, or with the first that has something to read. */
   scan(): void {
-    const prompt = this.prompt;
+    const id = this.scanned();
+    if (sequence(id).needsPrompt && this.prompt.trim() === "") {
+      this.callPrompt();
+      return;
+    }
+    this.cine.pause();
+    this.display.sequence = id;
+    if (id === "fMRI") this.display.showField(null);
+    void this.study.scan(id, sequence(id).endpoint, this.#request(id));
+  }
+
+  /** Which sequence a scan is taken with now: T1 is always there, and T2 once is enough. */
+  scanned(): SequenceId {
+    const { id } = this.reading.sequence;
+    const taken = this.study.series.T2.status === "ready";
+    return id === "T1" || (id === "T2" && taken) ? "fMRI" : id;
+  }
+
+  #request(id: SequenceId): Readonly<Record<string, unknown>> {
+    const { prompt, question } = this;
+    switch (id) {
+      case "T1":
+      case "T2":
+        return {};
+      case "fMRI":
+        return { prompt };
+      case "DTI":
+        return { prompt, ...askedOfCircuit(question) };
+      case "FLAIR":
+        return { prompt, ...asked(question), sublayers: "all" };
+    }
+  }
+
+  addStimulus(stimulus: Stimulus): void {
+    this.stimuli = [...this.stimuli, stimulus];
+    this.#announce(`Added. ${this.stimuli.length} in the list.`);
+  }
+
+  removeStimulus(index: number): void {
+    this.stimuli = this.stimuli.filter((_, at) => at !== index);
+    this.#announce(`Removed. ${this.stimuli.length} in the list.`);
+  }
+
+  /** The model as it was: an empty list, and no picture of a changed one. */
+  resetStimuli(): void {
+    this.stimuli = [];
+    this.study.clear("stimulation");
+    if (this.display.views.fMRI.field !== null && this.display.sequence === "fMRI") {
+      this.display.showField(null);
+    }
+    this.#announce("Nothing is stimulated.");
+  }
+
+  /** Reads the prompt once more, clean and with everything in the list done. */
+  stimulate(): void {
+    const { prompt, question, stimuli } = this;
     if (prompt.trim() === "") {
       this.callPrompt();
       return;
     }
-    const id = this.promptSequence();
+    if (stimuli.length === 0) return;
     this.cine.pause();
-    this.display.sequence = id;
-    void this.study.scan(id, prompt);
+    const request = { prompt, perturbations: stimuli, ...asked(question) };
+    void this.study.scan("stimulation", "/api/perturb", request);
   }
 
-  promptSequence(): SequenceId {
-    const shown = this.reading.sequence;
-    const takes = shown.needsPrompt ? shown : SEQUENCES.find((s) => s.needsPrompt);
-    return takes?.id ?? shown.id;
+  #finished(id: SeriesId, tokens: number): void {
+    const stimulated = id === "stimulation";
+    if (stimulated && !this.#restoring) {
+      this.display.sequence = "fMRI";
+      this.display.showField("difference");
+    }
+    if (id !== this.display.sequence && !stimulated) return;
+    if (!this.#restoring && tokens > 0) this.crosshair.token = tokens - 1;
+    this.#suggest();
+    this.#announce(`${stimulated ? "Stimulation" : `${id} scan`} complete. ${this.describe()}`);
   }
 
   callPrompt(): void {
@@ -128,6 +191,17 @@ export class Room {
     if (this.crosshair.locked === null) this.#suggest();
     const { title } = this.reading.sequence;
     this.#announce(`${id}, ${title.toLowerCase()}. ${this.describe()}`);
+  }
+
+  showField(id: string): void {
+    const first = this.reading.fields[0]?.id;
+    this.display.showField(id === first ? null : id);
+    this.#announce(`${this.reading.field?.title ?? ""}. ${this.describe()}`);
+  }
+
+  #sameSource(node: number): boolean {
+    const { locked, sources } = this.reading;
+    return locked >= 0 && sources[node] === sources[locked];
   }
 
   lock(node: number): void {
@@ -145,7 +219,7 @@ export class Room {
 
   /** Name, value, unit, rank and token of the locked component, to be read out. */
   describe(): string {
-    const { topology, locked, values, ranks, measured, series, token, tokens, column } =
+    const { topology, locked, values, ranks, measured, series, token, tokens, column, unit } =
       this.reading;
     if (topology === null) return "No model yet.";
     if (series === null) return "Not scanned yet.";
@@ -155,8 +229,13 @@ export class Room {
     const x = values[locked] ?? NaN;
     const reading = Number.isNaN(x)
       ? "not measured"
-      : `${value(x)} ${series.unit}, rank ${ranks[locked] ?? 0} of ${measured}`;
-    return `${topology.labels[locked] ?? ""}, ${reading}${place}.`;
+      : `${value(x)} ${unit}, rank ${ranks[locked] ?? 0} of ${measured}`;
+    const whole =
+      this.reading.sources[locked] === topology.addresses[locked] || Number.isNaN(x)
+        ? ""
+        : " (the layer's attention as a whole)";
+    const marked = this.reading.marks[locked] === 1 ? ", marked" : "";
+    return `${topology.labels[locked] ?? ""}${whole}, ${reading}${marked}${place}.`;
   }
 
   perform(action: Action): void {
@@ -211,11 +290,36 @@ export class Room {
       case "automatic":
         this.display.change({ window: null });
         break;
-      case "scale":
-        this.display.toggleScale();
+      case "scale": {
+        // A window of one scale means nothing on the other, so it goes back to automatic.
+        const scales = this.reading.field?.scales ?? [];
+        if (scales.length > 1) {
+          this.display.change({ scale: after(scales, this.reading.scale), window: null });
+        }
         break;
-      case "map":
-        this.display.nextMap();
+      }
+      case "map": {
+        const maps = this.reading.field?.signed === true ? DIVERGING_MAPS : SEQUENTIAL_MAPS;
+        this.display.change({ map: after(maps, this.reading.map) });
+        break;
+      }
+      case "field": {
+        const ids = this.reading.fields.map(({ id }) => id);
+        if (ids.length > 1) this.showField(after(ids, this.reading.field?.id ?? ""));
+        break;
+      }
+      case "previous-mark":
+      case "next-mark": {
+        const order = this.reading.ordered();
+        const at = order.findIndex((node) => this.#sameSource(node));
+        const next = at < 0 ? 0 : at + (action === "next-mark" ? 1 : -1);
+        const node = order[Math.max(0, Math.min(order.length - 1, next))];
+        if (node !== undefined) this.lock(node);
+        break;
+      }
+      case "stimulate":
+        this.display.panel = "stimulate";
+        this.stimulationCalls++;
         break;
       case "invert":
         this.display.change({ inverted: !this.display.view.inverted });
@@ -293,6 +397,9 @@ export class Room {
     this.crosshair.token = place.token;
     this.crosshair.locked = place.focus;
     this.crosshair.chosen = place.focus !== null;
+    this.display.tracts = place.tracts;
     this.prompt = place.prompt;
+    this.question = place.question;
+    this.stimuli = place.stimuli;
   }
 }

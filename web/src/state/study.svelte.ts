@@ -5,7 +5,7 @@
 import type { Client } from "../api/client";
 import { Refusal, explain, isAbort, sentence } from "../api/refusals";
 import type { JobEvent, JobView, ModelInfo } from "../api/schema";
-import { Growing, loadFunctional, loadStructural, type Series } from "../model/series";
+import { loadStructural, type Loader, type Series, type SeriesId } from "../model/series";
 import { SEQUENCES, isSequence, sequence, type SequenceId } from "../model/sequences";
 import { topologyOf, type Topology } from "../model/topology";
 import type { Log } from "./log.svelte";
@@ -34,7 +34,7 @@ export type SeriesState =
   | { readonly status: "ready"; readonly series: Series }
   | { readonly status: "failed"; readonly sentence: string; readonly series: Series | null };
 
-export type AllSeries = Readonly<Record<SequenceId, SeriesState>>;
+export type AllSeries = Readonly<Record<SeriesId, SeriesState>>;
 
 /** What a sequence has to show, finished or not. */
 export function shown(state: SeriesState): Series | null {
@@ -43,19 +43,45 @@ export function shown(state: SeriesState): Series | null {
 
 /** Told of what arrives while a scan runs, so that the crosshair can go along. */
 export interface ScanListener {
-  readonly tokenReached?: (sequence: SequenceId, column: number) => void;
+  readonly tokenReached?: (sequence: SeriesId, column: number) => void;
   readonly finished?: (series: Series) => void;
 }
 
 /** How long the first answer may take before we follow the job's events instead. */
 const PATIENCE_SECONDS = 10;
 
+/** How each series' tables are read. What only one modality needs is fetched with its first scan. */
+const LOADERS: Readonly<Record<SeriesId, () => Promise<Loader>>> = {
+  T1: () => Promise.resolve(loadStructural),
+  T2: () => import("../model/modes/weights").then(({ load }) => load),
+  fMRI: () => import("../model/modes/activations").then(({ load }) => load),
+  DTI: () => import("../model/modes/circuits").then(({ load }) => load),
+  FLAIR: () => import("../model/modes/anomalies").then(({ load }) => load),
+  stimulation: () => import("../model/modes/stimulation").then(({ load }) => load),
+};
+
+/** Which series a job's request is of; null for jobs that show nothing here. */
+function seriesOf(job: JobView): SeriesId | null {
+  const kind = job.request["scan_mode"];
+  if (kind === "perturbation") return "stimulation";
+  return typeof kind === "string" && isSequence(kind) ? kind : null;
+}
+
+/** What is shown of a scan while it runs. */
+interface Grows {
+  readonly series: Series;
+  /** Layer the sweep has reached, and the column that came last. */
+  readonly layer?: number;
+  readonly token?: number;
+  take(event: JobEvent): boolean;
+}
+
 export class Study {
   readonly #client: Client;
   readonly #log: Log;
   // Nothing is drawn from it, so it need not be reactive.
   // eslint-disable-next-line svelte/prefer-svelte-reactivity
-  readonly #runs = new Map<SequenceId, AbortController>();
+  readonly #runs = new Map<SeriesId, AbortController>();
   #listener: ScanListener = {};
 
   models = $state.raw<Loadable<readonly ModelInfo[]>>({ status: "loading" });
@@ -86,11 +112,11 @@ export class Study {
     this.#listener = listener;
   }
 
-  /** The models and the T1 image of the chosen one, both at once: the first picture; then a stored scan. */
-  async begin(job: string | null = null): Promise<void> {
+  /** The models and the T1 image of the chosen one, both at once: the first picture; then stored scans. */
+  async begin(jobs: readonly string[] = [], shown: SequenceId = "fMRI"): Promise<void> {
     const stored = async () => {
       await this.refreshModels();
-      if (job !== null) await this.open(job);
+      await this.openAll(jobs, shown);
     };
     await Promise.all([this.#structural(), stored()]);
   }
@@ -111,46 +137,78 @@ export class Study {
 
   async choose(name: string): Promise<void> {
     if (name === this.model?.name) return;
-    for (const { id } of SEQUENCES) this.#runs.get(id)?.abort();
+    for (const run of this.#runs.values()) run.abort();
     this.chosen = name;
     this.series = none();
     this.#log.add(`Model ${name}.`);
     await this.#structural();
   }
 
-  /** Scans a prompt. A scan of this sequence that still runs is given up. */
-  async scan(id: SequenceId, prompt: string): Promise<void> {
-    const { endpoint } = sequence(id);
+  /** Takes a scan. One of this kind that still runs is given up. */
+  async scan(
+    id: SeriesId,
+    endpoint: string,
+    asked: Readonly<Record<string, unknown>>,
+  ): Promise<void> {
     await this.#run(id, async (signal) => {
       const model = this.model?.name ?? this.chosen;
-      const request = { prompt, ...(model === null ? {} : { model }) };
+      const request = { ...asked, ...(model === null ? {} : { model }) };
+      const { prompt } = asked;
+      const known = typeof prompt === "string" && model !== null;
       const [job, tokens] = await Promise.all([
         this.#client.submit(endpoint, request, { signal }),
-        model === null ? null : this.#client.tokenize(model, prompt, signal).catch(() => null),
+        known ? this.#client.tokenize(model, prompt, signal).catch(() => null) : null,
       ]);
       return this.#follow(id, job, tokens?.texts ?? null, signal);
     });
   }
 
-  /** Shows a scan by its job's id, finished or not. */
-  async open(jobId: string): Promise<void> {
-    let job: JobView;
-    try {
-      job = await this.#client.job(jobId);
-    } catch (error) {
-      const text = error instanceof Refusal && error.status === 404 ? GONE : explain(error);
-      this.#log.add(text, "error");
-      this.#set("fMRI", { status: "failed", sentence: text, series: null });
-      return;
-    }
-    const kind = job.request["scan_mode"];
-    if (typeof kind !== "string" || !isSequence(kind)) return;
-    if (job.model !== this.model?.name) await this.choose(job.model);
-    await this.#run(kind, (signal) => this.#follow(kind, job, null, signal));
+  /** Shows scans by their jobs' ids, finished or not; what cannot be found is told where `shown` stands. */
+  async openAll(jobs: readonly string[], shown: SequenceId): Promise<void> {
+    const found = await Promise.all(
+      jobs.map(async (id) => {
+        try {
+          return await this.#client.job(id);
+        } catch (error) {
+          const text = error instanceof Refusal && error.status === 404 ? GONE : explain(error);
+          this.#log.add(text, "error");
+          this.#set(shown, { status: "failed", sentence: text, series: null });
+          return null;
+        }
+      }),
+    );
+    const known = found.filter((job) => job !== null);
+    const [first] = known;
+    if (first !== undefined && first.model !== this.model?.name) await this.choose(first.model);
+    await Promise.all(
+      known
+        .filter((job) => job.model === first?.model)
+        .map((job) => {
+          const id = seriesOf(job);
+          return id === null
+            ? null
+            : this.#run(id, (signal) => this.#follow(id, job, null, signal));
+        }),
+    );
+  }
+
+  /** Forgets a series, as if it had never been taken. */
+  clear(id: SeriesId): void {
+    this.#runs.get(id)?.abort();
+    this.#set(id, { status: "absent" });
+  }
+
+  /** Ids of the jobs behind everything that is shown but T1, which is always taken anew. */
+  jobs(): readonly string[] {
+    return Object.entries(this.series).flatMap(([id, state]) => {
+      if (id === "T1") return [];
+      if (state.status === "acquiring") return state.job ?? [];
+      return state.status === "ready" ? state.series.acquisition.job : [];
+    });
   }
 
   /** Asks the service to stop the running scan; the event stream tells when it has. */
-  async cancel(id: SequenceId): Promise<void> {
+  async cancel(id: SeriesId): Promise<void> {
     const state = this.series[id];
     if (state.status !== "acquiring") return;
     if (state.job === null) {
@@ -166,7 +224,7 @@ export class Study {
   }
 
   /** Takes a failure as read: what there was before stands again. */
-  dismiss(id: SequenceId): void {
+  dismiss(id: SeriesId): void {
     const state = this.series[id];
     if (state.status !== "failed") return;
     const { series } = state;
@@ -207,7 +265,7 @@ export class Study {
   }
 
   /** Runs one acquisition of a sequence, and puts whatever comes of it into `series`. */
-  async #run(id: SequenceId, work: (signal: AbortSignal) => Promise<Series>): Promise<void> {
+  async #run(id: SeriesId, work: (signal: AbortSignal) => Promise<Series>): Promise<void> {
     this.#runs.get(id)?.abort();
     const run = new AbortController();
     this.#runs.set(id, run);
@@ -242,17 +300,15 @@ export class Study {
 
   /** From a job to its series, painting what arrives on the way. */
   async #follow(
-    id: SequenceId,
+    id: SeriesId,
     job: JobView,
     texts: readonly string[] | null,
     signal: AbortSignal,
   ): Promise<Series> {
+    const loader = LOADERS[id]();
     if (job.state !== "succeeded") {
-      const growing =
-        texts === null || this.topology === null
-          ? null
-          : new Growing(job, [...this.topology.addresses, ...residuals(this.topology)], texts);
       this.#update(id, { job: job.id, stage: job.state });
+      const growing = await this.#growing(id, job, texts);
       const show = growing === null ? null : inNextPicture(() => this.#grown(id, growing, signal));
       await this.#untilEnd(job, signal, (event) => {
         this.#arrived(id, event);
@@ -262,13 +318,28 @@ export class Study {
     if (signal.aborted) throw new DOMException("The scan was given up", "AbortError");
     this.#update(id, { job: job.id, stage: "fetching", share: null });
     const manifest = await this.#client.manifest(job.id);
-    const read = (name: string) => this.#client.table(job.id, name);
-    return id === "T1"
-      ? loadStructural(manifest, job.id, read)
-      : loadFunctional(manifest, job.id, read);
+    const load = await loader;
+    return load(manifest, job.id, (name) => this.#client.table(job.id, name));
   }
 
-  #arrived(id: SequenceId, event: JobEvent): void {
+  async #growing(
+    id: SeriesId,
+    job: JobView,
+    texts: readonly string[] | null,
+  ): Promise<Grows | null> {
+    const { topology } = this;
+    if (topology === null) return null;
+    if (id === "fMRI" && texts !== null) {
+      const { Growing } = await import("../model/modes/activations");
+      return new Growing(job, [...topology.addresses, ...residuals(topology)], texts);
+    }
+    if (id !== "DTI") return null;
+    const { GrowingEffects } = await import("../model/modes/circuits");
+    const attention = residuals(topology).filter((address) => address.endsWith(".attn"));
+    return new GrowingEffects(job, [...topology.addresses, ...attention]);
+  }
+
+  #arrived(id: SeriesId, event: JobEvent): void {
     if (event.type === "state" || event.type === "reset") {
       this.#update(id, { stage: event.state, share: null });
     } else if (event.type === "progress") {
@@ -277,10 +348,10 @@ export class Study {
     }
   }
 
-  #grown(id: SequenceId, growing: Growing, signal: AbortSignal): void {
+  #grown(id: SeriesId, growing: Grows, signal: AbortSignal): void {
     if (signal.aborted || this.series[id].status !== "acquiring") return;
-    this.#update(id, { series: growing.series, layer: growing.layer });
-    this.#listener.tokenReached?.(id, growing.token);
+    this.#update(id, { series: growing.series, layer: growing.layer ?? -1 });
+    if (growing.token !== undefined) this.#listener.tokenReached?.(id, growing.token);
   }
 
   /** Reads a job's events to the last. Throws the job's own problem unless it succeeded. */
@@ -305,11 +376,11 @@ export class Study {
     throw new Refusal(end.problem ?? { title: `The job ended as ${end.state}`, status: 409 });
   }
 
-  #set(id: SequenceId, state: SeriesState): void {
+  #set(id: SeriesId, state: SeriesState): void {
     this.series = { ...this.series, [id]: state };
   }
 
-  #update(id: SequenceId, change: Partial<Omit<Acquiring, "status">>): void {
+  #update(id: SeriesId, change: Partial<Omit<Acquiring, "status">>): void {
     const state = this.series[id];
     if (state.status === "acquiring") this.#set(id, { ...state, ...change });
   }
@@ -321,9 +392,8 @@ const GONE = sentence({
 });
 
 function none(): AllSeries {
-  return Object.fromEntries(
-    SEQUENCES.map(({ id }) => [id, { status: "absent" }]),
-  ) as unknown as AllSeries;
+  const ids: readonly SeriesId[] = [...SEQUENCES.map(({ id }) => id), "stimulation"];
+  return Object.fromEntries(ids.map((id) => [id, { status: "absent" }])) as unknown as AllSeries;
 }
 
 /** Frames can come faster than pictures are drawn: what arrives between two is shown in one. */
@@ -353,5 +423,6 @@ function finishedSentence(series: Series): string {
     ...(series.tokens.length > 0 ? [`${series.tokens.length} tokens`] : []),
     ...(forwardSeconds ? [`${(forwardSeconds * 1000).toFixed(0)} ms forward`] : []),
   ];
-  return `${series.sequence} scan complete${facts.length > 0 ? `: ${facts.join(", ")}` : ""}.`;
+  const name = series.sequence === "stimulation" ? "Stimulation" : `${series.sequence} scan`;
+  return `${name} complete${facts.length > 0 ? `: ${facts.join(", ")}` : ""}.`;
 }

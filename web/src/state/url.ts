@@ -3,22 +3,33 @@
  * a prompt does not end up in a server's log. Only what differs from the default is written.
  */
 import { MAP_NAMES, type MapName } from "../colour/lut";
+import type { Scale } from "../colour/window";
 import { LAYOUT_NAMES, type LayoutName } from "../model/layout";
 import { SEQUENCES, isSequence, type SequenceId } from "../model/sequences";
+import { METHODS, NO_QUESTION, type MethodId, type Question } from "../model/question";
+import { read, written, type Stimulus } from "../model/stimulus";
 import {
   PANEL_NAMES,
-  defaultView,
   defaultViews,
   type PanelName,
   type SeriesView,
   type Views,
 } from "../model/views";
+import { USUAL_TRACTS } from "./display.svelte";
+
+const SCALES: readonly Scale[] = ["linear", "log", "size"];
+const MOST_TRACTS = 5000;
 
 export interface Place {
   readonly sequence: SequenceId;
   readonly model: string | null;
-  readonly job: string | null;
+  /** The scans that are there, one of a kind. */
+  readonly jobs: readonly string[];
   readonly prompt: string;
+  readonly question: Question;
+  /** What is to be done to the model in the next stimulation. */
+  readonly stimuli: readonly Stimulus[];
+  readonly tracts: number;
   readonly token: number;
   readonly focus: string | null;
   readonly layout: LayoutName;
@@ -29,8 +40,11 @@ export interface Place {
 export const START: Place = {
   sequence: "T1",
   model: null,
-  job: null,
+  jobs: [],
   prompt: "",
+  question: NO_QUESTION,
+  stimuli: [],
+  tracts: USUAL_TRACTS,
   token: 0,
   focus: null,
   layout: "brain",
@@ -45,17 +59,23 @@ export function encode(place: Place): string {
   };
   write("seq", place.sequence, START.sequence);
   write("model", place.model, null);
-  write("job", place.job, null);
+  for (const job of place.jobs) fields.append("job", job);
   write("prompt", place.prompt, "");
+  write("answer", place.question.answer, "");
+  write("foil", place.question.foil, "");
+  write("corrupt", place.question.corrupt, "");
+  write("method", place.question.method, NO_QUESTION.method);
+  for (const stimulus of place.stimuli) fields.append("do", written(stimulus));
+  write("tracts", String(place.tracts), String(START.tracts));
   write("token", String(place.token), "0");
   write("focus", place.focus, null);
   write("layout", place.layout, START.layout);
   write("panel", place.panel, START.panel);
   for (const { id } of SEQUENCES) {
     const view = place.views[id];
-    const usual = defaultView(id);
-    write(`${id}.map`, view.map, usual.map);
-    write(`${id}.scale`, view.scale, usual.scale);
+    write(`${id}.field`, view.field, null);
+    write(`${id}.map`, view.map, null);
+    write(`${id}.scale`, view.scale, null);
     write(`${id}.inverted`, String(view.inverted), "false");
     if (view.window !== null) fields.set(`${id}.wl`, `${view.window.width},${view.window.level}`);
   }
@@ -67,11 +87,24 @@ export function decode(fragment: string): Place {
   const fields = new URLSearchParams(fragment.replace(/^#/, ""));
   const sequence = fields.get("seq") ?? "";
   const token = Number(fields.get("token"));
+  const tracts = Number(fields.get("tracts"));
   return {
     sequence: isSequence(sequence) ? sequence : START.sequence,
     model: fields.get("model"),
-    job: fields.get("job"),
+    jobs: fields.getAll("job"),
     prompt: fields.get("prompt") ?? "",
+    question: {
+      answer: fields.get("answer") ?? "",
+      foil: fields.get("foil") ?? "",
+      corrupt: fields.get("corrupt") ?? "",
+      method: oneOf<MethodId>(
+        METHODS.map(({ id }) => id),
+        fields.get("method"),
+        NO_QUESTION.method,
+      ),
+    },
+    stimuli: fields.getAll("do").flatMap((text) => read(text) ?? []),
+    tracts: Number.isInteger(tracts) && tracts > 0 ? Math.min(tracts, MOST_TRACTS) : START.tracts,
     token: Number.isInteger(token) && token >= 0 ? token : 0,
     focus: fields.get("focus"),
     layout: oneOf<LayoutName>(LAYOUT_NAMES, fields.get("layout"), START.layout),
@@ -83,13 +116,12 @@ export function decode(fragment: string): Place {
 }
 
 function decodeView(fields: URLSearchParams, id: SequenceId): SeriesView {
-  const usual = defaultView(id);
-  const scale = fields.get(`${id}.scale`);
   const [width = NaN, level = NaN] = (fields.get(`${id}.wl`) ?? "").split(",").map(number);
   const isWindow = Number.isFinite(width) && width > 0 && Number.isFinite(level);
   return {
-    map: oneOf<MapName>(MAP_NAMES, fields.get(`${id}.map`), usual.map),
-    scale: scale === "log" || scale === "linear" ? scale : usual.scale,
+    field: fields.get(`${id}.field`),
+    map: oneOf<MapName | null>(MAP_NAMES, fields.get(`${id}.map`), null),
+    scale: oneOf<Scale | null>(SCALES, fields.get(`${id}.scale`), null),
     inverted: fields.get(`${id}.inverted`) === "true",
     window: isWindow ? { width, level } : null,
   };
@@ -100,6 +132,6 @@ function number(text: string): number {
   return text.trim() === "" ? NaN : Number(text);
 }
 
-function oneOf<T extends string>(allowed: readonly T[], value: string | null, usual: T): T {
+function oneOf<T>(allowed: readonly T[], value: string | null, usual: T): T {
   return allowed.find((candidate) => candidate === value) ?? usual;
 }

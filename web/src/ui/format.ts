@@ -72,7 +72,7 @@ export function brief(id: string, length = 8): string {
 /** Window and level in the value's own unit; a log window's width is a factor. */
 export function windowLevel(
   window: { readonly level: number; readonly width: number },
-  scale: "linear" | "log",
+  scale: "linear" | "log" | "size",
 ): string {
   return scale === "log"
     ? `L ${short(10 ** window.level)}  W ×${short(10 ** window.width)}`

@@ -139,6 +139,7 @@ test("from an empty viewer to the hottest head and back, without a pointer", asy
   await page.keyboard.press("1");
   expect(await page.getByRole("tab", { selected: true }).first().innerText()).toContain("T1");
   await page.keyboard.press("PageDown");
+  await page.keyboard.press("PageDown");
   await page.keyboard.press(" ");
   await page.getByRole("button", { name: "Pause" }).waitFor();
   await page.keyboard.press(" ");

@@ -1,6 +1,6 @@
 import { describe, expect, test } from "vitest";
 
-import { LUT_SIZE, MAP_NAMES, lut, lutIndex } from "../../src/colour/lut";
+import { DIVERGING_MAPS, LUT_SIZE, SEQUENTIAL_MAPS, lut, lutIndex } from "../../src/colour/lut";
 import {
   automatic,
   bounds,
@@ -9,6 +9,7 @@ import {
   moved,
   position,
   quantile,
+  symmetric,
   widened,
 } from "../../src/colour/window";
 import { planePixels } from "../../src/render/plane";
@@ -24,7 +25,7 @@ function lightness(table: Uint8ClampedArray, index: number): number {
   return y > 0.008856 ? 116 * Math.cbrt(y) - 16 : 903.3 * y;
 }
 
-describe.each(MAP_NAMES.filter((name) => name !== "cool-hot"))("map %s", (name) => {
+describe.each(SEQUENTIAL_MAPS.filter((name) => name !== "cool-hot"))("map %s", (name) => {
   test("gets lighter from end to end without a reversal", () => {
     const table = lut(name);
     for (let index = 8; index < LUT_SIZE; index += 8) {
@@ -40,6 +41,41 @@ describe.each(MAP_NAMES.filter((name) => name !== "cool-hot"))("map %s", (name) 
       }
     }
   });
+});
+
+describe.each(DIVERGING_MAPS)("map %s", (name) => {
+  test("gets lighter from the middle to either end, and is darkest where nothing happens", () => {
+    const table = lut(name);
+    for (let step = 8; step < LUT_SIZE / 2; step += 8) {
+      const [below, above] = [LUT_SIZE / 2 - step, LUT_SIZE / 2 + step - 1];
+      expect(lightness(table, below)).toBeGreaterThan(lightness(table, below + 8));
+      expect(lightness(table, above)).toBeGreaterThan(lightness(table, above - 8));
+    }
+  });
+
+  test("is as light at one end as at the other, so that no sign weighs more", () => {
+    const table = lut(name);
+    expect(Math.abs(lightness(table, 0) - lightness(table, LUT_SIZE - 1))).toBeLessThan(8);
+  });
+});
+
+test("ordinary tissue of a FLAIR scan keeps 3:1 against the background", () => {
+  const luminance = (l: number) => (l > 8 ? ((l + 16) / 116) ** 3 : l / 903.3);
+  const background = luminance(lightness(Uint8ClampedArray.of(10, 12, 16), 0));
+  const ordinary = luminance(lightness(lut("lesion"), 0));
+  expect((ordinary + 0.05) / (background + 0.05)).toBeGreaterThanOrEqual(3);
+});
+
+test("a signed value of 0 stands in the middle of its window, whatever the values", () => {
+  const sorted = coordinates([-9, -1, 0, 2, 3], "linear");
+  expect(position(0, symmetric(sorted, 0), "linear")).toBe(0.5);
+  expect(position(-9, symmetric(sorted, 0), "linear")).toBe(0);
+});
+
+test("on a scale of sizes both signs are one colour", () => {
+  const window = { level: 2, width: 4 };
+  expect(position(-3, window, "size")).toBe(position(3, window, "size"));
+  expect(position(0, window, "size")).toBe(0);
 });
 
 test("the inferno table is d3's", () => {
@@ -116,7 +152,9 @@ test("a node's colour is the table's at its value's place in the window", () => 
     scale: "linear",
     lut: table,
     radius: 10,
-    glows: true,
+    marks: Float64Array.of(0, 0, 1, 1, 0),
+    halos: "largest",
+    signed: false,
   });
   values.forEach((value, node) => {
     if (Number.isNaN(value)) {
@@ -126,6 +164,7 @@ test("a node's colour is the table's at its value's place in the window", () => 
     const at = lutIndex(position(value, window, "linear")) * 3;
     expect([...paint.rgb.slice(node * 3, node * 3 + 3)]).toEqual([...table.slice(at, at + 3)]);
   });
+  expect([...paint.ring]).toEqual([0, 0, 1, 0, 0]);
   expect(paint.halo[0]).toBe(0);
   expect(paint.halo[4]).toBe(1);
   expect(paint.radius[0] ?? 0).toBeLessThan(paint.radius[4] ?? 0);

@@ -2,7 +2,9 @@ import { expect, test } from "vitest";
 
 import { MAP_NAMES } from "../../src/colour/lut";
 import { LAYOUT_NAMES } from "../../src/model/layout";
+import { METHODS } from "../../src/model/question";
 import { SEQUENCES } from "../../src/model/sequences";
+import type { Stimulus } from "../../src/model/stimulus";
 import { PANEL_NAMES, type Views } from "../../src/model/views";
 import { START, decode, encode, type Place } from "../../src/state/url";
 import { chance } from "./fixtures";
@@ -19,8 +21,23 @@ function place(): Place {
   return {
     sequence: pick(SEQUENCES).id,
     model: pick([null, "smollm2-135m-instruct", "org/name.v1"]),
-    job: pick([null, "01930000-0000-7000-8000-00000000000a"]),
+    jobs: pick([[], ["01930000-0000-7000-8000-00000000000a"], ["a1", "b2", "c3"]]),
     prompt: pick(PROMPTS),
+    question: {
+      answer: pick(["", "Paris", " Paris"]),
+      foil: pick(["", "&="]),
+      corrupt: pick(PROMPTS),
+      method: pick(METHODS).id,
+    },
+    stimuli: pick<readonly Stimulus[]>([
+      [],
+      [
+        { operation: "zero", component: "blocks.3.mlp" },
+        { operation: "amplify", component: "blocks.0.attn.head_11", factor: -2.5 },
+        { operation: "noise", component: "embed", sigma: 0.5, token_positions: [0, 7] },
+      ],
+    ]),
+    tracts: Math.ceil(random() * 300),
     token: Math.floor(random() * 500),
     focus: pick([null, "embed", "blocks.3.attn.head_7", "blocks.29.mlp"]),
     layout: pick(LAYOUT_NAMES),
@@ -29,8 +46,9 @@ function place(): Place {
       SEQUENCES.map(({ id }) => [
         id,
         {
-          map: pick(MAP_NAMES),
-          scale: pick(["log", "linear"] as const),
+          field: pick([null, "z", "estimate"]),
+          map: pick([null, ...MAP_NAMES]),
+          scale: pick([null, "log", "linear", "size"] as const),
           inverted: random() < 0.5,
           window:
             random() < 0.3 ? null : { level: (random() - 0.5) * 1e4, width: random() * 1e3 + 1e-7 },
@@ -53,7 +71,8 @@ test("the view a visitor begins with has an empty address", () => {
 });
 
 test("an address that says nonsense shows the default, not an error", () => {
-  const nonsense = "seq=T9&token=-3&layout=cube&panel=x&fMRI.map=mud&fMRI.scale=cube&fMRI.wl=0,1";
+  const nonsense =
+    "do=explode~blocks.1.mlp&do=zero~unembed&method=magic&tracts=-1&seq=T9&token=-3&layout=cube&panel=x&fMRI.map=mud&fMRI.scale=cube&fMRI.wl=0,1";
   expect(decode(nonsense)).toEqual(START);
   expect(decode("fMRI.wl=,").views.fMRI.window).toBeNull();
 });

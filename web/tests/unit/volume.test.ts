@@ -2,7 +2,8 @@ import { expect, test } from "vitest";
 
 import { readActivations } from "../../src/api/frames";
 import type { ActivationFrame, JobView, LayerFrame } from "../../src/api/schema";
-import { Growing } from "../../src/model/series";
+import { Growing } from "../../src/model/modes/activations";
+import type { Series } from "../../src/model/series";
 import { topologyOf } from "../../src/model/topology";
 import { Volume, ranks } from "../../src/model/volume";
 import { SMOLLM2 } from "./architectures";
@@ -10,6 +11,12 @@ import { bytes, json } from "./fixtures";
 
 const frames = json("frames") as { texts: string[]; values: Record<string, number[]> };
 const topology = topologyOf(SMOLLM2);
+
+function shownVolume(series: Series): Volume {
+  const [shown] = series.fields;
+  if (shown === undefined) throw new Error("the series has nothing to show");
+  return shown.volume;
+}
 
 const job: JobView = {
   id: "01930000-0000-7000-8000-000000000001",
@@ -78,10 +85,10 @@ test("a scan put together from its frames equals the stored table", () => {
   const table = new Volume(stored.components, stored.width, stored.values);
   for (const component of topology.addresses.slice(0, -1)) {
     for (let token = 0; token < frames.texts.length; token++) {
-      expect(growing.series.volume.at(component, token)).toBe(table.at(component, token));
+      expect(shownVolume(growing.series).at(component, token)).toBe(table.at(component, token));
     }
   }
-  expect(growing.series.unit).toBe("L2 norm");
+  expect(growing.series.fields[0]?.unit).toBe("L2 norm");
 });
 
 test("a layer's frame fills that layer alone, and readers see a new volume", () => {
@@ -99,9 +106,9 @@ test("a layer's frame fills that layer alone, and readers see a new volume", () 
   };
   growing.take(frame);
   expect(growing.series).not.toBe(before);
-  expect(growing.series.volume).not.toBe(before.volume);
-  expect(growing.series.volume.at("blocks.4.mlp", 9)).toBe(value("blocks.4.mlp", 9));
-  expect(growing.series.volume.at("blocks.5.mlp", 9)).toBeNaN();
+  expect(shownVolume(growing.series)).not.toBe(shownVolume(before));
+  expect(shownVolume(growing.series).at("blocks.4.mlp", 9)).toBe(value("blocks.4.mlp", 9));
+  expect(shownVolume(growing.series).at("blocks.5.mlp", 9)).toBeNaN();
   expect(growing.layer).toBe(4);
 });
 
@@ -115,5 +122,5 @@ test("events that bring no numbers leave the scan as it was", () => {
 test("a frame for a component or token the prompt does not have is left out", () => {
   const growing = new Growing(job, topology.addresses, ["one"]);
   expect(() => growing.take(tokenFrame(5))).not.toThrow();
-  expect(growing.series.volume.at("embed", 0)).toBeNaN();
+  expect(shownVolume(growing.series).at("embed", 0)).toBeNaN();
 });
