@@ -78,8 +78,9 @@ class CalibrationScan(
     texts: Annotated[tuple[Prompt, ...], Meta(max_length=10_000)] = ()
     n_tokens: Annotated[int, Meta(ge=256, le=1_000_000)] = 2048
     """Tokens of reference text, at most."""
-    n_ordinary: Annotated[int, Meta(ge=32, le=4096)] = 256
-    """Positions, spread over that text, whose channel values are kept as ordinary."""
+    n_ordinary: Annotated[int, Meta(ge=32, le=4096)] = 128
+    """Positions of texts that no lens is fitted on (a quarter) whose channel values are kept as ordinary,
+    at most. n of them can promise a false-alarm rate of 1 / (n + 1) and no lower."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     lenses: Annotated[tuple[Lens, ...], Meta(min_length=1, max_length=3)] = (Lens.BIAS,)
     """Lenses whose ordinary values are kept. With `ridge` among them that lens is fitted:

@@ -249,6 +249,12 @@ SCHEMAS: Mapping[str, TableSchema] = MappingProxyType(
             _COMPONENT,
             "What each component writes to the residual stream: a row a component, a value a token.",
         ),
+        "percentile": TableSchema(
+            SchemaVersion(1, 0),
+            _COMPONENT,
+            "How unusually active each component is: the share of ordinary positions at which it was less "
+            "active, 0 to 1, a row a component, a value a token. NaN at sinks, position 0 included.",
+        ),
         "vectors": TableSchema(
             SchemaVersion(1, 0),
             (*_COMPONENT, _field("position", pa.int32())),

@@ -12,6 +12,7 @@ from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.results import build, component_columns, positions_column
 from neural_mri.contract.scans import ActivationScan
 from neural_mri.contract.tokens import Tokens
+from worker.scanner.calibration import Calibration
 from worker.scanner.layer_summaries import Neurons, Vectors
 from worker.scanner.loading import LoadedModel
 from worker.scanner.measures import largest, unit
@@ -22,6 +23,7 @@ __all__ = (
     "activations_table",
     "columns_of",
     "neurons_table",
+    "percentile_table",
     "predictions_table",
     "tokens_table",
     "vectors_table",
@@ -84,6 +86,30 @@ def activations_table(
         method=f"{unit(request.aggregation)}: {_METHOD}",
         positions=positions,
         aggregation=request.aggregation,
+    )
+
+
+def percentile_table(
+    calibration: Calibration,
+    components: Sequence[Component],
+    values: Float[Tensor, "component pos"],
+    positions: tuple[int, ...],
+    sinks: Bool[Tensor, " all_pos"],
+) -> pa.Table:
+    """A row a component, a value a reported token: where the norm stands among ordinary ones."""
+    shares = calibration.percentile(values, components)
+    shares[:, sinks[list(positions)]] = torch.nan
+    value = positions_column(_column(shares, torch.float32), len(positions))
+    return finished(
+        build("percentile", columns_of(tuple(components)), value),
+        "percentile",
+        unit="share of ordinary positions",
+        method="rank of the L2 norm among the component's own at positions 1 and later of reference text, "
+        "to the hundredth",
+        positions=positions,
+        calibration=calibration.source,
+        calibration_seed=calibration.seed,
+        calibration_tokens=calibration.n_tokens,
     )
 
 

@@ -14,6 +14,7 @@ from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scans import ActivationScan, Aggregation, resolve_positions
 from neural_mri.contract.tokens import Tokens
 from worker.scanner import activation_tables as tables
+from worker.scanner.calibration import Calibration
 from worker.scanner.frames import send_frames
 from worker.scanner.layer_reading import Reading
 from worker.scanner.listening import Listener
@@ -29,9 +30,16 @@ LARGEST_VECTORS_BYTES = 1 << 30
 
 @torch.inference_mode()
 def scan_activations(
-    model: LoadedModel, request: ActivationScan, tokens: Tokens, listener: Listener
+    model: LoadedModel,
+    request: ActivationScan,
+    tokens: Tokens,
+    listener: Listener,
+    *,
+    calibration: Calibration | None = None,
 ) -> ScanOutput:
     """The tables `tokens`, `activations`, `neurons`, `predictions`, and for `raw` `vectors.L`.
+
+    With a calibration and `l2_norm`, which is what that was measured by, `percentile` too.
 
     Says how far it has come after each layer, and sends every token's frame once all layers are known.
 
@@ -63,11 +71,16 @@ def scan_activations(
         tokens=tokens,
         unit=unit(request.aggregation),
     )
+    sinks = found.sinks()
     made = {
-        "tokens": tables.tokens_table(tokens, found.sinks()),
+        "tokens": tables.tokens_table(tokens, sinks),
         "activations": tables.activations_table(request, components, values, positions),
         "predictions": tables.predictions_table(model, request, logits, positions),
     }
+    if calibration is not None and request.aggregation is Aggregation.L2_NORM:
+        made["percentile"] = tables.percentile_table(
+            calibration, components, values, positions, sinks
+        )
     if neurons is not None:
         made["neurons"] = tables.neurons_table(neurons, positions)
     for name, vectors in found.vectors.items():

@@ -8,9 +8,11 @@ unusual is judged against the model's calibration, never against the rest of the
 """
 
 import time
+from collections.abc import Sequence
+from weakref import WeakSet
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from neural_mri.contract.anomalies import AnomalyScan, Lens, Sublayers
@@ -21,7 +23,7 @@ from worker.scanner import anomaly_tables as tables
 from worker.scanner.activation_tables import predictions_table, tokens_table
 from worker.scanner.anomaly_tables import Findings
 from worker.scanner.calibration import Calibration
-from worker.scanner.channels import LensSet, Measured, channels, derived, measure
+from worker.scanner.channels import LensSet, channels, derived, measure
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
 from worker.scanner.prompts import ScanOutput, token_ids
@@ -34,6 +36,9 @@ LARGEST_RESIDUALS_BYTES = 2 << 30
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """How far the lens of the last residual may be from the model's logits, as a share of the largest."""
+
+_compared: WeakSet[LoadedModel] = WeakSet()
+"""Models whose lens was found to be theirs: afterwards a scan leaves the unembedding to the lens."""
 
 
 @torch.inference_mode()
@@ -74,27 +79,26 @@ def scan_anomalies(
     inner_at = _inner(request, measured_at, target)
     _refuse_too_many(model, len(measured_at))
     inside = [measured_at[index] for index in inner_at]
-    reading = ResidualReading(model, torch.tensor(measured_at), torch.tensor(inside), listener)
+    reading = ResidualReading(model, _indices(measured_at), _indices(inside), listener)
 
     started = time.perf_counter()
+    logits = None
     with reading.listening():
-        logits = model.plain(
-            input_ids=ids,
-            use_cache=False,
-            logits_to_keep=torch.tensor([target], device=model.device),
-        ).logits[0]
+        if target == 0 or model not in _compared:
+            logits = model.plain(
+                input_ids=ids,
+                use_cache=False,
+                logits_to_keep=torch.tensor([target], device=model.device),
+            ).logits[0]
+        else:
+            model.plain.base_model(input_ids=ids, use_cache=False)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     forward_seconds = time.perf_counter() - started
 
-    made = {
-        "tokens": tokens_table(tokens, reading.sinks()),
-        "predictions": predictions_table(
-            model, ActivationScan(prompt=request.prompt), logits, (target,)
-        ),
-    }
-    answer = int(logits[0].argmax()) if answer_id is None else answer_id
-    asked = (answer,) if foil_id is None else (answer, foil_id)
+    answer = answer_id
+    if logits is not None and answer is None:
+        answer = int(logits[0].argmax())
 
     def after_chunk(done: int) -> None:
         listener.progress("lens", done, len(measured_at))
@@ -104,12 +108,14 @@ def scan_anomalies(
         model,
         reading.residuals,
         lenses,
-        torch.tensor(inner_at),
-        asked=asked,
+        _indices(inner_at),
+        asked=(answer,) if foil_id is None else (answer, foil_id),
+        target=measured_at.index(target) if target > 0 else None,
         after_chunk=after_chunk,
     )
-    if target > 0:
-        _refuse_unlike(logits, measured, measured_at.index(target), model.plain.dtype)
+    if logits is not None and target > 0:
+        _refuse_unlike(logits, measured.logits)
+        _compared.add(model)
     found = channels(measured, kl_weight=request.kl_weight, entropy_weight=request.entropy_weight)
     known = None if calibration is None else calibration.ordinary.get(request.lens)
     findings = Findings(
@@ -119,11 +125,20 @@ def scan_anomalies(
         positions=positions,
         inner_positions=tuple(inside),
         target=target,
-        asked=asked,
+        asked=measured.asked,
         measured=measured,
         channels=found | (derived(found, known) if known else {}),
         known=known or {},
     )
+    made = {
+        "tokens": tokens_table(tokens, reading.sinks()),
+        "predictions": predictions_table(
+            model,
+            ActivationScan(prompt=request.prompt),
+            measured.logits if target > 0 or logits is None else logits,
+            (target,),
+        ),
+    }
     return ScanOutput(made | tables.all_tables(findings), forward_seconds)
 
 
@@ -149,6 +164,11 @@ def _inner(request: AnomalyScan, measured_at: tuple[int, ...], target: int) -> l
             return list(range(len(measured_at)))
 
 
+def _indices(positions: Sequence[int]) -> Int[Tensor, " pos"]:
+    """As integers even where there are none."""
+    return torch.tensor(positions, dtype=torch.int64)
+
+
 def _refuse_too_many(model: LoadedModel, n_positions: int) -> None:
     shape = model.architecture
     # Read, mapped by the lens, and gathered for it: three times what there is between and inside blocks.
@@ -161,14 +181,13 @@ def _refuse_too_many(model: LoadedModel, n_positions: int) -> None:
 
 
 def _refuse_unlike(
-    logits: Float[Tensor, "one d_vocab"], measured: Measured, index: int, dtype: torch.dtype
+    logits: Float[Tensor, "one d_vocab"], by_lens: Float[Tensor, "one d_vocab"]
 ) -> None:
     """The lens of the last residual must be the model's prediction, or none of it means anything."""
-    row = logits[0].float()
-    expected = row.max() - row.logsumexp(0)
-    off = (measured.final.log_probability[index] - expected).abs()
-    if off > _TOLERANCE[dtype] * row.abs().max().clamp_min(1):
+    expected, found = logits.float(), by_lens.float()
+    off = (found - expected).abs().max()
+    if not off <= _TOLERANCE[logits.dtype] * expected.abs().max().clamp_min(1):
         raise UnsupportedModel(
-            f"the last residual through the lens is {float(off):.3g} nats off the model's prediction: "
-            "its logits are made of more than the final norm, the unembedding and a soft-cap"
+            f"the last residual through the lens is {float(off):.3g} off the model's logits: they are "
+            "made of more than the final norm, the unembedding and a soft-cap"
         )

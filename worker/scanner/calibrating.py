@@ -1,8 +1,9 @@
 """Measuring a model's calibration, once, on reference text.
 
 One pass over the text gives the lenses, the means that mean ablation puts in a component's place, and how
-strongly each component is active. Through the lenses, some of its positions then show what is ordinary in
-each of FLAIR's channels. Nothing in it comes from a person's prompt.
+strongly each component is active. Through the lenses, positions of texts that no lens was fitted on then show
+what is ordinary in each of FLAIR's channels: a lens is nearer to the text it was fitted on than to any prompt,
+and bounds taken there would promise too much. Nothing in it comes from a person's prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neural_mri.contract.anomalies import CalibrationScan, Lens
@@ -28,12 +29,17 @@ from worker.scanner.references import reference_means
 from worker.scanner.residuals import ResidualReading, Residuals
 from worker.scanner.sampling import given_text, sampled_text
 
-__all__ = ("calibrate",)
+__all__ = ("calibrate", "held_out")
 
 _TOKENS_AT_ONCE = 512
 _MOST_QUANTILE_TOKENS = 8192
 """More positions make no better percentiles."""
 _MOST_RIDGE_BYTES = 4 << 30
+
+
+def held_out(n_texts: int) -> Bool[Tensor, " text"]:
+    """Which texts no lens is fitted on: every fourth, and one of two."""
+    return torch.arange(n_texts) % 4 == 1
 
 
 @torch.inference_mode()
@@ -132,7 +138,8 @@ class _Text:
         self.ridge = None
         if Lens.RIDGE in request.lenses:
             self.ridge = Moments(n_places, width, products=True, device=device)
-        measured = n_texts * (self._length - 1)
+        self._held_out = held_out(n_texts)
+        measured = int(self._held_out.sum()) * (self._length - 1)
         n_ordinary = min(request.n_ordinary, measured)
         # Evenly spread, by whole numbers: each position at most once.
         self._ordinary = torch.arange(n_ordinary) * measured // n_ordinary
@@ -148,7 +155,8 @@ class _Text:
                 residuals = self._residuals(batch.shape, reading)
                 activity = self._activity(batch.shape, reading)
                 yield batch
-            self._add(residuals.residuals)
+            held_out_here = self._held_out[first : first + len(batch)]
+            self._add(residuals.residuals, held_out_here.repeat_interleave(self._length - 1))
             if activity is not None:
                 by_text = activity.summaries.values().view(-1, *batch.shape)
                 self._norms.append(by_text[:, :, 1:].flatten(1))
@@ -182,7 +190,7 @@ class _Text:
         return residuals
 
     def _activity(self, shape: Sequence[int], reading: ExitStack) -> Reading | None:
-        if self._measured >= _MOST_QUANTILE_TOKENS:
+        if sum(norms.shape[1] for norms in self._norms) >= _MOST_QUANTILE_TOKENS:
             return None
         asked = ActivationScan(prompt="-", top_neurons=0)
         n_texts, length = shape
@@ -196,16 +204,18 @@ class _Text:
         reading.enter_context(activity.listening())
         return activity
 
-    def _add(self, read: Residuals) -> None:
-        outer, final = read.outer[:-1], read.outer[-1]
-        places = torch.cat([outer, read.inner])
+    def _add(self, read: Residuals, is_held_out: Bool[Tensor, " pos"]) -> None:
+        fitted = (~is_held_out).nonzero().squeeze(1).to(read.outer.device)
+        outer, final = read.outer[:-1, fitted], read.outer[-1, fitted]
+        places = torch.cat([outer, read.inner[:, fitted]])
         self._bias.add(places, final)
-        self.support.add(read.outer[self._after_support], final)
+        self.support.add(read.outer[self._after_support][:, fitted], final)
         if self.ridge is not None:
             self.ridge.add(places, final)
-        last = self._measured + len(final)
+        others = is_held_out.nonzero().squeeze(1)
+        last = self._measured + len(others)
         mine = (self._ordinary >= self._measured) & (self._ordinary < last)
-        at = (self._ordinary[mine] - self._measured).to(final.device)
+        at = others[self._ordinary[mine] - self._measured].to(read.outer.device)
         self._kept.append(Residuals(read.outer[:, at], read.inner[:, at]))
         self._measured = last
 

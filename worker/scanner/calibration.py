@@ -3,8 +3,9 @@
 `calibrating` measures it. Its tables stand for it exactly: what is read back gives the same digits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -74,10 +75,14 @@ class Calibration:
             _rows(affine, slice(n_layers)), _rows(affine, slice(n_layers, None)), self.support
         )
 
-    def percentile(self, values: Float[Tensor, "component pos"]) -> Float[Tensor, "component pos"]:
-        """Share of reference positions at which each component, in reporting order, was less active."""
-        below = torch.searchsorted(self.activation_quantiles, values.contiguous(), right=True)
-        return (below - 1).clamp_min(0).float() / (len(QUANTILE_LEVELS) - 1)
+    def percentile(
+        self, values: Float[Tensor, "component pos"], components: Sequence[Component]
+    ) -> Float[Tensor, "component pos"]:
+        """Share of reference positions at which each of the components was less active, to the hundredth."""
+        rows = _row_of(self.architecture)
+        known = self.activation_quantiles[[rows[component] for component in components]]
+        below = torch.searchsorted(known, values.contiguous())
+        return (below - 1).clamp_min_(0).float() / (len(QUANTILE_LEVELS) - 1)
 
     def to_tables(self) -> dict[str, pa.Table]:
         """Arrow tables by name, saying what they are."""
@@ -142,6 +147,11 @@ class Calibration:
             activation_quantiles=_values(tables["calibration_activity"]),
             ordinary=_read_ordinary(tables["calibration_ordinary"]),
         )
+
+
+@lru_cache(maxsize=32)
+def _row_of(shape: Architecture) -> Mapping[Component, int]:
+    return {component: row for row, component in enumerate(reporting_order(shape))}
 
 
 def _rows(affine: Affine, rows: slice) -> Affine:

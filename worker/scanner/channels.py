@@ -56,6 +56,10 @@ class Measured(NamedTuple):
     """Which of the positions."""
     support: LensReadings
     """After each of `support_layers`."""
+    asked: tuple[int, ...]
+    """The tokens asked about."""
+    logits: Float[Tensor, "target d_vocab"]
+    """The model's own at the target; no row where there is none."""
 
 
 def measure(
@@ -64,10 +68,11 @@ def measure(
     lenses: LensSet,
     inner_at: Int[Tensor, " inner_pos"],
     *,
-    asked: tuple[int, ...] = (),
+    asked: tuple[int | None, ...] = (),
+    target: int | None = None,
     after_chunk: Callable[[int], None] | None = None,
 ) -> Measured:
-    """Hold the lenses to what was read."""
+    """Hold the lenses to what was read. `asked`, `target` and `after_chunk` as in `logit_lens.read`."""
     outer, final, inner = residuals.outer[:-1], residuals.outer[-1], residuals.inner
     n_outer = len(outer)
     after_support = residuals.outer[[layer + 1 for layer in support_layers(n_outer)]]
@@ -75,20 +80,26 @@ def measure(
     together = 0 < len(inner_at) == len(final)
     if together:
         places.append(applied(lenses.inner, inner))
-    found = logit_lens.read(model, torch.cat(places), final, asked=asked, after_chunk=after_chunk)
+    found = logit_lens.read(
+        model, torch.cat(places), final, asked=asked, target=target, after_chunk=after_chunk
+    )
     first_inner = n_outer + len(after_support)
     inside = None
     if together:
         inside = _rows(found.lens, slice(first_inner, None))
     elif len(inner_at):
         at = inner_at.to(final.device)
-        inside = logit_lens.read(model, applied(lenses.inner, inner), final[at], asked=asked).lens
+        inside = logit_lens.read(
+            model, applied(lenses.inner, inner), final[at], asked=found.asked
+        ).lens
     return Measured(
         final=found.final,
         outer=_with_last(_rows(found.lens, slice(n_outer)), found.final),
         inner=inside,
         inner_at=inner_at,
         support=_rows(found.lens, slice(n_outer, first_inner)),
+        asked=found.asked,
+        logits=found.logits,
     )
 
 

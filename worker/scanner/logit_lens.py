@@ -28,6 +28,8 @@ _PRODUCT_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
 """Logits that one matrix product makes: enough that reading W_U is not what it spends its time on."""
 _CACHED_BYTES = {"cpu": 3 << 18, "cuda": 1 << 28}
 """Logits that are measured together: what, with as many again twice, stays in a cache."""
+_COLUMNS = {"cpu": 4096, "cuda": 1 << 30}
+"""Tokens that one matrix product is for: on a processor, so much of W_U as stays in its cache meanwhile."""
 
 
 class FinalReadings(NamedTuple):
@@ -70,6 +72,10 @@ class Readings(NamedTuple):
 
     final: FinalReadings
     lens: LensReadings
+    asked: tuple[int, ...]
+    """The tokens asked about."""
+    logits: Float[Tensor, "target d_vocab"]
+    """The model's own at the target; no row where there is none."""
 
 
 def unembed(
@@ -83,7 +89,12 @@ def unembed(
     """
     normed = model.modules.final_norm(residuals.to(model.plain.dtype)).flatten(0, -2)
     head = model.modules.unembed
-    logits = torch.mm(normed, head.get_parameter("weight").T, out=out)
+    weight = head.get_parameter("weight")
+    logits = normed.new_empty(len(normed), len(weight)) if out is None else out
+    width = _COLUMNS[model.device.type]
+    for first in range(0, len(weight), width):
+        columns = slice(first, first + width)
+        torch.mm(normed, weight[columns].T, out=logits[:, columns])
     bias = getattr(head, "bias", None)
     if bias is not None:
         logits += bias
@@ -97,7 +108,8 @@ def read(
     places: Float[Tensor, "place pos d_model"],
     final: Float[Tensor, "pos d_model"],
     *,
-    asked: tuple[int, ...] = (),
+    asked: tuple[int | None, ...] = (),
+    target: int | None = None,
     after_chunk: Callable[[int], None] | None = None,
 ) -> Readings:
     """Hold the lens to residuals, already mapped by it.
@@ -106,7 +118,9 @@ def read(
         model: The model.
         places: Residuals at each place and position, mapped.
         final: What the final norm reads, at the same positions.
-        asked: Tokens whose log-probabilities are wanted; the first one's rank as well.
+        asked: Tokens whose log-probabilities are wanted; the first one's rank as well. None is the one
+            that the model finds likeliest at the target.
+        target: Which of the positions is read first, its logits kept.
         after_chunk: Called with the number of positions that are done; may raise to stop.
     """
     n_places, n_positions, _ = places.shape
@@ -116,16 +130,28 @@ def read(
     row_bytes = d_vocab * places.element_size()
     at_once = max(1, min(n_positions, _PRODUCT_BYTES[kind] // (rows * row_bytes)))
     product = torch.empty(rows * at_once, d_vocab, device=device, dtype=model.plain.dtype)
-    measuring = _Measuring(n_places, n_positions, at_once, d_vocab, asked, device)
-    for start in range(0, n_positions, at_once):
-        chunk = slice(start, min(start + at_once, n_positions))
-        width = chunk.stop - start
+    chunks = [
+        slice(start, min(start + at_once, n_positions)) for start in range(0, n_positions, at_once)
+    ]
+    if target is not None:
+        chunks.insert(0, chunks.pop(target // at_once))
+    known = tuple(-1 if token is None else token for token in asked)
+    measuring = _Measuring(n_places, n_positions, at_once, d_vocab, known, device)
+    kept, done = product[:0], 0
+    for chunk in chunks:
+        width = chunk.stop - chunk.start
         together = torch.cat([final[chunk].unsqueeze(0), places[:, chunk]])
         logits = unembed(model, together, out=product[: rows * width]).view(rows, width, d_vocab)
+        if target is not None and not done:
+            kept = logits[0, target - chunk.start].unsqueeze(0).clone()
+            likeliest = int(kept.argmax())
+            known = tuple(likeliest if token is None else token for token in asked)
+            measuring.ask(known)
         measuring.measure(chunk, logits)
+        done += width
         if after_chunk is not None:
-            after_chunk(chunk.stop)
-    return measuring.readings()
+            after_chunk(done)
+    return Readings(*measuring.readings(), known, kept)
 
 
 class _Measuring:
@@ -140,9 +166,10 @@ class _Measuring:
         asked: tuple[int, ...],
         device: torch.device,
     ) -> None:
+        self._device = device
         self._step = max(1, _CACHED_BYTES[device.type] // (4 * at_once * d_vocab))
         self._step = min(self._step, max(1, n_places))
-        self._asked = torch.tensor(asked, device=device, dtype=torch.int64)
+        self.ask(asked)
         self._log_p = torch.empty(at_once, d_vocab, device=device)
         self._p = torch.empty(at_once, d_vocab, device=device)
         self._log_q = torch.empty(self._step * at_once * d_vocab, device=device)
@@ -170,11 +197,15 @@ class _Measuring:
             rank=torch.full((n_places, n_positions), -1, device=device),
         )
 
-    def readings(self) -> Readings:
+    def ask(self, tokens: tuple[int, ...]) -> None:
+        """Which tokens to look for: as many as before."""
+        self._asked = torch.tensor(tokens, device=self._device, dtype=torch.int64)
+
+    def readings(self) -> tuple[FinalReadings, LensReadings]:
         """What was measured. Divergences that rounding left below 0 are 0."""
         self._lens.kl.clamp_min_(0)
         self._lens.js.clamp_(0, math.log(2))
-        return Readings(self._final, self._lens)
+        return self._final, self._lens
 
     def measure(self, chunk: slice, logits: Float[Tensor, "row pos d_vocab"]) -> None:
         """Row 0 is the model's own prediction, the others are the lens's at each place."""

@@ -101,7 +101,7 @@ class ResidualReading:
     def _before_blocks(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         entering = tensor_in(args).flatten(0, 1)
         self._take(entering, self._positions, self.residuals.outer[0])
-        self._before = entering.index_select(0, self._inner_positions)
+        self._go_on_from(entering)
 
     def _after_attention(
         self, layer: int, _module: nn.Module, _args: tuple[Any, ...], output: Any
@@ -114,10 +114,14 @@ class ResidualReading:
     ) -> None:
         leaving = tensor_out(output).flatten(0, 1)
         self._take(leaving, self._positions, self.residuals.outer[layer + 1])
-        self._before = leaving.index_select(0, self._inner_positions)
+        self._go_on_from(leaving)
         self._lengths.append(norm(leaving))
         self._listener.progress("forward", layer + 1, self._n_layers)
         self._listener.checkpoint()
+
+    def _go_on_from(self, stream: Float[Tensor, "all_pos d_model"]) -> None:
+        if len(self._inner_positions):
+            self._before = stream.index_select(0, self._inner_positions)
 
     @staticmethod
     def _take(

@@ -11,16 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from neural_mri.contract.anomalies import CalibrationScan
 from neural_mri.contract.components import Component
 from neural_mri.contract.events import ActivationFrame, LayerFrame
 from neural_mri.contract.problems import PromptTooLong, Unprocessable
 from neural_mri.contract.results import SCHEMAS, provenance_of
 from neural_mri.contract.scans import ActivationScan, Aggregation, reporting_order
+from neural_mri.contract.tokens import Span, Tokens
 from tests import models
 from worker.scanner import layer_reading
 from worker.scanner.activations import scan_activations
+from worker.scanner.calibrating import calibrate
 from worker.scanner.listening import Cancelled, Silent
 from worker.scanner.loading import LoadedModel
+from worker.scanner.sampling import sampled_text
 from worker.scanner.sites import site
 
 TOKENS = models.prompt(7)
@@ -231,6 +235,54 @@ def test_without_the_residual_stream_no_residual_is_reported(tiny_model: LoadedM
         scan(tiny_model, request(include_residual=False))["activations"]["kind"].to_pylist()
     )
     assert kinds == {"embed", "attn", "head", "mlp", "unembed"}
+
+
+@torch.inference_mode()
+def test_percentiles_are_shares_of_the_calibrations_own_text(tiny_model: LoadedModel) -> None:
+    asked = CalibrationScan(n_tokens=512, n_ordinary=32)
+    calibration = calibrate(tiny_model, asked, Silent())
+    ids = sampled_text(tiny_model, 512, seed=asked.seed, prefix=(), listener=Silent()).tolist()
+
+    def of_text(text: list[int]) -> dict[str, pa.Table]:
+        tokens = Tokens(
+            ids=tuple(text), texts=("x",) * len(text), spans=tuple(Span(0, 0) for _ in text)
+        )
+        return scan_activations(
+            tiny_model, request(), tokens, Silent(), calibration=calibration
+        ).tables
+
+    scanned = [of_text(text) for text in ids]
+    norms = np.stack([list(values(t["activations"]).values()) for t in scanned], 1)[:, :, 1:]
+    found = np.stack([list(values(t["percentile"]).values()) for t in scanned], 1)
+    sinks = np.array([t["tokens"]["sink"].to_pylist() for t in scanned])
+    assert np.isnan(found[:, sinks]).all()
+    assert sinks[:, 0].all()
+    assert not np.isnan(found[:, ~sinks]).any()
+    for row in range(len(norms)):
+        ordinary = np.sort(norms[row].ravel())
+        below = np.searchsorted(ordinary, norms[row]) / len(ordinary)
+        off = np.abs(found[row][:, 1:] - below)[~sinks[:, 1:]]
+        assert off.max() <= 0.01 + 2 / len(ordinary)
+
+
+def test_there_is_no_percentile_of_what_was_not_calibrated(tiny_model: LoadedModel) -> None:
+    assert "percentile" not in scan(tiny_model)
+    calibration = calibrate(tiny_model, CalibrationScan(n_tokens=256, n_ordinary=32), Silent())
+    for aggregation in ("max", "mean", "raw"):
+        asked = request(aggregation=aggregation)
+        tables = scan_activations(
+            tiny_model, asked, TOKENS, Silent(), calibration=calibration
+        ).tables
+        assert "percentile" not in tables
+    asked = request(layers=("blocks.1.mlp", "blocks.0.attn.head_1"), token_positions=(0, 3))
+    part = scan_activations(tiny_model, asked, TOKENS, Silent(), calibration=calibration).tables
+    whole = scan_activations(
+        tiny_model, request(), TOKENS, Silent(), calibration=calibration
+    ).tables
+    expected = values(whole["percentile"])
+    for address, row in values(part["percentile"]).items():
+        np.testing.assert_array_equal(row, expected[address][[0, 3]])
+    assert provenance_of(part["percentile"]).table == "percentile"
 
 
 def test_gathering_more_or_fewer_layers_changes_no_value(
