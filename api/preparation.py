@@ -14,7 +14,9 @@ from neural_mri.backing import keys
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.storage import load_manifest
 from neural_mri.contract.anomalies import Lens
+from neural_mri.contract.components import Component
 from neural_mri.contract.models import Architecture
+from neural_mri.contract.perturbations import PatchSite, TraceKind
 from neural_mri.contract.problems import (
     Gone,
     ModelNotLoaded,
@@ -24,6 +26,7 @@ from neural_mri.contract.problems import (
 )
 from neural_mri.contract.scan_keys import ANSWERS, calibration_key, scan_key
 from neural_mri.contract.scans import (
+    ActivationScan,
     AnomalyScan,
     AttentionScan,
     CalibrationScan,
@@ -70,8 +73,8 @@ async def prepare(services: Services, scan: Scan) -> Prepared:
             f"no worker is asked to hold {model.name}: POST /api/model/load first",
             model=model.name,
         )
-    scan = _plain(msgspec.structs.replace(scan, model=model.name))
     scan.check(model.architecture)
+    scan = _plain(msgspec.structs.replace(scan, model=model.name))
     tokens = None
     if isinstance(scan, PromptScan):
         tokens = await tokens_of_prompt(services, model, scan.prompt)
@@ -119,9 +122,33 @@ async def tokens_of_prompt(
 
 def _plain(scan: Scan) -> Scan:
     """The same scan, written the one way: equal scans then have equal keys."""
-    if isinstance(scan, AttentionScan):
-        return msgspec.structs.replace(scan, layers=tuple(sorted(set(scan.layers))))
-    return scan
+    match scan:
+        case AttentionScan():
+            return msgspec.structs.replace(scan, layers=tuple(sorted(set(scan.layers))))
+        case ActivationScan() | WeightScan() if scan.layers != "all":
+            layers = tuple(sorted({_canonical(address) for address in scan.layers}))
+            return msgspec.structs.replace(scan, layers=layers)
+        case PerturbationScan():
+            done = tuple(
+                msgspec.structs.replace(each, component=_canonical(each.component))
+                for each in scan.perturbations
+            )
+            return msgspec.structs.replace(scan, perturbations=done)
+        case PatchingScan():
+            sites = tuple(site for site in PatchSite if site in scan.sites)
+            return msgspec.structs.replace(scan, sites=sites)
+        case TracingScan():
+            kinds = tuple(kind for kind in TraceKind if kind in scan.kinds)
+            return msgspec.structs.replace(scan, kinds=kinds)
+        case CalibrationScan():
+            lenses = tuple(lens for lens in Lens if lens in scan.lenses)
+            return msgspec.structs.replace(scan, lenses=lenses)
+        case _:
+            return scan
+
+
+def _canonical(address: str) -> str:
+    return str(Component.parse(address))
 
 
 async def _operands(services: Services, model: RegisteredModel, scan: Scan) -> Operands:

@@ -134,7 +134,11 @@ PREDICTED = {"token_id": 3, "text": " Paris", "logit": 9.0, "probability": 0.75}
 
 
 def weight_tables(scan: WeightScan) -> Mapping[str, pa.Table]:
-    said = {"outlier_sigma": scan.outlier_sigma, "quantization": None, "baseline": scan.baseline}
+    said: dict[str, Any] = {
+        "outlier_sigma": scan.outlier_sigma,
+        "quantization": None,
+        "baseline": scan.baseline,
+    }
     circuits = [{**head, "circuit": circuit} for head in HEADS for circuit in ("QK", "OV")]
     tables = {
         "tensors": filled("tensors", [{"name": "w", "shape": [8, 8]}], **said),
@@ -147,7 +151,7 @@ def weight_tables(scan: WeightScan) -> Mapping[str, pa.Table]:
 
 
 def circuit_tables(scan: CircuitScan) -> Mapping[str, pa.Table]:
-    said = {"ablation": scan.effective_ablation, "first_position": 1}
+    said: dict[str, Any] = {"ablation": scan.effective_ablation, "first_position": 1}
     edge = {"source": "embed", "target": "blocks.0.mlp"}
     return {
         "effects": filled("effects", NODES, **said),
@@ -199,7 +203,12 @@ def map_tables(scan: PatchingScan | TracingScan, n_tokens: int) -> Mapping[str, 
 
 
 def calibration_tables(scan: CalibrationScan) -> Mapping[str, pa.Table]:
-    facts = {"source": "sampled", "seed": scan.seed, "n_tokens": scan.n_tokens, "n_positions": 9}
+    facts: dict[str, Any] = {
+        "source": "sampled",
+        "seed": scan.seed,
+        "n_tokens": scan.n_tokens,
+        "n_positions": 9,
+    }
     channel = [{"lens": lens, "channel": "kl"} for lens in scan.lenses]
     return {"calibration_ordinary": filled("calibration_ordinary", channel, width=4, **facts)}
 
