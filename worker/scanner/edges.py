@@ -4,6 +4,8 @@ The residual stream is a sum, so whatever a component writes reaches every later
 strength of the edge u -> v is the difference that replacing u makes to its write, times the metric's gradient
 where v reads: to first order, the effect of replacing u for v alone. A head reads through its queries, keys
 and values at once. The edges that leave a component sum to its estimate by attribution patching.
+Where a norm stands behind attention (Gemma-2, OLMo-2), what a head writes is that norm's derivative in the
+clean run, so along a path of several runs the sum is only near the estimate.
 """
 
 import math
@@ -158,9 +160,7 @@ class _Finder:
         if isinstance(block.attn_post_norm, nn.Identity):
             return projected.float()
         # What a norm makes of a small difference; to first order, like the strengths themselves.
-        at = block.w_o(z).repeat(len(projected), 1, 1)
-        written: Tensor = torch.func.jvp(block.attn_post_norm, (at,), (projected,))[1]
-        return written.float()
+        return _directional(block.attn_post_norm, block.w_o(z), projected).float()
 
     def target_groups(self, listener: Listener) -> Iterator[_Targets]:
         """The targets, as many layers of them at a time as may be held."""
@@ -221,6 +221,24 @@ class _Finder:
             for some in torch.split(heads, rows_at_once(self._model, len(residual)))
         ]
         return torch.cat(found)
+
+
+def _directional(
+    norm: nn.Module,
+    at: Float[Tensor, "pos d_model"],
+    directions: Float[Tensor, "row pos d_model"],
+) -> Float[Tensor, "row pos d_model"]:
+    """The norm's derivative along each of the directions.
+
+    By two backward passes, of which the second goes through the first: forward differentiation compiles
+    code, at its first call, and by what PyTorch has deprecated.
+    """
+    with torch.enable_grad():
+        point = at.detach().repeat(len(directions), 1, 1).requires_grad_()
+        normed = norm(point)
+        weights = torch.zeros_like(normed, requires_grad=True)
+        (pulled_back,) = torch.autograd.grad(normed, point, weights, create_graph=True)
+        return torch.autograd.grad(pulled_back, weights, directions)[0]
 
 
 def _through_heads(

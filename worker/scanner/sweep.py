@@ -27,11 +27,10 @@ from torch import Tensor
 
 from neural_mri.contract.components import Component, Kind
 from worker.scanner.blocks import Block, causal_mask, rows_at_once
-from worker.scanner.final_residuals import Known, measured, predictions_at_once
+from worker.scanner.final_residuals import Known, Measure, measured, predictions_at_once
 from worker.scanner.interventions import Edit, Rows, forward
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
-from worker.scanner.metrics import Metric
 from worker.scanner.replacements import Replacements
 from worker.scanner.runs import Run
 
@@ -62,7 +61,7 @@ def sweep(
     clean: Run,
     components: Sequence[Component],
     replacements: Replacements,
-    metric: Metric,
+    metric: Measure,
     listener: Listener,
 ) -> Swept:
     """The effect of each component: the embedding, heads, attention layers and MLPs, in any order.
@@ -98,7 +97,7 @@ class _GrowingBatch:
         model: LoadedModel,
         clean: Run,
         replacements: Replacements,
-        metric: Metric,
+        metric: Measure,
         listener: Listener,
     ) -> None:
         self._model = model
@@ -224,7 +223,7 @@ def _whole_rows(
     clean: Run,
     components: Sequence[Component],
     replacements: Replacements,
-    metric: Metric,
+    metric: Measure,
     listener: Listener,
 ) -> Float[Tensor, " component"]:
     """The same effects from whole forwards, a clean row in each batch: slow, and true of any family."""
