@@ -54,11 +54,11 @@ async def job_answer(services: Services, job: Job, prefer: str | None) -> Respon
     seconds = wait_seconds(prefer)
     headers = {"location": job.view().links["self"]}
     if seconds is None:
-        return Response(job.view(), status_code=202, headers=headers)
+        return Response(await services.view(job), status_code=202, headers=headers)
     headers["preference-applied"] = f"wait={seconds}"
     job = await settled(services, job, seconds)
     if job.state not in TERMINAL:
-        return Response(job.view(), status_code=202, headers=headers)
+        return Response(await services.view(job), status_code=202, headers=headers)
     status = (job.problem or {}).get("status", 500)
     if job.problem is not None and 400 <= status < 500:
         document = msgspec.json.encode({**job.problem, "job": str(job.id)})

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 from uuid import UUID
 
+import msgspec
 from sqlalchemy.orm import Session
 
 from api.hub import Hub
 from api.tokenization import Tokenizers
-from neural_mri.backing import jobs, models
+from neural_mri.backing import following, jobs, models
 from neural_mri.backing.access import LOCAL, load_pepper
 from neural_mri.backing.broker import AsyncRedis, connect_async
 from neural_mri.backing.database import AsyncSessions, async_sessions
@@ -21,7 +22,7 @@ from neural_mri.backing.records import Job
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import Store, open_store
 from neural_mri.contract.auth import Identity
-from neural_mri.contract.jobs import TERMINAL, JobState
+from neural_mri.contract.jobs import HELD, TERMINAL, JobState, JobView
 from neural_mri.contract.problems import UnknownJob, UnknownModel
 
 __all__ = ("Services", "open_services")
@@ -59,6 +60,16 @@ class Services:
             raise UnknownJob(f"there is no job {job_id}", job=str(job_id))
         return job
 
+    async def view(self, job: Job) -> JobView:
+        """A job as its owner sees it; one that follows stands where the work it waits for stands."""
+        view = job.view()
+        if job.leader is None or job.state is not JobState.QUEUED:
+            return view
+        runner = await self.sessions.read(following.runner, job)
+        if runner is None or runner.state not in HELD:
+            return view
+        return msgspec.structs.replace(view, state=runner.state, started_at=runner.started_at)
+
     async def model(self, name: str | None) -> RegisteredModel:
         """The model of that name, or the default one. Raises `UnknownModel`."""
         wanted = name or self.settings.default_model
@@ -79,6 +90,8 @@ class Services:
         task.add_done_callback(self.errands.discard)
 
     async def _tell(self, job: Job) -> None:
+        if job.leader is not None and job.state is JobState.QUEUED:
+            return  # its leader has a ticket, and events
         # Neither raises; what is lost here the reaper makes good. In this order, so that no worker can
         # tell of the job before its first event stands.
         await self.publisher.announce(job)

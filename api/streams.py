@@ -2,6 +2,10 @@
 
 One stream may carry several jobs. Its id then names each job's position (`id: HEX=12-0,HEX=end`), so that
 one Last-Event-ID resumes them all. A stream ends when each of its jobs has ended.
+
+A job that follows an equal one is told of by that one's events, as if they were its own; but its end is
+its own, and stands after every event. Where it goes on without the other, its reader is told where it
+stands (`reset`) and hears its own events from there.
 """
 
 import asyncio
@@ -65,6 +69,7 @@ class Following:
         self._cursors = {job.id: cursors.get(job.id, START) for job in jobs}
         self._is_shared = len(jobs) > 1
         self._listener = Listener()
+        self._joined: set[UUID] = set()
         self._open = set(self._jobs)
         """Jobs whose end the reader has not seen."""
         self._behind = set(self._jobs)
@@ -78,6 +83,8 @@ class Following:
             cursor = self._cursors[job_id]
             if job.state not in TERMINAL or cursor == START:
                 continue
+            if job.leader is not None and cursor != END:
+                continue  # the cursor stands in another job's stream, whose end is not this one's
             with suppress(*AWAY):
                 last = None if cursor == END else await self._hub.at(job_id, cursor)
                 if cursor == END or (last is not None and last.name == ENDED):
@@ -88,7 +95,7 @@ class Following:
     async def chunks(self) -> AsyncGenerator[bytes]:
         """The stream's bytes: what was missed, then what happens, and comments while nothing does."""
         for job_id in self._open:
-            self._hub.join(job_id, self._listener)
+            self._join(self._jobs[job_id])
         try:
             yield b"retry: %d\n\n" % RETRY_MILLISECONDS
             heartbeat = self._services.settings.heartbeat_seconds
@@ -103,53 +110,99 @@ class Following:
                 news = await self._listener.news(
                     min(pause, AWAY_SECONDS) if self._behind else pause
                 )
-                if chunk := self._take(self._in_order(news)):
+                if chunk := self._take(await self._in_order(news)):
                     yield chunk
                     spoke = time.monotonic()
                 elif time.monotonic() - spoke >= heartbeat:
                     yield b":\n\n"
                     spoke = time.monotonic()
         finally:
-            for job_id in self._jobs:
-                self._hub.leave(job_id, self._listener)
+            for topic in self._joined:
+                self._hub.leave(topic, self._listener)
 
-    def _in_order(self, news: News) -> list[Frame]:
+    def _join(self, job: Job) -> None:
+        """Hear of a job; of one that follows its own stream tells only when it was cancelled."""
+        for topic in {job.id, job.source} - self._joined:
+            self._hub.join(topic, self._listener)
+            self._joined.add(topic)
+
+    async def _in_order(self, news: News) -> list[Frame]:
         """The pushed frames that follow on what the reader has; the others are read from the streams."""
-        self._vanished |= news.lost & self._open
+        self._vanished |= {
+            job_id for job_id in self._open if self._jobs[job_id].source in news.lost
+        }
         self._behind |= self._open if news.fell_behind else self._vanished
-        return [
-            frame
-            for frame in news.frames
-            if frame.job_id not in self._behind or frame.position == END
-        ]
+        frames, turned = [], set()
+        for frame in news.frames:
+            for job_id in self._open:
+                job, is_behind = self._jobs[job_id], job_id in self._behind
+                if frame.job_id == job_id and (frame.position == END or not is_behind):
+                    if job.leader is None or frame.position == END:
+                        frames.append(frame)
+                    else:
+                        turned.add(job_id)
+                elif frame.job_id == job.source != job_id and not is_behind:
+                    if frame.name == ENDED:
+                        turned.add(job_id)
+                    else:
+                        frames.append(_retold(frame, job_id))
+        for job_id in turned:
+            frames += await self._look(job_id)
+        return frames
+
+    async def _look(self, job_id: UUID) -> list[Frame]:
+        """What there is to tell of a job that follows, when that which it follows has ended."""
+        source = self._jobs[job_id].source
+        reset = await self._reset(job_id)
+        job = self._jobs[job_id]
+        if job.state in TERMINAL:
+            return [frame_of(job_id, change_of(job), END)]
+        if job.source == source:
+            return []  # handed over: the work goes on, and is told of where it was
+        self._behind.add(job_id)
+        return [reset]
 
     async def _catch_up(self) -> AsyncIterator[bytes]:
         """What the streams hold and the reader lacks; what cannot be read now stays behind."""
         for job_id in tuple(self._behind):
-            try:
-                if not await self._hub.live(job_id):
+            while job_id in self._behind:
+                source = self._jobs[job_id].source
+                try:
+                    if not await self._hub.live(source):
+                        return
+                    async for frames in self._missed(job_id):
+                        if chunk := self._take(frames):
+                            yield chunk
+                except AWAY:
                     return
-                async for frames in self._missed(job_id):
-                    if chunk := self._take(frames):
-                        yield chunk
-            except AWAY:
-                return
-            self._behind.discard(job_id)
+                if self._jobs[job_id].source == source:
+                    self._behind.discard(job_id)
 
     async def _missed(self, job_id: UUID) -> AsyncIterator[Sequence[Frame]]:
         cursor, was_reset = self._cursors[job_id], False
+        source = self._jobs[job_id].source
         if job_id in self._vanished or (
-            cursor != START and await self._hub.at(job_id, cursor) is None
+            cursor != START and await self._hub.at(source, cursor) is None
         ):
             # Emptied, expired or trimmed: the reader begins again from where the job stands.
             yield [await self._reset(job_id)]
             self._vanished.discard(job_id)
             was_reset = True
+            if self._jobs[job_id].source != source:
+                return
+        after = self._cursors[job_id]
         while True:
-            frames = await self._hub.page(job_id, after=self._cursors[job_id])
-            yield frames
+            frames = await self._hub.page(source, after=after)
+            if source == job_id:
+                yield frames
+            else:
+                yield [_retold(frame, job_id) for frame in frames if frame.name != ENDED]
             if len(frames) < PAGE:
                 break
+            after = frames[-1].position
+        if source != job_id:
+            yield await self._look(job_id)
+            return
         job = self._jobs[job_id]
         if self._cursors[job_id] != START:
             return
@@ -162,6 +215,7 @@ class Following:
     async def _reset(self, job_id: UUID) -> Frame:
         job = await self._services.job(job_id)
         self._jobs[job_id] = job
+        self._join(job)
         return frame_of(job_id, Reset(state=job.state, attempt=job.attempt), START)
 
     def _take(self, frames: Iterable[Frame]) -> bytes:
@@ -184,6 +238,12 @@ class Following:
             (position,) = self._cursors.values()
             return str(position)
         return ",".join(f"{job_id.hex}={at}" for job_id, at in self._cursors.items() if at != START)
+
+
+def _retold(frame: Frame, job_id: UUID) -> Frame:
+    """An event of the job that another follows, as the other's: its addresses are the other's as well."""
+    body = frame.body.replace(str(frame.job_id).encode(), str(job_id).encode())
+    return frame._replace(job_id=job_id, body=body)
 
 
 def event_stream(chunks: Callable[[], AsyncGenerator[bytes]]) -> ASGIApp:

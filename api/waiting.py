@@ -2,6 +2,7 @@
 
 import re
 import time
+from uuid import UUID
 
 from api.dependencies import Services
 from api.hub import Listener
@@ -28,22 +29,27 @@ def wait_seconds(prefer: str | None) -> int | None:
 async def settled(services: Services, job: Job, seconds: float) -> Job:
     """The job once it has ended, or as it stands after `seconds`.
 
-    Wakes by the job's own event; the database has the last word.
+    Wakes by the job's own event, or by the end of what it follows; the database has the last word.
     """
     if job.state in TERMINAL or seconds <= 0:
         return job
     until = time.monotonic() + seconds
     listener = Listener(only="ended")
-    services.hub.join(job.id, listener)
+    joined: set[UUID] = set()
     try:
         while not services.hub.closing:
+            for topic in {job.id, job.source} - joined:
+                services.hub.join(topic, listener)
+                joined.add(topic)
             # First live, then look: an end that comes after the look is heard.
-            heard = await services.hub.live(job.id, min(1.0, seconds))
+            heard = await services.hub.live(job.source, min(1.0, seconds))
             job = await services.job(job.id)
             left = until - time.monotonic()
             if job.state in TERMINAL or left <= 0:
                 break
-            await listener.news(min(left, RECHECK_SECONDS if heard else BLIND_SECONDS))
+            if job.source in joined:
+                await listener.news(min(left, RECHECK_SECONDS if heard else BLIND_SECONDS))
     finally:
-        services.hub.leave(job.id, listener)
+        for topic in joined:
+            services.hub.leave(topic, listener)
     return job

@@ -36,7 +36,8 @@ async def list_jobs(
     """List jobs."""
     latest = limit if in_state is None else LATEST
     found = await services.sessions.read(jobs.recent, services.caller.user, latest)
-    return [job.view() for job in found if in_state in (None, job.state)][:limit]
+    views = [await services.view(job) for job in found]
+    return [view for view in views if in_state in (None, view.state)][:limit]
 
 
 @get(
@@ -48,7 +49,7 @@ async def list_jobs(
 )
 async def get_job(job_id: FromPath[UUID], services: NamedDependency[Services]) -> JobView:
     """Look at a job."""
-    return (await services.job(job_id)).view()
+    return await services.view(await services.job(job_id))
 
 
 @delete(
@@ -58,7 +59,8 @@ async def get_job(job_id: FromPath[UUID], services: NamedDependency[Services]) -
     summary="Stop a job",
     description=(
         "A queued job is cancelled at once. One that runs is asked to stop, and its events tell when "
-        "it has. One that has ended stays as it is."
+        "it has; if others wait for the same scan it is cancelled at once, and the scan goes on for "
+        "them. One that has ended stays as it is."
     ),
     tags=["jobs"],
     responses=refusals(404),
@@ -72,6 +74,7 @@ async def cancel_job(
     if cancellation.moved:
         services.announce(cancellation.job)
     elif cancellation.job.state not in TERMINAL:
-        await services.publisher.flag_cancel(job_id)
+        await services.publisher.flag_cancel(cancellation.job.source)
     stopped = cancellation.job.state in TERMINAL
-    return Response(cancellation.job.view(), status_code=200 if stopped else 202)
+    view = await services.view(cancellation.job)
+    return Response(view, status_code=200 if stopped else 202)

@@ -141,7 +141,7 @@ async def get_attention(
     job = await settled(services, job, ATTENTION_WAIT_SECONDS if seconds is None else seconds)
     if job.state is JobState.SUCCEEDED:
         return await table_answer(services, job, f"attention.{layer}", media_type)
-    view = job.view()
+    view = await services.view(job)
     if job.state not in TERMINAL:
         location = {"location": view.links["self"]}
         return plain_answer(msgspec.json.encode(view), status=202, headers=location)

@@ -9,6 +9,8 @@ no row.
 Fairness is start-time fair queueing (Goyal, Vin and Cheng 1997). A job starts, in virtual time, where the
 queue is now or where its owner's last job ends, whichever is later; it ends after its cost over its
 lane's weight. The queue is where the job last claimed from it starts. Claims go by virtual start.
+
+A scan that is under way already is not run again: see `following`.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +22,7 @@ import msgspec
 from sqlalchemy import CursorResult, Executable
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import idempotency, statements
+from neural_mri.backing import following, idempotency, statements
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.backing.records import LANE_WEIGHTS, AnyRow, Job, Submission, new_id
 from neural_mri.contract.jobs import TERMINAL, JobState
@@ -142,16 +144,11 @@ def submit(
         "attempt": 0,
         "cancel_requested": False,
         "deadline_seconds": submission.deadline_seconds,
+        "leader": None,
     }
     if manifest := _existing_result(session, submission.scan_key):
-        row |= {
-            "state": JobState.SUCCEEDED,
-            "cached": True,
-            "manifest": manifest,
-            "virtual_start": 0.0,
-            "virtual_finish": None,
-        }
-        return Job.of_row(_run(session, statements.INSERT_FINISHED, row).one())
+        return _born_succeeded(session, row, manifest)
+    # From here on submissions to this queue take turns: of two equal ones the second sees the first.
     turn = _turn(session, submission, max_queued)
     row |= {
         "state": JobState.QUEUED,
@@ -160,7 +157,24 @@ def submit(
         "virtual_start": turn.start,
         "virtual_finish": turn.finish,
     }
+    if submission.scan_key is not None:
+        if found := following.leader(session, submission.scan_key):
+            following.lift(session, found, turn.start)
+            row |= {"leader": found.work, "virtual_finish": None}
+        elif manifest := _existing_result(session, submission.scan_key):
+            return _born_succeeded(session, row, manifest)  # it ended while we waited for our turn
     return Job.of_row(_run(session, statements.INSERT, row).one())
+
+
+def _born_succeeded(session: Session, row: dict[str, Any], manifest: str) -> Job:
+    row |= {
+        "state": JobState.SUCCEEDED,
+        "cached": True,
+        "manifest": manifest,
+        "virtual_start": 0.0,
+        "virtual_finish": None,
+    }
+    return Job.of_row(_run(session, statements.INSERT_FINISHED, row).one())
 
 
 def _existing_result(session: Session, scan_key: str | None) -> str | None:
@@ -246,6 +260,9 @@ def renew(
         row.id: row.cancel_requested
         for row in _run(session, statements.renew(attempts, str(owner), lease_seconds))
     }
+    if missing := {known: attempts[known] for known in attempts.keys() - renewed.keys()}:
+        heirs = following.renew_heirs(session, missing, str(owner), lease_seconds)
+        renewed |= {row.id: row.cancel_requested for row in heirs}
     return Renewal(
         lost=frozenset(attempts.keys() - renewed.keys()),
         cancelled=frozenset(job_id for job_id, cancelled in renewed.items() if cancelled),
@@ -264,10 +281,44 @@ def advance(
     """Move a job, unless it has moved elsewhere; the moved job, or None.
 
     `attempt` is the mover's; None moves only a job that nobody holds. A job asked to stop does not go back
-    to the queue.
+    to the queue. An attempt that was handed over moves whom it was handed to: the answer bears the id that
+    the mover knows. Who follows the job goes with it, or on without it (`following`).
     """
     if to is JobState.CLAIMED:
         raise ValueError("a job is claimed by claim(), which gives it an owner and an attempt")
+    moved = _move(session, job_id, to, attempt=attempt, manifest=manifest, problem=problem)
+    if moved is None and attempt is not None and (heir := following.heir(session, job_id, attempt)):
+        moved = _move(session, heir, to, attempt=attempt, manifest=manifest, problem=problem)
+    if moved is None:
+        return None
+    if attempt is not None or moved.leader is None:  # else it only followed
+        _settle(session, moved)
+    leads_itself = moved.state is JobState.QUEUED
+    return msgspec.structs.replace(moved, id=job_id, leader=None if leads_itself else moved.leader)
+
+
+def _settle(session: Session, job: Job) -> None:
+    """See to the followers of a job that does not go on as it was."""
+    match job.state:
+        case JobState.SUCCEEDED | JobState.QUARANTINED:
+            # What may be what ends workers ends no more of them.
+            problem = _json(job.problem)
+            following.share(session, job.source, job.state, manifest=job.manifest, problem=problem)
+        case JobState.QUEUED if job.leader is not None:
+            following.give_back(session, job.id, job.leader)
+        case JobState.FAILED | JobState.CANCELLED | JobState.EXPIRED:
+            following.promote(session, job.source)
+
+
+def _move(
+    session: Session,
+    job_id: UUID,
+    to: JobState,
+    *,
+    attempt: int | None,
+    manifest: str | None = None,
+    problem: ProblemDocument | None = None,
+) -> Job | None:
     parameters: dict[str, Any] = {"job_id": job_id}
     if attempt is not None:
         parameters["held_attempt"] = attempt
@@ -279,15 +330,28 @@ def advance(
 def request_cancel(session: Session, job_id: UUID) -> Cancellation:
     """Ask a job to stop: at once when it waits, by a flag its worker sees when it is held.
 
-    A job that has ended stays as it is. Raises `UnknownJob`.
+    One that others follow is cancelled at once, and its work goes on for them. A job that has ended stays
+    as it is. Raises `UnknownJob`.
     """
-    if cancelled := advance(session, job_id, JobState.CANCELLED):
+    if cancelled := advance(session, job_id, JobState.CANCELLED) or _hand_over(session, job_id):
         return Cancellation(cancelled, moved=True)
     flagged = _job_of(_run(session, statements.FLAG_CANCEL, {"job_id": job_id}))
     job = flagged or get(session, job_id)
     if job is None:
         raise UnknownJob(f"there is no job {job_id}", job=str(job_id))
     return Cancellation(job, moved=False)
+
+
+def _hand_over(session: Session, job_id: UUID) -> Job | None:
+    """Cancel a held job whose attempt a follower inherits; None where it is not held or not followed."""
+    job = get(session, job_id)
+    follower = None if job is None else following.first_follower(session, job.source)
+    if follower is None:
+        return None
+    attempt = following.inherit(session, job_id, follower)
+    if attempt is None:
+        return None
+    return _move(session, job_id, JobState.CANCELLED, attempt=attempt)
 
 
 def reap(

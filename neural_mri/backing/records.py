@@ -107,6 +107,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     manifest: str | None
     """Storage path of the result's manifest, once it has succeeded."""
     problem: ProblemDocument | None
+    leader: UUID | None
+    """The id under which the work is known that this job waits for, where it is not its own."""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -139,10 +141,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             cached=row.cached,
             manifest=row.manifest,
             problem=None if row.problem is None else _document.decode(row.problem),
+            leader=row.leader,
             created_at=datetime.fromtimestamp(row.created_at, UTC),
             started_at=_moment(row.started_at),
             finished_at=_moment(row.finished_at),
         )
+
+    @property
+    def source(self) -> UUID:
+        """Whose events tell of this job."""
+        return self.leader or self.id
 
     def view(self, base: str = "/api") -> JobView:
         """The job as its owner sees it, with links under `base`."""
@@ -159,6 +167,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             lane=self.lane,
             request=_document.decode(self.request),
             cached=self.cached,
+            coalesced=self.leader is not None,
             attempt=self.attempt,
             scan_key=self.scan_key,
             created_at=self.created_at,

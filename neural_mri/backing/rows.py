@@ -44,6 +44,7 @@ __all__ = (
 
 _UNFINISHED = text("finished_at IS NULL")
 _LEASED = text("lease_owner IS NOT NULL")
+_FOLLOWING = text("leader IS NOT NULL")
 
 
 def _words(kind: type[StrEnum]) -> Enum:
@@ -105,6 +106,7 @@ class JobRow(Base):
             postgresql_where=_UNFINISHED,
         ),
         Index("ix_jobs_leased", "lease_owner", sqlite_where=_LEASED, postgresql_where=_LEASED),
+        Index("ix_jobs_followers", "leader", sqlite_where=_FOLLOWING, postgresql_where=_FOLLOWING),
         Index("ix_jobs_share", "queue", "owner", "virtual_finish"),
         Index("ix_jobs_recent", "owner", "created_at"),
         Index("ix_jobs_scan_key", "scan_key"),
@@ -145,6 +147,9 @@ class JobRow(Base):
     manifest: Mapped[str | None] = mapped_column(String(200))
     problem: Mapped[str | None]
     """JSON, as RFC 9457 has it."""
+    leader: Mapped[UUID | None]
+    """The id under which a worker knows the work that this job waits for, or that was handed over to it;
+    NULL for a job that takes, or took, its own turn."""
     created_at: Mapped[float]
     started_at: Mapped[float | None]
     """When the latest attempt was claimed."""

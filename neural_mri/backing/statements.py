@@ -33,7 +33,8 @@ _job = JOBS.c
 _clock = QUEUE_CLOCKS.c
 
 _UNFINISHED = _job.finished_at.is_(None)
-_WAITING = and_(_UNFINISHED, _job.state == JobState.QUEUED)
+_WAITING = and_(_UNFINISHED, _job.state == JobState.QUEUED, _job.leader.is_(None))
+"""For a turn of its own: followers wait for another's."""
 _FAIR_ORDER = (_job.virtual_start, _job.id)
 
 INSERT = insert(JOBS).values(created_at=epoch()).returning(*_job)

@@ -86,6 +86,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     """The request as it was understood, defaults written out."""
     cached: bool = False
     """Whether an earlier scan had already computed this result."""
+    coalesced: bool = False
+    """Whether an equal scan that was under way computes, or computed, this result."""
     attempt: int = 0
     scan_key: str | None = None
     created_at: datetime
