@@ -104,7 +104,7 @@ def changes(
     Tells how far it is as `stage`. Raises `Cancelled` when the listener stops it.
     """
     values = torch.zeros(len(patched))
-    felt = [index for index, run in enumerate(patched) if _is_felt(runs, run)]
+    felt = _felt(runs, patched)
     found, method = None, "runs that join after the block of their patch, in one pass"
     if all(call.keys is not None for call in runs.recorded.calls):
         growing = _GrowingGroups(model, runs, measure, listener, stage)
@@ -117,18 +117,23 @@ def changes(
     return Changes(values, method)
 
 
-def _is_felt(runs: Runs, run: PatchedRun) -> bool:
-    """Whether the patch can change the last prediction at all.
+def _felt(runs: Runs, patched: Sequence[PatchedRun]) -> list[int]:
+    """The patches that can change the last prediction at all, by their place in the sequence.
 
-    Before the first position where the two runs read something else they are the same. And what leaves
-    the last block is read at the last position alone.
+    Before the first position where two runs read something else they are the same. And what leaves the
+    last block is read at the last position alone.
     """
     embedded = runs.recorded.resid_pre[0]
-    n_positions, n_layers = embedded.shape[1], len(runs.recorded.calls)
-    if run.joins == n_layers and run.position < n_positions - 1:
-        return False
-    read = slice(run.position + 1)
-    return not torch.equal(embedded[run.base, read], embedded[runs.source, read])
+    differ = (embedded != embedded[runs.source]).any(-1).cpu()
+    n_positions, n_layers = differ.shape[1], len(runs.recorded.calls)
+    # The cumulative sum is 0 as long as nothing has differed.
+    first = (differ.cumsum(-1) == 0).sum(-1).tolist()
+    return [
+        index
+        for index, run in enumerate(patched)
+        if run.position >= first[run.base]
+        and (run.joins < n_layers or run.position == n_positions - 1)
+    ]
 
 
 class _Group:
