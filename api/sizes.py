@@ -90,7 +90,9 @@ def extent(scan: Scan, architecture: Architecture, n_tokens: int) -> Extent:
 
 def _activations(scan: ActivationScan, architecture: Architecture, n_tokens: int) -> Extent:
     components = scan.selected(architecture)
-    width = architecture.d_model + 1 if scan.aggregation is Aggregation.RAW else 1
+    width = 1 + scan.needs_calibration  # a value, and where it ranks
+    if scan.aggregation is Aggregation.RAW:
+        width += architecture.d_model
     mlps = sum(component.kind is Kind.MLP for component in components)
     a_position = (
         len(components) * width * FLOAT_BYTES

@@ -44,6 +44,16 @@ def test_the_summary_is_what_is_served_unless_arrow_is_asked_for(
     }
 
 
+def test_a_summary_leads_to_every_table(api: httpx.Client, done: Job) -> None:
+    links = api.get(url(done)).json()["tables"]
+    assert set(links) == {"activations", "neurons", "predictions"}
+    for link in links.values():
+        answer = api.get(link["data_url"])
+        assert answer.headers["content-type"] == ARROW_FILE
+        assert len(answer.content) == link["bytes"]
+        assert from_ipc(answer.content).num_rows == link["rows"]
+
+
 @pytest.mark.parametrize("accept", [ARROW_FILE, f"{ARROW_FILE};q=0.9, application/json;q=0.1"])
 def test_the_main_table_is_served_as_an_arrow_file(
     api: httpx.Client, world: World, done: Job, accept: str

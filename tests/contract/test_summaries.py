@@ -23,7 +23,7 @@ from neural_mri.contract.results import (
     stamp,
 )
 from neural_mri.contract.scans import ScanKind, reporting_order
-from neural_mri.contract.summaries import Summary, summarise, tables_needed
+from neural_mri.contract.summaries import Summary, main_table, summarise, tables_needed
 
 TINY = Architecture(
     family="llama",
@@ -277,3 +277,39 @@ def test_an_attention_summary_names_patterns_by_url_and_reads_one_table() -> Non
 def test_only_the_small_tables_are_needed() -> None:
     raw = manifest(ScanKind.FMRI, ("tokens", "activations", "vectors.0", "neurons", "predictions"))
     assert tables_needed(raw) == ("activations", "neurons", "predictions")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (ScanKind.T1, "topology"),
+        (ScanKind.T2, "weights"),
+        (ScanKind.FMRI, "activations"),
+        (ScanKind.ATTENTION, "attention.3"),
+        (ScanKind.DTI, "effects"),
+        (ScanKind.FLAIR, "lens"),
+        (ScanKind.PERTURBATION, "comparison"),
+        (ScanKind.PATCHING, "recovery"),
+        (ScanKind.TRACING, "trace"),
+        (ScanKind.CALIBRATION, "calibration_ordinary"),
+    ],
+)
+def test_each_kind_of_result_has_a_main_table(kind: ScanKind, name: str) -> None:
+    others = ("attention.4",) if kind is ScanKind.ATTENTION else ("tokens",)
+    tables = (name, *others) if kind is ScanKind.ATTENTION else (*others, name)
+    whole = manifest(kind, tables)
+    assert main_table(whole).name == name
+    assert name in tables_needed(whole)
+
+
+def test_a_summary_says_where_every_table_is() -> None:
+    tables = {"activations": activations((Component(Kind.EMBED),), [[1.0, 2.0, 3.0]])}
+    whole = manifest(ScanKind.FMRI, ("activations", "vectors.0"))
+    document = as_json(summarise(whole, tables, TINY, job_url=JOB))
+    assert document["tables"]["vectors.0"] == {
+        "table": "vectors",
+        "unit": "",
+        "rows": 1,
+        "bytes": 1,
+        "data_url": f"{JOB}/result/vectors.0",
+    }
