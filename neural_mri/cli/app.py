@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from neural_mri import __version__
-from neural_mri.cli import jobs, keys, models, options, scans
+from neural_mri.cli import jobs, keys, models, options, scans, stimulation
 from neural_mri.cli.exits import EXIT_CODES, ExitCode, exit_code_of
 from neural_mri.cli.terminal import complain, print_json, standard_output
 from neural_mri.client import ClientError
@@ -23,6 +23,10 @@ app = typer.Typer(
     help="Images of the inside of an open-weight language model.",
 )
 app.add_typer(scans.commands, name="scan")
+app.command()(stimulation.perturb)
+app.command()(stimulation.patching)
+app.command()(stimulation.trace)
+app.command()(stimulation.calibrate)
 app.command()(models.models)
 app.add_typer(models.commands, name="model")
 app.command()(jobs.job)

@@ -19,13 +19,15 @@ _MOST_FULL_ROWS = 17
 """Up to sixteen heads and the MLP get a line each; beyond that two heads share one."""
 
 
-def heat_strip(grid: Grid, scale: Scale, console: Console) -> Iterator[Text]:
-    """The lines of the picture: a header of layer numbers, then components."""
+def heat_strip(
+    grid: Grid, scale: Scale, console: Console, *, across: str = "layer"
+) -> Iterator[Text]:
+    """The lines of the picture: a header of the numbers of what runs across, then a line a row or two."""
     places = scale.place(grid.values)
     coloured = has_colour(console)
     fits_wide = _LABEL_WIDTH + 2 * len(grid.layers) <= console.width
     width = 2 if coloured and fits_wide else 1
-    yield Text(_header(grid.layers, width), style="dim")
+    yield Text(_header(grid.layers, width, across), style="dim")
     for label, upper, lower in _lines(grid, paired=coloured and len(grid.rows) > _MOST_FULL_ROWS):
         line = Text().append(f"{label:>{_LABEL_WIDTH - 1}} ", "dim")
         for column in range(len(grid.layers)):
@@ -40,7 +42,9 @@ def heat_strip(grid: Grid, scale: Scale, console: Console) -> Iterator[Text]:
         yield line
 
 
-def legend(scale: Scale, unit: str, console: Console) -> Text:
+def legend(
+    scale: Scale, unit: str, console: Console, *, note: str = "sinks not in the limits"
+) -> Text:
     """The colour bar: first value, the colours, last value, unit."""
     bar = Text().append(f"{'':>{_LABEL_WIDTH}}{scale.low:.3g} ", "dim")
     for step in range(8):
@@ -49,7 +53,7 @@ def legend(scale: Scale, unit: str, console: Console) -> Text:
         else:
             bar.append(shade(step / 7, console))
     kind = "log scale" if scale.logarithmic else "linear"
-    return bar.append(f" {scale.high:.3g}  {unit}, {kind}, sinks not in the limits", "dim")
+    return bar.append(f" {scale.high:.3g}  {unit}, {kind}, {note}", "dim")
 
 
 def shade(place: float, console: Console) -> str:
@@ -93,14 +97,14 @@ def _lines(grid: Grid, *, paired: bool) -> Iterator[tuple[str, int, int | None]]
         yield "MLP", grid.rows.index("MLP"), None
 
 
-def _header(layers: tuple[int, ...], width: int) -> str:
-    """Layer numbers over their columns, as many as do not touch."""
+def _header(layers: tuple[int, ...], width: int, across: str) -> str:
+    """Numbers over their columns, as many as do not touch."""
     line = " " * _LABEL_WIDTH
     for column, layer in enumerate(layers):
         start = _LABEL_WIDTH + column * width
         if layer % 5 == 0 and len(line) <= start:
             line = line.ljust(start) + f"{layer} "
-    return f"{'layer':>{_LABEL_WIDTH - 1}}" + line[_LABEL_WIDTH - 1 :]
+    return f"{across:>{_LABEL_WIDTH - 1}}" + line[_LABEL_WIDTH - 1 :]
 
 
 def _foreground(place: float) -> Style:

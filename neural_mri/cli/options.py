@@ -3,8 +3,10 @@
 import re
 import sys
 from collections.abc import Callable, Iterable
+from enum import StrEnum
+from math import nan
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import typer
 
@@ -16,6 +18,8 @@ from neural_mri.contract.problems import InvalidAddress
 from neural_mri.contract.scans import Aggregation
 
 _LIMIT = 2**31
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def whole_number(low: int, high: int = _LIMIT) -> Callable[[str | int], int]:
@@ -29,6 +33,42 @@ def whole_number(low: int, high: int = _LIMIT) -> Callable[[str | int], int]:
         return int(text)
 
     return read
+
+
+def one_of(choices: type[Choice]) -> Callable[[str], Choice]:
+    """Reads one of an enumeration's values."""
+
+    def read(given: str) -> Choice:
+        try:
+            return choices(given)
+        except ValueError:
+            raise typer.BadParameter(f"{given!r} is none: expected {', '.join(choices)}") from None
+
+    return read
+
+
+def number(low: float, high: float) -> Callable[[str | float], float]:
+    """Reads an option's number, as `whole_number` does."""
+
+    def read(given: str | float) -> float:
+        try:
+            value = float(given)
+        except ValueError:
+            value = nan
+        if not low <= value <= high:
+            raise typer.BadParameter(f"{str(given)!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return read
+
+
+def read_calibration(given: str) -> str:
+    """A calibration's scan key."""
+    if not re.fullmatch(r"[0-9a-f]{64}", given):
+        raise typer.BadParameter(
+            f"{given!r} is no calibration's key: expected 64 hexadecimal digits"
+        )
+    return given
 
 
 Url = Annotated[
@@ -67,6 +107,40 @@ PlotFile = Annotated[
     Path | None, typer.Option("--plot", help="Write the picture here: .png, .svg or .pdf.")
 ]
 Prompt = Annotated[str, typer.Argument(help="Text to scan; `-` reads it from standard input.")]
+
+Answer = Annotated[
+    str | None,
+    typer.Option(
+        "--answer",
+        help="The next token asked about, with its space: ' Paris'.",
+        show_default="the likeliest",
+    ),
+]
+Foil = Annotated[
+    str | None,
+    typer.Option(
+        "--foil", help="A token to compare with: the metric becomes logit(answer) - logit(foil)."
+    ),
+]
+At = Annotated[
+    int,
+    typer.Option(
+        "--at",
+        parser=whole_number(-_LIMIT, _LIMIT - 1),
+        metavar="N",
+        help="Position whose next token is asked about; -1 is the last.",
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="KEY",
+        parser=read_calibration,
+        help="Scan key of a calibration, as `neural-mri calibrate` prints it.",
+        show_default="the model's own",
+    ),
+]
 
 _PICTURES = (".png", ".svg", ".pdf")
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
@@ -153,7 +227,7 @@ def read_layers(text: str, option: str = "--layers") -> Literal["all"] | tuple[s
     return tuple(listed)
 
 
-def read_positions(text: str) -> Literal["all"] | tuple[int, ...]:
+def read_positions(text: str, option: str = "--tokens") -> Literal["all"] | tuple[int, ...]:
     """`all`, or a list of token positions, negative ones counting from the end."""
     if text == "all":
         return "all"
@@ -162,7 +236,7 @@ def read_positions(text: str) -> Literal["all"] | tuple[int, ...]:
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is no list of token positions: expected whole numbers such as 0,3,-1, or all",
-            param_hint="--tokens",
+            param_hint=option,
         ) from None
 
 

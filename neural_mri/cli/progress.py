@@ -1,7 +1,7 @@
 """What a job is doing, drawn on standard error from its own events, and gone when it has ended."""
 
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from rich.console import Group
@@ -13,10 +13,21 @@ from rich.text import Text
 from neural_mri.cli.heat import frame_strip
 from neural_mri.cli.terminal import complaints
 from neural_mri.contract import events
+from neural_mri.contract.components import Component
 
 __all__ = ("JobProgress",)
 
-_COUNTED_IN_BYTES = frozenset({"download", "convert", "load"})
+_COUNTED_IN_BYTES = frozenset({"download", "convert", "load", "weights"})
+
+_EFFECTS_SHOWN = 8
+
+
+_WHOLE_MODEL = frozenset({"embed", "unembed"})
+
+
+class _Effect(NamedTuple):
+    value: float
+    exact: bool
 
 
 class JobProgress:
@@ -35,6 +46,8 @@ class JobProgress:
         self._state = self._bars.add_task("submitted", total=None, amount="")
         self._stages: dict[str, TaskID] = {}
         self._frames: dict[int, float] = {}
+        self._effects: dict[str, _Effect] = {}
+        self._effects_unit = ""
         self._live = (
             None
             if quiet or not self._console.is_terminal
@@ -73,12 +86,31 @@ class JobProgress:
             case events.LayerFrame(layer=layer, heads=heads, attn=attn, mlp=mlp):
                 measured = [value for value in (*heads, attn, mlp) if value is not None]
                 self._frames[layer] = max(measured, default=float("nan"))
+            case events.EffectsFrame(exact=exact, components=components, effects=effects):
+                # What was measured takes the place of what was estimated.
+                for component, effect in zip(components, effects, strict=True):
+                    self._effects[component] = _Effect(effect, exact)
+                self._effects_unit = event.unit
             case _:
                 pass  # token frames and tables are for pictures; the end closes the display
 
     def _picture(self) -> Group:
-        """The bars, and under them one cell for each layer reached, hot where something strong is."""
-        return Group(self._bars, self._layers()) if self._frames else Group(self._bars)
+        """The bars; under them a cell a layer reached, hot where something strong is, or the effects so far."""
+        below = [self._layers()] if self._frames else []
+        return Group(self._bars, *below, *self._strongest())
+
+    def _strongest(self) -> list[Text]:
+        """The largest effects known so far, estimates marked."""
+        inner = [item for item in self._effects.items() if item[0] not in _WHOLE_MODEL]
+        ranked = sorted(inner, key=lambda item: -abs(item[1].value))[:_EFFECTS_SHOWN]
+        return [
+            Text(f"  {Component.parse(address).label:<10}").append(
+                f"{effect.value:+9.4f} {self._effects_unit}  "
+                + ("measured" if effect.exact else "estimate"),
+                style="" if effect.exact else "dim",
+            )
+            for address, effect in ranked
+        ]
 
     def _layers(self) -> Text:
         values = np.full(max(self._frames) + 1, np.nan, dtype=np.float32)

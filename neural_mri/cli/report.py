@@ -9,9 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from neural_mri.cli.heat import has_colour, heat_strip, legend
+from neural_mri.cli.heat import heat_strip, legend
+from neural_mri.cli.listing import print_bars, print_heading
+from neural_mri.cli.reports import (
+    print_calibration,
+    print_circuit,
+    print_comparison,
+    print_lens,
+    print_restoration,
+    print_weights,
+)
 from neural_mri.client import ActivationMap, Reading, Result
-from neural_mri.client.colour import inferno
 from neural_mri.client.text import visible
 from neural_mri.contract.components import Kind
 from neural_mri.contract.jobs import JobView
@@ -19,7 +27,6 @@ from neural_mri.contract.scans import ScanKind
 
 __all__ = ("print_report",)
 
-_BAR_WIDTH = 24
 _FIRST_TOKENS = 60
 _LAST_TOKENS = 20
 """Of a longer prompt, the tokens in between are left out."""
@@ -37,6 +44,18 @@ def print_report(
             _print_topology(result, console, top)
         case ScanKind.ATTENTION:
             _print_attention(result, console, top, head)
+        case ScanKind.T2:
+            print_weights(result.weights(), console, top)
+        case ScanKind.DTI:
+            print_circuit(result.circuit(), result.manifest.prompt_tokens, console, top)
+        case ScanKind.FLAIR:
+            print_lens(result.lens(), console)
+        case ScanKind.PERTURBATION:
+            print_comparison(result.comparison(), result.manifest.prompt_tokens, console, top)
+        case ScanKind.PATCHING | ScanKind.TRACING:
+            print_restoration(result.restoration(), console)
+        case ScanKind.CALIBRATION:
+            print_calibration(result.table(), result.manifest, console)
     _print_timing(result, job, console)
 
 
@@ -45,22 +64,22 @@ def _print_activations(result: Result, console: Console, top: int) -> None:
     _print_tokens(scan, console)
     last = f"token {scan.positions[-1]} {visible(scan.tokens[-1])}"
 
-    _print_heading(f"Next token after {last}", console)
+    print_heading(f"Next token after {last}", console)
     predictions = result.predictions(scan.positions[-1])[:top]
     names = [visible(prediction.text) for prediction in predictions]
     shares = [prediction.probability for prediction in predictions]
-    _print_bars(names, shares, [f"{share:.3f}" for share in shares], shares, console)
+    print_bars(names, shares, [f"{share:.3f}" for share in shares], shares, console)
 
     scale = scan.scale()
     for kind, name in ((Kind.HEAD, "heads"), (Kind.MLP, "MLPs")):
         hottest = scan.hottest(kind, top)
         if hottest:
-            _print_heading(f"Hottest {name} at {last} ({scan.unit})", console)
+            print_heading(f"Hottest {name} at {last} ({scan.unit})", console)
             _print_readings(hottest, scan, console)
 
     grid = scan.grid()
     if grid.layers:
-        _print_heading(f"Layer × component at {last}", console)
+        print_heading(f"Layer × component at {last}", console)
         for line in heat_strip(grid, scale, console):
             console.print(line, soft_wrap=True)
         console.print(legend(scale, scan.unit, console), soft_wrap=True)
@@ -86,7 +105,7 @@ def _print_readings(readings: Sequence[Reading], scan: ActivationMap, console: C
     values = [reading.value for reading in readings]
     places = scan.scale().place(np.array(values, dtype=np.float32))
     labels = [reading.component.label for reading in readings]
-    _print_bars(
+    print_bars(
         labels,
         [value / max(values) if max(values) > 0 else 0.0 for value in values],
         [f"{value:.4g}" for value in values],
@@ -95,34 +114,11 @@ def _print_readings(readings: Sequence[Reading], scan: ActivationMap, console: C
     )
 
 
-def _print_bars(
-    names: Sequence[str],
-    shares: Sequence[float],
-    amounts: Sequence[str],
-    heats: Sequence[float],
-    console: Console,
-) -> None:
-    """Ranked rows: name, amount, and a bar of `share` (0 to 1) in the colour of `heat` (0 to 1)."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(justify="right", style="dim")
-    table.add_column(max_width=32, no_wrap=True)
-    table.add_column(justify="right")
-    table.add_column()
-    for rank, (name, share, amount, heat) in enumerate(
-        zip(names, shares, amounts, heats, strict=True), 1
-    ):
-        colour = inferno(max(heat, 0.3)).hex if has_colour(console) else ""
-        block = "█" if console.encoding.startswith("utf") else "#"
-        bar = Text(block * max(round(share * _BAR_WIDTH), int(share > 0)), style=colour)
-        table.add_row(f"  {rank}", Text(name), amount, bar)
-    console.print(table)
-
-
 def _print_topology(result: Result, console: Console, top: int) -> None:
     rows = result.table("topology").to_pylist()
     total = sum(row["parameters"] for row in rows)
     console.print(f"{total:,} parameters, each storage counted once")
-    _print_heading("By kind", console)
+    print_heading("By kind", console)
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(justify="right")
@@ -133,11 +129,11 @@ def _print_topology(result: Result, console: Console, top: int) -> None:
         share = sum(counts) / total if total else 0.0
         table.add_row(f"  {kind}", f"{len(counts)} ×", f"{sum(counts):,}", f"{share:.1%}")
     console.print(table)
-    _print_heading("Largest components (parameters)", console)
+    print_heading("Largest components (parameters)", console)
     rows.sort(key=lambda row: -int(row["parameters"]))
     shares = [row["parameters"] / max(total, 1) for row in rows[:top]]
     amounts = [f"{row['parameters']:,}" for row in rows[:top]]
-    _print_bars([row["component"] for row in rows[:top]], shares, amounts, shares, console)
+    print_bars([row["component"] for row in rows[:top]], shares, amounts, shares, console)
 
 
 def _print_attention(result: Result, console: Console, top: int, head: int | None) -> None:
@@ -150,7 +146,7 @@ def _print_attention(result: Result, console: Console, top: int, head: int | Non
                 param_hint="--head",
             )
         shown = range(len(pattern)) if head is None else [head]
-        _print_heading(
+        print_heading(
             f"Layer {layer}: where token {len(tokens) - 1} {tokens[-1]} looks (probability)",
             console,
         )
@@ -179,8 +175,3 @@ def _print_timing(result: Result, job: JobView, console: Console) -> None:
     console.print()
     console.print(Text(" · ".join(parts), style="dim"))
     console.print(Text(f"job {job.id} · scan {manifest.scan_key[:16]}", style="dim"))
-
-
-def _print_heading(text: str, console: Console) -> None:
-    console.print()
-    console.print(Text(text, style="bold"))

@@ -7,14 +7,25 @@ import typer
 from neural_mri.cli import options, outcomes
 from neural_mri.cli.options import Outputs
 from neural_mri.client.client import addresses
+from neural_mri.contract.anomalies import Lens, Sublayers
+from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
 from neural_mri.contract.jobs import Lane
-from neural_mri.contract.scans import ActivationScan, Aggregation, AttentionScan, StructuralScan
+from neural_mri.contract.scans import (
+    ActivationScan,
+    Aggregation,
+    AnomalyScan,
+    AttentionScan,
+    CircuitScan,
+    StructuralScan,
+    WeightScan,
+)
 
 __all__ = ("commands",)
 
 commands = typer.Typer(no_args_is_help=True, help="Scan a model.")
 
 _SHOWN = 5
+_SHOWN_EFFECTS = 10
 
 
 @commands.command()
@@ -111,3 +122,227 @@ def attention(
     )
     with options.open_client(url) as client:
         outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait, head=head)
+
+
+@commands.command()
+def weights(
+    *,
+    model: options.Model = None,
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Layer numbers (3), ranges (5-7) and addresses (blocks.3.mlp), with commas between."
+        ),
+    ] = "all",
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="A registered model of the same shape: report what differs from it."),
+    ] = None,
+    sigma: Annotated[
+        float,
+        typer.Option(
+            parser=options.number(1, 1000),
+            metavar="X",
+            help="Standard deviations beyond which a weight is an outlier.",
+        ),
+    ] = 6.0,
+    lane: options.InLane = Lane.INTERACTIVE,
+    top: options.Top = _SHOWN,
+    as_json: options.Json = False,
+    arrow: options.ArrowFile = None,
+    csv: options.CsvFile = None,
+    plot: options.PlotFile = None,
+    no_wait: options.NoWait = False,
+    quiet: options.Quiet = False,
+    url: options.Url = None,
+) -> None:
+    """Weights (T2): how large they are, which lie far out, what heads copy. Loads no model.
+
+    neural-mri scan weights --plot weights.png
+    """
+    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
+    chosen = options.read_layers(layers)
+    request = WeightScan(
+        model=model,
+        layers="all" if chosen == "all" else addresses(chosen),
+        baseline=baseline,
+        outlier_sigma=sigma,
+    )
+    with options.open_client(url) as client:
+        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)
+
+
+@commands.command()
+def circuits(
+    prompt: options.Prompt,
+    *,
+    model: options.Model = None,
+    answer: options.Answer = None,
+    foil: options.Foil = None,
+    at: options.At = -1,
+    corrupt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPT",
+            help="A prompt of as many tokens that asks for the foil: values are taken from its run.",
+        ),
+    ] = None,
+    method: Annotated[
+        CircuitMethod,
+        typer.Option(
+            parser=options.one_of(CircuitMethod),
+            metavar="|".join(CircuitMethod),
+            help="How effects are measured.",
+        ),
+    ] = CircuitMethod.FAST,
+    ablation: Annotated[
+        Ablation | None,
+        typer.Option(
+            parser=options.one_of(Ablation),
+            metavar="|".join(Ablation),
+            help="What a component is replaced by.",
+            show_default="resample with --corrupt, else mean",
+        ),
+    ] = None,
+    granularity: Annotated[
+        Granularity,
+        typer.Option(
+            parser=options.one_of(Granularity),
+            metavar="|".join(Granularity),
+            help="What counts as a component.",
+        ),
+    ] = Granularity.HEADS,
+    first_token: Annotated[
+        bool,
+        typer.Option("--first-token", help="Replace at position 0 too, the attention sink's."),
+    ] = False,
+    exact: Annotated[
+        int,
+        typer.Option(
+            parser=options.whole_number(0, 4096),
+            metavar="N",
+            help="How many of the strongest `fast` measures.",
+        ),
+    ] = 30,
+    edges: Annotated[
+        int,
+        typer.Option(
+            parser=options.whole_number(0, 5000), metavar="N", help="How many paths to report."
+        ),
+    ] = 300,
+    steps: Annotated[
+        int,
+        typer.Option(
+            parser=options.whole_number(1, 64),
+            metavar="N",
+            help="Steps of integrated_gradients.",
+        ),
+    ] = 5,
+    calibration: options.Calibration = None,
+    lane: options.InLane = Lane.INTERACTIVE,
+    top: options.Top = _SHOWN_EFFECTS,
+    as_json: options.Json = False,
+    arrow: options.ArrowFile = None,
+    csv: options.CsvFile = None,
+    plot: options.PlotFile = None,
+    no_wait: options.NoWait = False,
+    quiet: options.Quiet = False,
+    url: options.Url = None,
+) -> None:
+    """Circuits (DTI): which components carry an answer, and along which paths.
+
+    Estimates show first, and are then measured.
+
+    neural-mri scan circuits "The Eiffel Tower is located in the city of"
+      --answer " Paris"
+    """
+    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
+    request = CircuitScan(
+        model=model,
+        prompt=options.read_prompt(prompt),
+        answer=answer,
+        foil=foil,
+        target_token_idx=at,
+        corrupt_prompt=corrupt,
+        method=method,
+        ablation=ablation,
+        granularity=granularity,
+        include_first_token=first_token,
+        exact=exact,
+        edges=edges,
+        steps=steps,
+        calibration=calibration,
+    )
+    with options.open_client(url) as client:
+        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)
+
+
+@commands.command()
+def anomaly(
+    prompt: options.Prompt,
+    *,
+    model: options.Model = None,
+    answer: options.Answer = None,
+    foil: options.Foil = None,
+    at: options.At = -1,
+    lens: Annotated[
+        Lens,
+        typer.Option(
+            parser=options.one_of(Lens),
+            metavar="|".join(Lens),
+            help="How intermediate layers are read.",
+        ),
+    ] = Lens.BIAS,
+    tokens: Annotated[
+        str,
+        typer.Option(
+            help="Token positions, with commas between; `target` is the one asked about alone."
+        ),
+    ] = "all",
+    sublayers: Annotated[
+        Sublayers,
+        typer.Option(
+            parser=options.one_of(Sublayers),
+            metavar="|".join(Sublayers),
+            help="Where to read between attention and MLP too; `all` doubles the work.",
+        ),
+    ] = Sublayers.TARGET,
+    false_alarms: Annotated[
+        float,
+        typer.Option(
+            parser=options.number(1e-6, 0.499),
+            metavar="SHARE",
+            help="Share of ordinary positions that may be flagged.",
+        ),
+    ] = 0.01,
+    calibration: options.Calibration = None,
+    lane: options.InLane = Lane.INTERACTIVE,
+    top: options.Top = _SHOWN,
+    as_json: options.Json = False,
+    arrow: options.ArrowFile = None,
+    csv: options.CsvFile = None,
+    plot: options.PlotFile = None,
+    no_wait: options.NoWait = False,
+    quiet: options.Quiet = False,
+    url: options.Url = None,
+) -> None:
+    """Anomalies (FLAIR): uncertainty, where the answer appears, and whether it is supported.
+
+    neural-mri scan anomaly "The Eiffel Tower is located in the city of"
+      --answer " Paris"
+    """
+    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
+    request = AnomalyScan(
+        model=model,
+        prompt=options.read_prompt(prompt),
+        answer=answer,
+        foil=foil,
+        target_token_idx=at,
+        lens=lens,
+        token_positions="target" if tokens == "target" else options.read_positions(tokens),
+        sublayers=sublayers,
+        false_alarm_rate=false_alarms,
+        calibration=calibration,
+    )
+    with options.open_client(url) as client:
+        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)

@@ -8,7 +8,9 @@ Knows the contract and HTTP; needs nothing of the service's side installed.
 """
 
 from neural_mri.client.activation_map import ActivationMap, Grid, Reading
+from neural_mri.client.circuit_map import CircuitMap
 from neural_mri.client.client import Client
+from neural_mri.client.comparison import Comparison
 from neural_mri.client.errors import (
     ClientError,
     Damaged,
@@ -21,24 +23,32 @@ from neural_mri.client.errors import (
     Unreachable,
 )
 from neural_mri.client.exchange import DEFAULT_URL, URL_VARIABLE
+from neural_mri.client.lens_map import LensMap
+from neural_mri.client.restoration import Restoration
 from neural_mri.client.result import Prediction, Result
+from neural_mri.client.weight_map import WeightMap
 
 __all__ = (
     "DEFAULT_URL",
     "URL_VARIABLE",
     "ActivationMap",
+    "CircuitMap",
     "Client",
     "ClientError",
+    "Comparison",
     "Damaged",
     "Grid",
     "JobCancelled",
     "JobEnded",
     "JobFailed",
+    "LensMap",
     "MissingExtra",
     "NotUnderstood",
     "Prediction",
     "Reading",
     "Refused",
+    "Restoration",
     "Result",
     "Unreachable",
+    "WeightMap",
 )

@@ -109,21 +109,34 @@ class ActivationMap(NamedTuple):
 
 def heads_and_mlps(components: tuple[Component, ...], values: Values) -> Grid:
     """One value a component, laid out by layer; other kinds of component are passed over."""
+    return by_layer(components, values, (Kind.HEAD, Kind.MLP))
+
+
+def by_layer(components: tuple[Component, ...], values: Values, kinds: tuple[Kind, ...]) -> Grid:
+    """One value a component of these kinds, laid out by layer: a row a head, then one a kind."""
     shown = [
         (component, float(value))
         for component, value in zip(components, values, strict=True)
-        if component.kind in (Kind.HEAD, Kind.MLP)
+        if component.kind in kinds
     ]
     layers = sorted({component.layer for component, _ in shown if component.layer is not None})
     n_heads = 1 + max(
         (component.index for component, _ in shown if component.index is not None), default=-1
     )
-    has_mlps = any(component.kind is Kind.MLP for component, _ in shown)
-    rows = (*(f"H{head}" for head in range(n_heads)), *(("MLP",) if has_mlps else ()))
+    present = {component.kind for component, _ in shown}
+    others: list[Kind] = [kind for kind in kinds if kind in present and kind is not Kind.HEAD]
+    rows = (
+        *(f"H{head}" for head in range(n_heads)),
+        *("MLP" if kind is Kind.MLP else kind.value for kind in others),
+    )
     column = {layer: at for at, layer in enumerate(layers)}
     grid = np.full((len(rows), len(layers)), np.nan, dtype=np.float32)
     for component, value in shown:
-        row = component.index if component.index is not None else len(rows) - 1
+        row = (
+            component.index
+            if component.index is not None
+            else n_heads + others.index(component.kind)
+        )
         grid[row, column[component.layer or 0]] = value
     return Grid(rows, tuple(layers), grid)
 

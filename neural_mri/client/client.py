@@ -13,18 +13,28 @@ from neural_mri.client.errors import ClientError
 from neural_mri.client.exchange import Exchange
 from neural_mri.client.result import Result
 from neural_mri.client.watching import follow, wait_for
+from neural_mri.contract.anomalies import Lens, Sublayers
+from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.events import Event
 from neural_mri.contract.jobs import JobView, Lane
 from neural_mri.contract.models import ModelInfo, ModelRequest
+from neural_mri.contract.perturbations import Direction, PatchSite, Perturbation, TraceKind
 from neural_mri.contract.results import Manifest
 from neural_mri.contract.scans import (
     ActivationScan,
     Aggregation,
+    AnomalyScan,
     AttentionScan,
+    CalibrationScan,
+    CircuitScan,
+    PatchingScan,
+    PerturbationScan,
     Scan,
     ScanKind,
     StructuralScan,
+    TracingScan,
+    WeightScan,
     encode_scan,
     kind_of,
 )
@@ -37,16 +47,23 @@ JobReference = JobView | UUID | str
 
 _PATHS = {
     ScanKind.T1: "/api/scan/structural",
+    ScanKind.T2: "/api/scan/weights",
     ScanKind.FMRI: "/api/scan/activation",
     ScanKind.ATTENTION: "/api/scan/attention",
+    ScanKind.DTI: "/api/scan/circuits",
+    ScanKind.FLAIR: "/api/scan/anomaly",
+    ScanKind.PERTURBATION: "/api/perturb",
+    ScanKind.PATCHING: "/api/perturb/patching",
+    ScanKind.TRACING: "/api/perturb/trace",
+    ScanKind.CALIBRATION: "/api/model/calibrate",
 }
 
 
 class Client:
     """A connection to one service. Use it as a context manager, or `close` it.
 
-    `scan_*` and `run` wait and give the `Result`; `submit`, `load` and `unload` give the job at once, to
-    be followed with `watch` or `wait`. Any method raises `Unreachable` when nobody answers and `Refused`,
+    `scan_*`, `perturb`, `patching`, `trace`, `calibrate` and `run` wait and give the `Result`; `submit`,
+    `load` and `unload` give the job at once, to be followed with `watch` or `wait`. Any method raises `Unreachable` when nobody answers and `Refused`,
     with the service's problem document, when the service says no.
     """
 
@@ -176,6 +193,230 @@ class Client:
     ) -> Result:
         """Attention patterns of some layers, every head, every pair of tokens."""
         return self.run(AttentionScan(model=model, prompt=prompt, layers=tuple(layers)), on_event)
+
+    def scan_weights(
+        self,
+        *,
+        model: str | None = None,
+        layers: Literal["all"] | Iterable[str | int] = "all",
+        baseline: str | None = None,
+        histogram_bins: int = 64,
+        outlier_sigma: float = 6.0,
+        on_event: OnEvent | None = None,
+    ) -> Result:
+        """T2: what the published weights are like, and how they differ from a `baseline` model's.
+
+        `layers` is read as by `scan_activation`. Needs no loaded model.
+        """
+        scan = WeightScan(
+            model=model,
+            layers="all" if layers == "all" else addresses(layers),
+            baseline=baseline,
+            histogram_bins=histogram_bins,
+            outlier_sigma=outlier_sigma,
+        )
+        return self.run(scan, on_event)
+
+    def scan_circuits(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        answer: str | int | None = None,
+        foil: str | int | None = None,
+        target_token_idx: int = -1,
+        corrupt_prompt: str | None = None,
+        method: CircuitMethod | str = CircuitMethod.FAST,
+        ablation: Ablation | str | None = None,
+        granularity: Granularity | str = Granularity.HEADS,
+        include_first_token: bool = False,
+        exact: int = 30,
+        edges: int = 300,
+        steps: int = 5,
+        calibration: str | None = None,
+        on_event: OnEvent | None = None,
+    ) -> Result:
+        """DTI: what replacing each component does to the answer, and the paths between components.
+
+        The arguments are those of `CircuitScan`. `on_event` hears estimates first, then what was measured.
+        """
+        scan = CircuitScan(
+            model=model,
+            prompt=prompt,
+            answer=answer,
+            foil=foil,
+            target_token_idx=target_token_idx,
+            corrupt_prompt=corrupt_prompt,
+            method=CircuitMethod(method),
+            ablation=None if ablation is None else Ablation(ablation),
+            granularity=Granularity(granularity),
+            include_first_token=include_first_token,
+            exact=exact,
+            edges=edges,
+            steps=steps,
+            calibration=calibration,
+        )
+        return self.run(scan, on_event)
+
+    def scan_anomaly(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        answer: str | int | None = None,
+        foil: str | int | None = None,
+        target_token_idx: int = -1,
+        lens: Lens | str = Lens.BIAS,
+        token_positions: Literal["target", "all"] | Iterable[int] = "all",
+        sublayers: Sublayers | str = Sublayers.TARGET,
+        kl_weight: float = 0.6,
+        entropy_weight: float = 0.4,
+        false_alarm_rate: float = 0.01,
+        calibration: str | None = None,
+        on_event: OnEvent | None = None,
+    ) -> Result:
+        """FLAIR: uncertainty, where the answer appears, and whether it is supported.
+
+        The arguments are those of `AnomalyScan`.
+        """
+        scan = AnomalyScan(
+            model=model,
+            prompt=prompt,
+            answer=answer,
+            foil=foil,
+            target_token_idx=target_token_idx,
+            lens=Lens(lens),
+            token_positions=token_positions
+            if token_positions == "target" or token_positions == "all"  # noqa: PLR1714 -- mypy's
+            else tuple(token_positions),
+            sublayers=Sublayers(sublayers),
+            kl_weight=kl_weight,
+            entropy_weight=entropy_weight,
+            false_alarm_rate=false_alarm_rate,
+            calibration=calibration,
+        )
+        return self.run(scan, on_event)
+
+    # Stimulation
+
+    def perturb(
+        self,
+        prompt: str,
+        perturbations: Iterable[Perturbation] = (),
+        *,
+        model: str | None = None,
+        answer: str | int | None = None,
+        foil: str | int | None = None,
+        target_token_idx: int = -1,
+        top_predictions: int = 10,
+        perturbed_scan: bool = True,
+        calibration: str | None = None,
+        on_event: OnEvent | None = None,
+    ) -> Result:
+        """The model reading a prompt, clean and perturbed, side by side; no weight is ever changed.
+
+        All `perturbations` are applied in one run:
+        `perturb(prompt, [ZeroAblation(component="blocks.21.attn.h3"), Amplify(component="blocks.4.mlp")])`.
+        """
+        scan = PerturbationScan(
+            model=model,
+            prompt=prompt,
+            answer=answer,
+            foil=foil,
+            target_token_idx=target_token_idx,
+            perturbations=tuple(perturbations),
+            top_predictions=top_predictions,
+            perturbed_scan=perturbed_scan,
+            calibration=calibration,
+        )
+        return self.run(scan, on_event)
+
+    def patching(
+        self,
+        prompt: str,
+        corrupt_prompt: str,
+        *,
+        model: str | None = None,
+        answer: str | int | None = None,
+        foil: str | int | None = None,
+        target_token_idx: int = -1,
+        direction: Direction | str = Direction.DENOISING,
+        sites: Iterable[PatchSite | str] = (
+            PatchSite.RESIDUAL,
+            PatchSite.ATTENTION,
+            PatchSite.MLP,
+        ),
+        on_event: OnEvent | None = None,
+    ) -> Result:
+        """Activation patching between two prompts of as many tokens: recovery by layer and position."""
+        scan = PatchingScan(
+            model=model,
+            prompt=prompt,
+            corrupt_prompt=corrupt_prompt,
+            answer=answer,
+            foil=foil,
+            target_token_idx=target_token_idx,
+            direction=Direction(direction),
+            sites=tuple(map(PatchSite, sites)),
+        )
+        return self.run(scan, on_event)
+
+    def trace(
+        self,
+        prompt: str,
+        subject: str,
+        *,
+        model: str | None = None,
+        answer: str | int | None = None,
+        foil: str | int | None = None,
+        target_token_idx: int = -1,
+        sigma: float = 3.0,
+        draws: int = 3,
+        seed: int = 0,
+        window: int = 6,
+        kinds: Iterable[TraceKind | str] = (TraceKind.STATE, TraceKind.MLP, TraceKind.ATTENTION),
+        on_event: OnEvent | None = None,
+    ) -> Result:
+        """Causal tracing (Meng et al. 2022): noise on the subject's embeddings, then states restored."""
+        scan = TracingScan(
+            model=model,
+            prompt=prompt,
+            subject=subject,
+            answer=answer,
+            foil=foil,
+            target_token_idx=target_token_idx,
+            sigma=sigma,
+            draws=draws,
+            seed=seed,
+            window=window,
+            kinds=tuple(map(TraceKind, kinds)),
+        )
+        return self.run(scan, on_event)
+
+    def calibrate(
+        self,
+        *,
+        model: str | None = None,
+        texts: Iterable[str] = (),
+        n_tokens: int = 2048,
+        n_ordinary: int = 128,
+        seed: int = 0,
+        lenses: Iterable[Lens | str] = (Lens.BIAS,),
+        on_event: OnEvent | None = None,
+    ) -> Result:
+        """Measure what scans are read against, on `texts` or else on text sampled from the model.
+
+        The result's `manifest.scan_key` is what other scans take as `calibration`.
+        """
+        scan = CalibrationScan(
+            model=model,
+            texts=tuple(texts),
+            n_tokens=n_tokens,
+            n_ordinary=n_ordinary,
+            seed=seed,
+            lenses=tuple(map(Lens, lenses)),
+        )
+        return self.run(scan, on_event)
 
     def run(
         self,

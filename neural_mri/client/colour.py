@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("Colour", "Scale", "grey", "inferno")
+__all__ = ("Colour", "Scale", "Values", "blue_orange", "grey", "inferno")
 
 Values = npt.NDArray[np.float32]
 
@@ -51,6 +51,14 @@ class Scale(NamedTuple):
             low, high = (low / 2, high * 2) if logarithmic else (low - 0.5, high + 0.5)
         return cls(low, high, logarithmic)
 
+    @classmethod
+    def around_zero(cls, *groups: Values) -> Self:
+        """As far below 0 as above it: the 98th percentile of the finite values' sizes, the widest group's."""
+        sizes = [np.abs(group[np.isfinite(group)]) for group in groups]
+        edges = [float(np.percentile(size, 98)) for size in sizes if size.size]
+        edge = max(edges, default=0.0) or 1.0
+        return cls(-edge, edge, logarithmic=False)
+
     def place(self, values: Values) -> npt.NDArray[np.float64]:
         """Where values lie between `low` (0) and `high` (1), held inside; NaN stays NaN."""
         exact = values.astype(np.float64)
@@ -91,5 +99,19 @@ def grey(place: float) -> Colour:
     return Colour(*(round(dark + place * (light - dark)) for dark, light in _GREYS))
 
 
+def blue_orange(place: float) -> Colour:
+    """The colour of a place from 0 to 1 among signed values: dark at 0.5, lighter towards either end.
+
+    Blue is below 0 and orange above it: every kind of colour vision tells them apart.
+    """
+    at = place * (len(_BLUE_ORANGE) - 1)
+    below = min(int(at), len(_BLUE_ORANGE) - 2)
+    mixed = _BLUE_ORANGE[below] + (at - below) * (_BLUE_ORANGE[below + 1] - _BLUE_ORANGE[below])
+    return Colour(*(round(float(channel)) for channel in mixed))
+
+
+_BLUE_ORANGE = np.array(
+    [(160, 212, 255), (54, 128, 212), (44, 50, 61), (200, 98, 36), (255, 194, 128)]
+)
 _GREYS = ((43, 244), (47, 246), (53, 248))
 """First and last red, green and blue."""

@@ -1,6 +1,7 @@
 """A finished scan's tables, fetched when asked for and checked against the manifest."""
 
 import hashlib
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from uuid import UUID
@@ -11,10 +12,15 @@ import pyarrow as pa
 
 from neural_mri.client import long_form, notebook
 from neural_mri.client.activation_map import ActivationMap, Grid, heads_and_mlps, value_matrix
-from neural_mri.client.colour import Scale, grey, inferno
+from neural_mri.client.circuit_map import CircuitMap
+from neural_mri.client.colour import Scale, blue_orange, grey, inferno
+from neural_mri.client.comparison import Comparison
 from neural_mri.client.errors import ClientError, Damaged, needing
 from neural_mri.client.exchange import Exchange, decoded
+from neural_mri.client.lens_map import LensMap
+from neural_mri.client.restoration import Restoration
 from neural_mri.client.watching import wait_for
+from neural_mri.client.weight_map import WeightMap
 from neural_mri.contract.components import Component
 from neural_mri.contract.jobs import JobView
 from neural_mri.contract.results import ARROW_FILE, Manifest, TableRef, from_ipc, provenance_of
@@ -26,7 +32,16 @@ if TYPE_CHECKING:
 
 __all__ = ("Prediction", "Result")
 
-_MAIN_TABLE = {ScanKind.T1: "topology", ScanKind.FMRI: "activations"}
+_MAIN_TABLE = {
+    ScanKind.T1: "topology",
+    ScanKind.T2: "weights",
+    ScanKind.FMRI: "activations",
+    ScanKind.DTI: "effects",
+    ScanKind.FLAIR: "lens",
+    ScanKind.PATCHING: "recovery",
+    ScanKind.TRACING: "trace",
+    ScanKind.CALIBRATION: "calibration_ordinary",
+}
 
 
 class Prediction(NamedTuple):
@@ -65,7 +80,12 @@ class Result:
 
     @property
     def main_table(self) -> str:
-        """Name of the table a picture is painted from; of several layers of attention, the first."""
+        """Name of the table a picture is painted from.
+
+        Of several layers of attention, the first; of a perturbation without activations, `shift`.
+        """
+        if self.kind is ScanKind.PERTURBATION:
+            return "change" if "change" in self.table_names else "shift"
         return _MAIN_TABLE.get(self.kind) or f"attention.{self.attention_layers[0]}"
 
     @property
@@ -110,8 +130,40 @@ class Result:
         return self._exchange.ask(dict[str, Any], "GET", f"/api/jobs/{self.job_id}/result")
 
     def activations(self) -> ActivationMap:
-        """An fMRI scan's values as an array. Raises `ValueError` for other scans."""
+        """An fMRI scan's values as an array. Raises `ValueError` for scans that have none."""
         return ActivationMap.of(self.table("activations"), self.table("tokens"))
+
+    def weights(self) -> WeightMap:
+        """A T2 scan's values by component. Raises `ValueError` for other scans."""
+        return WeightMap.of(
+            self.table("weights"),
+            self.table("circuits"),
+            self.table("outliers"),
+            self._table_if_any("difference"),
+        )
+
+    def circuit(self) -> CircuitMap:
+        """A DTI scan's effects, question and edges. Raises `ValueError` for other scans."""
+        return CircuitMap.of(
+            self.table("effects"), self.table("metric"), self._table_if_any("edges")
+        )
+
+    def lens(self) -> LensMap:
+        """A FLAIR scan's lens and channels. Raises `ValueError` for other scans."""
+        names = ("lens", "lens_tokens", "uncertainty", "support", "depth")
+        return LensMap.of(self._tables_called(names), self.manifest.prompt_tokens)
+
+    def comparison(self) -> Comparison:
+        """A perturbation's answer before and after. Raises `ValueError` for other scans."""
+        names = ["comparison", "shift", "predictions", "predictions_after"]
+        if "change" in self.table_names:
+            names += ["change", "tokens"]
+        return Comparison.of(self._tables_called(names))
+
+    def restoration(self) -> Restoration:
+        """The maps of a patching or tracing scan. Raises `ValueError` for other scans."""
+        maps = "trace" if self.kind is ScanKind.TRACING else "recovery"
+        return Restoration.of(self.table(maps), self.table("contrast"), self.table("tokens"))
 
     def predictions(self, position: int | None = None) -> tuple[Prediction, ...]:
         """The likeliest next tokens after a position (the last reported one), likeliest first."""
@@ -144,18 +196,23 @@ class Result:
 
     def to_long(self) -> pa.Table:
         """One row a value: columns as `long_form` lists them."""
-        main = self.table()
+        main, tokens = self.table(), self.manifest.prompt_tokens
         match self.kind:
-            case ScanKind.FMRI:
-                return long_form.activations_long(main, self.manifest.prompt_tokens)
+            case ScanKind.T1 | ScanKind.T2 | ScanKind.DTI:
+                return main
+            case ScanKind.FMRI | ScanKind.FLAIR | ScanKind.PATCHING | ScanKind.TRACING:
+                return long_form.activations_long(main, tokens)
+            case ScanKind.PERTURBATION if self.main_table == "change":
+                return long_form.activations_long(main, tokens)
+            case ScanKind.PERTURBATION:
+                return long_form.with_tokens(main, tokens)
+            case ScanKind.CALIBRATION:
+                return long_form.ordinary_long(main)
             case ScanKind.ATTENTION:
                 tables = (self.table(f"attention.{layer}") for layer in self.attention_layers)
-                tokens = self.manifest.prompt_tokens
                 return pa.concat_tables(
                     [long_form.attention_long(pattern, tokens) for pattern in tables]
                 )
-            case ScanKind.T1:
-                return main
 
     def to_pandas(self) -> "DataFrame":
         """`to_long`, as a data frame. Raises `MissingExtra` where pandas is not installed."""
@@ -172,11 +229,14 @@ class Result:
     ) -> "Figure":
         """The picture of the scan: `savefig` it, or let a notebook show it.
 
-        fMRI: layer by component at token `position`, and layer by token. T1: parameters. Attention:
-        every head of `layer` (the first one scanned). Raises `MissingExtra` without matplotlib.
+        fMRI: layer by component at token `position`, and layer by token. T1: parameters. T2: size of
+        weights, and what heads copy. Attention: every head of `layer` (the first one scanned). DTI:
+        effects, the strongest components and paths. FLAIR: the lens, and three channels under it.
+        Perturbation: the answer before and after, and what changed at token `position`. Patching and
+        tracing: a map a kind of place. Raises `MissingExtra` without matplotlib.
         """
         with needing("matplotlib", "a picture"):
-            from neural_mri.client import figures
+            from neural_mri.client import figures, pictures
         match self.kind:
             case ScanKind.FMRI:
                 return figures.activation_picture(
@@ -196,6 +256,23 @@ class Result:
                     self.manifest.prompt_tokens,
                     f"{self.title} · layer {shown}",
                 )
+            case ScanKind.T2:
+                return pictures.weight_picture(self.weights(), self.title)
+            case ScanKind.DTI:
+                return pictures.circuit_picture(
+                    self.circuit(), self.manifest.prompt_tokens, self.title
+                )
+            case ScanKind.FLAIR:
+                return pictures.lens_picture(self.lens(), self.title)
+            case ScanKind.PERTURBATION:
+                return pictures.comparison_picture(
+                    self.comparison(), self.manifest.prompt_tokens, self.title, position=position
+                )
+            case ScanKind.PATCHING | ScanKind.TRACING:
+                signed = self.kind is ScanKind.PATCHING
+                return pictures.restoration_picture(self.restoration(), self.title, signed=signed)
+            case ScanKind.CALIBRATION:
+                return pictures.ordinary_picture(self.table(), self.title)
 
     def __repr__(self) -> str:
         tables = ", ".join(self.table_names)
@@ -215,8 +292,14 @@ class Result:
                     scale = Scale.of(grid.values, logarithmic=True)
                     picture = notebook.heat_map(grid, scale, "parameters", grey)
                     extra = ""
-                case ScanKind.ATTENTION:
-                    picture, extra = notebook.note("plot() draws the patterns"), ""
+                case ScanKind.DTI:
+                    circuit = self.circuit()
+                    grid = circuit.grid()
+                    around = Scale.around_zero(grid.values)
+                    picture = notebook.heat_map(grid, around, circuit.unit, blue_orange)
+                    extra = ""
+                case _:
+                    picture, extra = notebook.note("plot() draws the picture"), ""
         except ClientError as error:
             picture, extra = notebook.note(str(error)), ""
         return notebook.card(self.title, self.manifest, picture + extra)
@@ -226,6 +309,12 @@ class Result:
         components = tuple(map(Component.parse, table["component"].to_pylist()))
         parameters = np.array(table["parameters"].to_pylist(), dtype=np.float32)
         return heads_and_mlps(components, parameters)
+
+    def _table_if_any(self, name: str) -> pa.Table | None:
+        return self.table(name) if name in self.table_names else None
+
+    def _tables_called(self, names: Iterable[str]) -> dict[str, pa.Table]:
+        return {name: self.table(name) for name in names}
 
     def _ref(self, name: str) -> TableRef:
         ref = self.manifest.table(name)

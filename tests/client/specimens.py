@@ -19,15 +19,18 @@ from neural_mri.contract.results import (
     build,
     component_columns,
     positions_column,
+    provenance_of,
     stamp,
     to_ipc,
 )
 from neural_mri.contract.scans import (
     ActivationScan,
     AttentionScan,
+    PromptScan,
     Scan,
     ScanKind,
     StructuralScan,
+    kind_of,
     resolve_positions,
 )
 
@@ -92,6 +95,10 @@ def specimen(scan: Scan) -> Specimen:
         case AttentionScan():
             patterns = {f"attention.{layer}": attention(layer) for layer in scan.layers}
             return _stored(ScanKind.ATTENTION, scan, patterns)
+        case _:
+            from tests.client.findings import tables_of
+
+            return _stored(kind_of(scan), scan, tables_of(scan))
 
 
 def value_of(component: Component, position: int) -> float:
@@ -193,11 +200,11 @@ def _stored(kind: ScanKind, scan: Scan, tables: Mapping[str, pa.Table]) -> Speci
         numerics=Numerics(),
         scanner_version="1",
         request=request,
-        prompt_tokens=() if kind is ScanKind.T1 else TOKENS,
+        prompt_tokens=TOKENS if isinstance(scan, PromptScan) else (),
         tables=tuple(
             TableRef(
                 name=name,
-                table=name.partition(".")[0],
+                table=provenance_of(table).table,
                 chunk=hashlib.sha256(chunks[name]).hexdigest(),
                 bytes=len(chunks[name]),
                 rows=len(table),

@@ -20,6 +20,7 @@ import msgspec
 
 from neural_mri.contract.events import (
     ActivationFrame,
+    EffectsFrame,
     Ended,
     Event,
     FrameLayer,
@@ -34,19 +35,33 @@ from neural_mri.contract.problems import Problem, ResultNotReady, UnknownJob, Un
 from neural_mri.contract.results import ARROW_FILE
 from neural_mri.contract.scans import (
     ActivationScan,
+    AnomalyScan,
     AttentionScan,
+    CalibrationScan,
+    CircuitScan,
+    PatchingScan,
+    PerturbationScan,
     Scan,
     ScanKind,
     StructuralScan,
+    TracingScan,
+    WeightScan,
     encode_scan,
 )
 from neural_mri.contract.tokens import Span, Tokens
 from tests.client.specimens import ARCHITECTURE, MODEL, REVISION, TOKENS, Specimen, specimen
 
 SCANS: Mapping[str, type[Any]] = {
-    "structural": StructuralScan,
-    "activation": ActivationScan,
-    "attention": AttentionScan,
+    "scan/structural": StructuralScan,
+    "scan/weights": WeightScan,
+    "scan/activation": ActivationScan,
+    "scan/attention": AttentionScan,
+    "scan/circuits": CircuitScan,
+    "scan/anomaly": AnomalyScan,
+    "perturb": PerturbationScan,
+    "perturb/patching": PatchingScan,
+    "perturb/trace": TracingScan,
+    "model/calibrate": CalibrationScan,
 }
 
 JSON = "application/json"
@@ -151,6 +166,8 @@ class Wire:
         events: list[Event] = [self.next_end]
         if not self.cached:
             events = life_of_a_scan(self.next_end)
+            if isinstance(scan, CircuitScan):
+                events[2:-2] = effects_of_a_circuit()
         return self._keep(WireJob(view, events, stored))
 
     def job_about_a_model(self, kind: JobKind) -> WireJob:
@@ -215,6 +232,18 @@ def life_of_a_scan(ended: Ended) -> list[Event]:
     ]
 
 
+def effects_of_a_circuit() -> list[Event]:
+    """Estimates of two components, then the measurement of one."""
+    frame = EffectsFrame(
+        exact=False,
+        components=("embed", "blocks.1.attn.head_2", "blocks.3.mlp"),
+        effects=(99.0, 0.22, -1.5),
+        unit="nats",
+    )
+    measured = EffectsFrame(exact=True, components=("blocks.3.mlp",), effects=(-4.0,), unit="nats")
+    return [frame, measured]
+
+
 class _Handler(BaseHTTPRequestHandler):
     """One connection."""
 
@@ -257,8 +286,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, parts: list[str], query: Mapping[str, str], body: bytes) -> Answer:
         match parts:
-            case ["scan", which] if self.command == "POST":
-                scan = msgspec.json.decode(body, type=SCANS[which])
+            case _ if self.command == "POST" and (asked := SCANS.get("/".join(parts))):
+                scan = msgspec.json.decode(body, type=asked)
                 if scan.model not in {None, MODEL.name}:
                     raise UnknownModel(f"{scan.model!r} is not registered", known=[MODEL.name])
                 return json_answer(self.service.submit(scan).view, 202)
