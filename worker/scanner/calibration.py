@@ -79,8 +79,11 @@ class Calibration:
         self, values: Float[Tensor, "component pos"], components: Sequence[Component]
     ) -> Float[Tensor, "component pos"]:
         """Share of reference positions at which each of the components was less active, to the hundredth."""
-        rows = _row_of(self.architecture)
-        known = self.activation_quantiles[[rows[component] for component in components]]
+        known = self.activation_quantiles
+        # All of them, in order, is what is asked most: there is nothing to look up.
+        if len(components) < len(known):
+            rows = _row_of(self.architecture)
+            known = known[[rows[component] for component in components]]
         below = torch.searchsorted(known, values.contiguous())
         return (below - 1).clamp_min_(0).float() / (len(QUANTILE_LEVELS) - 1)
 
