@@ -8,8 +8,9 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Protocol, TypeVar
 
 import structlog
@@ -31,6 +32,7 @@ from worker.keeper import Holding, Keeper, LeaseLost
 from worker.reporter import Outbox, Reporter
 from worker.residency import Residency
 from worker.scanner.listening import Cancelled
+from worker.scans import Scanned
 
 __all__ = ("Attempts", "Intake", "InternalError", "OutOfMemory")
 
@@ -103,64 +105,114 @@ class Attempts:
                 jobs.claim,
                 queue=queue,
                 owner=self._owner,
-                limit=1,
+                limit=self._settings.batch_jobs,
                 lease_seconds=self._settings.lease_seconds,
             )
         except Unavailable as error:
             log.warning("nothing_claimed", queue=queue, error=str(error))
             return 0
         with ExitStack() as leases:
-            for holding in [leases.enter_context(self._keeper.holding(job)) for job in claimed]:
-                job = holding.job
-                with structlog.contextvars.bound_contextvars(
-                    job_id=str(job.id), model=job.model, attempt=job.attempt
-                ):
-                    self._attempt(holding)
+            held = [leases.enter_context(self._keeper.holding(job)) for job in claimed]
+            for together in self._passes(held):
+                self._attempt(together)
         return len(claimed)
 
-    def _attempt(self, holding: Holding) -> None:
-        """Bring one job to an end. The process's one broad except: a job takes no other along."""
+    def _passes(self, held: Sequence[Holding]) -> Iterator[Sequence[Holding]]:
+        """Mates of one claim, in as many passes as they need to stay within the token budget."""
+        if not held:
+            return
+        at_once = max(1, self._settings.batch_tokens // max(1, held[0].job.n_tokens))
+        for at in range(0, len(held), at_once):
+            yield held[at : at + at_once]
+
+    def _attempt(self, together: Sequence[Holding]) -> None:
+        """Bring jobs that share a pass to their ends."""
         started = time.perf_counter()
+        begun = [holding for holding in together if self._guarded(holding, self._begin)]
+        self._share(begun)
+        seconds = round(time.perf_counter() - started, 4)
+        for holding in together:
+            with _logged(holding.job):
+                log.info(
+                    "attempt_ended", kind=holding.job.kind, seconds=seconds, mates=len(together)
+                )
+
+    def _share(self, holdings: Sequence[Holding]) -> None:
+        """Run jobs in one pass. One that spoils it is found by halves, and fails alone."""
+        if len(holdings) == 1:
+            self._guarded(holdings[0], self._perform)
+            return
         try:
-            self._tell(holding.job)
-            self._perform(holding)
-        except LeaseLost:
-            log.warning("lease_lost")
-        except Cancelled:
-            self._end(holding, JobState.CANCELLED)
-        except Problem as problem:
-            self._end(holding, JobState.FAILED, problem.document())
+            scanned = self._scanned(holdings) if holdings else []
         except Exception as error:  # noqa: BLE001
-            self._end(holding, JobState.FAILED, _diagnosis(error).document())
-            if isinstance(error, torch.AcceleratorError):
-                # The device's context is lost with it: this process will compute nothing more.
-                os.kill(os.getpid(), signal.SIGTERM)
-        log.info(
-            "attempt_ended", kind=holding.job.kind, seconds=round(time.perf_counter() - started, 4)
+            log.warning("pass_split", jobs=len(holdings), reason=type(error).__name__)
+            middle = len(holdings) // 2
+            self._share(holdings[:middle])
+            self._share(holdings[middle:])
+            return
+        for holding, result in zip(holdings, scanned, strict=True):
+            self._guarded(holding, partial(self._publish, scanned=result))
+
+    def _guarded(self, holding: Holding, work: Callable[[Holding], None]) -> bool:
+        """Do one job's part, and end the job where that fails; whether it went well.
+
+        The process's one broad except beside the halving: a job takes no other along.
+        """
+        with _logged(holding.job):
+            try:
+                work(holding)
+            except LeaseLost:
+                log.warning("lease_lost")
+            except Cancelled:
+                self._end(holding, JobState.CANCELLED)
+            except Problem as problem:
+                self._end(holding, JobState.FAILED, problem.document())
+            except Exception as error:  # noqa: BLE001
+                self._end(holding, JobState.FAILED, _diagnosis(error).document())
+                if isinstance(error, torch.AcceleratorError):
+                    # The device's context is lost with it: this process will compute nothing more.
+                    os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                return True
+            return False
+
+    def _begin(self, holding: Holding) -> None:
+        self._tell(holding.job)
+        self._move(
+            holding,
+            JobState.LOADING if holding.job.kind is JobKind.LOAD else JobState.RUNNING,
         )
 
     def _perform(self, holding: Holding) -> None:
         match holding.job.kind:
             case JobKind.SCAN:
-                self._scan(holding)
+                [scanned] = self._scanned([holding])
+                self._publish(holding, scanned)
             case JobKind.LOAD:
                 self._load(holding)
             case JobKind.UNLOAD:
                 self._unload(holding)
 
-    def _scan(self, holding: Holding) -> None:
-        job = holding.job
-        self._move(holding, JobState.RUNNING)
-        reporter = Reporter(self._outbox, job.id, holding.check)
-        scanned = scans.perform(
-            job,
+    def _scanned(self, holdings: Sequence[Holding]) -> list[Scanned]:
+        """What jobs that share a pass measure."""
+        job = holdings[0].job
+        return scans.perform(
+            [holding.job for holding in holdings],
             self._insisting(lambda: self._sessions.read(models.get, job.model)),
             self._residency.get(job.revision),
             baseline=self._baseline(job),
             calibrations=self._calibrations,
             models_dir=self._settings.models_dir,
-            listener=reporter,
+            listeners=[self._reporter(holding) for holding in holdings],
         )
+
+    def _reporter(self, holding: Holding) -> Reporter:
+        return Reporter(self._outbox, holding.job.id, holding.check)
+
+    def _publish(self, holding: Holding, scanned: Scanned) -> None:
+        """Store what a job has measured, and say that it is there."""
+        job, reporter = holding.job, self._reporter(holding)
+        holding.check()
         self._move(holding, JobState.STORING)
         result = storage.save_result(
             self._store,
@@ -188,7 +240,6 @@ class Attempts:
 
     def _load(self, holding: Holding) -> None:
         job = holding.job
-        self._move(holding, JobState.LOADING)
         held_before = self._residency.get(job.revision) is not None
         reporter = Reporter(self._outbox, job.id, holding.check)
         resident = self._residency.load(job.model, reporter)
@@ -210,7 +261,6 @@ class Attempts:
 
     def _unload(self, holding: Holding) -> None:
         job = holding.job
-        self._move(holding, JobState.RUNNING)
         if self._residency.is_pinned(job.revision):
             raise ModelBusy(
                 f"{job.model} is pinned (NEURAL_MRI_PINNED_MODELS) and stays loaded",
@@ -275,6 +325,13 @@ class Attempts:
             except Unavailable as error:
                 log.warning("database_awaited", error=str(error))
                 time.sleep(DATABASE_PAUSE_SECONDS)
+
+
+def _logged(job: Job) -> AbstractContextManager[None]:
+    """Log lines inside say whose they are."""
+    return structlog.contextvars.bound_contextvars(
+        job_id=str(job.id), model=job.model, attempt=job.attempt
+    )
 
 
 def _counting(reporter: Reporter, total: int) -> Callable[[TableRef], None]:

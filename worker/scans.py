@@ -40,7 +40,7 @@ from neural_mri.contract.scans import (
 from neural_mri.contract.tokens import Operands, Tokens
 from worker.calibrations import Calibrations
 from worker.resident import Resident
-from worker.scanner.activations import scan_activations
+from worker.scanner.activations import scan_activations, scan_activations_together
 from worker.scanner.anomalies import scan_anomalies
 from worker.scanner.attention import scan_attention
 from worker.scanner.calibrating import calibrate
@@ -71,39 +71,89 @@ class Scanned(NamedTuple):
 
 
 def perform(
-    job: Job,
+    jobs: Sequence[Job],
     registered: RegisteredModel | None,
     resident: Resident | None,
     *,
     baseline: RegisteredModel | None = None,
     calibrations: Calibrations,
     models_dir: Path,
-    listener: Listener,
-) -> Scanned:
-    """Run a job's scan. `resident` is the model with the job's weights, where it is held.
+    listeners: Sequence[Listener],
+) -> list[Scanned]:
+    """Run the scans of jobs that share a pass, one alone most often.
 
-    `baseline` is the model that the scan compares with, where it names one.
+    Args:
+        jobs: Of one model. Several are of equal batch key.
+        registered: Their model as it is registered now.
+        resident: The model with the jobs' weights, where it is held.
+        baseline: The model that the scan compares with, where it names one.
+        calibrations: What scans are read against.
+        models_dir: The model store.
+        listeners: One a job.
 
-    Raises `ModelChanged` when the numbers would not be those of the job's key, `Cancelled` when the
-    listener stops it, and what the scanner refuses.
+    Raises `ModelChanged` when the numbers would not be those of a job's key, `Cancelled` when the
+    listeners stop it, and what the scanner refuses.
     """
     started = time.perf_counter()
-    scan = decode_scan(job.request)
+    job, scan = jobs[0], decode_scan(jobs[0].request)
     if registered is None or registered.revision != job.revision:
         raise ModelChanged(
             f"{job.model} no longer has the weights {job.revision[:16]}: send the request again",
             model=job.model,
         )
     numerics = registered.numerics if resident is None else resident.model.numerics
-    key = _promised_key(job, scan, registered, numerics, baseline)
-    compared = None if baseline is None else models_dir / baseline.folder
+    keys = [
+        _promised_key(one, decode_scan(one.request), registered, numerics, baseline) for one in jobs
+    ]
     with torch.inference_mode():  # this thread's alone, so it is entered here
-        output = _output(
-            job, scan, models_dir / registered.folder, resident, compared, calibrations, listener
-        )
+        if len(jobs) > 1:
+            outputs = _rows_of_one_forward(jobs, scan, resident, calibrations, listeners)
+        else:
+            folder = models_dir / registered.folder
+            compared = None if baseline is None else models_dir / baseline.folder
+            [listener] = listeners
+            outputs = [_output(job, scan, folder, resident, compared, calibrations, listener)]
+    seconds = (time.perf_counter() - started) / len(jobs)
+    return [
+        _finished(one, key, numerics, output, seconds, calibrations)
+        for one, key, output in zip(jobs, keys, outputs, strict=True)
+    ]
+
+
+def _rows_of_one_forward(
+    jobs: Sequence[Job],
+    scan: Scan,
+    resident: Resident | None,
+    calibrations: Calibrations,
+    listeners: Sequence[Listener],
+) -> list[ScanOutput]:
+    if resident is None:
+        raise Unavailable(f"{jobs[0].model} is not in this worker's memory: load it first")
+    if not isinstance(scan, ActivationScan):
+        raise TypeError(f"{type(scan).__name__} shares no forward with others")
+    calibration = None
+    if scan.needs_calibration:
+        calibration = calibrations.of(resident, scan.calibration, listeners[0])
+    return scan_activations_together(
+        resident.model,
+        scan,
+        [_tokens(job) for job in jobs],
+        listeners,
+        calibration=calibration,
+    )
+
+
+def _finished(
+    job: Job,
+    key: str,
+    numerics: Numerics,
+    output: ScanOutput,
+    seconds: float,
+    calibrations: Calibrations,
+) -> Scanned:
     manifest = Manifest(
         scan_key=key,
-        kind=kind_of(scan),
+        kind=kind_of(decode_scan(job.request)),
         model=job.model,
         revision=job.revision,
         numerics=numerics,
@@ -113,7 +163,7 @@ def perform(
         tables=(),
         created_at=datetime.now(UTC),
         forward_seconds=output.forward_seconds,
-        compute_seconds=time.perf_counter() - started,
+        compute_seconds=seconds,
         memory_bytes=_memory_bytes(numerics.device),
     )
     tables = signed(output.tables, manifest)

@@ -1,5 +1,6 @@
 """A job as a value: what is submitted, and what the database's row says, decoded."""
 
+import hashlib
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from sqlalchemy import Row
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.contract.jobs import JobKind, JobState, JobView, Lane
 from neural_mri.contract.problems import ProblemDocument
+from neural_mri.contract.scans import ActivationScan, decode_scan, encode_scan
 from neural_mri.contract.tokens import Operands, Tokens
 
 __all__ = ("LANE_WEIGHTS", "AnyRow", "Job", "Submission", "new_id")
@@ -29,16 +31,9 @@ AnyRow: TypeAlias = Row[*tuple[Any, ...]]
 """A row whose columns are known by name."""
 
 
-class _Mode(msgspec.Struct):
-    """The one field of a scan's request that says which kind of pass it needs."""
-
-    scan_mode: str = ""
-
-
 _tokens = msgspec.json.Decoder(Tokens)
 _operands = msgspec.json.Decoder(Operands)
 _document = msgspec.json.Decoder(dict[str, Any])
-_mode = msgspec.json.Decoder(_Mode)
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,13 +64,17 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         return self.forwards * max(1, len(self.tokens) if self.tokens else 1)
 
     def batch_key(self, job_id: UUID) -> str:
-        """Equal for jobs that may share a forward pass: same pass, weights and exact length.
+        """Equal for jobs that may share a forward pass: same question, weights and exact length.
 
-        Never padded: padding changes the numbers. A job without a prompt runs alone.
+        Never padded: padding changes the numbers. Whatever cannot be a row among others runs alone.
         """
-        if self.kind is not JobKind.SCAN or self.tokens is None:
-            return f"alone:{job_id}"
-        return f"{_mode.decode(self.request).scan_mode}:{self.revision}:{len(self.tokens)}"
+        if self.kind is JobKind.SCAN and self.tokens is not None:
+            scan = decode_scan(self.request)
+            if isinstance(scan, ActivationScan) and scan.can_share_a_forward:
+                question = msgspec.structs.replace(scan, prompt="-", model=None)
+                digest = hashlib.sha256(encode_scan(question)).hexdigest()[:32]
+                return f"{digest}:{self.revision}:{len(self.tokens)}"
+        return f"alone:{job_id}"
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -70,10 +70,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Threads torch may use on the CPU; 0 leaves it to torch."""
     max_tokens: Annotated[int, Meta(ge=1)] = 4096
     """Longest prompt accepted, in tokens, whatever the model's own context."""
+    batch_jobs: Annotated[int, Meta(ge=1, le=256)] = 16
+    """Jobs of one kind and prompt length that may share a forward pass; 1 runs each alone."""
+    batch_tokens: Annotated[int, Meta(ge=1)] = 2048
+    """Tokens that may share a forward pass, all its prompts together."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 2_000_000
     """Largest request body accepted."""
     max_queued_jobs: Annotated[int, Meta(ge=1)] = 10_000
     """Unfinished jobs accepted in all; beyond it requests are answered 429."""
+    user_max_jobs: Annotated[int, Meta(ge=0)] = 1000
+    """Jobs that one user may have under way where keys are asked for; 0: no limit of their own."""
+    user_daily_seconds: Annotated[float, Meta(ge=0)] = 0.0
+    """Seconds that one user's jobs may compute within 24 hours, where keys are asked for; 0: no limit."""
     lease_seconds: Seconds = 5.0
     """How long a claim holds without being renewed."""
     reaper_interval_seconds: Seconds = 0.2

@@ -570,9 +570,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tables: tuple[TableRef, ...]
     created_at: datetime
     forward_seconds: float
-    """Inside the model."""
+    """Inside the model; of a forward that several scans shared, this one's share."""
     compute_seconds: float
-    """Inside the scanner, the forward pass included."""
+    """Inside the scanner, the forward pass included; likewise."""
     memory_bytes: int
     """Memory the worker held on the model's device when the scan ended."""
 

@@ -107,8 +107,19 @@ class ActivationScan(PromptScan, frozen=True, kw_only=True, tag="fMRI", tag_fiel
     """Strongest neurons to name for each MLP and position."""
     top_predictions: Annotated[int, Meta(ge=1, le=100)] = 10
     """Likeliest next tokens to name for each position."""
+    canonical: bool = False
+    """Run in a forward of its own: bit-identical on equal machines, whatever else is asked at the time."""
     calibration: CalibrationKey | None = None
     """Scan key of the calibration that `percentile` ranks values in; the model's own where left out."""
+
+    @property
+    def can_share_a_forward(self) -> bool:
+        """Whether other prompts of as many tokens may be rows of the same forward."""
+        return (
+            not self.canonical
+            and self.token_positions == "all"
+            and self.aggregation is not Aggregation.RAW
+        )
 
     @property
     def needs_calibration(self) -> bool:

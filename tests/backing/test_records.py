@@ -33,11 +33,15 @@ def test_a_job_without_a_prompt_costs_one() -> None:
 
 def test_jobs_share_a_pass_when_its_kind_weights_and_length_are_equal() -> None:
     first, second = uuid4(), uuid4()
-    assert submission().batch_key(first) == submission(owner="bob").batch_key(second)
+    other_prompt = b'{"scan_mode":"fMRI","prompt":"Goodbye"}'
+    shared = submission(owner="bob", request=other_prompt).batch_key(second)
+    assert submission().batch_key(first) == shared
     for other in (
         submission(tokens=tokens(9)),
         submission(revision="f" * 64),
-        submission(request=b'{"scan_mode":"attention"}'),
+        submission(request=b'{"scan_mode":"fMRI","prompt":"Hello","top_neurons":3}'),
+        submission(request=b'{"scan_mode":"fMRI","prompt":"Hello","canonical":true}'),
+        submission(request=b'{"scan_mode":"attention","prompt":"Hello","layers":[0]}'),
     ):
         assert other.batch_key(first) != submission().batch_key(first)
 

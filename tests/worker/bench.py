@@ -82,9 +82,10 @@ class Bench:
         n_tokens: int = 6,
         operands: Operands = Operands(),
         baseline_revision: str | None = None,
+        tokens: Tokens | None = None,
         **changes: Any,
     ) -> Job:
-        tokens = (
+        tokens = tokens or (
             Tokens(
                 ids=tuple(range(3, 3 + n_tokens)),
                 texts=tuple(f"w{index}" for index in range(n_tokens)),

@@ -164,7 +164,7 @@ def test_what_the_scanner_refuses_is_the_callers_to_read(holding_tiny: Bench) ->
 def test_a_bug_is_an_incident_outside_and_everything_in_the_log(
     holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the inner secret")
 
     monkeypatch.setattr(scans, "scan_activations", broken)
@@ -195,7 +195,7 @@ def test_a_bug_is_an_incident_outside_and_everything_in_the_log(
 def test_too_little_memory_is_said_plainly(
     holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def greedy(*_: object) -> None:
+    def greedy(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(scans, "scan_activations", greedy)

@@ -1,10 +1,17 @@
 """Every kind of scan, from a job's row to stored tables, on a real (tiny) model."""
 
+import random
+import time
+from typing import Any
+
 import msgspec
+import numpy as np
 import pytest
 
-from neural_mri.backing import keys, storage
+from neural_mri.backing import jobs, keys, storage
+from neural_mri.backing.jobs import Job
 from neural_mri.contract.circuits import Ablation, CircuitMethod
+from neural_mri.contract.events import ActivationFrame
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.perturbations import MeanAblation, Patch, ZeroAblation
 from neural_mri.contract.scan_keys import scan_key
@@ -145,3 +152,144 @@ def test_numbers_of_other_operands_than_the_keys_are_never_made(holding_tiny: Be
         tokenizer_digest="b",
         numerics=holding_tiny.tiny.numerics,
     )
+
+
+def _prompt(seed: int, n_tokens: int = 6) -> Tokens:
+    generator = random.Random(seed)
+    return Tokens(
+        ids=tuple(generator.randrange(3, 60) for _ in range(n_tokens)),
+        texts=tuple(f"w{index}" for index in range(n_tokens)),
+        spans=tuple(Span(3 * index, 3 * index + 2) for index in range(n_tokens)),
+    )
+
+
+def _values(bench: Bench, job: Job) -> np.ndarray[Any, Any]:
+    done = bench.now(job)
+    assert done.problem is None
+    assert done.state is JobState.SUCCEEDED
+    ref = storage.load_manifest(bench.store, done.manifest or "").table("activations")
+    assert ref is not None
+    return np.array(storage.read_table(bench.store, ref)["value"].to_pylist(), np.float32)
+
+
+class Forwards:
+    """Counts what the model is asked to run."""
+
+    def __init__(self, bench: Bench) -> None:
+        resident = bench.residency.get(bench.tiny.revision)
+        assert resident is not None
+        self.batches: list[int] = []
+        resident.model.plain.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        self.batches.append(len(kwargs["input_ids"]))
+
+
+def test_scans_of_different_people_share_a_forward_and_keep_their_numbers(
+    holding_tiny: Bench,
+) -> None:
+    scan = ActivationScan(model="tiny", prompt=PROMPT)
+    alone = ActivationScan(model="tiny", prompt=PROMPT, canonical=True)
+    prompts = [_prompt(seed) for seed in range(5)]
+    together = [
+        holding_tiny.submit(scan, tokens=tokens, owner=f"user-{index}")
+        for index, tokens in enumerate(prompts)
+    ]
+    forwards = Forwards(holding_tiny)
+    assert holding_tiny.attempts().take(holding_tiny.queue) == 5
+    assert forwards.batches == [5]
+    for job, tokens in zip(together, prompts, strict=True):
+        single = holding_tiny.submit(alone, tokens=tokens)
+        holding_tiny.attempts().take(holding_tiny.queue)
+        np.testing.assert_allclose(
+            _values(holding_tiny, job), _values(holding_tiny, single), rtol=1e-5, atol=1e-6
+        )
+        frames = [e for e in holding_tiny.told(job.id) if isinstance(e, ActivationFrame)]
+        assert [frame.token_idx for frame in frames] == list(range(6))
+        assert frames[2].layers[0].activations[0] == _values(holding_tiny, job)[0, 2]
+    assert forwards.batches == [5, 1, 1, 1, 1, 1]
+
+
+def test_what_asks_otherwise_or_is_longer_does_not_share(holding_tiny: Bench) -> None:
+    asked = [
+        holding_tiny.submit(ActivationScan(model="tiny", prompt=PROMPT), tokens=_prompt(1)),
+        holding_tiny.submit(ActivationScan(model="tiny", prompt=PROMPT), tokens=_prompt(2, 7)),
+        holding_tiny.submit(
+            ActivationScan(model="tiny", prompt=PROMPT, top_neurons=1), tokens=_prompt(3)
+        ),
+        holding_tiny.submit(
+            ActivationScan(model="tiny", prompt=PROMPT, canonical=True), tokens=_prompt(4)
+        ),
+    ]
+    forwards = Forwards(holding_tiny)
+    while holding_tiny.attempts().take(holding_tiny.queue):
+        pass
+    assert forwards.batches == [1, 1, 1, 1]
+    assert {holding_tiny.now(job).state for job in asked} == {JobState.SUCCEEDED}
+
+
+def test_a_canonical_scan_is_the_same_to_the_last_bit_in_any_company(holding_tiny: Bench) -> None:
+    tokens = _prompt(0)
+    seen = set()
+    for company in range(4):
+        for mate in range(company):
+            holding_tiny.submit(
+                ActivationScan(model="tiny", prompt=PROMPT),
+                tokens=_prompt(100 + 10 * company + mate),
+            )
+        job = holding_tiny.submit(
+            ActivationScan(model="tiny", prompt=PROMPT, canonical=True),
+            tokens=tokens,
+            scan_key=None,
+        )
+        while holding_tiny.attempts().take(holding_tiny.queue):
+            pass
+        seen.add(_values(holding_tiny, job).tobytes())
+    assert len(seen) == 1
+
+
+def test_a_row_that_spoils_its_batch_fails_alone(holding_tiny: Bench) -> None:
+    scan = ActivationScan(model="tiny", prompt=PROMPT)
+    good = [holding_tiny.submit(scan, tokens=_prompt(seed)) for seed in range(4)]
+    beyond = msgspec.structs.replace(_prompt(9), ids=(3, 4, 5, 6, 7, 10**6))
+    bad = holding_tiny.submit(scan, tokens=beyond)
+    holding_tiny.attempts().take(holding_tiny.queue)
+    for job in good:
+        assert _values(holding_tiny, job).shape[1] == 6
+    failed = holding_tiny.now(bad)
+    assert failed.state is JobState.FAILED
+    assert failed.problem is not None
+    assert "1000000" in failed.problem["detail"]
+
+
+def test_a_job_that_is_cancelled_among_mates_is_the_only_one_that_stops(
+    holding_tiny: Bench,
+) -> None:
+    scan = ActivationScan(model="tiny", prompt=PROMPT)
+    mates = [holding_tiny.submit(scan, tokens=_prompt(seed)) for seed in range(3)]
+    resident = holding_tiny.residency.get(holding_tiny.tiny.revision)
+    assert resident is not None
+
+    def cancel(*_: Any, **__: Any) -> None:
+        holding_tiny.sessions.write(jobs.request_cancel, mates[1].id)
+        cancel_flag = keys.cancel_flag(mates[1].id)
+        holding_tiny.redis.set(cancel_flag, 1, ex=60)
+        time.sleep(0.5)  # the keeper looks every tenth of a second
+
+    handle = resident.model.plain.register_forward_pre_hook(cancel)
+    holding_tiny.attempts().take(holding_tiny.queue)
+    handle.remove()
+    states = [holding_tiny.now(job).state for job in mates]
+    assert states == [JobState.SUCCEEDED, JobState.CANCELLED, JobState.SUCCEEDED]
+
+
+def test_a_claim_beyond_the_token_budget_runs_in_several_passes(
+    bench: Bench,
+) -> None:
+    bench.settings = msgspec.structs.replace(bench.settings, batch_tokens=13)
+    bench.residency.load("tiny")
+    for seed in range(5):
+        bench.submit(ActivationScan(model="tiny", prompt=PROMPT), tokens=_prompt(seed))
+    forwards = Forwards(bench)
+    assert bench.attempts().take(bench.queue) == 5
+    assert forwards.batches == [2, 2, 1]

@@ -5,7 +5,7 @@ Hooks only take hold of tensors. They are summarised as soon as enough has gathe
 equal scans give equal digits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from neural_mri.contract.events import LayerFrame
 from neural_mri.contract.scans import ActivationScan
 from worker.scanner.hooks import Reader, hooked, tensor_in, tensor_out
 from worker.scanner.layer_summaries import LayerTensors, Part, Summaries
-from worker.scanner.listening import Listener
+from worker.scanner.listening import Cancelled, Listener
 from worker.scanner.loading import LoadedModel
 from worker.scanner.measures import unit
 from worker.scanner.sites import BlockModules
@@ -38,16 +38,19 @@ class Reading:
         request: ActivationScan,
         components: tuple[Component, ...],
         positions: tuple[int, ...],
-        listener: Listener,
+        *listeners: Listener,
     ) -> None:
+        """`positions` of all prompts of the batch, one prompt after another; a listener a prompt."""
         self._modules = model.modules
         self._n_layers = model.architecture.n_layers
         self._kinds = frozenset(component.kind for component in components)
         self._layers = frozenset(component.layer for component in components)
         self._reads_neurons = Kind.MLP in self._kinds and request.top_neurons > 0
         self._reads_residuals = any(kind.is_residual for kind in self._kinds)
-        self._listener = listener
-        self._last_position = positions[-1]
+        self._listeners = listeners
+        self._last_positions = positions[
+            len(positions) // len(listeners) - 1 :: len(positions) // len(listeners)
+        ]
         self._unit = unit(request.aggregation)
         self._kept = None
         if request.token_positions != "all":
@@ -131,8 +134,9 @@ class Reading:
         self._gathered_bytes += sum(tensor.nbytes for tensor in parts.values())
         if self._gathered_bytes >= GATHERED_BYTES or layer == self._n_layers - 1:
             self._summarise()
-        self._listener.progress("forward", layer + 1, self._n_layers)
-        self._listener.checkpoint()
+        for listener in self._listeners:
+            listener.progress("forward", layer + 1, self._n_layers)
+        self._stop_where_all_should()
 
     def _read_final_norm(self, _m: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self.summaries.add_unembedding(self._at_positions(tensor_out(output)))
@@ -144,20 +148,35 @@ class Reading:
                 self._tell(gathered.layer)
         self._gathered, self._gathered_bytes = [], 0
 
+    def _stop_where_all_should(self) -> None:
+        """A forward that several prompts share goes on while anybody waits for it."""
+        stopped = None
+        for listener in self._listeners:
+            try:
+                listener.checkpoint()
+            except Cancelled as cancelled:
+                stopped = cancelled
+            else:
+                return
+        if stopped is not None:
+            raise stopped
+
     def _tell(self, layer: int) -> None:
-        values = self.summaries.layer_values(layer)
+        values = self.summaries.layer_values(layer, each=len(self._listeners))
+        told = zip(self._listeners, self._last_positions, values, strict=True)
+        for listener, last_position, of_prompt in told:
 
-        def one(kind: Kind) -> float | None:
-            return values[kind][0] if kind in values else None
+            def one(kind: Kind, of_prompt: Mapping[Kind, list[float]] = of_prompt) -> float | None:
+                return of_prompt[kind][0] if kind in of_prompt else None
 
-        self._listener.layer(
-            LayerFrame(
-                layer=layer,
-                token_idx=self._last_position,
-                heads=tuple(values.get(Kind.HEAD, ())),
-                mlp=one(Kind.MLP),
-                attn=one(Kind.ATTN),
-                resid_post=one(Kind.RESID_POST),
-                unit=self._unit,
+            listener.layer(
+                LayerFrame(
+                    layer=layer,
+                    token_idx=last_position,
+                    heads=tuple(of_prompt.get(Kind.HEAD, ())),
+                    mlp=one(Kind.MLP),
+                    attn=one(Kind.ATTN),
+                    resid_post=one(Kind.RESID_POST),
+                    unit=self._unit,
+                )
             )
-        )

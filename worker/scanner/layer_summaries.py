@@ -148,14 +148,21 @@ class Summaries:
         """The reported values, in reporting order, on the CPU."""
         return self._values.cpu()[self._rows]
 
-    def layer_values(self, layer: int) -> dict[Kind, list[float]]:
-        """A layer's reported values at the last reported position. Waits for the device."""
-        last = self._blocks[layer, :, -1].tolist()
-        values: dict[Kind, list[float]] = {}
-        for component in self._of_layer[layer]:
-            row = self._row_of_kind[component.kind] + (component.index or 0)
-            values.setdefault(component.kind, []).append(last[row])
-        return values
+    def layer_values(self, layer: int, *, each: int = 1) -> list[dict[Kind, list[float]]]:
+        """A layer's reported values at the last position of each of `each` prompts.
+
+        Waits for the device.
+        """
+        of_layer = self._blocks[layer]
+        step = of_layer.shape[1] // each
+        told = []
+        for last in of_layer[:, step - 1 :: step].T.tolist():
+            values: dict[Kind, list[float]] = {}
+            for component in self._of_layer[layer]:
+                row = self._row_of_kind[component.kind] + (component.index or 0)
+                values.setdefault(component.kind, []).append(last[row])
+            told.append(values)
+        return told
 
     def neurons(self) -> Neurons | None:
         """The strongest neurons, on the CPU; None where none were asked for."""
@@ -167,9 +174,9 @@ class Summaries:
             torch.cat([part.values for part in self._neurons]).cpu(),
         )
 
-    def sinks(self) -> Bool[Tensor, " pos"]:
-        """Whether each token of the prompt is a sink, in any layer."""
-        return sinks(torch.cat(self._residual_norms).cpu())
+    def sinks(self, prompt: slice = slice(None)) -> Bool[Tensor, " pos"]:
+        """Whether each token of the prompt, these positions of the batch, is a sink in any layer."""
+        return sinks(torch.cat(self._residual_norms)[:, prompt].cpu())
 
     def _kept_of_each(self, values: Float[Tensor, "layer pos width"]) -> Tensor:
         return values if self._kept is None else values.index_select(1, self._kept)
