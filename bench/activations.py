@@ -1,13 +1,15 @@
-"""fMRI, and the bridge's forward, against the plain one."""
+"""fMRI and attention against the plain forward, and what the bridge's own forward costs."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from bench.timing import Row, median_seconds
-from neural_mri.contract.scans import ActivationScan
-from neural_mri.contract.tokens import Span, Tokens
+from bench.timing import Row, median_seconds, plain_forward, prompt
+from neural_mri.contract.scans import ActivationScan, AttentionScan
+from neural_mri.contract.tokens import Tokens
 from worker.scanner.activations import scan_activations
+from worker.scanner.attention import scan_attention
 from worker.scanner.listening import Silent
 from worker.scanner.loading import LoadedModel
 
@@ -18,29 +20,27 @@ _GOALS = {10: 1.10, 64: None}
 
 
 def rows(model: LoadedModel, *, rounds: int) -> Iterator[Row]:
-    """A scan of everything, tables and frames included, for a short and a longer prompt."""
-    asked = ActivationScan(prompt="x")
-    generator = torch.Generator().manual_seed(0)
+    """Scans of everything, tables and frames included, for a short and a longer prompt."""
+    fmri = ActivationScan(prompt="x")
+    attention = AttentionScan(prompt="x", layers=tuple(range(model.architecture.n_layers)))
     for n_tokens, goal in _GOALS.items():
-        ids = torch.randint(5, model.architecture.d_vocab, (1, n_tokens), generator=generator)
-        tokens = Tokens(
-            ids=tuple(ids[0].tolist()),
-            texts=("x",) * n_tokens,
-            spans=(Span(0, 0),) * n_tokens,
+        tokens = prompt(model, n_tokens)
+        seconds = median_seconds(
+            {
+                "plain": plain_forward(model, tokens),
+                "fmri": partial(scan_activations, model, fmri, tokens, Silent()),
+                "attention": partial(scan_attention, model, attention, tokens, Silent()),
+                "bridge": partial(_bridge_forward, model, tokens),
+            },
+            rounds=rounds,
         )
+        plain = seconds["plain"]
+        yield Row("plain forward", n_tokens, plain, plain)
+        yield Row("fMRI", n_tokens, seconds["fmri"], plain, goal)
+        yield Row("attention, all layers", n_tokens, seconds["attention"], plain)
+        yield Row("bridge's forward", n_tokens, seconds["bridge"], plain)
 
-        @torch.inference_mode()
-        def plain(ids: torch.Tensor = ids) -> object:
-            return model.plain(input_ids=ids, use_cache=False).logits
 
-        @torch.inference_mode()
-        def bridge(ids: torch.Tensor = ids) -> object:
-            return model.bridge(ids)
-
-        def scan(tokens: Tokens = tokens) -> object:
-            return scan_activations(model, asked, tokens, Silent())
-
-        seconds = median_seconds({"plain": plain, "scan": scan, "bridge": bridge}, rounds=rounds)
-        yield Row("plain forward", n_tokens, seconds["plain"], seconds["plain"])
-        yield Row("fMRI scan", n_tokens, seconds["scan"], seconds["plain"], goal)
-        yield Row("bridge forward", n_tokens, seconds["bridge"], seconds["plain"])
+@torch.inference_mode()
+def _bridge_forward(model: LoadedModel, tokens: Tokens) -> object:
+    return model.bridge(torch.tensor([tokens.ids], device=model.device))

@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ("Row", "median_seconds")
+from neural_mri.contract.tokens import Span, Tokens
+from worker.scanner.loading import LoadedModel
+
+__all__ = ("Row", "median_seconds", "plain_forward", "prompt")
 
 
 class Row(NamedTuple):
@@ -33,10 +36,10 @@ def median_seconds(
     """Median time of each candidate, run in turn, round after round.
 
     In turn, so that a slow minute of the machine falls on all of them alike. Where PyTorch runs on one
-    thread, it is that thread's processor time, which leaves out what others do on a busy machine; wall
+    thread, it is the process's processor time, which leaves out what others do on a busy machine; wall
     time otherwise.
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(warm_up + rounds):
         for name, run in candidates.items():
@@ -45,3 +48,28 @@ def median_seconds(
             if number >= warm_up:
                 times[name].append(clock() - started)
     return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def prompt(model: LoadedModel, n_tokens: int, *, seed: int = 0) -> Tokens:
+    """A random prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, model.architecture.d_vocab, (n_tokens,), generator=generator)
+    return Tokens(
+        ids=tuple(ids.tolist()),
+        texts=("x",) * n_tokens,
+        spans=tuple(Span(at, at + 1) for at in range(n_tokens)),
+    )
+
+
+def plain_forward(model: LoadedModel, tokens: Tokens, *, n_rows: int = 1) -> Callable[[], object]:
+    """What everything is measured against: one forward of Hugging Face's, all logits, no cache."""
+    ids = torch.tensor([tokens.ids], device=model.device).expand(n_rows, -1)
+
+    @torch.inference_mode()
+    def run() -> object:
+        logits = model.plain(input_ids=ids, use_cache=False).logits
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return logits
+
+    return run

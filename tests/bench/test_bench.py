@@ -1,0 +1,86 @@
+"""What measures is held to what it claims, on models that take no time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import devices, growth, memory, stimulation, weights
+from bench.timing import Row, median_seconds, prompt
+from tests import models
+from worker.scanner.loading import LoadedModel
+
+
+def test_a_row_is_a_ratio_to_the_plain_forward_of_its_own_rounds() -> None:
+    assert Row("fMRI", 10, seconds=0.3, plain_seconds=0.2, goal=1.6).ratio == pytest.approx(1.5)
+
+
+def test_candidates_take_turns_and_warm_up_uncounted() -> None:
+    ran: list[str] = []
+    found = median_seconds(
+        {"one": lambda: ran.append("one"), "other": lambda: ran.append("other")},
+        rounds=2,
+        warm_up=1,
+    )
+    assert ran == ["one", "other"] * 3
+    assert set(found) == {"one", "other"}
+
+
+def test_equal_seeds_make_equal_prompts_of_the_models_own_tokens(
+    tiny_models: dict[str, LoadedModel],
+) -> None:
+    model = tiny_models["llama"]
+    tokens = prompt(model, 9)
+    assert tokens == prompt(model, 9) != prompt(model, 9, seed=1)
+    assert len(tokens) == 9
+    assert max(tokens.ids) < model.architecture.d_vocab
+
+
+def test_stimulation_and_weights_are_measured(
+    tiny_models: dict[str, LoadedModel], tmp_path: Path
+) -> None:
+    model = tiny_models["llama"]
+    rows = [
+        *stimulation.rows(model, rounds=1),
+        *weights.rows(models.save("llama", tmp_path), model, rounds=1),
+    ]
+    assert all(row.seconds > 0 and row.plain_seconds > 0 for row in rows)
+    named = [row.what for row in rows]
+    for scan in ("perturb and compare", "patching", "tracing", "T2"):
+        assert any(what.startswith(scan) for what in named), scan
+
+
+def test_cost_is_measured_over_tokens_components_and_rows(
+    tiny_models: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "_LENGTHS", (4, 8))
+    grown = list(growth.growths(tiny_models["llama"], rounds=1))
+    assert [table.size for table in grown] == ["tokens", "components", "rows"]
+    for table in grown:
+        for seconds in table.seconds.values():
+            assert {"plain", *table.candidates} == seconds.keys()
+
+
+def test_every_mode_is_timed_on_a_shape_built_in_code() -> None:
+    shape = devices.Shape(models.FAMILIES["llama"], "bfloat16")
+    timed = list(devices.every_mode("tiny", shape, device="cpu"))
+    assert {one.what for one in timed} >= {"T1", "T2", "plain forward", "perturb and compare"}
+    assert {one.what.partition(",")[0] for one in timed} >= {"fMRI", "DTI", "FLAIR"}
+    assert all(one.seconds > 0 for one in timed)
+    assert all(one.dtype == "bfloat16" for one in timed)
+
+
+def test_a_peak_is_a_rise_above_what_was_resident(tmp_path: Path) -> None:
+    folder = models.save("llama", tmp_path)
+    found = memory.peak(folder)
+    assert found.model > 0
+    assert min(found.plain, found.scan) >= 0
+
+
+def test_memory_that_is_taken_for_a_moment_is_seen() -> None:
+    n_bytes = 64 << 20
+
+    def take() -> object:
+        return torch.ones(n_bytes // 4).cumsum(0)
+
+    assert memory.rise(take) > n_bytes / 2
