@@ -7,9 +7,10 @@ a wrong answer looks more suspicious than a right one; 0.5 is chance. 95 % inter
 *All* holds many wrong answers that are no answers (" the"). *Same relation* are prompts whose answer is right
 for another prompt of the same relation: plausible, and wrong or right.
 
-The layers of the support lenses, their penalty and the equal weights were chosen on the other half of the
-prompts; what is printed was never chosen on. The lens is fitted on what the model itself writes, as it is
-when a model is loaded; beside it stands a fit on as much of TruthfulQA's text.
+The layers of the support lenses, their penalty and the equal weights come from a pilot on prompts of the same
+sources, which may have held some of these, and were looked at again on the even half of the prompts. What is
+printed is of the odd half. The lens is fitted on what the model itself writes, as it is when a model is
+loaded; beside it stands a fit on as much of TruthfulQA's text.
 """
 
 import json
@@ -66,7 +67,7 @@ class Answers(NamedTuple):
 
 
 def questions(tokenizer: Tokenizer) -> list[Question]:
-    """The half of the prompts on which nothing was chosen: the odd ones of the facts, and of each relation."""
+    """The odd half of the prompts, of the facts and of each relation; no choice was made on it here."""
 
     def question(prompt: str, answer: str, relation: str) -> Question:
         first = tokenizer.encode(" " + answer.strip(), add_special_tokens=False).ids[0]
@@ -223,7 +224,7 @@ def markdown(model: LoadedModel, folder: Path) -> str:
         (
             "### Wrong answers, told by FLAIR\n",
             (
-                f"AUROC with 95 % intervals, on prompts nothing was chosen on ({'; '.join(sizes)}); first-token "
+                f"AUROC with 95 % intervals, on the odd half of the prompts ({'; '.join(sizes)}); first-token "
                 f"scoring; {CalibrationScan().n_tokens} tokens of calibration text.\n"
             ),
             f"| signal | {' | '.join(groups)} |",
