@@ -1,7 +1,7 @@
 """Stimulation on a tiny model of every family, against weights severed by hand and Hugging Face's hooks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import msgspec
@@ -107,6 +107,153 @@ def test_a_sublayer_is_edited_as_a_hook_on_its_output_would(
     offset = torch.full((tiny_model.architecture.d_model,), added)
     component = Component(Kind(part), 1)
     close(edited_logits(tiny_model, Edit(1, component, positions, scale, offset))[1], expected)
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def edited_by_hand(model: LoadedModel, component: Component, change: Change) -> Iterator[None]:
+    """A hook of our own on the module that a component is written by, or enters; whole prompts."""
+    block = model.modules.blocks[component.layer or 0]
+    d_head, index = model.architecture.d_head, component.index or 0
+    own = slice(None)
+
+    def before(_module: Any, args: Any) -> Any:
+        value = args[0].clone()
+        value[..., own] = change(value[..., own])
+        return (value, *args[1:])
+
+    def after(_module: Any, _args: Any, output: Any) -> Any:
+        value = change(tensor_out(output))
+        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    match component.kind:
+        case Kind.HEAD:
+            own = slice(index * d_head, (index + 1) * d_head)
+            handle = block.w_o.register_forward_pre_hook(before)
+        case Kind.NEURON:
+            own = slice(index, index + 1)
+            handle = block.w_out.register_forward_pre_hook(before)
+        case Kind.EMBED | Kind.RESID_PRE:
+            handle = block.block.register_forward_pre_hook(before)
+        case Kind.ATTN:
+            handle = block.attn_write.register_forward_hook(after)
+        case Kind.MLP:
+            handle = block.mlp_write.register_forward_hook(after)
+        case _:
+            handle = block.block.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def at(positions: tuple[int, ...], scale: float, added: float = 0.0) -> Change:
+    def change(value: Tensor) -> Tensor:
+        changed = value.clone()
+        changed[:, positions] = value[:, positions] * scale + added
+        return changed
+
+    return change
+
+
+EDITED = (
+    Component(Kind.EMBED),
+    Component(Kind.RESID_PRE, 1),
+    Component(Kind.ATTN, 1),
+    Component.head(1, 1),
+    Component(Kind.MLP, 1),
+    Component.neuron(1, 3),
+    Component(Kind.RESID_POST, 0),
+)
+
+
+@pytest.mark.parametrize("component", EDITED, ids=str)
+def test_every_operation_is_what_a_hook_by_hand_would_do(
+    tiny_model: LoadedModel, component: Component
+) -> None:
+    address, n = str(component), width(component.kind, tiny_model.architecture)
+    positions = (2, 5)
+    operations: list[tuple[Perturbation, Change]] = [
+        (ZeroAblation(component=address, token_positions=positions), at(positions, 0)),
+        (Amplify(component=address, factor=2.5, token_positions=positions), at(positions, 2.5)),
+        (Invert(component=address, token_positions=positions), at(positions, -1)),
+        (
+            Inject(
+                component=address,
+                values=(0.5,) * n,
+                mode=InjectMode.REPLACE,
+                token_positions=positions,
+            ),
+            at(positions, 0, 0.5),
+        ),
+    ]
+    for operation, change in operations:
+        found = perturbed(tiny_model, operation, answer_id=7, foil_id=9)["comparison"].to_pylist()
+        with edited_by_hand(tiny_model, component, change):
+            expected = plain_logits(tiny_model)[-1]
+        assert found[0]["logit_after"] == pytest.approx(expected[7].item(), rel=1e-4, abs=1e-4)
+        assert found[0]["metric_after"] == pytest.approx(
+            (expected[7] - expected[9]).item(), rel=1e-4, abs=1e-4
+        )
+
+
+def test_several_places_are_changed_in_one_run(tiny_model: LoadedModel) -> None:
+    edits = [
+        Edit(1, Component(Kind.EMBED), (1,), scale=-1.0),
+        Edit(1, Component.head(0, 1), (2, 3), scale=3.0),
+        Edit(1, Component.head(1, 0), (0, 4), scale=0.0),
+        Edit(1, Component.neuron(1, 3), (6,), scale=2.0),
+        Edit(1, Component(Kind.MLP, 1), (3, 6), scale=-1.0),
+        Edit(1, Component(Kind.RESID_POST, 0), (5,), scale=1.5),
+    ]
+    with ExitStack() as hooks:
+        for edit in edits:
+            change = at(edit.positions, edit.scale)
+            hooks.enter_context(edited_by_hand(tiny_model, edit.component, change))
+        expected = plain_logits(tiny_model)
+    close(edited_logits(tiny_model, *edits)[1], expected)
+    close(edited_logits(tiny_model, *reversed(edits))[1], expected)
+
+
+def test_a_head_is_changed_alone_among_those_that_share_its_keys_and_values(
+    tiny_model: LoadedModel,
+) -> None:
+    shape = tiny_model.architecture
+    tables = perturbed(tiny_model, ZeroAblation(component=str(Component.head(0, 1))))
+    change = {row["component"]: np.array(row["value"]) for row in tables["change"].to_pylist()}
+    before = {row["component"]: np.array(row["value"]) for row in tables["activations"].to_pylist()}
+    after = {
+        row["component"]: np.array(row["value"]) for row in tables["activations_after"].to_pylist()
+    }
+    for head in range(shape.n_heads):
+        address = str(Component.head(0, head))
+        if head == 1:
+            assert not after[address].any()
+        elif tiny_model.output_maps.gain is None:
+            np.testing.assert_allclose(after[address], before[address], rtol=1e-5)
+            assert change[address].max() < 1e-5 * before[address].max()
+    assert max(change[str(Component.head(1, head))].max() for head in range(shape.n_heads)) > 0
+    for upstream in ("embed", "blocks.0.resid_pre"):
+        assert change[upstream].max() < 1e-5 * before[upstream].max()
+
+
+def test_noises_mean_and_spread_are_over_its_draws(tiny_model: LoadedModel) -> None:
+    def after(draws: int) -> dict[str, float]:
+        noise = Noise(component="blocks.0.mlp", sigma=0.5, seed=3, draws=draws)
+        tables = perturbed(tiny_model, noise, answer_id=7, foil_id=9)
+        row: dict[str, float] = tables["comparison"].to_pylist()[0]
+        return row
+
+    # A seed's draws come in one order: more of them begin with the same.
+    one, two, three = (after(draws) for draws in (1, 2, 3))
+    first = one["metric_after"]
+    second = 2 * two["metric_after"] - first
+    third = 3 * three["metric_after"] - first - second
+    assert np.isnan(one["metric_sd"])
+    assert two["metric_sd"] == pytest.approx(np.std([first, second], ddof=1), rel=1e-3)
+    assert three["metric_sd"] == pytest.approx(np.std([first, second, third], ddof=1), rel=1e-3)
 
 
 def residual_kinds(model: LoadedModel) -> list[Kind]:
