@@ -1,4 +1,6 @@
-"""How faithful circuits are that the estimates and the exact effects name: python bench/fidelity.py FOLDER.
+"""How faithful circuits are that the estimates and the exact effects name.
+
+    python -m bench.fidelity [FOLDER]
 
 For indirect-object sentences (bench/data), two questions:
 
@@ -22,6 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from neural_mri.contract.components import Component, Kind
+from worker.scanner import conversion
 from worker.scanner.attribution import StraightPath, differentiate, estimates, slope
 from worker.scanner.listening import Silent
 from worker.scanner.loading import LoadedModel, load, published_numerics
@@ -150,35 +153,55 @@ def areas(faithfulness: Sequence[float]) -> tuple[float, float]:
     return cpr, torch.trapezoid((1 - values).abs(), shares).item()
 
 
-def main() -> None:
-    """Print the two tables for both corruptions."""
-    folder = Path(sys.argv[1])
-    model = load(folder, published_numerics(folder))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+def tables(model: LoadedModel, tokenizer: Tokenizer) -> str:
+    """A table in Markdown for each of the two corruptions."""
     torch.manual_seed(0)
-    for corruption in ("corrupted", "swapped"):
-        every = sentences(tokenizer, corruption)
-        training, held_out = every[:N_TRAINING], every[N_TRAINING:]
-        with torch.no_grad():
-            found = [scores(model, sentence) for sentence in training]
-        print(f"\n{corruption}: {len(training)} sentences to rank by, {len(held_out)} held out")
-        print(f"{'method':22} Spearman  recall@30   CPR    CMD    faithfulness at 5, 10, 20 %")
-        for method in METHODS:
-            spearman, recalled = (
-                sum(compare(one[method], one["exact"]) for one in found) / len(found)
-                for compare in (rank_correlation, recall)
-            )
-            mean = torch.stack([one[method] for one in found]).mean(0)
-            ranking = mean.abs().argsort(descending=True)
-            with torch.inference_mode():
-                metrics = torch.stack([circuit_metrics(model, s, ranking) for s in held_out]).mean(
-                    0
-                )
-            *circuits, clean, corrupt = metrics.tolist()
-            faithful = [(value - corrupt) / (clean - corrupt) for value in circuits]
-            cpr, cmd = areas(faithful)
-            some = "  ".join(f"{faithful[SHARES.index(share)]:.2f}" for share in (0.05, 0.1, 0.2))
-            print(f"{method:22} {spearman:8.2f}  {recalled:9.3f}  {cpr:.3f}  {cmd:.3f}  {some}")
+    return "\n\n".join(_table(model, tokenizer, name) for name in ("corrupted", "swapped"))
+
+
+def _table(model: LoadedModel, tokenizer: Tokenizer, corruption: str) -> str:
+    every = sentences(tokenizer, corruption)
+    training, held_out = every[:N_TRAINING], every[N_TRAINING:]
+    with torch.no_grad():
+        found = [scores(model, sentence) for sentence in training]
+    lines = [
+        f"{corruption}: {len(training)} sentences to rank by, {len(held_out)} held out",
+        "",
+        "| method | Spearman | recall@30 | CPR | CMD | faithfulness at 5 % | 10 % | 20 % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        spearman, recalled = (
+            sum(compare(one[method], one["exact"]) for one in found) / len(found)
+            for compare in (rank_correlation, recall)
+        )
+        mean = torch.stack([one[method] for one in found]).mean(0)
+        ranking = mean.abs().argsort(descending=True)
+        with torch.inference_mode():
+            measured = [circuit_metrics(model, sentence, ranking) for sentence in held_out]
+        *circuits, clean, corrupt = torch.stack(measured).mean(0).tolist()
+        faithful = [(value - corrupt) / (clean - corrupt) for value in circuits]
+        cpr, cmd = areas(faithful)
+        some = " | ".join(f"{faithful[SHARES.index(share)]:.2f}" for share in (0.05, 0.1, 0.2))
+        lines.append(
+            f"| {method} | {spearman:.2f} | {recalled:.3f} | {cpr:.3f} | {cmd:.3f} | {some} |"
+        )
+    return "\n".join(lines)
+
+
+def bundled() -> Path:
+    """The bundled model's folder, converted once for tests and measurements."""
+    folder = Path(__file__).parents[1] / ".cache" / "models" / "smollm2-135m-instruct"
+    if conversion.origin(folder) is None:
+        conversion.convert_gguf(conversion.bundled_smollm2(), folder)
+    return folder
+
+
+def main() -> None:
+    """Print the two tables."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else bundled()
+    model = load(folder, published_numerics(folder))
+    print(tables(model, Tokenizer.from_file(str(folder / "tokenizer.json"))))
 
 
 if __name__ == "__main__":

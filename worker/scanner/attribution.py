@@ -7,11 +7,13 @@ straight line from the corrupt prompt's embeddings to the clean one's, where a s
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from neural_mri.contract.components import Component, Kind
@@ -114,7 +116,8 @@ def differentiate(
     # The caller's thread may be in inference mode, where nothing can be differentiated.
     with torch.inference_mode(mode=False), torch.enable_grad():
         leaf = (embedded(model, ids) if embeddings is None else embeddings).clone().requires_grad_()
-        run = record(model, ids, embeddings=leaf, on_layer=on_layer)
+        with _sparsely_unembedding(model):
+            run = record(model, ids, embeddings=leaf, on_layer=on_layer)
         places = (run.z, run.attn, run.mlp, run.attn_reads, run.mlp_reads)
         wanted = [tensor for layers in places for tensor in layers]
         found = torch.autograd.grad(scalar(run.logits), [*wanted, run.resid_pre[0], run.final])
@@ -124,6 +127,46 @@ def differentiate(
     )
     gradients = Gradients(z, attn, mlp, attn_reads, mlp_reads, embed=found[-2], final=found[-1])
     return Differentiated(run.detached(), gradients)
+
+
+class _Unembedding(torch.autograd.Function):
+    """Logits whose gradient, where it is of a few tokens, reads those tokens' rows of W_U alone.
+
+    The whole of W_U is a fifth of a small model: reading it for the two logits of a difference would cost
+    as much as six blocks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, _normed: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+        """The logits, as they were computed."""
+        ctx.save_for_backward(weight)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient at what the unembedding read."""
+        (weight,) = ctx.saved_tensors
+        (gradient,) = gradients
+        tokens = gradient.flatten(0, -2).any(0).nonzero().squeeze(1)
+        if len(tokens) < len(weight) // 8:
+            return gradient[..., tokens] @ weight[tokens], None, None
+        return gradient @ weight, None, None
+
+
+@contextmanager
+def _sparsely_unembedding(model: LoadedModel) -> Iterator[None]:
+    unembed = model.modules.unembed
+    weight = unembed.get_parameter("weight").detach()
+
+    def replaced(_module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        found: Tensor = _Unembedding.apply(args[0], logits.detach(), weight)  # type: ignore[no-untyped-call]
+        return found
+
+    handle = unembed.register_forward_hook(replaced)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class StraightPath:
@@ -185,17 +228,25 @@ def estimates(
     The gradient is the mean over the rows of `path`: the clean run alone, or a `StraightPath`. The effect is
     one on what was differentiated.
     """
-    summed = torch.zeros(len(components))
+    places = [_Place(component.kind, component.layer or 0) for component in components]
+    distinct = list(dict.fromkeys(places))
     n_rows = 0
+    summed = torch.zeros(())
     for part in path:
         n_rows += len(part.gradients.embed)
-        by_place: dict[_Place, Tensor] = {}
-        for row, component in enumerate(components):
-            place = _Place(component.kind, component.layer or 0)
-            if place not in by_place:
-                by_place[place] = _at(place, clean, replacements, part.gradients)
-            summed[row] += by_place[place][component.index or 0]
-    return summed / n_rows
+        # Brought to the processor together: on a GPU each transfer waits for what was queued before it.
+        found = [_at(place, clean, replacements, part.gradients) for place in distinct]
+        summed = summed + torch.cat(found).cpu()
+    sizes = [
+        len(clean.z[0][0, 0]) // replacements.d_head if place.kind is Kind.HEAD else 1
+        for place in distinct
+    ]
+    begins = dict(zip(distinct, accumulate(sizes, initial=0), strict=False))
+    rows = [
+        begins[place] + (component.index or 0)
+        for place, component in zip(places, components, strict=True)
+    ]
+    return summed[rows] / n_rows
 
 
 class _Place(NamedTuple):
@@ -225,4 +276,4 @@ def _at(
     difference = new.float() - old[0, kept].float()
     product = (difference * found[:, kept].float().sum(0)).sum(0)
     width = replacements.d_head if place.kind is Kind.HEAD else len(product)
-    return product.view(-1, width).sum(-1).cpu()
+    return product.view(-1, width).sum(-1)

@@ -8,6 +8,7 @@ in it. What connects components is read off the same gradients (`edges`).
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from worker.scanner.attribution import (
     slope,
 )
 from worker.scanner.circuit_questions import Prompts, Question
-from worker.scanner.direct_attribution import direct_attribution
+from worker.scanner.direct_attribution import DirectAttribution, direct_attribution
 from worker.scanner.edges import Edges, strongest_edges
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
@@ -121,7 +122,10 @@ class _Circuit:
         self._clean = runs.row(0)
         self._corrupt = runs.row(1) if len(prompts.ids) > 1 else None
         self._replacements = self._replaced_by(reference)
-        self._direct = direct_attribution(model, self._clean, self.metric)
+
+    @cached_property
+    def _direct(self) -> DirectAttribution:
+        return direct_attribution(self._model, self._clean, self.metric)
 
     def _runs(self, question: Question) -> Run:
         """Clean and corrupt run, in one batch, and where gradients are to be taken."""

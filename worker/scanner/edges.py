@@ -248,22 +248,37 @@ def _through_heads(
     heads: Tensor,
     d_head: int,
 ) -> Float[Tensor, "head pos d_model"]:
+    with torch.enable_grad():
+        reads = residual.repeat(len(heads), 1, 1).requires_grad_()
+        z = _mixed(block, reads)
+        only = torch.zeros_like(z).view(*z.shape[:2], -1, d_head)
+        own = torch.arange(len(heads), device=heads.device)
+        only[own, :, heads] = gradient.view(len(gradient), -1, d_head)[:, heads].transpose(0, 1)
+        return torch.autograd.grad(z, reads, only.flatten(-2))[0]
+
+
+class _Found(Exception):
+    """What was wanted of a module is there: the rest need not be computed."""
+
+
+def _mixed(
+    block: Block, reads: Float[Tensor, "row pos d_model"]
+) -> Float[Tensor, "row pos heads_by_d_head"]:
+    """Every head's z, before W_O."""
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(tensor_in(args))
+        raise _Found
 
-    with torch.enable_grad():
-        reads = residual.repeat(len(heads), 1, 1).requires_grad_()
-        handle = block.modules.w_o.register_forward_pre_hook(keep)
-        try:
-            block.attn(reads)
-        finally:
-            handle.remove()
-        only = torch.zeros_like(seen[0]).view(*seen[0].shape[:2], -1, d_head)
-        own = torch.arange(len(heads), device=heads.device)
-        only[own, :, heads] = gradient.view(len(gradient), -1, d_head)[:, heads].transpose(0, 1)
-        return torch.autograd.grad(seen[0], reads, only.flatten(-2))[0]
+    handle = block.modules.w_o.register_forward_pre_hook(keep)
+    try:
+        block.attn(reads)
+    except _Found:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def _strongest(

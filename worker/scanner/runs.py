@@ -179,6 +179,11 @@ class _Recorder:
         return args, kwargs if cache_argument is None else {**kwargs, cache_argument: keeper}
 
 
+def _side_by_side(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # The prompts' last positions lie apart; so given, W_U would be read once for each of them.
+    return (tensor_in(args).contiguous(), *args[1:])
+
+
 @contextmanager
 def _recording(model: LoadedModel, recorder: _Recorder) -> Iterator[None]:
     handles: list[Any] = []
@@ -186,6 +191,7 @@ def _recording(model: LoadedModel, recorder: _Recorder) -> Iterator[None]:
         for block in model.modules.blocks:
             handles += recorder.hooks(block)
         handles.append(model.modules.final_norm.register_forward_pre_hook(recorder.end))
+        handles.append(model.modules.unembed.register_forward_pre_hook(_side_by_side))
         yield
     finally:
         for handle in handles:
