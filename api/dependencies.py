@@ -10,12 +10,14 @@ import msgspec
 from sqlalchemy.orm import Session
 
 from api.hub import Hub
+from api.outlook import Outlook
 from api.tokenization import Tokenizers
 from neural_mri.backing import following, jobs, models
 from neural_mri.backing.access import LOCAL, load_pepper
 from neural_mri.backing.broker import AsyncRedis, connect_async
 from neural_mri.backing.database import AsyncSessions, async_sessions
 from neural_mri.backing.events import AsyncPublisher
+from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.queue import TicketSender
 from neural_mri.backing.records import Job
@@ -40,6 +42,7 @@ class Services:
     publisher: AsyncPublisher
     tokenizers: Tokenizers
     hub: Hub
+    outlook: Outlook
     pepper: bytes = field(repr=False)
     """What keys and sessions are hashed under."""
     caller: Identity = LOCAL
@@ -60,15 +63,27 @@ class Services:
             raise UnknownJob(f"there is no job {job_id}", job=str(job_id))
         return job
 
-    async def view(self, job: Job) -> JobView:
+    async def view(self, job: Job, *, with_place: bool = False) -> JobView:
         """A job as its owner sees it; one that follows stands where the work it waits for stands."""
         view = job.view()
-        if job.leader is None or job.state is not JobState.QUEUED:
+        if job.state is not JobState.QUEUED:
             return view
-        runner = await self.sessions.read(following.runner, job)
-        if runner is None or runner.state not in HELD:
+        if job.leader is not None:
+            runner = await self.sessions.read(following.runner, job)
+            if runner is not None and runner.state in HELD:
+                return msgspec.structs.replace(
+                    view, state=runner.state, started_at=runner.started_at
+                )
+        if not with_place:
             return view
-        return msgspec.structs.replace(view, state=runner.state, started_at=runner.started_at)
+        return msgspec.structs.replace(view, queue=await self.outlook.place(job))
+
+    @property
+    def limits(self) -> Limits:
+        """What a user may who has no limits of their own."""
+        if self.settings.auth == "off":
+            return NO_LIMITS
+        return Limits(self.settings.user_max_jobs, self.settings.user_daily_seconds)
 
     async def model(self, name: str | None) -> RegisteredModel:
         """The model of that name, or the default one. Raises `UnknownModel`."""
@@ -123,6 +138,7 @@ def open_services(settings: Settings) -> Services:
         publisher=AsyncPublisher(redis, settings),
         tokenizers=Tokenizers(store),
         hub=Hub(settings, redis, ended),
+        outlook=Outlook(sessions, redis),
         pepper=load_pepper(settings),
     )
     services.hub.start()

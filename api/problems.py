@@ -143,7 +143,8 @@ def headers_of(problem: Problem) -> dict[str, str]:
     """What a refusal says beside its body."""
     match problem:
         case TooMany() | Unavailable():
-            return {"retry-after": str(RETRY_AFTER_SECONDS)}
+            seconds = problem.members.get("retry_after_seconds", RETRY_AFTER_SECONDS)
+            return {"retry-after": str(seconds)}
         case Unauthenticated():
             return {"www-authenticate": 'Bearer realm="neural-mri"'}
         case MethodNotAllowed():

@@ -23,8 +23,8 @@ from api.hub import END, PAGE, START, Frame, Listener, News, Position, frame_of
 from neural_mri.backing.broker import AWAY
 from neural_mri.backing.events import change_of
 from neural_mri.backing.records import Job
-from neural_mri.contract.events import Reset
-from neural_mri.contract.jobs import TERMINAL, JobState
+from neural_mri.contract.events import Queued, Reset
+from neural_mri.contract.jobs import TERMINAL, JobState, QueuePlace
 
 __all__ = ("MEDIA_TYPE", "Following", "event_stream", "no_content", "parse_cursors")
 
@@ -35,8 +35,12 @@ AWAY_SECONDS = 1.0
 """How often a stream is tried again that could not be read."""
 STALL_SECONDS = 30.0
 """A reader that takes nothing for so long is cut; it may resume."""
+PLACE_SECONDS = 1.0
+"""How often a reader is told, at most, where a waiting job stands."""
 
-ENDED = "ended"
+STATE, RESET, ENDED = "state", "reset", "ended"
+_WAITS = b'"state":"queued"'
+_NOWHERE = QueuePlace(position=0)
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +74,9 @@ class Following:
         self._is_shared = len(jobs) > 1
         self._listener = Listener()
         self._joined: set[UUID] = set()
+        self._places = {job.id: _NOWHERE for job in jobs if job.state is JobState.QUEUED}
+        """What the reader was last told of jobs that wait."""
+        self._place_at = time.monotonic() + PLACE_SECONDS
         self._open = set(self._jobs)
         """Jobs whose end the reader has not seen."""
         self._behind = set(self._jobs)
@@ -106,11 +113,15 @@ class Following:
                     spoke = time.monotonic()
                 if not self._open or self._hub.closing:
                     break
-                pause = max(0.0, spoke + heartbeat - time.monotonic())
+                until = spoke + heartbeat
+                if self._places:
+                    until = min(until, self._place_at)
+                pause = max(0.0, until - time.monotonic())
                 news = await self._listener.news(
                     min(pause, AWAY_SECONDS) if self._behind else pause
                 )
-                if chunk := self._take(await self._in_order(news)):
+                told = self._take(await self._in_order(news))
+                if chunk := told + await self._waiting():
                     yield chunk
                     spoke = time.monotonic()
                 elif time.monotonic() - spoke >= heartbeat:
@@ -119,6 +130,24 @@ class Following:
         finally:
             for topic in self._joined:
                 self._hub.leave(topic, self._listener)
+
+    async def _waiting(self) -> bytes:
+        """Where the jobs that wait stand, where that has changed and is not told too often."""
+        if not self._places or time.monotonic() < self._place_at:
+            return b""
+        self._place_at = time.monotonic() + PLACE_SECONDS
+        parts = []
+        for job_id in self._places.keys() & self._open:
+            place = await self._services.outlook.place(self._jobs[job_id])
+            if place is not None and place != self._places[job_id]:
+                self._places[job_id] = place
+                queued = Queued(
+                    position=place.position, estimated_start_seconds=place.estimated_start_seconds
+                )
+                # It stands in no stream, and so moves no cursor.
+                frame = frame_of(job_id, queued, START)
+                parts.append(b"id: %b\n%b" % (self._id().encode(), frame.body))
+        return b"".join(parts)
 
     def _join(self, job: Job) -> None:
         """Hear of a job; of one that follows its own stream tells only when it was cancelled."""
@@ -227,6 +256,10 @@ class Following:
             if frame.job_id not in self._open or (frame.position <= cursor and not is_reset):
                 continue
             self._cursors[frame.job_id] = frame.position
+            if _WAITS in frame.body and frame.name in (STATE, RESET):
+                self._places.setdefault(frame.job_id, _NOWHERE)
+            else:
+                self._places.pop(frame.job_id, None)
             if frame.name == ENDED:
                 self._open.discard(frame.job_id)
                 self._behind.discard(frame.job_id)

@@ -78,13 +78,15 @@ async def _submit(services: Services, submission: Submission) -> Job:
     is_scan = submission.kind is JobKind.SCAN
     services.caller.require(Scope.SCAN_WRITE if is_scan else Scope.MODEL_LOAD)
     limit = services.settings.max_queued_jobs
-    job, is_new = await services.sessions.write(jobs.submit_once, submission, max_queued=limit)
+    job, is_new = await services.sessions.write(
+        jobs.submit_once, submission, max_queued=limit, usual=services.limits
+    )
     if not is_new:
         return job
     if job.cached and job.manifest is not None and not await is_whole(services, job):
         await services.sessions.write(jobs.withdraw_result, job.manifest)
         job, _ = await services.sessions.write(
-            jobs.submit_once, submission, max_queued=limit, is_anew=True
+            jobs.submit_once, submission, max_queued=limit, usual=services.limits, is_anew=True
         )
     services.announce(job)
     return job

@@ -19,6 +19,7 @@ from api.routes.models import list_models, load_model, model_info, unload_model
 from api.routes.results import get_attention, get_manifest, get_result, get_table
 from api.routes.scans import SCANS
 from api.routes.tokens import tokenize
+from api.routes.usage import get_usage, list_users, set_limits
 
 __all__ = ("ROUTES",)
 
@@ -44,5 +45,8 @@ ROUTES: Sequence[HTTPRouteHandler] = (
     list_keys,
     create_key,
     revoke_key,
+    get_usage,
+    list_users,
+    set_limits,
     health,
 )

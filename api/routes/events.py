@@ -28,7 +28,8 @@ LastEventId = Annotated[
     ),
 ]
 DESCRIPTION = (
-    "Server-sent events: `state`, `progress`, `layer_frame`, `activation_frame`, `artifact`, `reset` "
+    "Server-sent events: `state`, `queue` (where a waiting job stands, at most once a second), "
+    "`progress`, `layer_frame`, `activation_frame`, `artifact`, `reset` "
     "(earlier events are gone; the job stands as it says), and one `ended`, the last. Each event's "
     "data is a JSON object that names its `job` and `type`. A stream begins with the job's first "
     "event, or after Last-Event-ID. 204: the end has been read already."

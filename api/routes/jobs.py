@@ -49,7 +49,7 @@ async def list_jobs(
 )
 async def get_job(job_id: FromPath[UUID], services: NamedDependency[Services]) -> JobView:
     """Look at a job."""
-    return await services.view(await services.job(job_id))
+    return await services.view(await services.job(job_id), with_place=True)
 
 
 @delete(

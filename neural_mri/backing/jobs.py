@@ -22,8 +22,9 @@ import msgspec
 from sqlalchemy import CursorResult, Executable
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import following, idempotency, statements
+from neural_mri.backing import following, idempotency, limits, statements
 from neural_mri.backing.leases import LeaseOwner
+from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.records import LANE_WEIGHTS, AnyRow, Job, Submission, new_id
 from neural_mri.contract.jobs import TERMINAL, JobState
 from neural_mri.contract.problems import Problem, ProblemDocument, TooMany, UnknownJob
@@ -97,7 +98,12 @@ class Cancellation(NamedTuple):
 
 
 def submit_once(
-    session: Session, submission: Submission, *, max_queued: int = 10_000, is_anew: bool = False
+    session: Session,
+    submission: Submission,
+    *,
+    max_queued: int = 10_000,
+    usual: Limits = NO_LIMITS,
+    is_anew: bool = False,
 ) -> Submitted:
     """Record a job, unless the submission's Idempotency-Key has made one: then that.
 
@@ -109,7 +115,7 @@ def submit_once(
     known = None if made is None else get(session, made)
     if known is not None:
         return Submitted(known, is_new=False)
-    job = submit(session, submission, max_queued=max_queued, job_id=job_id)
+    job = submit(session, submission, max_queued=max_queued, usual=usual, job_id=job_id)
     return Submitted(job, is_new=True)
 
 
@@ -118,11 +124,13 @@ def submit(
     submission: Submission,
     *,
     max_queued: int = 10_000,
+    usual: Limits = NO_LIMITS,
     job_id: UUID | None = None,
 ) -> Job:
     """Record a job; one whose result exists is born succeeded.
 
-    Raises `TooMany` when `max_queued` jobs are unfinished.
+    `usual` are the limits of a user who has none of their own. Raises `TooMany` beyond them, and when
+    `max_queued` jobs are unfinished.
     """
     job_id = job_id or new_id()
     row: dict[str, Any] = {
@@ -148,6 +156,8 @@ def submit(
     }
     if manifest := _existing_result(session, submission.scan_key):
         return _born_succeeded(session, row, manifest)
+    if usual is not NO_LIMITS:
+        limits.check(session, submission.owner, usual)
     # From here on submissions to this queue take turns: of two equal ones the second sees the first.
     turn = _turn(session, submission, max_queued)
     row |= {

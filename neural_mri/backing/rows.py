@@ -108,6 +108,14 @@ class JobRow(Base):
         Index("ix_jobs_leased", "lease_owner", sqlite_where=_LEASED, postgresql_where=_LEASED),
         Index("ix_jobs_followers", "leader", sqlite_where=_FOLLOWING, postgresql_where=_FOLLOWING),
         Index("ix_jobs_share", "queue", "owner", "virtual_finish"),
+        Index(
+            "ix_jobs_under_way",
+            "owner",
+            sqlite_where=_UNFINISHED,
+            postgresql_where=_UNFINISHED,
+        ),
+        Index("ix_jobs_usage", "owner", "finished_at"),
+        Index("ix_jobs_pace", "queue", "finished_at"),
         Index("ix_jobs_recent", "owner", "created_at"),
         Index("ix_jobs_scan_key", "scan_key"),
     )
@@ -205,6 +213,10 @@ class UserRow(Base):
 
     name: Mapped[str] = mapped_column(String(200), primary_key=True)
     created_at: Mapped[float]
+    max_jobs: Mapped[int | None]
+    """Jobs under way at once; NULL: the setting's, 0: no limit."""
+    daily_seconds: Mapped[float | None]
+    """Compute within 24 hours; NULL: the setting's, 0: no limit."""
 
 
 class ApiKeyRow(Base):

@@ -26,6 +26,8 @@ __all__ = (
     "Scope",
     "Unauthenticated",
     "UnknownKey",
+    "Usage",
+    "UserLimits",
 )
 
 KEY_PATTERN = re.compile(r"nmri_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
@@ -135,3 +137,25 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
                 f"this needs the scope {scope}; the key has " + ", ".join(sorted(self.scopes)),
                 scope=scope.value,
             )
+
+
+class UserLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One user's own limits: null is everybody's, 0 is none."""
+
+    max_jobs: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
+    """Jobs under way at once, waiting ones among them."""
+    daily_seconds: Annotated[float, Meta(ge=0)] | None = None
+    """Seconds for which workers hold the user's jobs, within any 24 hours."""
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a user has under way and has computed, beside what they may."""
+
+    user: str
+    in_flight: int
+    """Jobs that have not ended."""
+    max_jobs: int | None
+    """None: no limit."""
+    seconds_today: float
+    """For which workers held the user's jobs, within the last 24 hours."""
+    daily_seconds: float | None

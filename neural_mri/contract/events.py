@@ -19,6 +19,7 @@ __all__ = (
     "FrameLayer",
     "LayerFrame",
     "Progress",
+    "Queued",
     "Reset",
     "StateChanged",
     "decode_event",
@@ -44,6 +45,15 @@ class Progress(EventBase, frozen=True, kw_only=True, tag="progress"):
     """`forward` counts layers, `download`, `convert` and `load` bytes, `store` tables."""
     done: int
     total: int
+
+
+class Queued(EventBase, frozen=True, kw_only=True, tag="queue"):
+    """Where the waiting job stands; at most once a second, and of no stream: it is not told again."""
+
+    position: int
+    """1 for the next to be taken."""
+    estimated_start_seconds: float | None
+    """From now; None where nobody can tell."""
 
 
 class LayerFrame(EventBase, frozen=True, kw_only=True, tag="layer_frame"):
@@ -115,7 +125,15 @@ class Ended(EventBase, frozen=True, kw_only=True, tag="ended"):
 
 
 Event: TypeAlias = (
-    StateChanged | Progress | LayerFrame | ActivationFrame | EffectsFrame | Artifact | Reset | Ended
+    StateChanged
+    | Queued
+    | Progress
+    | LayerFrame
+    | ActivationFrame
+    | EffectsFrame
+    | Artifact
+    | Reset
+    | Ended
 )
 
 _encoder = msgspec.json.Encoder()

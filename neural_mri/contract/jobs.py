@@ -14,7 +14,7 @@ from uuid import UUID
 
 import msgspec
 
-__all__ = ("TERMINAL", "TRANSITIONS", "JobKind", "JobState", "JobView", "Lane")
+__all__ = ("TERMINAL", "TRANSITIONS", "JobKind", "JobState", "JobView", "Lane", "QueuePlace")
 
 
 class JobKind(StrEnum):
@@ -73,6 +73,16 @@ HELD = frozenset({_S.CLAIMED, _S.LOADING, _S.RUNNING, _S.STORING})
 """States in which a worker holds the job under a lease."""
 
 
+class QueuePlace(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a waiting job stands, as things are: who comes later may have a better turn."""
+
+    position: int
+    """1 for the next to be taken."""
+    estimated_start_seconds: float | None = None
+    """From now, by the pace at which the queue has moved; None where nobody can tell, because no worker
+    holds the model or nothing like it was ever measured."""
+
+
 class JobView(msgspec.Struct, frozen=True, kw_only=True):
     """A job as its owner sees it."""
 
@@ -93,6 +103,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    queue: QueuePlace | None = None
+    """While it waits, to who looks at the job itself."""
     problem: dict[str, Any] | None = None
     """Why it failed, as problem details."""
     links: dict[str, str] = {}

@@ -86,11 +86,18 @@ def test_every_documented_route_answers_as_documented(
     api.post("/api/scan/activation", json={"prompt": PROMPT})
     done = world.perform(world.claim(world.queue()))
     key = api.post("/api/keys", json={}).json()
-    fill = {"job_id": str(done.id), "table": "activations", "layer": "0", "key_id": key["id"]}
+    fill = {
+        "job_id": str(done.id),
+        "table": "activations",
+        "layer": "0",
+        "key_id": key["id"],
+        "user": "ada",
+    }
     stimulus = {"prompt": "a", "component": "blocks.0.mlp"}
     bodies: dict[str, dict[str, Any]] = {
         "/api/keys": {},
         "/api/login": {"key": key["key"]},
+        "/api/users/ada/limits": {"max_jobs": 7},
         "/api/model/load": {"model": "tiny"},
         "/api/model/calibrate": {},
         "/api/scan/attention": {"prompt": "a", "layers": [0]},
@@ -110,7 +117,8 @@ def test_every_documented_route_answers_as_documented(
             path = operation.path.format(**fill)
             if path == "/api/events":
                 path += f"?jobs={done.id}"
-            body = bodies.get(path, {"prompt": "a"}) if operation.method == "post" else None
+            has_body = operation.method in ("post", "put")
+            body = bodies.get(path, {"prompt": "a"}) if has_body else None
             is_scan = operation.spec["operationId"].startswith(("scan", "perturb", "calibrate"))
             headers = {"prefer": "wait=10"} if is_scan else {}
             answer = api.request(operation.method.upper(), path, json=body, headers=headers)

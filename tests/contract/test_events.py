@@ -15,6 +15,7 @@ from neural_mri.contract.events import (
     FrameLayer,
     LayerFrame,
     Progress,
+    Queued,
     Reset,
     StateChanged,
     decode_event,
@@ -35,6 +36,9 @@ LAYERS = st.builds(
 )
 EVENTS = {
     StateChanged: st.builds(StateChanged, state=STATES, attempt=COUNTS),
+    Queued: st.builds(
+        Queued, position=COUNTS, estimated_start_seconds=st.none() | st.floats(0, 1e6, width=32)
+    ),
     Progress: st.builds(Progress, stage=TEXTS, done=COUNTS, total=COUNTS),
     LayerFrame: st.builds(
         LayerFrame,

@@ -1,0 +1,83 @@
+"""What a waiting job is told of its wait: one look a second at a queue, however many wait in it."""
+
+import asyncio
+import time
+from typing import NamedTuple
+
+from api.residents import Holdings, holdings
+from neural_mri.backing import keys, outlook
+from neural_mri.backing.broker import AsyncRedis
+from neural_mri.backing.database import AsyncSessions
+from neural_mri.backing.outlook import Line
+from neural_mri.backing.records import Job
+from neural_mri.contract.jobs import JobState, QueuePlace
+from neural_mri.contract.models import ModelState
+
+__all__ = ("Outlook",)
+
+KEPT_SECONDS = 1.0
+"""A look at a queue serves all who ask within that time."""
+REMEMBERED = 256
+
+
+class _Look(NamedTuple):
+    at: float
+    task: "asyncio.Task[_Seen]"
+
+
+class _Seen(NamedTuple):
+    line: Line
+    held: Holdings
+
+
+class Outlook:
+    """Places in queues, and when jobs will start."""
+
+    def __init__(self, sessions: AsyncSessions, redis: AsyncRedis) -> None:
+        self._sessions = sessions
+        self._redis = redis
+        self._looks: dict[str, _Look] = {}
+
+    async def place(self, job: Job) -> QueuePlace | None:
+        """Where a job stands that waits; None for one that does not."""
+        if job.state is not JobState.QUEUED:
+            return None
+        seen = await self._seen(job.queue)
+        held = seen.held
+        if not held.is_known:
+            return seen.line.place(job, workers=None, ready_in=None)
+        if job.queue in (keys.CPU_QUEUE, keys.CONTROL_QUEUE):
+            return seen.line.place(job, workers=len(held.beats), ready_in=0.0)
+        resident = held.state(job.revision) is ModelState.RESIDENT
+        ready_in: float | None = 0.0
+        if not resident:
+            # Nobody can say when, unless somebody is about to hold it.
+            loading = held.state(job.revision) is ModelState.LOADING
+            ready_in = (
+                await self._sessions.read(outlook.loading_seconds, job.revision)
+                if loading
+                else None
+            )
+        return seen.line.place(job, workers=len(held.workers(job.revision)), ready_in=ready_in)
+
+    async def _seen(self, queue: str) -> _Seen:
+        look = self._looks.get(queue)
+        now = time.monotonic()
+        if look is None or now - look.at > KEPT_SECONDS or _failed(look.task):
+            look = _Look(now, asyncio.create_task(self._look(queue)))
+            self._looks.pop(queue, None)
+            self._looks[queue] = look
+            if len(self._looks) > REMEMBERED:
+                del self._looks[next(iter(self._looks))]
+        # Shielded: who goes away while the look is taken takes it from nobody else.
+        return await asyncio.shield(look.task)
+
+    async def _look(self, queue: str) -> _Seen:
+        line, held = await asyncio.gather(
+            self._sessions.read(outlook.line, queue), holdings(self._redis)
+        )
+        return _Seen(line, held)
+
+
+def _failed(task: "asyncio.Task[_Seen]") -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
