@@ -12,12 +12,16 @@ import { field, type Field } from "./field";
 import type { Anomalies } from "./modes/anomalies";
 import type { Circuit } from "./modes/circuits";
 import type { Lesion } from "./modes/stimulation";
+import type { Trace } from "./modes/tracing";
 import type { Weights } from "./modes/weights";
 import { sequence, type SequenceId } from "./sequences";
 import { Volume } from "./volume";
 
-/** What a series is of: one of the sequences, or the model reading a prompt with parts of it changed. */
-export type SeriesId = SequenceId | "stimulation";
+/**
+ * What a series is of: one of the sequences, the model reading a prompt with parts of it changed, or what
+ * putting parts of one run into another does.
+ */
+export type SeriesId = SequenceId | "stimulation" | "tracing";
 
 /** How and when a scan was taken, as the corners of the viewport tell it. */
 export interface Acquisition {
@@ -52,6 +56,7 @@ export interface Series {
   readonly circuit: Circuit | null;
   readonly anomalies: Anomalies | null;
   readonly lesion: Lesion | null;
+  readonly trace: Trace | null;
   /** False while frames still arrive; true once the stored table stands here. */
   readonly complete: boolean;
 }
@@ -99,6 +104,7 @@ export function bare(sequence: SeriesId, acquisition: Acquisition): Series {
     circuit: null,
     anomalies: null,
     lesion: null,
+    trace: null,
     complete: false,
   };
 }

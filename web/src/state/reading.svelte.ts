@@ -41,9 +41,9 @@ export class Reading {
   /** What the shown sequence can be looked at as; fMRI also as what a stimulation made of it. */
   readonly #offers: readonly Offer[] = $derived.by(() => {
     const own = shown(this.state);
-    const changed =
-      this.#display.sequence === "fMRI" ? shown(this.#study.series.stimulation) : null;
-    return [own, changed].flatMap((series) =>
+    const { stimulation, tracing } = this.#study.series;
+    const changed = this.#display.sequence === "fMRI" ? [shown(stimulation), shown(tracing)] : [];
+    return [own, ...changed].flatMap((series) =>
       series === null ? [] : series.fields.map((field) => ({ series, field })),
     );
   });

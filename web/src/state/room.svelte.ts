@@ -16,7 +16,7 @@ import { Display, after } from "./display.svelte";
 import type { Action } from "./keys";
 import { Log } from "./log.svelte";
 import { Reading } from "./reading.svelte";
-import { Study } from "./study.svelte";
+import { Study, titleOf } from "./study.svelte";
 import type { Place } from "./url";
 
 /** One key press widens the window by this factor, or moves its level by this share. */
@@ -149,6 +149,7 @@ export class Room {
   resetStimuli(): void {
     this.stimuli = [];
     this.study.clear("stimulation");
+    this.study.clear("tracing");
     if (this.display.views.fMRI.field !== null && this.display.sequence === "fMRI") {
       this.display.showField(null);
     }
@@ -168,16 +169,35 @@ export class Room {
     void this.study.scan("stimulation", "/api/perturb", request);
   }
 
+  /** Drowns the subject in noise, then puts clean values back one place and token at a time. */
+  trace(subject: string): void {
+    const { prompt, question } = this;
+    if (subject === "" || !prompt.includes(subject)) return;
+    this.cine.pause();
+    const request = { prompt, subject, ...asked(question) };
+    void this.study.scan("tracing", "/api/perturb/trace", request);
+  }
+
+  /** Puts values of the clean run into the corrupt prompt's, one place and token at a time. */
+  patch(): void {
+    const { prompt, question } = this;
+    this.cine.pause();
+    const request = { prompt, corrupt_prompt: question.corrupt, ...asked(question) };
+    void this.study.scan("tracing", "/api/perturb/patching", request);
+  }
+
   #finished(id: SeriesId, tokens: number): void {
-    const stimulated = id === "stimulation";
-    if (stimulated && !this.#restoring) {
+    const changed = id === "stimulation" || id === "tracing";
+    if (changed && !this.#restoring) {
       this.display.sequence = "fMRI";
-      this.display.showField("difference");
+      this.display.showField(id === "tracing" ? "trace" : "difference");
+      // The states of the residual stream, layer by layer, are what a trace is read from first.
+      if (id === "tracing") this.display.sagittal = "resid_post";
     }
-    if (id !== this.display.sequence && !stimulated) return;
+    if (id !== this.display.sequence && !changed) return;
     if (!this.#restoring && tokens > 0) this.crosshair.token = tokens - 1;
     this.#suggest();
-    this.#announce(`${stimulated ? "Stimulation" : `${id} scan`} complete. ${this.describe()}`);
+    this.#announce(`${titleOf(id)} complete. ${this.describe()}`);
   }
 
   callPrompt(): void {

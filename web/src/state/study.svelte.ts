@@ -58,12 +58,14 @@ const LOADERS: Readonly<Record<SeriesId, () => Promise<Loader>>> = {
   DTI: () => import("../model/modes/circuits").then(({ load }) => load),
   FLAIR: () => import("../model/modes/anomalies").then(({ load }) => load),
   stimulation: () => import("../model/modes/stimulation").then(({ load }) => load),
+  tracing: () => import("../model/modes/tracing").then(({ load }) => load),
 };
 
 /** Which series a job's request is of; null for jobs that show nothing here. */
 function seriesOf(job: JobView): SeriesId | null {
   const kind = job.request["scan_mode"];
   if (kind === "perturbation") return "stimulation";
+  if (kind === "tracing" || kind === "patching") return "tracing";
   return typeof kind === "string" && isSequence(kind) ? kind : null;
 }
 
@@ -392,7 +394,7 @@ const GONE = sentence({
 });
 
 function none(): AllSeries {
-  const ids: readonly SeriesId[] = [...SEQUENCES.map(({ id }) => id), "stimulation"];
+  const ids: readonly SeriesId[] = [...SEQUENCES.map(({ id }) => id), "stimulation", "tracing"];
   return Object.fromEntries(ids.map((id) => [id, { status: "absent" }])) as unknown as AllSeries;
 }
 
@@ -417,12 +419,17 @@ function residuals(topology: Topology): string[] {
   ]).flat();
 }
 
+/** What a person calls a series. */
+export function titleOf(id: SeriesId): string {
+  if (id === "stimulation") return "Stimulation";
+  return id === "tracing" ? "Tracing" : `${id} scan`;
+}
+
 function finishedSentence(series: Series): string {
   const { forwardSeconds } = series.acquisition;
   const facts = [
     ...(series.tokens.length > 0 ? [`${series.tokens.length} tokens`] : []),
     ...(forwardSeconds ? [`${(forwardSeconds * 1000).toFixed(0)} ms forward`] : []),
   ];
-  const name = series.sequence === "stimulation" ? "Stimulation" : `${series.sequence} scan`;
-  return `${name} complete${facts.length > 0 ? `: ${facts.join(", ")}` : ""}.`;
+  return `${titleOf(series.sequence)} complete${facts.length > 0 ? `: ${facts.join(", ")}` : ""}.`;
 }
