@@ -10,7 +10,7 @@ import torch
 from neural_mri.contract.tokens import Span, Tokens
 from worker.scanner.loading import LoadedModel
 
-__all__ = ("Row", "median_seconds", "plain_forward", "prompt")
+__all__ = ("Row", "clock", "median_seconds", "plain_forward", "prompt")
 
 
 class Row(NamedTuple):
@@ -30,16 +30,22 @@ class Row(NamedTuple):
         return self.seconds / self.plain_seconds
 
 
+def clock() -> float:
+    """Seconds, of which only differences mean anything.
+
+    Where PyTorch runs on one thread, the process's processor time, which leaves out what others do on a busy
+    machine; wall time otherwise.
+    """
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def median_seconds(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 3
 ) -> dict[str, float]:
     """Median time of each candidate, run in turn, round after round.
 
-    In turn, so that a slow minute of the machine falls on all of them alike. Where PyTorch runs on one
-    thread, it is the process's processor time, which leaves out what others do on a busy machine; wall
-    time otherwise.
+    In turn, so that a slow minute of the machine falls on all of them alike. Measured by `clock`.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(warm_up + rounds):
         for name, run in candidates.items():
