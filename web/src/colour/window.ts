@@ -82,9 +82,15 @@ export function automatic(sorted: Float64Array, tail: number): Window {
   return between(low, high);
 }
 
-/** The same about 0: the middle of a diverging map is where nothing happens. */
+/**
+ * The same about 0: the middle of a diverging map is where nothing happens. Where nothing happens exactly,
+ * as upstream of what was changed, there is nothing to be spread over the map.
+ */
 export function symmetric(sorted: Float64Array, tail: number): Window {
-  const sizes = sorted.map(Math.abs).sort();
+  const sizes = sorted
+    .filter((value) => value !== 0)
+    .map(Math.abs)
+    .sort();
   const most = sizes.length === 0 ? 1 : quantile(sizes, 1 - tail);
   return { level: 0, width: Math.max(2 * most, NARROWEST) };
 }

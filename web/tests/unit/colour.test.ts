@@ -72,6 +72,12 @@ test("a signed value of 0 stands in the middle of its window, whatever the value
   expect(position(-9, symmetric(sorted, 0), "linear")).toBe(0);
 });
 
+test("what did not change at all leaves the window to what did", () => {
+  const sorted = Float64Array.from([...Array<number>(98).fill(0), -4, 2]).sort();
+  expect(symmetric(sorted, 0.02).width).toBeGreaterThan(7);
+  expect(symmetric(new Float64Array(5), 0.02).width).toBe(2);
+});
+
 test("on a scale of sizes both signs are one colour", () => {
   const window = { level: 2, width: 4 };
   expect(position(-3, window, "size")).toBe(position(3, window, "size"));
