@@ -7,7 +7,7 @@ once are answered with the whole, as the RFC allows.
 import asyncio
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from litestar.types import Receive, Scope, Send
 from api.cancellation import cancelled
 from neural_mri.contract.problems import Gone
 
-__all__ = ("Extent", "Payload", "Unsatisfiable", "extent", "header", "is_known")
+__all__ = ("Extent", "Payload", "Remote", "Unsatisfiable", "extent", "header", "is_known")
 
 CHUNK_BYTES = 256 * 1024
 
@@ -33,6 +33,10 @@ class Extent(NamedTuple):
 
     start: int
     end: int
+
+
+Remote = Callable[[Extent | None], Awaitable[bytes]]
+"""Fetches bytes that are on another machine: a part of them, or the whole. Raises `Gone`."""
 
 
 def extent(text: str | None, size: int) -> Extent | None:
@@ -58,11 +62,14 @@ def extent(text: str | None, size: int) -> Extent | None:
 
 
 class Payload:
-    """A file, or bytes, with a validator: answers GET, conditions and ranges. An ASGI application."""
+    """A file, or bytes, here or elsewhere, with a validator: answers GET, conditions and ranges.
+
+    An ASGI application.
+    """
 
     def __init__(
         self,
-        source: Path | bytes,
+        source: Path | bytes | Remote,
         *,
         size: int,
         etag: str,
@@ -100,7 +107,13 @@ class Payload:
             return
         served = part or Extent(0, self._size)
         length = {"content-length": str(served.end - served.start)}
-        with _opened(self._source) as read:
+        if isinstance(self._source, Path | bytes):
+            source, origin = self._source, 0
+        else:
+            # Before the answer begins: what cannot be fetched is refused, not broken off.
+            source = b"" if scope.get("head_only") else await self._source(part)
+            origin = served.start
+        with _opened(source, origin) as read:
             if part is None:
                 await self._start(send, 200, length)
             else:
@@ -127,11 +140,11 @@ Read = Callable[[int, int], bytes]
 
 
 @contextmanager
-def _opened(source: Path | bytes) -> Iterator[Read]:
-    """A source to read from. Raises `Gone` when its file is not there any more."""
+def _opened(source: Path | bytes, origin: int) -> Iterator[Read]:
+    """A source to read from, whose first byte is number `origin`. Raises `Gone` when it is not there."""
     if isinstance(source, bytes):
-        body = source
-        yield lambda length, start: body[start : start + length]
+        body = memoryview(source)
+        yield lambda length, start: bytes(body[start - origin : start - origin + length])
         return
     try:
         file = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)

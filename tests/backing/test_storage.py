@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import obstore
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neural_mri.backing import keys, storage
+from neural_mri.backing.s3 import S3Store
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import (
     Damaged,
     FolderStore,
     InvalidPath,
     Missing,
+    Store,
     StoreFull,
     StoreUnavailable,
 )
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.results import Manifest, Provenance, TableRef, stamp
 from neural_mri.contract.scans import ScanKind
+from tests.servers import Bucket
 
 CHUNK = keys.chunk_path("ab" * 32)
 JOB = uuid4()
@@ -37,31 +41,75 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(root: Path) -> FolderStore:
+def folder(root: Path) -> FolderStore:
     return FolderStore(root)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, root: Path) -> Store:
+    """A store of either kind, empty."""
+    if request.param == "folder":
+        return FolderStore(root)
+    shared: Bucket = request.getfixturevalue("shared_bucket")
+    url = shared.url(f"{uuid4()}/deeper")
+    return storage.open_store(Settings(store_url=url, store_endpoint=shared.endpoint))
 
 
 def files(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
 
 
-def test_bytes_are_read_back_as_they_were_put(store: FolderStore, root: Path) -> None:
+def paths(store: Store) -> list[str]:
+    """Everything that a store holds."""
+    if isinstance(store, FolderStore):
+        return sorted(files(store._root))
+    assert isinstance(store, S3Store)
+    return sorted(entry["path"] for entry in obstore.list(store._store).collect())
+
+
+def overwrite(store: Store, path: str, body: bytes) -> None:
+    """Damage what stands there, behind the store's back."""
+    if isinstance(store, FolderStore):
+        (store._root / path).write_bytes(body)
+    else:
+        store.put(path, body)
+
+
+def test_bytes_are_read_back_as_they_were_put(store: Store) -> None:
     store.put(CHUNK, b"arrow")
     assert store.get(CHUNK) == b"arrow"
     assert store.size(CHUNK) == 5
     assert store.exists(CHUNK)
-    assert store.local_path(CHUNK) == root / CHUNK
-    assert files(root) == {CHUNK}
+    assert paths(store) == [CHUNK]
 
 
-def test_what_is_stored_is_for_its_owner_only(store: FolderStore, root: Path) -> None:
-    store.put(CHUNK, b"private")
+@pytest.mark.parametrize(("start", "end"), [(0, 5), (1, 3), (4, 5), (0, 1)])
+def test_a_part_is_read_without_the_rest(store: Store, start: int, end: int) -> None:
+    store.put(CHUNK, b"arrow")
+    assert store.get_range(CHUNK, start, end) == b"arrow"[start:end]
+
+
+def test_what_is_large_is_as_whole_as_what_is_small(store: Store) -> None:
+    body = os.urandom(1 << 20) * 12  # an upload in three parts
+    store.put(CHUNK, body)
+    assert store.get(CHUNK) == body
+    assert store.get_range(CHUNK, 6 << 20, (6 << 20) + 100) == body[:100]
+    assert paths(store) == [CHUNK]
+
+
+def test_a_file_can_be_opened_where_it_is(folder: FolderStore, root: Path) -> None:
+    folder.put(CHUNK, b"arrow")
+    assert folder.local_path(CHUNK) == root / CHUNK
+
+
+def test_what_is_stored_is_for_its_owner_only(folder: FolderStore, root: Path) -> None:
+    folder.put(CHUNK, b"private")
     assert stat.S_IMODE((root / CHUNK).stat().st_mode) == 0o600
 
 
-def test_what_is_not_there_is_missing(store: FolderStore) -> None:
+def test_what_is_not_there_is_missing(store: Store) -> None:
     assert not store.exists(CHUNK)
-    for read in (store.get, store.size, store.local_path):
+    for read in (store.get, store.size, lambda path: store.get_range(path, 0, 1)):
         with pytest.raises(Missing, match=CHUNK):
             read(CHUNK)
     store.put(CHUNK, b"")
@@ -85,8 +133,9 @@ def test_what_is_not_there_is_missing(store: FolderStore) -> None:
         "a\n",
     ],
 )
-def test_no_path_leads_out_of_the_store(store: FolderStore, path: str) -> None:
-    for call in (store.get, store.size, store.exists, store.local_path, store.delete):
+def test_no_path_leads_out_of_the_store(store: Store, path: str) -> None:
+    calls = (store.get, store.size, store.exists, store.local_path, store.delete)
+    for call in (*calls, lambda path: store.get_range(path, 0, 1)):
         with pytest.raises(InvalidPath):
             call(path)
     with pytest.raises(InvalidPath):
@@ -95,50 +144,52 @@ def test_no_path_leads_out_of_the_store(store: FolderStore, path: str) -> None:
 
 @given(st.text(max_size=40))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_is_asked_for_nothing_outside_is_read(store: FolderStore, path: str) -> None:
+def test_whatever_is_asked_for_nothing_outside_is_read(folder: FolderStore, path: str) -> None:
     with pytest.raises((InvalidPath, Missing)):
-        store.get(path)
+        folder.get(path)
 
 
-def test_a_link_is_not_followed(store: FolderStore, root: Path, tmp_path: Path) -> None:
+def test_a_link_is_not_followed(folder: FolderStore, root: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
     (root / "chunks/ab").mkdir(parents=True)
     (root / CHUNK).symlink_to(secret)
-    for call in (store.get, store.size, store.local_path):
+    for call in (folder.get, folder.size, folder.local_path):
         with pytest.raises(StoreUnavailable):
             call(CHUNK)
 
 
-def test_a_linked_folder_is_not_entered(store: FolderStore, root: Path, tmp_path: Path) -> None:
+def test_a_linked_folder_is_not_entered(folder: FolderStore, root: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     (outside / "ab").mkdir(parents=True)
     (outside / "ab" / Path(CHUNK).name).write_bytes(b"secret")
     root.mkdir()
     (root / "chunks").symlink_to(outside)
     with pytest.raises(StoreUnavailable):
-        store.get(CHUNK)
+        folder.get(CHUNK)
     with pytest.raises(StoreUnavailable):
-        store.put(CHUNK, b"x")
+        folder.put(CHUNK, b"x")
 
 
-def test_the_same_bytes_are_written_once_and_damaged_ones_anew(
-    store: FolderStore, root: Path
-) -> None:
-    store.put(CHUNK, b"arrow")
+def test_the_same_bytes_are_written_once(folder: FolderStore, root: Path) -> None:
+    folder.put(CHUNK, b"arrow")
     before = (root / CHUNK).stat().st_ino
-    store.put(CHUNK, b"arrow")
+    folder.put(CHUNK, b"arrow")
     assert (root / CHUNK).stat().st_ino == before
-    (root / CHUNK).write_bytes(b"arroW")
+
+
+def test_damaged_bytes_are_written_anew(store: Store) -> None:
+    store.put(CHUNK, b"arrow")
+    overwrite(store, CHUNK, b"arroW")
     store.put(CHUNK, b"arrow")
     assert store.get(CHUNK) == b"arrow"
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "open"])
 def test_a_disk_error_at_any_step_leaves_no_torn_file(
-    store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    store.put("chunks/ab/other.arrow", b"x")
+    folder.put("chunks/ab/other.arrow", b"x")
     real = getattr(os, step)
 
     def fail(*arguments: Any, **options: Any) -> Any:
@@ -148,14 +199,14 @@ def test_a_disk_error_at_any_step_leaves_no_torn_file(
 
     monkeypatch.setattr(os, step, fail)
     with pytest.raises(StoreUnavailable, match="Input/output error"):
-        store.put(CHUNK, b"arrow")
+        folder.put(CHUNK, b"arrow")
     monkeypatch.undo()
     assert files(root) == {"chunks/ab/other.arrow"}
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_says_so(
-    store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def full(_file: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -165,7 +216,7 @@ def test_a_full_disk_says_so(
     (root / "chunks").mkdir()
     (root / "chunks/ab").mkdir()
     with pytest.raises(StoreFull, match=os.strerror(number)) as caught:
-        store.put(CHUNK, b"arrow")
+        folder.put(CHUNK, b"arrow")
     assert caught.value.document()["status"] == 503
     assert files(root) == set()
 
@@ -189,7 +240,7 @@ def test_a_file_that_really_does_not_fit_is_not_there_at_all(root: Path) -> None
 
 
 def test_a_half_written_file_cannot_be_asked_for(
-    store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch
+    folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[str] = set()
 
@@ -197,10 +248,10 @@ def test_a_half_written_file_cannot_be_asked_for(
         seen.update(files(root))
 
     monkeypatch.setattr(os, "fsync", look)
-    store.put(CHUNK, b"arrow")
+    folder.put(CHUNK, b"arrow")
     partial = min(seen - {CHUNK}, key=len)
     with pytest.raises(InvalidPath):
-        store.get(partial)
+        folder.get(partial)
 
 
 # Results
@@ -230,10 +281,12 @@ def manifest() -> Manifest:
     )
 
 
-def test_a_result_is_read_back_as_it_was_saved(store: FolderStore) -> None:
+def test_a_result_is_read_back_as_it_was_saved(store: Store) -> None:
     told: list[TableRef] = []
     tables = {"tokens": table(), "vectors.1": table(5)}
-    saved = storage.save_result(store, keys.manifest_path(JOB, 2), manifest(), tables, stored=told.append)
+    saved = storage.save_result(
+        store, keys.manifest_path(JOB, 2), manifest(), tables, stored=told.append
+    )
     assert saved.path == keys.manifest_path(JOB, 2)
     assert storage.load_manifest(store, saved.path) == saved.manifest
     assert tuple(told) == saved.manifest.tables
@@ -246,17 +299,19 @@ def test_a_result_is_read_back_as_it_was_saved(store: FolderStore) -> None:
         assert found.equals(original, check_metadata=True)
 
 
-def test_equal_tables_are_stored_once(store: FolderStore, root: Path) -> None:
+def test_equal_tables_are_stored_once(store: Store) -> None:
     for attempt in (1, 2):
-        storage.save_result(store, keys.manifest_path(JOB, attempt), manifest(), {"tokens": table()})
-    assert sorted(path.split("/")[0] for path in files(root)) == [
+        storage.save_result(
+            store, keys.manifest_path(JOB, attempt), manifest(), {"tokens": table()}
+        )
+    assert sorted(path.split("/")[0] for path in paths(store)) == [
         "chunks",
         "manifests",
         "manifests",
     ]
 
 
-def test_the_manifest_comes_last(store: FolderStore, root: Path) -> None:
+def test_the_manifest_comes_last(store: Store) -> None:
     class Interrupted(Exception):
         pass
 
@@ -267,27 +322,27 @@ def test_the_manifest_comes_last(store: FolderStore, root: Path) -> None:
     tables = {"first": table(1), "second": table(2), "third": table(3)}
     with pytest.raises(Interrupted):
         storage.save_result(store, keys.manifest_path(JOB, 1), manifest(), tables, stored=interrupt)
-    assert {path.split("/")[0] for path in files(root)} == {"chunks"}
+    assert {path.split("/")[0] for path in paths(store)} == {"chunks"}
 
 
 @pytest.mark.parametrize("change", ["flip", "truncate", "empty"])
-def test_a_damaged_chunk_is_refused(store: FolderStore, root: Path, change: str) -> None:
+def test_a_damaged_chunk_is_refused(store: Store, change: str) -> None:
     saved = storage.save_result(store, keys.manifest_path(JOB, 1), manifest(), {"tokens": table()})
     [ref] = saved.manifest.tables
-    path = root / keys.chunk_path(ref.chunk)
-    body = path.read_bytes()
+    path = keys.chunk_path(ref.chunk)
+    body = store.get(path)
     middle = len(body) // 2
     damaged = {
         "flip": body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :],
         "truncate": body[:-1],
         "empty": b"",
     }
-    path.write_bytes(damaged[change])
+    overwrite(store, path, damaged[change])
     with pytest.raises(Damaged, match="table tokens"):
         storage.read_table(store, ref)
 
 
-def test_a_lost_chunk_is_missing(store: FolderStore) -> None:
+def test_a_lost_chunk_is_missing(store: Store) -> None:
     saved = storage.save_result(store, keys.manifest_path(JOB, 1), manifest(), {"tokens": table()})
     [ref] = saved.manifest.tables
     store.delete(keys.chunk_path(ref.chunk))
@@ -296,7 +351,7 @@ def test_a_lost_chunk_is_missing(store: FolderStore) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"\xff\xfe", b'{"scan_key": 1}'])
-def test_what_is_no_manifest_is_damaged(store: FolderStore, body: bytes) -> None:
+def test_what_is_no_manifest_is_damaged(store: Store, body: bytes) -> None:
     path = keys.manifest_path(JOB, 1)
     store.put(path, body)
     with pytest.raises(Damaged, match="is not a manifest"):

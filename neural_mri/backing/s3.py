@@ -1,0 +1,125 @@
+"""The object store on S3, or on any server that speaks its protocol.
+
+An object is seen whole or not at all: that is S3's own promise, for one request and for an upload in
+parts alike, and every request is signed over the hash of its body. Credentials come from the environment
+as every AWS client reads them (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, a web identity,
+an instance's role); so does AWS_REGION.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import obstore
+import obstore.store
+from obstore.exceptions import BaseError
+
+from neural_mri.backing.settings import Settings
+from neural_mri.backing.storage import Missing, StoreFull, StoreUnavailable, checked
+
+__all__ = ("S3Store", "open_s3")
+
+CONNECT_SECONDS = 2
+REQUEST_SECONDS = 30
+RETRIES = 3
+RETRY_SECONDS = 15
+"""After these the store counts as away; jobs are recomputed, requests sent again."""
+
+_FULL = ("507 Insufficient Storage", "QuotaExceeded", "StorageFull")
+"""What servers answer that have no room: the status, Ceph's word, and MinIO's (XMinioStorageFull)."""
+
+
+class S3Store:
+    """A store in a bucket, under a prefix."""
+
+    def __init__(
+        self, bucket: str, prefix: str = "", *, endpoint: str = "", region: str = "us-east-1"
+    ) -> None:
+        self._store = obstore.store.S3Store(
+            bucket,
+            prefix=prefix or None,
+            config={"region": region, "endpoint": endpoint} if endpoint else {"region": region},
+            client_options={
+                "allow_http": endpoint.startswith("http://"),
+                "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+                "timeout": timedelta(seconds=REQUEST_SECONDS),
+            },
+            retry_config={
+                "max_retries": RETRIES,
+                "retry_timeout": timedelta(seconds=RETRY_SECONDS),
+            },
+        )
+
+    def put(self, path: str, body: bytes) -> None:
+        """Keep the bytes under the path, all of them or none. Raises `StoreFull`."""
+        with _explained(path):
+            obstore.put(self._store, path, body)
+
+    def get(self, path: str) -> bytes:
+        """The bytes under the path. Raises `Missing`."""
+        with _explained(path):
+            return obstore.get(self._store, path).bytes().to_bytes()
+
+    def get_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes `start` up to `end`, by one request. Raises `Missing`."""
+        with _explained(path):
+            return obstore.get_range(self._store, path, start=start, end=end).to_bytes()
+
+    def exists(self, path: str) -> bool:
+        """Whether there are bytes under the path."""
+        try:
+            self.size(path)
+        except Missing:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        """How many bytes there are. Raises `Missing`."""
+        with _explained(path):
+            return obstore.head(self._store, path)["size"]
+
+    def local_path(self, path: str) -> Path | None:
+        """None: no file of this machine has them."""
+        checked(path)
+        return None
+
+    def delete(self, path: str) -> None:
+        """Forget the bytes; nothing happens where there are none."""
+        with _explained(path):
+            obstore.delete(self._store, path)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turns the server's refusals into ours, in a line: its own go on for pages."""
+    checked(path)
+    try:
+        yield
+    except FileNotFoundError as error:
+        # A bucket that is not there says nothing about what was stored in it.
+        if "NoSuchBucket" in str(error):
+            raise StoreUnavailable("the result store's bucket does not exist", path=path) from error
+        raise Missing(f"the store has no {path}", path=path) from error
+    except (BaseError, OSError) as error:
+        said = str(error)
+        if any(word in said for word in _FULL):
+            raise StoreFull(f"{path} was not stored: no room in the bucket", path=path) from error
+        reason = said.partition("\n")[0]
+        raise StoreUnavailable(f"{path}: {reason}", path=path) from error
+
+
+def open_s3(settings: Settings) -> S3Store:
+    """The bucket that `NEURAL_MRI_STORE_URL` names."""
+    url = urlsplit(settings.store_url)
+    environment = os.environ
+    return S3Store(
+        url.netloc,
+        url.path.strip("/"),
+        endpoint=settings.store_endpoint or environment.get("AWS_ENDPOINT_URL", ""),
+        region=environment.get("AWS_REGION")
+        or environment.get("AWS_DEFAULT_REGION")
+        or "us-east-1",
+    )
