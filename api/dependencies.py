@@ -1,9 +1,9 @@
 """What handlers are given: the services of this process, and whose request it is."""
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 from api.hub import Hub
 from api.outlook import Outlook
 from api.tokenization import Tokenizers
-from neural_mri.backing import following, jobs, models
+from neural_mri.backing import audit, following, jobs, models
 from neural_mri.backing.access import LOCAL, load_pepper
+from neural_mri.backing.audit import Deed
 from neural_mri.backing.broker import AsyncRedis, connect_async
 from neural_mri.backing.database import AsyncSessions, async_sessions
 from neural_mri.backing.events import AsyncPublisher
@@ -28,6 +29,9 @@ from neural_mri.contract.jobs import HELD, TERMINAL, JobState, JobView
 from neural_mri.contract.problems import UnknownJob, UnknownModel
 
 __all__ = ("Services", "open_services")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +59,20 @@ class Services:
     def on_behalf_of(self, caller: Identity) -> Self:
         """The same services, for a request of this caller."""
         return replace(self, caller=caller)
+
+    async def act(
+        self,
+        deed: Callable[[T], Deed | None],
+        work: Callable[Concatenate[Session, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """What `work(session, ...)` returns, once it is committed and recorded as the caller's deed."""
+
+        def acted(session: Session) -> T:
+            return audit.audited(session, self.caller, deed, work, *args, **kwargs)
+
+        return await self.sessions.write(acted)
 
     async def job(self, job_id: UUID) -> Job:
         """The caller's job of that id. Raises `UnknownJob`, for another owner's as well."""

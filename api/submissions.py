@@ -1,20 +1,29 @@
 """From a scan that is understood to a job: queued, or born with a result that is known."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import msgspec
 
 from api.dependencies import Services
 from api.preparation import Prepared, prepare
 from api.results import is_whole
 from neural_mri.backing import jobs, keys
+from neural_mri.backing.audit import Deed
+from neural_mri.backing.jobs import Submitted
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Job, Submission
-from neural_mri.contract.auth import Scope
+from neural_mri.contract.auth import AuditAction, Scope
 from neural_mri.contract.jobs import TERMINAL, JobKind, Lane
 from neural_mri.contract.models import ModelRequest
 from neural_mri.contract.problems import Conflict, Unprocessable
 from neural_mri.contract.scans import AttentionScan, PromptScan, Scan, decode_scan, encode_scan
 
 __all__ = ("submit_attention", "submit_model_job", "submit_scan")
+
+_MODEL_DEEDS: Mapping[JobKind, AuditAction] = MappingProxyType(
+    {JobKind.LOAD: AuditAction.MODEL_LOADED, JobKind.UNLOAD: AuditAction.MODEL_UNLOADED}
+)
 
 REMEMBERED = 1000
 """Jobs of requests that only read, remembered so that the same request finds them."""
@@ -78,10 +87,11 @@ async def _submit(services: Services, submission: Submission) -> Job:
     is_scan = submission.kind is JobKind.SCAN
     services.caller.require(Scope.SCAN_WRITE if is_scan else Scope.MODEL_LOAD)
     limit = services.settings.max_queued_jobs
-    job, is_new = await services.sessions.write(
-        jobs.submit_once, submission, max_queued=limit, usual=services.limits
+    submitted = await services.act(
+        _deed, jobs.submit_once, submission, max_queued=limit, usual=services.limits
     )
-    if not is_new:
+    job = submitted.job
+    if not submitted.is_new:
         return job
     if job.cached and job.manifest is not None and not await is_whole(services, job):
         await services.sessions.write(jobs.withdraw_result, job.manifest)
@@ -90,6 +100,13 @@ async def _submit(services: Services, submission: Submission) -> Job:
         )
     services.announce(job)
     return job
+
+
+def _deed(submitted: Submitted) -> Deed | None:
+    """Models are everybody's; scans are their own record."""
+    job, is_new = submitted
+    action = _MODEL_DEEDS.get(job.kind) if is_new else None
+    return None if action is None else Deed(action, job.model, {"job": str(job.id)})
 
 
 async def submit_model_job(

@@ -12,6 +12,7 @@ from api.routes.access import (
     revoke_key,
     who_am_i,
 )
+from api.routes.audit import list_audit
 from api.routes.events import follow_job, follow_jobs
 from api.routes.health import health
 from api.routes.jobs import cancel_job, get_job, list_jobs
@@ -48,5 +49,6 @@ ROUTES: Sequence[HTTPRouteHandler] = (
     get_usage,
     list_users,
     set_limits,
+    list_audit,
     health,
 )

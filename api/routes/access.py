@@ -12,7 +12,10 @@ from api.access import ANY_KEY, ANYBODY, COOKIE, presented
 from api.dependencies import Services
 from api.problems import refusals
 from neural_mri.backing import access
+from neural_mri.backing.access import key_created
+from neural_mri.backing.audit import Deed
 from neural_mri.contract.auth import (
+    AuditAction,
     CreatedKey,
     Identity,
     KeyView,
@@ -60,8 +63,12 @@ async def log_in(
     """Open a session."""
     identity = await presented(services, data.key)
     seconds = services.settings.login_seconds
-    token = await services.sessions.write(
-        access.open_login, services.pepper, str(identity.key), seconds
+    token = await services.on_behalf_of(identity).act(
+        lambda _: Deed(AuditAction.LOGGED_IN, str(identity.key), {}),
+        access.open_login,
+        services.pepper,
+        str(identity.key),
+        seconds,
     )
     return Response(identity, cookies=[_cookie(request, token, int(seconds))])
 
@@ -123,7 +130,8 @@ async def create_key(data: JSONBody[NewKey], services: NamedDependency[Services]
         )
     for scope in data.scopes:
         caller.require(scope)
-    return await services.sessions.write(
+    return await services.act(
+        key_created,
         access.create_key,
         services.pepper,
         user=user,
@@ -168,8 +176,12 @@ async def revoke_key(key_id: FromPath[str], services: NamedDependency[Services])
     key = await services.sessions.read(access.get_key, key_id)
     caller = services.caller
     if key is not None and (key.user == caller.user or caller.may(Scope.ADMIN)):
-        key = await services.sessions.write(access.revoke_key, key_id)
+        key = await services.act(_revoked, access.revoke_key, key_id)
         if key is not None:
             return key
     # Whoever sends a whole key here must not read it again in an answer.
     raise UnknownKey("there is no API key of that id", key=key_id[:12])
+
+
+def _revoked(key: KeyView | None) -> Deed | None:
+    return None if key is None else Deed(AuditAction.KEY_REVOKED, key.id, {"user": key.user})

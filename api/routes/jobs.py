@@ -10,6 +10,9 @@ from litestar.params import FromPath, QueryParameter
 from api.dependencies import Services
 from api.problems import refusals
 from neural_mri.backing import jobs
+from neural_mri.backing.audit import Deed
+from neural_mri.backing.jobs import Cancellation
+from neural_mri.contract.auth import AuditAction
 from neural_mri.contract.jobs import TERMINAL, JobState, JobView
 
 __all__ = ("cancel_job", "get_job", "list_jobs")
@@ -70,7 +73,7 @@ async def cancel_job(
 ) -> Response[JobView]:
     """Stop a job."""
     await services.job(job_id)
-    cancellation = await services.sessions.write(jobs.request_cancel, job_id)
+    cancellation = await services.act(_cancelled, jobs.request_cancel, job_id)
     if cancellation.moved:
         services.announce(cancellation.job)
     elif cancellation.job.state not in TERMINAL:
@@ -78,3 +81,10 @@ async def cancel_job(
     stopped = cancellation.job.state in TERMINAL
     view = await services.view(cancellation.job)
     return Response(view, status_code=200 if stopped else 202)
+
+
+def _cancelled(cancellation: Cancellation) -> Deed | None:
+    job = cancellation.job
+    if job.state in TERMINAL and not cancellation.moved:
+        return None  # it had ended: nothing was done
+    return Deed(AuditAction.JOB_CANCELLED, str(job.id), {"kind": job.kind, "model": job.model})

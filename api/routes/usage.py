@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import msgspec
 from litestar import get, put
 from litestar.di import NamedDependency
 from litestar.params import JSONBody, PathParameter
@@ -10,7 +11,8 @@ from api.access import needs
 from api.dependencies import Services
 from api.problems import refusals
 from neural_mri.backing import limits
-from neural_mri.contract.auth import Scope, Usage, UserLimits
+from neural_mri.backing.audit import Deed
+from neural_mri.contract.auth import AuditAction, Scope, Usage, UserLimits
 
 __all__ = ("get_usage", "list_users", "set_limits")
 
@@ -56,5 +58,10 @@ async def set_limits(
     services: NamedDependency[Services],
 ) -> Usage:
     """Set limits."""
-    await services.sessions.write(limits.set_limits, user, data)
+    await services.act(
+        lambda _: Deed(AuditAction.LIMITS_SET, user, msgspec.to_builtins(data)),
+        limits.set_limits,
+        user,
+        data,
+    )
     return await services.sessions.read(limits.usage, user, services.limits)

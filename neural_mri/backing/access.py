@@ -19,11 +19,20 @@ from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from neural_mri.backing.audit import Deed
 from neural_mri.backing.database import epoch
 from neural_mri.backing.records import AnyRow
 from neural_mri.backing.rows import API_KEYS, LOGINS, USERS
 from neural_mri.backing.settings import InvalidSettings, Settings
-from neural_mri.contract.auth import ALL_SCOPES, KEY_PATTERN, CreatedKey, Identity, KeyView, Scope
+from neural_mri.contract.auth import (
+    ALL_SCOPES,
+    KEY_PATTERN,
+    AuditAction,
+    CreatedKey,
+    Identity,
+    KeyView,
+    Scope,
+)
 
 __all__ = (
     "LOCAL",
@@ -33,6 +42,7 @@ __all__ = (
     "create_key",
     "ensure_user",
     "get_key",
+    "key_created",
     "keys_of",
     "load_pepper",
     "login_identity",
@@ -146,6 +156,12 @@ def create_key(
         expires_at=view.expires_at,
         key=text,
     )
+
+
+def key_created(key: CreatedKey) -> Deed:
+    """The deed that making a key is."""
+    details = {"user": key.user, "label": key.label, "scopes": key.scopes}
+    return Deed(AuditAction.KEY_CREATED, key.id, details)
 
 
 def _is_good() -> ColumnElement[bool]:

@@ -22,10 +22,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from neural_mri.contract.auth import AuditAction
 from neural_mri.contract.jobs import HELD, TERMINAL, JobKind, JobState, Lane
 
 __all__ = (
     "API_KEYS",
+    "AUDIT",
     "IDEMPOTENCY_KEYS",
     "JOBS",
     "LOGINS",
@@ -33,6 +35,7 @@ __all__ = (
     "QUEUE_CLOCKS",
     "USERS",
     "ApiKeyRow",
+    "AuditRow",
     "Base",
     "IdempotencyKeyRow",
     "JobRow",
@@ -75,6 +78,7 @@ class Base(DeclarativeBase):
     type_annotation_map: ClassVar[dict[Any, Any]] = {
         float: Double(),
         str: Text(),
+        AuditAction: _words(AuditAction),
         JobKind: _words(JobKind),
         JobState: _words(JobState),
         Lane: _words(Lane),
@@ -248,11 +252,29 @@ class LoginRow(Base):
     expires_at: Mapped[float] = mapped_column(index=True)
 
 
+class AuditRow(Base):
+    """One deed. Only `backing.audit` writes here, and only adds."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index("ix_audit_user", "user", "id"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    at: Mapped[float]
+    user: Mapped[str] = mapped_column(String(200))
+    key_id: Mapped[str | None] = mapped_column(String(12))
+    """No foreign key: what was done outlives what it was done with."""
+    action: Mapped[AuditAction]
+    subject: Mapped[str] = mapped_column(String(200))
+    details: Mapped[str]
+    """JSON."""
+
+
 JOBS = Base.metadata.tables["jobs"]
 QUEUE_CLOCKS = Base.metadata.tables["queue_clocks"]
 MODELS = Base.metadata.tables["models"]
 USERS = Base.metadata.tables["users"]
 API_KEYS = Base.metadata.tables["api_keys"]
 LOGINS = Base.metadata.tables["logins"]
+AUDIT = Base.metadata.tables["audit"]
 IDEMPOTENCY_KEYS = Base.metadata.tables["idempotency_keys"]
 """The same as tables: a statement over a mapped class costs several times what SQLite takes to run it."""

@@ -7,7 +7,8 @@ shown once, when the key is made. No struct here prints a secret.
 import re
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
+from uuid import UUID
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +18,8 @@ from neural_mri.contract.problems import NotFound, Problem
 __all__ = (
     "ALL_SCOPES",
     "KEY_PATTERN",
+    "AuditAction",
+    "AuditEntry",
     "CreatedKey",
     "Identity",
     "KeyView",
@@ -159,3 +162,30 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     seconds_today: float
     """For which workers held the user's jobs, within the last 24 hours."""
     daily_seconds: float | None
+
+
+class AuditAction(StrEnum):
+    """What the record of deeds tells of."""
+
+    KEY_CREATED = "key_created"
+    KEY_REVOKED = "key_revoked"
+    LOGGED_IN = "logged_in"
+    LIMITS_SET = "limits_set"
+    MODEL_LOADED = "model_loaded"
+    """Asked for: the job in the details tells what became of it."""
+    MODEL_UNLOADED = "model_unloaded"
+    JOB_CANCELLED = "job_cancelled"
+
+
+class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Who did what, when."""
+
+    id: UUID
+    at: datetime
+    user: str
+    key: str | None = None
+    """The id of the API key it was done with."""
+    action: AuditAction
+    subject: str
+    """What it was done to: a key's id, a model's name, a user's, a job's id."""
+    details: dict[str, Any] = {}

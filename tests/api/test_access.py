@@ -18,7 +18,7 @@ import structlog
 from api.access import COOKIE
 from api.routes import ROUTES
 from neural_mri import Client
-from neural_mri.backing import access, jobs, logs
+from neural_mri.backing import access, audit, jobs, logs
 from neural_mri.backing.rows import API_KEYS, LOGINS
 from neural_mri.backing.settings import InvalidSettings, Settings
 from neural_mri.cli.app import run
@@ -424,6 +424,8 @@ def test_the_first_admins_key_is_made_beside_the_database(door: Door, world: Wor
         who = root.get("/api/login").json()
     assert (who["user"], set(who["scopes"])) == ("local", set(ALL_SCOPES))
     assert made.stdout.strip() not in made.stderr
+    (deed,) = world.sessions.read(audit.entries, limit=10)
+    assert (deed.user, deed.subject) == ("(console)", made.stdout[5:17])
 
 
 def test_without_keys_other_machines_are_not_served(world: World) -> None:
