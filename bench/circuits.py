@@ -1,13 +1,12 @@
 """DTI against the plain forward: the exact sweep of everything, and `fast` until its first and last picture."""
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from bench.timing import Row, median_seconds
+from bench.timing import Row, clock, median_seconds
 from neural_mri.contract.circuits import Ablation, CircuitMethod, CircuitScan, Granularity
 from neural_mri.contract.events import EffectsFrame
 from neural_mri.contract.tokens import Span, Tokens
@@ -48,7 +47,7 @@ class _FirstPicture(Silent):
 
     def effects(self, _frame: EffectsFrame) -> None:
         """The first frame has the estimates of everything."""
-        self.at = self.at or time.perf_counter()
+        self.at = self.at or clock()
 
 
 def rows(model: LoadedModel, *, rounds: int) -> Iterator[Row]:
@@ -85,7 +84,7 @@ def _timed(
         return model.plain(input_ids=ids, use_cache=False).logits
 
     def scan(asked: CircuitScan) -> object:
-        listener, started = _FirstPicture(), time.perf_counter()
+        listener, started = _FirstPicture(), clock()
         output = scan_circuits(
             model, asked, clean, corrupt, _ANSWER, _FOIL, listener, reference=None
         )

@@ -63,8 +63,8 @@ def rows(model: LoadedModel, *, rounds: int) -> Iterator[Row]:
 def _grids(model: LoadedModel, tokens: Tokens, *, rounds: int) -> Iterator[Row]:
     other = prompt(model, _TOKENS, seed=1)
     patching = PatchingScan(prompt="x", corrupt_prompt="y")
-    subject_and_rest = "x" * _TOKENS
-    tracing = TracingScan(prompt=subject_and_rest, subject=subject_and_rest[:2], draws=1)
+    # The subject stands first, so that every later position hears of it: the dearest case.
+    tracing = TracingScan(prompt="01".ljust(_TOKENS, "x"), subject="01", draws=1)
     seconds = median_seconds(
         {
             "plain": plain_forward(model, tokens),
