@@ -241,9 +241,10 @@ test("a component is stimulated by keyboard alone, compared, and let go", async 
   expect(Number(await metric.getAttribute("data-after"))).toBe(
     rows["comparison"]?.["metric_after"]?.[0],
   );
-  const before = rows["activations"]?.["value"]?.[2] as number[];
-  const after = rows["activations_after"]?.["value"]?.[2] as number[];
-  const component = rows["activations"]?.["component"]?.[2] as string;
+  const component = "blocks.1.mlp";
+  const row = rows["activations"]?.["component"]?.indexOf(component) ?? -1;
+  const before = rows["activations"]?.["value"]?.[row] as number[];
+  const after = rows["activations_after"]?.["value"]?.[row] as number[];
   await look(page, await address(page), component);
   expect((await reading(page)).value).toBe((after.at(-1) ?? NaN) - (before.at(-1) ?? NaN));
   await page.getByTestId("axial").focus();

@@ -45,7 +45,7 @@ test("the number in the corner is the stored float, and the pixel its colour", a
       .waitForFunction(() => location.hash.includes("job=") && location.hash)
       .then(async (handle) => String(await handle.jsonValue()).slice(1)),
   );
-  for (let i = 0; i < 150; i++) {
+  for (let i = 0; i < 60; i++) {
     const node = Math.floor(random() * (topology.size - 1));
     const token = Math.floor(random() * FRAMES.texts.length);
     const component = topology.addresses[node] ?? "";
