@@ -51,6 +51,12 @@ class AnomalyScan(TargetedScan, frozen=True, kw_only=True, tag="FLAIR", tag_fiel
     lens: Lens = Lens.BIAS
     token_positions: Literal["target"] | Positions = "all"
     """Positions to read the lens at; the target position always is."""
+    appearance: bool = True
+    """Whether to hold the lens to every layer, which says where the answer appears.
+
+    Without it uncertainty and support alone are measured, at the price of a few readings of the lens; no
+    sublayers are read then.
+    """
     sublayers: Sublayers = Sublayers.TARGET
     kl_weight: Weight = 0.6
     entropy_weight: Weight = 0.4

@@ -69,7 +69,7 @@ def tokens(*ids: int) -> Tokens:
 def test_the_key_of_a_plain_scan_never_moves() -> None:
     """Stored results would no longer be found: change it only with SCANNER_VERSION."""
     assert key(ActivationScan(prompt="The Eiffel Tower")) == (
-        "de1f9f490d012e418a803d759b578971ddc7a285f5071ec0471753548281a726"
+        "15f8320dac909cb1481a56046730b8c1019f068b28738ad5d271ca6d90f9a066"
     )
 
 
@@ -160,6 +160,7 @@ OTHER_PARAMETERS: dict[type[Scan], dict[str, Any]] = {
         "token_positions": (0,),
         "top_neurons": 3,
         "top_predictions": 3,
+        "canonical": True,
         "calibration": OTHER_CALIBRATION,
     },
     AttentionScan: {"layers": (1,)},
@@ -179,6 +180,7 @@ OTHER_PARAMETERS: dict[type[Scan], dict[str, Any]] = {
         **TARGETED,
         "lens": Lens.RIDGE,
         "token_positions": "target",
+        "appearance": False,
         "sublayers": Sublayers.ALL,
         "kl_weight": 1.0,
         "entropy_weight": 1.0,

@@ -54,6 +54,9 @@ def scan_anomalies(
 ) -> ScanOutput:
     """The tables `tokens`, `predictions`, `lens`, `lens_tokens`, `uncertainty`, `support`, `depth`, `nodes`.
 
+    Without `appearance`, `lens` and `lens_tokens` have the last place alone, `depth` is not measured and
+    there are no `nodes`.
+
     Tells each layer of the forward, then how many positions the lens has been held to.
 
     Args:
@@ -109,6 +112,7 @@ def scan_anomalies(
         reading.residuals,
         lenses,
         _indices(inner_at),
+        appearance=request.appearance,
         asked=(answer,) if foil_id is None else (answer, foil_id),
         target=measured_at.index(target) if target > 0 else None,
         after_chunk=after_chunk,
@@ -155,6 +159,8 @@ def _lenses(request: AnomalyScan, calibration: Calibration | None) -> LensSet:
 
 def _inner(request: AnomalyScan, measured_at: tuple[int, ...], target: int) -> list[int]:
     """Which of the measured positions are read inside the blocks too."""
+    if not request.appearance:
+        return []
     match request.sublayers:
         case Sublayers.NONE:
             return []

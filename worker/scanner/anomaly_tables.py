@@ -47,6 +47,16 @@ class Findings:
             return found
         return torch.cat([found.new_full((*found.shape[:-1], 1), torch.nan), found], -1)
 
+    @property
+    def outer_places(self) -> tuple[Component, ...]:
+        """Where between blocks the lens was held to the residual."""
+        return outer_places(self.model.architecture.n_layers)[-len(self.measured.outer.kl) :]
+
+    def channel(self, name: str) -> Float[Tensor, "row pos"]:
+        """A channel; one row of NaN where it was not measured."""
+        final = self.channels["final_entropy"]
+        return self.channels.get(name, torch.full_like(final, torch.nan))
+
     def z(self, channel: str) -> Float[Tensor, "row pos"]:
         """How unusual a channel is; NaN where there is nothing to judge by."""
         values = self.channels[channel]
@@ -79,7 +89,7 @@ class Findings:
             "calibration": calibration.source,
             "calibration_seed": calibration.seed,
             "calibration_tokens": calibration.n_tokens,
-            "ordinary_positions": self.known["kl"].ordered.shape[1],
+            "ordinary_positions": self.known["gain"].ordered.shape[1],
         }
 
 
@@ -117,8 +127,8 @@ def _quantities(
 
 def _lens(found: Findings) -> pa.Table:
     outer, nothing = found.measured.outer, found.everywhere
-    kl_z = found.z("kl")
-    last = torch.full_like(kl_z[:1], torch.nan)
+    last = torch.full_like(found.channels["final_entropy"], torch.nan)
+    kl_z = found.z("kl") if "kl" in found.channels else last[:0]
     flagged = found.beyond(kl_z, "extreme_lens")
     quantities = {
         "kl": outer.kl,
@@ -132,7 +142,7 @@ def _lens(found: Findings) -> pa.Table:
     }
     table = _quantities(
         "lens",
-        outer_places(found.model.architecture.n_layers),
+        found.outer_places,
         {name: nothing(values) for name, values in quantities.items()},
         len(found.positions),
     )
@@ -151,7 +161,7 @@ def _lens(found: Findings) -> pa.Table:
 
 def _lens_tokens(found: Findings) -> pa.Table:
     outer = found.measured.outer
-    places = outer_places(found.model.architecture.n_layers)
+    places = found.outer_places
     at = [position for position in found.positions if position > 0]
     ids = outer.top.cpu().reshape(-1).tolist()
     columns = {
@@ -212,7 +222,7 @@ def _uncertainty(found: Findings) -> pa.Table:
         "max_probability": _f32(found.everywhere(final.log_probability.exp())),
         "margin": _f32(found.everywhere(final.margin)),
         "entropy_z": _f32(found.everywhere(found.z("final_entropy")[0])),
-        "seed_score": _f32(found.everywhere(found.channels["seed_score"][0])),
+        "seed_score": _f32(found.everywhere(found.channel("seed_score")[0])),
         "anomalous": _flags(found, flags),
     }
     request = found.request
@@ -283,7 +293,9 @@ def _support(found: Findings) -> pa.Table:
 
 def _depth(found: Findings) -> pa.Table:
     n_layers = found.model.architecture.n_layers
-    settled = _settled(found.measured.outer.top[1:] == found.measured.final.top).cpu()
+    agrees = found.measured.outer.top[1:] == found.measured.final.top
+    # Of the last place alone nothing can be said: it is the prediction itself.
+    settled = _settled(agrees).float() if len(agrees) else found.channel("depth")[0]
     layers = found.everywhere(settled)
     columns = {
         "position": pa.array(found.positions, pa.int32()),

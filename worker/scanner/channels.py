@@ -49,7 +49,7 @@ class Measured(NamedTuple):
 
     final: FinalReadings
     outer: LensReadings
-    """At `embed` and after each block; the last row is the model's own prediction."""
+    """At `embed` and after each block, or after the last alone: the model's own prediction."""
     inner: LensReadings | None
     """Inside each block, at `inner_at` alone."""
     inner_at: Int[Tensor, " inner_pos"]
@@ -68,15 +68,21 @@ def measure(
     lenses: LensSet,
     inner_at: Int[Tensor, " inner_pos"],
     *,
+    appearance: bool = True,
     asked: tuple[int | None, ...] = (),
     target: int | None = None,
     after_chunk: Callable[[int], None] | None = None,
 ) -> Measured:
-    """Hold the lenses to what was read. `asked`, `target` and `after_chunk` as in `logit_lens.read`."""
+    """Hold the lenses to what was read. `asked`, `target` and `after_chunk` as in `logit_lens.read`.
+
+    Without `appearance`, between blocks only to the last residual.
+    """
     outer, final, inner = residuals.outer[:-1], residuals.outer[-1], residuals.inner
-    n_outer = len(outer)
-    after_support = residuals.outer[[layer + 1 for layer in support_layers(n_outer)]]
-    places = [applied(lenses.outer, outer), applied(lenses.support, after_support)]
+    after_support = residuals.outer[[layer + 1 for layer in support_layers(len(outer))]]
+    n_outer = len(outer) if appearance else 0
+    places = [applied(lenses.support, after_support)]
+    if appearance:
+        places.insert(0, applied(lenses.outer, outer))
     together = 0 < len(inner_at) == len(final)
     if together:
         places.append(applied(lenses.inner, inner))
@@ -114,19 +120,25 @@ def gain(measured: Measured) -> Float[Tensor, " pos"]:
 def channels(
     measured: Measured, *, kl_weight: float = 0.6, entropy_weight: float = 0.4
 ) -> Channels:
-    """All channels, on the CPU. Those of sublayers stand at `inner_at`, where it is not empty."""
+    """All channels, on the CPU. Those of sublayers stand at `inner_at`, where it is not empty.
+
+    Those of the layers are left out where the lens was not held to them.
+    """
     final, outer = measured.final, measured.outer
-    score = kl_weight * outer.kl[1:-1] + entropy_weight * outer.entropy[1:-1]
     found = {
-        "kl": outer.kl[:-1],
-        "js": outer.js[:-1],
-        "entropy": outer.entropy[:-1],
         "final_entropy": final.entropy.unsqueeze(0),
         "log_probability": final.log_probability.unsqueeze(0),
         "margin": final.margin.unsqueeze(0),
         "gain": gain(measured).unsqueeze(0),
-        "seed_score": score.mean(0, keepdim=True),
     }
+    if len(outer.kl) > 1:
+        score = kl_weight * outer.kl[1:-1] + entropy_weight * outer.entropy[1:-1]
+        found |= {
+            "kl": outer.kl[:-1],
+            "js": outer.js[:-1],
+            "entropy": outer.entropy[:-1],
+            "seed_score": score.mean(0, keepdim=True),
+        }
     if measured.inner is not None:
         around = outer.kl[:, measured.inner_at.to(outer.kl.device)]
         found["attn"] = measured.inner.kl - around[:-1]
@@ -140,10 +152,9 @@ def derived(found: Channels, known: Mapping[str, Ordinary]) -> Channels:
     `support`; `extreme_lens`, the largest |z| of KL over all layers; `extreme_node`, the largest |z| over
     all sublayers. One bound on an extreme holds for a whole picture, however many layers it has.
     """
-    made = {
-        "support": support(found["gain"], found["margin"], known),
-        "extreme_lens": _largest(known["kl"].z(found["kl"])),
-    }
+    made = {"support": support(found["gain"], found["margin"], known)}
+    if "kl" in found:
+        made["extreme_lens"] = _largest(known["kl"].z(found["kl"]))
     if "attn" in found:
         z = torch.cat([known[name].z(found[name]) for name in ("attn", "mlp")])
         made["extreme_node"] = _largest(z)

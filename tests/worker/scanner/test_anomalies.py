@@ -476,3 +476,33 @@ def test_half_precision_is_finite_and_close(
             half = found[address, quantity][1:]
             assert np.isfinite(half).all()
             assert np.abs(half - values[1:]).mean() <= share * max(1.0, np.abs(values[1:]).mean())
+
+
+def test_uncertainty_and_support_alone_are_the_same_numbers(
+    tiny_model: LoadedModel, calibration: Calibration
+) -> None:
+    tokens = models.prompt(9)
+    whole, alone = (
+        scan_anomalies(
+            tiny_model,
+            AnomalyScan(prompt="-", appearance=appearance),
+            tokens,
+            Silent(),
+            calibration=calibration,
+        ).tables
+        for appearance in (True, False)
+    )
+    for name, columns in (
+        ("support", ("token_id", "gain", "support", "anomalous")),
+        ("uncertainty", ("entropy", "margin", "entropy_z")),
+    ):
+        for column in columns:
+            expected, found = (
+                torch.tensor(tables[name][column].to_pylist(), dtype=torch.float64)
+                for tables in (whole, alone)
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    last = f"blocks.{tiny_model.architecture.n_layers - 1}.resid_post"
+    assert set(alone["lens"]["component"].to_pylist()) == {last}
+    assert all(math.isnan(depth) for depth in alone["depth"]["depth"].to_pylist())
+    assert "nodes" not in alone
