@@ -299,6 +299,12 @@ def anomaly(
             help="Token positions, with commas between; `target` is the one asked about alone."
         ),
     ] = "all",
+    appearance: Annotated[
+        bool,
+        typer.Option(
+            help="Read every layer, to see where the answer appears; without, far cheaper."
+        ),
+    ] = True,
     sublayers: Annotated[
         Sublayers,
         typer.Option(
@@ -339,6 +345,7 @@ def anomaly(
         foil=foil,
         target_token_idx=at,
         lens=lens,
+        appearance=appearance,
         token_positions="target" if tokens == "target" else options.read_positions(tokens),
         sublayers=sublayers,
         false_alarm_rate=false_alarms,

@@ -164,6 +164,7 @@ class Client:
         token_positions: Literal["all"] | Iterable[int] = "all",
         top_neurons: int = 10,
         top_predictions: int = 10,
+        canonical: bool = False,
         on_event: OnEvent | None = None,
     ) -> Result:
         """fMRI: what each component writes to the residual stream at each token of a prompt.
@@ -180,6 +181,7 @@ class Client:
             token_positions=token_positions if token_positions == "all" else tuple(token_positions),
             top_neurons=top_neurons,
             top_predictions=top_predictions,
+            canonical=canonical,
         )
         return self.run(scan, on_event)
 
@@ -268,6 +270,7 @@ class Client:
         target_token_idx: int = -1,
         lens: Lens | str = Lens.BIAS,
         token_positions: Literal["target", "all"] | Iterable[int] = "all",
+        appearance: bool = True,
         sublayers: Sublayers | str = Sublayers.TARGET,
         kl_weight: float = 0.6,
         entropy_weight: float = 0.4,
@@ -289,6 +292,7 @@ class Client:
             token_positions=token_positions
             if token_positions == "target" or token_positions == "all"  # noqa: PLR1714 -- mypy's
             else tuple(token_positions),
+            appearance=appearance,
             sublayers=Sublayers(sublayers),
             kl_weight=kl_weight,
             entropy_weight=entropy_weight,
