@@ -34,7 +34,6 @@ from neural_mri.contract.jobs import JobState
 
 __all__ = (
     "Leader",
-    "first_follower",
     "give_back",
     "heir",
     "inherit",
@@ -154,12 +153,6 @@ def lift(session: Session, found: Leader, virtual_start: float) -> None:
         _run(session, _LIFT, job_id=found.job_id, start=virtual_start)
 
 
-def first_follower(session: Session, work: UUID) -> Job | None:
-    """Who has followed for longest."""
-    row = _run(session, _FIRST, work=work).one_or_none()
-    return None if row is None else Job.of_row(row)
-
-
 def heir(session: Session, work: UUID, attempt: int) -> UUID | None:
     """The job to which an attempt under way was handed over."""
     found: UUID | None = _run(session, _HEIR, work=work, held_attempt=attempt).scalar()
@@ -179,13 +172,16 @@ def share(
     _run(session, _SHARE, work=work, to=to, path=manifest, why=problem)
 
 
-def inherit(session: Session, job_id: UUID, follower: Job) -> int | None:
-    """Hand the attempt that holds a job over to a follower; its number, or None where none holds it.
+def inherit(session: Session, job: Job) -> int | None:
+    """Hand the attempt that holds a job over to who has followed for longest; the attempt's number.
 
-    The worker goes on under the id it knows: nothing is lost of what it has computed.
+    None where nobody holds it, or nobody follows. The worker goes on under the id it knows: nothing is
+    lost of what it has computed.
     """
-    row = _run(session, _LEASE, job_id=job_id).one_or_none()
-    if row is None:
+    # First who is followed, then who follows: everybody locks in this order.
+    row = _run(session, _LEASE, job_id=job.id).one_or_none()
+    follower = None if row is None else _run(session, _FIRST, work=job.source).one_or_none()
+    if row is None or follower is None:
         return None
     _run(
         session,
@@ -212,9 +208,10 @@ def promote(session: Session, work: UUID) -> None:
 
     It starts where it would have, had it not followed, or where its owner's last job ends by now.
     """
-    first = first_follower(session, work)
-    if first is None:
+    row = _run(session, _FIRST, work=work).one_or_none()
+    if row is None:
         return
+    first = Job.of_row(row)
     finish: float | None = _run(session, _OWNER_FINISH, name=first.queue, who=first.owner).scalar()
     start = first.virtual_start if finish is None else max(first.virtual_start, finish)
     cost = first.estimated_cost / LANE_WEIGHTS[first.lane]

@@ -247,6 +247,9 @@ def claim(
 
     In fair order; empty when nothing waits. Two workers never get the same job.
     """
+    if session.get_bind().dialect.name == "postgresql":
+        # Who submits locks the clock, and then the job that theirs will follow: in that order here as well.
+        _run(session, statements.HOLD_CLOCK, {"name": queue})
     rows = _run(
         session,
         statements.CLAIM,
@@ -355,10 +358,7 @@ def request_cancel(session: Session, job_id: UUID) -> Cancellation:
 def _hand_over(session: Session, job_id: UUID) -> Job | None:
     """Cancel a held job whose attempt a follower inherits; None where it is not held or not followed."""
     job = get(session, job_id)
-    follower = None if job is None else following.first_follower(session, job.source)
-    if follower is None:
-        return None
-    attempt = following.inherit(session, job_id, follower)
+    attempt = None if job is None else following.inherit(session, job)
     if attempt is None:
         return None
     return _move(session, job_id, JobState.CANCELLED, attempt=attempt)

@@ -86,6 +86,9 @@ def lock_clock(dialect: str) -> UpdateBase:
     )
 
 
+HOLD_CLOCK = select(_clock.virtual_clock).where(_clock.queue == bindparam("name")).with_for_update()
+"""Keeps a queue's clock locked, where there is one. Parameter: name."""
+
 MOVE_CLOCK = (
     update(QUEUE_CLOCKS)
     .where(_clock.queue == bindparam("name"), _clock.virtual_clock < bindparam("start"))

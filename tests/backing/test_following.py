@@ -1,6 +1,8 @@
 """Equal scans under way: one runs, and none is lost whatever becomes of it."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
 from uuid import UUID, uuid4
 
 import pytest
@@ -378,6 +380,26 @@ def test_nobody_is_lost_whatever_happens(sessions: Sessions, acts: list[tuple[st
         if job.id in clinic.wanted:
             assert job.state is S.SUCCEEDED
             assert job.manifest is not None
+
+
+def test_nobody_is_lost_when_many_act_at_once(sessions: Sessions) -> None:
+    """Each waits for the others' locks, and none for ever."""
+    clinic = Clinic(sessions)
+
+    def act(seed: int) -> None:
+        chance = Random(seed)
+        for _ in range(40):
+            what = chance.choice(
+                ["submit", "submit", "cancel", "claim", "claim", "succeed", "fail"]
+            )
+            clinic.act(what, chance.randrange(12))
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(act, range(6)))
+    clinic.drain()
+    for job in clinic.seen():
+        assert job.state in TERMINAL, "left behind"
+        assert (job.state is S.SUCCEEDED) is (job.manifest is not None)
 
 
 @pytest.mark.parametrize("claimed", [0, 1])
