@@ -188,7 +188,7 @@ def _machine() -> str:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{name}, {os.cpu_count()} cores, PyTorch threads: {torch.get_num_threads()}"
 
 
 if __name__ == "__main__":
