@@ -12,6 +12,8 @@ from neural_mri.backing.records import LANE_WEIGHTS
 from neural_mri.contract.jobs import JobKind, JobState, Lane
 from tests.backing.making import ELSEWHERE, QUEUE, submission, tokens
 
+ATTENTION = b'{"scan_mode":"attention","prompt":"Hello","layers":[0]}'
+
 
 def claim(session: Session, limit: int = 1, queue: str = QUEUE) -> list[Job]:
     return jobs.claim(session, queue=queue, owner=ELSEWHERE, limit=limit, lease_seconds=60.0)
@@ -130,7 +132,7 @@ def test_mates_have_the_heads_exact_length_and_come_in_fair_order(sessions: Sess
 
 def test_other_passes_and_other_weights_are_no_mates(sessions: Sessions) -> None:
     sessions.write(jobs.submit, submission())
-    sessions.write(jobs.submit, submission(request=b'{"scan_mode":"attention","layers":[0]}'))
+    sessions.write(jobs.submit, submission(request=ATTENTION))
     sessions.write(jobs.submit, submission(revision="f" * 64))
     assert [len(sessions.write(claim, limit=8)) for _ in range(4)] == [1, 1, 1, 0]
 
