@@ -7,6 +7,7 @@ Knows no table.
 """
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from sqlalchemy import (
     Connection,
     Double,
     Engine,
+    ExceptionContext,
     create_engine,
     event,
     func,
@@ -38,6 +40,7 @@ from neural_mri.contract.problems import Unavailable
 
 __all__ = (
     "AsyncSessions",
+    "MigrationBlocked",
     "Sessions",
     "async_sessions",
     "epoch",
@@ -52,6 +55,22 @@ BUSY_TIMEOUT_SECONDS = 5.0
 THREADS = 8
 """Transactions that an event loop may have open at once."""
 
+CONNECT_SECONDS = 5
+LOCK_SECONDS = 5.0
+STATEMENT_SECONDS = 30.0
+IDLE_SECONDS = 60.0
+"""What PostgreSQL may take before it counts as away: to connect, for a lock, for a statement, and how long
+a transaction may stand open doing nothing before the server ends it."""
+
+MIGRATION_TURN_SECONDS = 120.0
+MIGRATION_LOCK_SECONDS = 4.0
+MIGRATION_STATEMENT_SECONDS = 300.0
+"""The same for migrations: a turn is waited for patiently, a table's lock is not, because everybody who
+needs the table queues behind whoever waits for it; a large table's index may take its time."""
+
+ATTEMPTS = 4
+"""Tries of a transaction that others undid: a deadlock's or a serialization failure's victim."""
+
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
 
 _DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
@@ -59,15 +78,21 @@ _DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
 # Primary result codes that say "not now", https://www.sqlite.org/rescode.html: busy, locked, read only,
 # I/O error, full, cannot open, locking protocol.
 _SQLITE_PASSING = frozenset({5, 6, 8, 10, 13, 14, 15})
-# Classes of SQLSTATE that do: connection, transaction rollback, insufficient resources, operator
-# intervention.
-_POSTGRESQL_PASSING = ("08", "40", "53", "57")
+# Classes of SQLSTATE that do: connection, transaction rollback, insufficient resources, a lock not had in
+# time, operator intervention.
+_POSTGRESQL_PASSING = ("08", "40", "53", "55P03", "57")
+_LOCK_NOT_AVAILABLE = "55P03"
+_UNDONE = ("40001", "40P01")
 
 _MIGRATION_LOCK = 0x6E6D7269
 """Advisory lock of the migrations on PostgreSQL: the letters nmri."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class MigrationBlocked(Unavailable):
+    """The schema cannot be changed while others use it."""
 
 
 class _Epoch(FunctionElement[float]):
@@ -99,11 +124,36 @@ def sync_engine(settings: Settings) -> Engine:
     """An engine on the settings' database."""
     url = _url(settings)
     # Errors go to logs; the parameters of statements, prompts among them, must not.
+    if url.get_backend_name() == "sqlite":
+        engine = create_engine(url, hide_parameters=True)
+        _prepare_sqlite(engine)
+        return engine
     engine = create_engine(
-        url, pool_pre_ping=url.get_backend_name() != "sqlite", hide_parameters=True
+        url,
+        hide_parameters=True,
+        pool_pre_ping=True,
+        pool_size=THREADS,
+        max_overflow=2 * THREADS,
+        pool_timeout=LOCK_SECONDS,
+        connect_args={
+            "connect_timeout": CONNECT_SECONDS,
+            # A server that is gone without a word is noticed in half a minute rather than in two hours.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "options": _options(
+                lock_timeout=LOCK_SECONDS,
+                statement_timeout=STATEMENT_SECONDS,
+                idle_in_transaction_session_timeout=IDLE_SECONDS,
+            ),
+        },
     )
-    _prepare(engine)
+    _prepare_postgresql(engine)
     return engine
+
+
+def _options(**seconds: float) -> str:
+    return " ".join(f"-c {name}={int(value * 1000)}" for name, value in seconds.items())
 
 
 def _url(settings: Settings) -> URL:
@@ -114,10 +164,16 @@ def _url(settings: Settings) -> URL:
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
 
 
-def _prepare(engine: Engine) -> None:
-    if engine.dialect.name != "sqlite":
-        return
+def _prepare_postgresql(engine: Engine) -> None:
+    @event.listens_for(engine, "handle_error")
+    def keep_rows_out(context: ExceptionContext) -> None:
+        """PostgreSQL quotes the failing row, prompt and all, in its message's second line."""
+        for error in (context.original_exception, context.sqlalchemy_exception):
+            if error is not None and error.args:
+                error.args = (str(error.args[0]).partition("\n")[0], *error.args[1:])
 
+
+def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver begins nothing by itself: `begin` does
@@ -163,8 +219,20 @@ def _passes(error: DBAPIError) -> bool:
     code: int | None = getattr(error.orig, "sqlite_errorcode", None)
     if code is not None:
         return code & 0xFF in _SQLITE_PASSING
-    state: str | None = getattr(error.orig, "sqlstate", None)
+    state = _state(error)
     return state is None or state.startswith(_POSTGRESQL_PASSING)
+
+
+def _state(error: DBAPIError) -> str | None:
+    """PostgreSQL's SQLSTATE."""
+    state: str | None = getattr(error.orig, "sqlstate", None)
+    return state
+
+
+def _was_undone(refusal: Unavailable) -> bool:
+    """Whether the transaction stood in others' way and may go through when begun again."""
+    cause = refusal.__cause__
+    return isinstance(cause, DBAPIError) and _state(cause) in _UNDONE
 
 
 class Sessions:
@@ -207,7 +275,18 @@ class Sessions:
     def write(
         self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """What `work(session, ...)` returns, once it is committed."""
+        """What `work(session, ...)` returns, once it is committed.
+
+        Work that PostgreSQL undid in favour of another's is done again: it changes nothing but the database.
+        """
+        for attempt in range(1, ATTEMPTS):
+            try:
+                with self.writing() as session:
+                    return work(session, *args, **kwargs)
+            except Unavailable as refusal:
+                if not _was_undone(refusal):
+                    raise
+            time.sleep(random.uniform(0.0, 0.02 * attempt))  # noqa: S311 (not to meet again)
         with self.writing() as session:
             return work(session, *args, **kwargs)
 
@@ -279,15 +358,23 @@ def migrate(settings: Settings, *, back_to: str | None = None) -> None:
 
     Two at once take turns. The turn is the database's own, on SQLite its write lock and on PostgreSQL an
     advisory lock: whoever comes second reads the schema's revision after the first has committed.
+
+    Raises `MigrationBlocked` where a running service keeps a table busy: nothing has changed then.
     """
     from alembic import command
     from alembic.config import Config
 
     engine = sync_engine(settings)
     try:
-        with _answering(), engine.execution_options(writing=True).begin() as connection:
+        with _unblocked(), engine.execution_options(writing=True).begin() as connection:
             if engine.dialect.name == "postgresql":
+                _bound(connection, lock_timeout=MIGRATION_TURN_SECONDS, statement_timeout=0)
                 connection.execute(select(func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+                _bound(
+                    connection,
+                    lock_timeout=MIGRATION_LOCK_SECONDS,
+                    statement_timeout=MIGRATION_STATEMENT_SECONDS,
+                )
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
             if back_to is None:
@@ -296,3 +383,24 @@ def migrate(settings: Settings, *, back_to: str | None = None) -> None:
                 command.downgrade(config, back_to)
     finally:
         engine.dispose()
+
+
+def _bound(connection: Connection, **seconds: float) -> None:
+    """Bound what the transaction may take."""
+    for name, value in seconds.items():
+        connection.exec_driver_sql(f"SET LOCAL {name} = {int(value * 1000)}")
+
+
+@contextmanager
+def _unblocked() -> Iterator[None]:
+    try:
+        with _answering():
+            yield
+    except Unavailable as refusal:
+        cause = refusal.__cause__
+        if isinstance(cause, DBAPIError) and _state(cause) == _LOCK_NOT_AVAILABLE:
+            raise MigrationBlocked(
+                f"a table's lock was not to be had within {MIGRATION_LOCK_SECONDS:g} s, because the running "
+                "service uses it; nothing was changed: migrate again"
+            ) from cause
+        raise

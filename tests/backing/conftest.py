@@ -8,17 +8,51 @@ from neural_mri.backing import broker, database
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.settings import Settings
-from tests.servers import Bucket, Valkey, bucket, database_copy, migrated_database, valkey
+from tests.backing.making import unused
+from tests.servers import (
+    Bucket,
+    Valkey,
+    bucket,
+    postgresql,
+    postgresql_database,
+    valkey,
+)
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
+def shared_postgresql() -> Iterator[str]:
+    with postgresql() as url:
+        yield url
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest) -> str:
+    """Where the test's database is made: SQLite where empty, or a PostgreSQL server's URL."""
+    return (
+        str(request.getfixturevalue("shared_postgresql")) if request.param == "postgresql" else ""
+    )
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory, server: str) -> Settings:
+    """A migrated database to copy, or to empty."""
+    folder = tmp_path_factory.mktemp("template")
+    settings = postgresql_database(folder, server) if server else Settings(data_dir=folder)
+    database.migrate(settings)
+    return settings
 
 
 @pytest.fixture
-def settings(template: Path, tmp_path: Path) -> Settings:
-    return database_copy(template, tmp_path / "data")
+def settings(template: Settings, tmp_path: Path) -> Settings:
+    """A migrated database without a row."""
+    return unused(template, tmp_path / "data")
+
+
+@pytest.fixture
+def fresh(server: str, tmp_path: Path) -> Settings:
+    """A database without a table."""
+    folder = tmp_path / "fresh"
+    return postgresql_database(folder, server) if server else Settings(data_dir=folder)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Several processes at one SQLite file."""
+"""Several processes at one database."""
 
 import multiprocessing
 from multiprocessing.queues import Queue

@@ -1,25 +1,26 @@
 import asyncio
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Select, UpdateBase, select, text
+from sqlalchemy import Select, UpdateBase, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import database, jobs, statements
-from neural_mri.backing.database import AsyncSessions, Sessions, epoch
+from neural_mri.backing.database import Sessions, epoch
 from neural_mri.backing.rows import JOBS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.problems import Unavailable
-from tests.backing.making import submission
-from tests.servers import sqlite_only
+from tests.backing.making import on_postgresql, on_sqlite, submission
 
 
 @contextmanager
@@ -82,7 +83,7 @@ def test_a_reading_transaction_sees_one_state_of_the_database(sessions: Sessions
         assert _count(session) == before
 
 
-@sqlite_only
+@on_sqlite
 def test_a_locked_database_is_unavailable_and_not_a_bug(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,13 +95,13 @@ def test_a_locked_database_is_unavailable_and_not_a_bug(
     sessions.close()
 
 
-@sqlite_only
+@on_sqlite
 def test_readers_do_not_wait_for_a_writer(settings: Settings, sessions: Sessions) -> None:
     with another_writer(settings):
         assert sessions.read(_count) == 0
 
 
-@sqlite_only
+@on_sqlite
 def test_a_database_that_cannot_be_opened_is_unavailable(settings: Settings) -> None:
     (settings.folder / "neural-mri.db").unlink()
     (settings.folder / "neural-mri.db").mkdir()
@@ -115,7 +116,6 @@ def test_our_own_mistakes_stay_what_they_are(sessions: Sessions) -> None:
         session.execute(text("SELECT * FROM no_such_table"))
 
 
-@sqlite_only
 def test_errors_do_not_repeat_what_users_wrote(sessions: Sessions) -> None:
     with pytest.raises(DBAPIError) as caught, sessions.writing() as session:
         session.execute(text("INSERT INTO jobs (request) VALUES (:it)"), {"it": "a private prompt"})
@@ -134,7 +134,7 @@ def test_many_tasks_of_one_loop_write_without_losing_one(settings: Settings) -> 
     assert asyncio.run(write_many()) == 40
 
 
-@sqlite_only
+@on_sqlite
 def test_a_loop_goes_on_while_its_database_is_locked(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,30 +156,112 @@ def test_a_loop_goes_on_while_its_database_is_locked(
     assert seconds < 20 * 0.2 / 2, "those behind the first gave up with it"
 
 
-def test_a_cancelled_caller_leaves_a_whole_transaction(settings: Settings) -> None:
-    async def cancel_while_writing(sessions: AsyncSessions) -> int:
-        def slowly(session: Session) -> None:
-            jobs.submit(session, submission())
-            time.sleep(0.05)
-            jobs.submit(session, submission())
+def test_a_cancelled_caller_leaves_a_whole_transaction(
+    settings: Settings, sessions: Sessions
+) -> None:
+    begun = threading.Event()
 
-        writing = asyncio.create_task(sessions.write(slowly))
-        await asyncio.sleep(0.02)
-        writing.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await writing
-        # The next write takes its turn behind it.
-        await sessions.write(jobs.submit, submission())
-        return await sessions.read(_count)
+    def slowly(session: Session) -> None:
+        jobs.submit(session, submission())
+        begun.set()
+        time.sleep(0.05)
+        jobs.submit(session, submission())
 
-    async def run() -> int:
-        sessions = database.async_sessions(settings)
+    async def cancel_while_writing() -> None:
+        own = database.async_sessions(settings)
         try:
-            return await cancel_while_writing(sessions)
+            writing = asyncio.create_task(own.write(slowly))
+            await asyncio.to_thread(begun.wait)
+            writing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await writing
         finally:
-            await sessions.close()
+            await own.close()
 
-    assert asyncio.run(run()) == 3
+    asyncio.run(cancel_while_writing())
+    assert sessions.read(_count) == 2
+
+
+def _touch(settings: Settings, queues: str, meeting: threading.Barrier) -> int:
+    """Touch two queues' clocks in this order, the second once the other has touched its first.
+
+    How often it was tried.
+    """
+    tries = 0
+
+    def work(session: Session) -> None:
+        nonlocal tries
+        tries += 1
+        for queue in queues:
+            session.execute(statements.lock_clock("postgresql"), {"name": queue})
+            with suppress(threading.BrokenBarrierError):
+                meeting.wait(0.5)
+
+    own = database.sessions(settings)
+    own.write(work)
+    own.close()
+    return tries
+
+
+@on_postgresql
+def test_of_two_that_block_each_other_both_are_done_in_the_end(settings: Settings) -> None:
+    meeting = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(_touch, settings, order, meeting) for order in ("ab", "ba")]
+        tries = [each.result(20) for each in both]
+    assert sorted(tries) == [1, 2], "the database undid one, and it was done again"
+
+
+@on_postgresql
+def test_a_connection_that_is_cut_is_unavailable_and_the_next_one_serves(
+    sessions: Sessions, settings: Settings
+) -> None:
+    other = database.sessions(settings)
+
+    def cut(session: Session) -> None:
+        backend = session.scalar(select(func.pg_backend_pid()))
+        with other.writing() as killing:
+            killing.execute(select(func.pg_terminate_backend(backend)))
+        jobs.submit(session, submission())
+
+    with pytest.raises(Unavailable):
+        sessions.write(cut)
+    other.close()
+    assert sessions.read(_count) == 0
+    sessions.write(jobs.submit, submission())
+    assert sessions.read(_count) == 1
+
+
+@on_postgresql
+def test_a_lock_that_does_not_open_is_unavailable_and_not_a_bug(
+    settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "LOCK_SECONDS", 0.1)
+    hurried = database.sessions(settings)
+    with sessions.writing() as session:
+        jobs.submit(session, submission())
+        with pytest.raises(Unavailable):
+            hurried.write(jobs.submit, submission())
+    hurried.close()
+    assert sessions.read(_count) == 1
+
+
+@on_postgresql
+def test_a_statement_that_does_not_end_is_ended(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "STATEMENT_SECONDS", 0.1)
+    hurried = database.sessions(settings)
+    with pytest.raises(Unavailable), hurried.reading() as session:
+        session.execute(select(func.pg_sleep(5)))
+    hurried.close()
+
+
+def test_a_server_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
+    away = database.sessions(Settings(database_url=f"postgresql:///x?host={tmp_path}"))
+    with pytest.raises(Unavailable):
+        away.read(_count)
+    away.close()
 
 
 def _statements() -> dict[str, UpdateBase | Select[Any]]:
@@ -214,7 +296,7 @@ def test_every_statement_can_be_said_in_both_dialects(dialect: str) -> None:
     assert ("clock_timestamp()" in said["CLAIM"]) is is_postgresql
 
 
-@sqlite_only
+@on_sqlite
 def test_claiming_reads_an_index_of_what_is_unfinished(sessions: Sessions) -> None:
     said = str(statements.CLAIM.compile(dialect=sqlite.dialect()))
     with sessions.reading() as session:

@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 
 from neural_mri.backing import database, jobs
 from neural_mri.backing.jobs import Job, LeaseOwner
+from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import HELD, TERMINAL, TRANSITIONS, JobState
-from tests.backing.making import QUEUE, submission, tokens
-from tests.servers import database_copy, migrated_database
+from tests.backing.making import QUEUE, submission, tokens, unused
 
 S = JobState
 MAX_ATTEMPTS = 3
@@ -54,14 +54,14 @@ class Model:
 class JobMachine(RuleBasedStateMachine):
     """Every call to `backing.jobs` does what the model says, and nothing else changes."""
 
-    template: Path
+    empty: Settings
     attempts = Bundle("attempts")
     """Claims ever made, those long lost among them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="nmri-"))
-        self.sessions = database.sessions(database_copy(self.template, self.folder))
+        self.sessions = database.sessions(unused(self.empty, self.folder))
         self.models: dict[UUID, Model] = {}
         self.ended: dict[UUID, Job] = {}
 
@@ -176,9 +176,9 @@ class JobMachine(RuleBasedStateMachine):
                 assert self.ended.setdefault(job_id, job) == job, "an ended job never changes"
 
 
-def test_jobs_do_what_their_model_does(tmp_path: Path) -> None:
+def test_jobs_do_what_their_model_does(template: Settings) -> None:
     class Machine(JobMachine):
-        template = migrated_database(tmp_path)
+        empty = template
 
     run = settings(
         max_examples=40,
