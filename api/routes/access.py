@@ -116,7 +116,7 @@ def _cookie(request: Request[Any, Any, Any], value: str, seconds: int) -> Cookie
     ),
     tags=["access"],
     opt=ANY_KEY,
-    responses=refusals(413, 415),
+    responses=refusals(413, 415, 429),
 )
 async def create_key(data: JSONBody[NewKey], services: NamedDependency[Services]) -> CreatedKey:
     """Make a key."""
@@ -167,6 +167,7 @@ async def list_keys(
     status_code=200,
     operation_id="revokeKey",
     summary="End an API key for good, and every session opened with it",
+    description="A key can end itself, and those of its owner that allow no more than it does.",
     tags=["access"],
     opt=ANY_KEY,
     responses=refusals(404),
@@ -176,6 +177,9 @@ async def revoke_key(key_id: FromPath[str], services: NamedDependency[Services])
     key = await services.sessions.read(access.get_key, key_id)
     caller = services.caller
     if key is not None and (key.user == caller.user or caller.may(Scope.ADMIN)):
+        if key.id != caller.key:
+            for scope in key.scopes:
+                caller.require(scope)
         key = await services.act(_revoked, access.revoke_key, key_id)
         if key is not None:
             return key

@@ -33,6 +33,7 @@ from neural_mri.contract.auth import (
     KeyView,
     Scope,
 )
+from neural_mri.contract.problems import TooMany
 
 __all__ = (
     "LOCAL",
@@ -55,6 +56,8 @@ LOCAL = Identity(user="local", scopes=ALL_SCOPES)
 
 PEPPER_BYTES = 32
 SHORTEST_PEPPER = 16
+MOST_KEYS = 100
+"""Good ones of one user."""
 
 _key = API_KEYS.c
 _login = LOGINS.c
@@ -121,8 +124,17 @@ def create_key(
     seconds: float | None = None,
     not_after: datetime | None = None,
 ) -> CreatedKey:
-    """Make a key. It expires after `seconds`, and not after `not_after`."""
+    """Make a key. It expires after `seconds`, and not after `not_after`.
+
+    Raises `TooMany` for somebody who has more than enough of them.
+    """
     ensure_user(session, user)
+    good = select(func.count()).select_from(API_KEYS).where(_key.user == user, _is_good())
+    if session.connection().execute(good).scalar_one() >= MOST_KEYS:
+        raise TooMany(
+            f"{user} has {MOST_KEYS} good API keys, as many as anybody can: revoke some first",
+            limit=MOST_KEYS,
+        )
     key_id = secrets.token_hex(6)
     text = f"nmri_{key_id}_{secrets.token_urlsafe(32)}"
     ends: list[Any] = [] if seconds is None else [epoch() + seconds]

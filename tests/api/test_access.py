@@ -342,6 +342,29 @@ def test_a_key_makes_only_keys_that_can_do_no_more(door: Door, world: World) -> 
             assert ada.post("/api/keys", json=wrong).status_code == 400, wrong
 
 
+def test_a_key_ends_itself_and_none_that_can_do_more(door: Door, world: World) -> None:
+    writer, reader, other = (door.key(world, scopes=each) for each in (USER, READER, READER))
+    with door.client(reader) as ada:
+        assert ada.delete(f"/api/keys/{writer.id}").status_code == 403
+        assert ada.delete(f"/api/keys/{other.id}").status_code == 200
+        assert ada.delete(f"/api/keys/{reader.id}").status_code == 200
+        assert ada.get("/api/login").status_code == 401
+    with door.client(writer) as ada:
+        assert ada.get("/api/login").status_code == 200
+
+
+def test_nobody_has_more_keys_than_a_hundred(door: Door, world: World) -> None:
+    first = door.key(world)
+    with world.sessions.writing() as session:
+        for _ in range(access.MOST_KEYS - 1):
+            access.create_key(session, b"pepper", user="ada", scopes=READER)
+    with door.client(first) as ada:
+        assert ada.post("/api/keys", json={}).status_code == 429
+        spare = next(k for k in ada.get("/api/keys").json() if k["id"] != first.id)
+        ada.delete(f"/api/keys/{spare['id']}")
+        assert ada.post("/api/keys", json={}).status_code == 201
+
+
 def test_an_admin_keeps_everybodys_keys_and_others_their_own(door: Door, world: World) -> None:
     bobs = door.key(world, "bob")
     with door.user(world, "root", ADMIN) as root, door.user(world, "ada") as ada:
