@@ -262,6 +262,26 @@ test("a component is stimulated by keyboard alone, compared, and let go", async 
   await leave(open);
 });
 
+test("a fact is traced, and its map stands in the sagittal plane", async () => {
+  const open = await visit(browser, { fragment: `seq=fMRI&panel=stimulate&${QUESTION}` });
+  const { page } = open;
+  await page.getByText("Name the words of the prompt").waitFor();
+  await page.getByTestId("subject").fill("The Eiffel Tower");
+  await page.keyboard.press("Enter");
+  await page.locator(".status", { hasText: "Tracing complete" }).waitFor();
+  await page.getByTestId("trace").waitFor();
+  // There is no fMRI scan beside it, and nothing stands in front of the picture to say so.
+  expect(await page.getByText("No fMRI scan yet").count()).toBe(0);
+  const { width, height } = await page.getByTestId("sagittal-image").evaluate((canvas) => ({
+    width: (canvas as HTMLCanvasElement).width,
+    height: (canvas as HTMLCanvasElement).height,
+  }));
+  expect([width, height]).toEqual([10, 30]);
+  expect(await page.getByLabel("Sagittal column").inputValue()).toBe("resid_post");
+  expect(await violations(page)).toEqual([]);
+  await leave(open);
+});
+
 test("going through all five by key moves no node, and what stands still asks for no frame", async () => {
   const open = await visit(browser, { fragment: `seq=DTI&${QUESTION}&focus=blocks.7.attn.head_1` });
   const { page } = open;

@@ -6,6 +6,7 @@ import { layOut } from "../../src/model/layout";
 import { load as loadAnomalies } from "../../src/model/modes/anomalies";
 import { GrowingEffects, load as loadCircuits } from "../../src/model/modes/circuits";
 import { difference, load as loadStimulation } from "../../src/model/modes/stimulation";
+import { load as loadTracing } from "../../src/model/modes/tracing";
 import { load as loadWeights, outlying } from "../../src/model/modes/weights";
 import { asToken, askedOfCircuit, NO_QUESTION } from "../../src/model/question";
 import { sectionOf } from "../../src/model/section";
@@ -248,6 +249,23 @@ test("a dense image of a static scan has every component where the axial plane h
     const at = (topology.layers[node] ?? 0) * (section?.width ?? 0) + columnOf(topology, node);
     expect(section?.values[at]).toBe(effect.volume.at(topology.addresses[node] ?? "", 0));
   }
+});
+
+test("a trace is a map of layer x position, and brings the answer back at the subject's last token", async () => {
+  const series = await stored("tracing", loadTracing);
+  const rows = oracle("tracing");
+  const { volume } = fieldOf(series, "trace");
+  (column(rows, "trace", "component") as string[]).forEach((component, row) => {
+    if (column(rows, "trace", "quantity")[row] !== "indirect_effect") return;
+    const values = column(rows, "trace", "value")[row] as number[];
+    values.forEach((value, at) => expect(volume.at(component, at)).toBe(value));
+  });
+  const section = sectionOf(topology, series, series.fields[0] ?? null, "resid_post");
+  const across = section?.width ?? 0;
+  const early = [...(section?.values.slice(5 * across, 6 * across) ?? [])];
+  expect(early.indexOf(Math.max(...early))).toBe(2);
+  const { clean = NaN, corrupted = NaN } = series.trace ?? {};
+  expect(clean).toBeGreaterThan(corrupted);
 });
 
 test("a component's own number goes before its layer's", () => {
