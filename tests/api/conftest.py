@@ -15,7 +15,7 @@ from tests.api.world import World, serving
 from tests.servers import Valkey, database_copy, migrated_database, valkey
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick_and_quiet() -> Iterator[None]:
     """What the hub does every second or two it does several times a second here; logs say faults only."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
