@@ -59,7 +59,9 @@ export function paintNodes(input: PaintInput): NodePaint {
       typeof input.radius === "number" ? own * (LEAST_SHARE + (1 - LEAST_SHARE) * extent) : own;
     const marked = input.marks[node] === 1;
     if (marked) ring[node] = 1;
-    if (input.halos === "largest" && t > HALO_FROM) halo[node] = (t - HALO_FROM) / (1 - HALO_FROM);
+    if (input.halos === "largest" && extent > HALO_FROM) {
+      halo[node] = (extent - HALO_FROM) / (1 - HALO_FROM);
+    }
     if (input.halos === "marked" && marked) halo[node] = 1;
   }
   return { rgb, radius, halo, ring, missing };

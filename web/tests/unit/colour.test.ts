@@ -176,6 +176,22 @@ test("a node's colour is the table's at its value's place in the window", () => 
   expect(paint.radius[0] ?? 0).toBeLessThan(paint.radius[4] ?? 0);
 });
 
+test("a loss as large as a gain is as large a node, with as strong a halo", () => {
+  const paint = paintNodes({
+    values: Float64Array.of(-4, 0, 4),
+    window: { level: 0, width: 8 },
+    scale: "linear",
+    lut: lut("blue-orange"),
+    radius: 10,
+    marks: new Float64Array(3),
+    halos: "largest",
+    signed: true,
+  });
+  expect([...paint.halo]).toEqual([1, 0, 1]);
+  expect(paint.radius[0]).toBe(paint.radius[2]);
+  expect(paint.radius[1]).toBeLessThan(paint.radius[0] ?? 0);
+});
+
 test("an image's pixels are the table's colours; what is not measured is transparent", () => {
   const plane = { width: 3, height: 1, values: Float32Array.of(0, 1, NaN) };
   const pixels = planePixels(plane, { level: 0.5, width: 1 }, "linear", lut("grey"));
