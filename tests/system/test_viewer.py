@@ -63,7 +63,7 @@ def test_a_static_picture_shows_the_stored_floats(
     seen = visit["modes"][mode]
     with Client(str(service.http.base_url)) as client:
         rows = client.result(seen["job"]).table(name).to_pylist()
-    stored = {row["component"]: np.float32(row[column]) for row in rows}
+    stored = {row["component"]: float(row[column]) for row in rows}
     _agree(seen["readings"], lambda component, _: stored[component])
 
 
