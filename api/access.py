@@ -47,7 +47,7 @@ async def admit(services: Services, connection: Connection, handler: BaseRouteHa
     is_open = (
         handler.opt.get(_OPEN, False)
         or method == "OPTIONS"
-        or not connection.scope["path"].startswith("/api/")
+        or (not connection.scope["path"].startswith("/api/") and _SCOPE not in handler.opt)
     )
     try:
         caller = await _identity(services, connection)

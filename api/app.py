@@ -17,6 +17,7 @@ from api.access import Connection, admit
 from api.cancellation import cancelled
 from api.dependencies import Services, open_services
 from api.edge import Edge
+from api.metrics import Metrics
 from api.problems import HANDLERS, JsonRequest
 from api.routes import ROUTES
 from api.viewer import Viewer
@@ -35,6 +36,7 @@ class Application:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._viewer = Viewer(settings.viewer_dir)
+        self._metrics = Metrics()
         self.litestar = Litestar(
             route_handlers=ROUTES,
             dependencies={"services": Provide(self._provide, sync_to_thread=False)},
@@ -47,7 +49,7 @@ class Application:
             logging_config=None,
             debug=False,
         )
-        self._edge = Edge(self._dispatch, settings)
+        self._edge = Edge(self._dispatch, settings, self._metrics)
         self._services: Services | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,7 +80,7 @@ class Application:
 
     @asynccontextmanager
     async def _life(self, _app: Litestar) -> AsyncGenerator[None]:
-        self._services = open_services(self._settings)
+        self._services = open_services(self._settings, self._metrics)
         warming = asyncio.create_task(_warm(self._services))
         log.info("api_started", viewer=str(self._settings.viewer_dir))
         try:
@@ -100,7 +102,8 @@ def _is_of_the_viewer(scope: Scope) -> bool:
     if scope["type"] != ScopeType.HTTP:
         return False
     path = scope["path"]
-    return path != "/api" and not path.startswith("/api/") and path.rstrip("/") not in openapi.PATHS
+    own = (*openapi.PATHS, "/metrics")
+    return path != "/api" and not path.startswith("/api/") and path.rstrip("/") not in own
 
 
 async def _warm(services: Services) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from sqlalchemy.orm import Session
 
 from api.hub import Hub
+from api.metrics import Metrics
 from api.outlook import Outlook
 from api.tokenization import Tokenizers
 from neural_mri.backing import audit, following, jobs, models
@@ -47,6 +48,7 @@ class Services:
     tokenizers: Tokenizers
     hub: Hub
     outlook: Outlook
+    metrics: Metrics
     pepper: bytes = field(repr=False)
     """What keys and sessions are hashed under."""
     caller: Identity = LOCAL
@@ -140,7 +142,7 @@ class Services:
         await self.sessions.close()
 
 
-def open_services(settings: Settings) -> Services:
+def open_services(settings: Settings, metrics: Metrics) -> Services:
     """The services that the settings name. Needs a running event loop; connects to nothing yet."""
     sessions, redis, store = async_sessions(settings), connect_async(settings), open_store(settings)
 
@@ -157,6 +159,7 @@ def open_services(settings: Settings) -> Services:
         tokenizers=Tokenizers(store),
         hub=Hub(settings, redis, ended),
         outlook=Outlook(sessions, redis),
+        metrics=metrics,
         pepper=load_pepper(settings),
     )
     services.hub.start()

@@ -14,6 +14,7 @@ import structlog
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
+from api.metrics import Metrics
 from api.problems import (
     CrossOrigin,
     UnknownHost,
@@ -61,8 +62,9 @@ log = structlog.get_logger(__name__)
 class Edge:
     """Wraps the application."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
         names = (name.strip().lower() for name in settings.allowed_hosts.split(","))
         self._hosts = frozenset(name for name in names if name)
 
@@ -87,7 +89,9 @@ class Edge:
             fault = incident(error, method=scope["method"], path=scope["path"])
             await send_problem(answer, fault)
         finally:
-            _log(scope, answer.status, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self._metrics.answered(scope, answer.status, seconds)
+            _log(scope, answer.status, seconds)
 
     def _check(self, scope: Any) -> None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}

@@ -206,6 +206,11 @@ class Hub:
         """How many streams are followed."""
         return len(self._topics)
 
+    @property
+    def readers(self) -> int:
+        """How many event streams are being read."""
+        return len({id(each) for topic in self._topics.values() for each in topic.listeners})
+
     def start(self) -> None:
         """Begin to read."""
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]

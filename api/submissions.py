@@ -98,6 +98,7 @@ async def _submit(services: Services, submission: Submission) -> Job:
         job, _ = await services.sessions.write(
             jobs.submit_once, submission, max_queued=limit, usual=services.limits, is_anew=True
         )
+    services.metrics.accepted(job)
     services.announce(job)
     return job
 

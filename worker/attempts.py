@@ -23,10 +23,10 @@ from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import Store
 from neural_mri.contract.events import Artifact
-from neural_mri.contract.jobs import JobKind, JobState
+from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
 from neural_mri.contract.problems import ModelBusy, Problem, ProblemDocument, Unavailable
 from neural_mri.contract.results import TableRef
-from worker import scans
+from worker import metrics, scans
 from worker.calibrations import Calibrations
 from worker.keeper import Holding, Keeper, LeaseLost
 from worker.reporter import Outbox, Reporter
@@ -111,6 +111,7 @@ class Attempts:
         except Unavailable as error:
             log.warning("nothing_claimed", queue=queue, error=str(error))
             return 0
+        metrics.CLAIMS.labels("jobs" if claimed else "nothing").inc()
         with ExitStack() as leases:
             held = [leases.enter_context(self._keeper.holding(job)) for job in claimed]
             for together in self._passes(held):
@@ -128,6 +129,7 @@ class Attempts:
     def _attempt(self, together: Sequence[Holding]) -> None:
         """Bring jobs that share a pass to their ends."""
         started = time.perf_counter()
+        metrics.PASS_JOBS.observe(len(together))
         begun = [holding for holding in together if self._guarded(holding, self._begin)]
         self._share(begun)
         seconds = round(time.perf_counter() - started, 4)
@@ -212,6 +214,9 @@ class Attempts:
     def _publish(self, holding: Holding, scanned: Scanned) -> None:
         """Store what a job has measured, and say that it is there."""
         job, reporter = holding.job, self._reporter(holding)
+        metrics.FORWARD_SECONDS.labels(job.model, scanned.manifest.kind.value).observe(
+            scanned.manifest.forward_seconds
+        )
         holding.check()
         self._move(holding, JobState.STORING)
         result = storage.save_result(
@@ -309,6 +314,8 @@ class Attempts:
         )
         if moved is None:
             raise LeaseLost(f"job {job.id} is no longer held by attempt {job.attempt}")
+        if to in TERMINAL:
+            metrics.ENDED.labels(job.model, to.value).inc()
         return moved
 
     def _tell(self, job: Job) -> None:

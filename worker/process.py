@@ -8,11 +8,13 @@ import time
 import structlog
 import torch
 
+from neural_mri import __version__
 from neural_mri.backing import broker, database, events, models, queue, storage
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.jobs import LeaseOwner
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.problems import Problem
+from worker import metrics
 from worker.app import CeleryIntake, serve
 from worker.attempts import Attempts
 from worker.calibrations import Calibrations
@@ -39,10 +41,15 @@ def run(settings: Settings) -> int:
 
     def describe() -> events.WorkerBeat:
         return events.WorkerBeat(
-            worker=name, device=residency.device, models=residency.held(), at=time.time()
+            worker=name,
+            device=residency.device,
+            models=residency.held(),
+            at=time.time(),
+            version=__version__,
         )
 
     with (
+        metrics.served(settings, residency.held),
         Outbox(events.Publisher(broker.connect(settings), settings)) as outbox,
         Keeper(
             sessions=sessions,

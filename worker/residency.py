@@ -5,6 +5,7 @@ held. Two registered names of equal weights are one model in memory.
 """
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.models import ModelState, Numerics
 from neural_mri.contract.problems import UnknownModel
+from worker import metrics
 from worker.calibrations import Calibrations
 from worker.resident import Resident
 from worker.scanner import loading
@@ -70,6 +72,7 @@ class Residency:
                     revision=revision,
                     state=ModelState.RESIDENT,
                     memory_bytes=resident.memory_bytes,
+                    load_seconds=resident.load_seconds,
                 )
                 for revision, resident in self._residents.items()
             }
@@ -103,6 +106,7 @@ class Residency:
         numerics = msgspec.structs.replace(
             registered.numerics, dtype=self._dtype, device=self.device
         )
+        started = time.perf_counter()
         with self._announced(registered, ModelState.LOADING):
             model = loading.load(self._models_dir / registered.folder, numerics)
             resident = Resident(self._published(registered, numerics), model, model.memory_bytes)
@@ -112,8 +116,10 @@ class Residency:
             except BaseException:
                 model.release()
                 raise
+            resident = resident._replace(load_seconds=round(time.perf_counter() - started, 3))
             with self._lock:
                 self._residents[registered.revision] = resident
+        metrics.LOAD_SECONDS.labels(name).observe(resident.load_seconds)
         log.info("model_loaded", model=name, memory_bytes=resident.memory_bytes)
         return resident
 
@@ -126,6 +132,7 @@ class Residency:
         with self._announced(resident.registered, ModelState.UNLOADING):
             self._calibrations.forget(revision)
             resident.model.release()
+        metrics.RELEASED.labels(resident.registered.name).inc()
         log.info("model_released", model=resident.registered.name)
 
     def _published(self, registered: RegisteredModel, numerics: Numerics) -> RegisteredModel:

@@ -14,3 +14,5 @@ class Resident(NamedTuple):
     registered: RegisteredModel
     model: LoadedModel
     memory_bytes: int
+    load_seconds: float = 0.0
+    """What loading took, calibration included."""

@@ -13,6 +13,7 @@ from api.routes.access import (
     who_am_i,
 )
 from api.routes.audit import list_audit
+from api.routes.cluster import get_cluster, get_metrics
 from api.routes.events import follow_job, follow_jobs
 from api.routes.health import health
 from api.routes.jobs import cancel_job, get_job, list_jobs
@@ -51,4 +52,6 @@ ROUTES: Sequence[HTTPRouteHandler] = (
     set_limits,
     list_audit,
     health,
+    get_cluster,
+    get_metrics,
 )

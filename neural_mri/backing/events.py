@@ -220,6 +220,7 @@ class HeldModel(msgspec.Struct, frozen=True, kw_only=True):
     revision: str
     state: ModelState
     memory_bytes: int | None = None
+    load_seconds: float | None = None
 
 
 class WorkerBeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,6 +231,7 @@ class WorkerBeat(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[HeldModel, ...] = ()
     at: float
     """By the worker's clock, seconds since 1970; for people."""
+    version: str = ""
 
 
 _beat = msgspec.json.Decoder(WorkerBeat)

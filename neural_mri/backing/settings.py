@@ -104,6 +104,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long a job's events are kept."""
     heartbeat_seconds: Seconds = 15.0
     """Pause between comments on a quiet event stream."""
+    worker_metrics_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    """Port on which a worker answers Prometheus at `host`; 0: none. The API does at `/metrics`."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is logged."""
     log_format: Literal["console", "json"] = "console"

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from neural_mri import __version__
-from neural_mri.cli import jobs, keys, models, options, scans, stimulation
+from neural_mri.cli import cluster, jobs, keys, models, options, scans, stimulation
 from neural_mri.cli.exits import EXIT_CODES, ExitCode, exit_code_of
 from neural_mri.cli.terminal import complain, print_json, standard_output
 from neural_mri.client import ClientError
@@ -34,6 +34,7 @@ app.command()(jobs.jobs)
 app.command()(jobs.result)
 app.command()(jobs.cancel)
 app.command()(models.tokenize)
+app.command()(cluster.cluster)
 app.add_typer(keys.commands, name="keys")
 
 

@@ -15,6 +15,7 @@ from neural_mri.client.result import Result
 from neural_mri.client.watching import follow, wait_for
 from neural_mri.contract.anomalies import Lens, Sublayers
 from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
+from neural_mri.contract.cluster import Cluster
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.events import Event
 from neural_mri.contract.jobs import JobView, Lane
@@ -121,6 +122,10 @@ class Client:
         """How the service is, in its own words; also when it is down, which it says with 503."""
         down = (HTTPStatus.SERVICE_UNAVAILABLE,)
         return self._exchange.ask(dict[str, Any], "GET", "/api/health", answers=down)
+
+    def cluster(self) -> Cluster:
+        """The whole service now: workers, what they hold, and what waits."""
+        return self._exchange.ask(Cluster, "GET", "/api/cluster")
 
     def models(self) -> list[ModelInfo]:
         """Every registered model."""

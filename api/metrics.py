@@ -1,0 +1,129 @@
+"""What the service does, as Prometheus reads it.
+
+Labels are routes by their template, models, kinds, lanes: never an id, a user or a text.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from neural_mri.backing.records import Job
+from neural_mri.contract.cluster import QueueLoad
+from neural_mri.contract.jobs import JobState
+
+__all__ = ("MEDIA_TYPE", "Metrics", "Now")
+
+MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+NO_ROUTE = "none"
+STREAMS = frozenset({"/api/events", "/api/jobs/{job_id}/events"})
+"""They last as long as their readers like: no duration of the service's."""
+
+
+class Metrics:
+    """Counts of one process, and what is looked up when it is asked."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "neural_mri_requests",
+            "Requests answered; status 0 where the caller left first",
+            ("route", "method", "status"),
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "neural_mri_request_seconds",
+            "Seconds from request to answer, waits that were asked for included; event streams are not",
+            ("route", "method"),
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
+            registry=self._registry,
+        )
+        self._accepted = Counter(
+            "neural_mri_jobs_accepted",
+            "Jobs recorded: answered from a stored result, following an equal one, or queued",
+            ("kind", "answer"),
+            registry=self._registry,
+        )
+
+    def answered(self, scope: Any, status: int | None, seconds: float) -> None:
+        """Count a request that has ended."""
+        route = str(scope.get("path_template") or NO_ROUTE)
+        method = "HEAD" if scope.get("head_only") else str(scope["method"])
+        self._requests.labels(route, method, str(status or 0)).inc()
+        if route not in STREAMS:
+            self._seconds.labels(route, method).observe(seconds)
+
+    def accepted(self, job: Job) -> None:
+        """Count a job that has just been recorded."""
+        if job.cached:
+            answer = "stored"
+        elif job.leader is not None and job.state is JobState.QUEUED:
+            answer = "followed"
+        else:
+            answer = "queued"
+        self._accepted.labels(job.kind.value, answer).inc()
+
+    def exposition(self, now: "Now") -> bytes:
+        """Everything, in Prometheus's text format."""
+        return generate_latest(_Together(self._registry, now))
+
+
+class Now(NamedTuple):
+    """What is looked up when the metrics are asked for; None is what could not be."""
+
+    loads: Sequence[QueueLoad] | None
+    workers: int | None
+    readers: int
+
+    def collect(self) -> Iterator[Metric]:
+        """As gauges."""
+        up = GaugeMetricFamily("neural_mri_up", "Whether it answers", labels=("part",))
+        up.add_metric(("database",), float(self.loads is not None))
+        up.add_metric(("redis",), float(self.workers is not None))
+        yield up
+        yield GaugeMetricFamily(
+            "neural_mri_event_readers", "Event streams being read", value=self.readers
+        )
+        if self.workers is not None:
+            yield GaugeMetricFamily(
+                "neural_mri_workers", "Workers heard of lately", value=self.workers
+            )
+        yield from self._of_lanes()
+
+    def _of_lanes(self) -> Iterator[Metric]:
+        labels = ("model", "lane")
+        waiting = GaugeMetricFamily(
+            "neural_mri_jobs_waiting", "Jobs that no worker has taken yet", labels=labels
+        )
+        oldest = GaugeMetricFamily(
+            "neural_mri_jobs_oldest_wait_seconds",
+            "How long the first of them has waited",
+            labels=labels,
+        )
+        running = GaugeMetricFamily(
+            "neural_mri_jobs_running", "Jobs that workers hold", labels=labels
+        )
+        # A model's work stands in two queues: what needs it loaded, and what does not.
+        by_lane: defaultdict[tuple[str, str], list[QueueLoad]] = defaultdict(list)
+        for load in self.loads or ():
+            by_lane[load.model, load.lane.value].append(load)
+        for lane, loads in by_lane.items():
+            waiting.add_metric(lane, sum(load.waiting for load in loads))
+            oldest.add_metric(lane, max(load.oldest_seconds for load in loads))
+            running.add_metric(lane, sum(load.running for load in loads))
+        yield from (waiting, oldest, running)
+
+
+class _Together(CollectorRegistry):
+    """What was counted and what was looked up, for one answer."""
+
+    def __init__(self, counted: CollectorRegistry, now: Now) -> None:
+        super().__init__()
+        self._counted = counted
+        self._now = now
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._counted.collect()
+        yield from self._now.collect()

@@ -1,0 +1,102 @@
+"""How the service is, for its operator and for Prometheus."""
+
+import asyncio
+import platform
+
+from litestar import Response, get
+from litestar.di import NamedDependency
+
+from api.access import needs
+from api.dependencies import Services
+from api.metrics import MEDIA_TYPE, Now
+from api.residents import holdings
+from neural_mri import __version__
+from neural_mri.backing import loads
+from neural_mri.backing.broker import AWAY, AsyncRedis
+from neural_mri.contract.auth import Scope
+from neural_mri.contract.cluster import Cluster, ModelHeld, QueueLoad, Versions, WorkerSeen
+from neural_mri.contract.problems import Unavailable
+
+__all__ = ("get_cluster", "get_metrics")
+
+ANSWER_SECONDS = 2.0
+
+
+@get(
+    "/api/cluster",
+    operation_id="getCluster",
+    summary="Workers, what they hold, and what waits",
+    description="What `neural-mri cluster` shows. 503 while the database is away.",
+    tags=["service"],
+)
+async def get_cluster(services: NamedDependency[Services]) -> Cluster:
+    """Tell what the whole service does now."""
+    queues, database = await services.sessions.read(
+        lambda session: (loads.loads(session), loads.version(session))
+    )
+    held = await holdings(services.redis)
+    workers = tuple(
+        WorkerSeen(
+            worker=beat.worker,
+            device=beat.device,
+            version=beat.version,
+            seen_at=beat.at,
+            models=tuple(
+                ModelHeld(
+                    name=model.name,
+                    revision=model.revision,
+                    state=model.state,
+                    memory_bytes=model.memory_bytes,
+                    load_seconds=model.load_seconds,
+                )
+                for model in beat.models
+            ),
+        )
+        for beat in held.beats
+    )
+    return Cluster(
+        versions=Versions(
+            service=__version__,
+            python=platform.python_version(),
+            database=database,
+            redis=await _redis_version(services.redis),
+        ),
+        workers=workers if held.is_known else None,
+        queues=tuple(queues),
+    )
+
+
+async def _redis_version(redis: AsyncRedis) -> str | None:
+    try:
+        said = await redis.info("server")
+    except AWAY:
+        return None
+    return str(said.get("valkey_version") or said.get("redis_version"))
+
+
+@get(
+    "/metrics",
+    operation_id="getMetrics",
+    summary="Figures for Prometheus",
+    description="In its text format. What does not answer is left out, and said to be down.",
+    tags=["service"],
+    media_type="text/plain",
+    opt=needs(Scope.SCAN_READ),
+)
+async def get_metrics(services: NamedDependency[Services]) -> Response[bytes]:
+    """Tell Prometheus how the service is."""
+    held = await holdings(services.redis)
+    now = Now(
+        loads=await _loads(services),
+        workers=len(held.beats) if held.is_known else None,
+        readers=services.hub.readers,
+    )
+    return Response(services.metrics.exposition(now), media_type=MEDIA_TYPE)
+
+
+async def _loads(services: Services) -> list[QueueLoad] | None:
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await services.sessions.read(loads.loads)
+    except (Unavailable, TimeoutError):
+        return None

@@ -1,0 +1,53 @@
+"""What waits and what runs, by model and lane: the figures that an operator watches and scales by."""
+
+from sqlalchemy import and_, case, func, select
+from sqlalchemy.orm import Session
+
+from neural_mri.backing.database import epoch
+from neural_mri.backing.rows import JOBS
+from neural_mri.contract.cluster import QueueLoad
+from neural_mri.contract.jobs import HELD, JobState
+
+__all__ = ("loads", "version")
+
+_job = JOBS.c
+_WAITS = and_(_job.state == JobState.QUEUED, _job.leader.is_(None))
+
+
+_LOADS = (
+    select(
+        _job.queue,
+        _job.model,
+        _job.lane,
+        func.sum(case((_WAITS, 1), else_=0)).label("waiting"),
+        func.sum(case((_job.state.in_(HELD), 1), else_=0)).label("running"),
+        (epoch() - func.min(case((_WAITS, _job.created_at)))).label("oldest_seconds"),
+    )
+    .where(_job.finished_at.is_(None))
+    .group_by(_job.queue, _job.model, _job.lane)
+    .order_by(_job.model, _job.queue, _job.lane)
+)
+
+
+def loads(session: Session) -> list[QueueLoad]:
+    """Every queue that has work, a row a model and lane."""
+    return [
+        QueueLoad(
+            queue=row.queue,
+            model=row.model,
+            lane=row.lane,
+            waiting=int(row.waiting),
+            oldest_seconds=max(0.0, row.oldest_seconds or 0.0),
+            running=int(row.running),
+        )
+        for row in session.execute(_LOADS)
+        if row.waiting or row.running
+    ]
+
+
+def version(session: Session) -> str:
+    """The database's name and version."""
+    name = session.get_bind().dialect.name
+    number = func.sqlite_version() if name == "sqlite" else func.current_setting("server_version")
+    said: str = session.execute(select(number)).scalar_one()
+    return f"{name} {said.split()[0]}"
