@@ -50,4 +50,4 @@ def version(session: Session) -> str:
     name = session.get_bind().dialect.name
     number = func.sqlite_version() if name == "sqlite" else func.current_setting("server_version")
     said: str = session.execute(select(number)).scalar_one()
-    return f"{name} {said.split()[0]}"
+    return f"{name} {said.split(maxsplit=1)[0]}"
