@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from worker.scanner.order_statistics import Quantiles, look_up, sample
+from worker.scanner.order_statistics import N_BINS, Quantiles, bin_counts, look_up
 from worker.scanner.weight_files import FloatArray, StoredTensor
 
 __all__ = (
@@ -32,7 +32,7 @@ N_OUTLIERS = 8
 _BLOCK = 1 << 16
 """Values worked on together: with their float64 squares they fit a second-level cache."""
 _KEPT = 1 << 25
-"""Values kept in memory, sorted, between the two looks that quantiles take; more are read twice."""
+"""Values kept in memory between the two looks that quantiles take; more are read twice."""
 _FAR_FROM_ZERO = 10.0
 """Means of more standard deviations than this cost raw moments their digits."""
 
@@ -158,8 +158,8 @@ def measure(
     sought = Quantiles.of(tensor.numel, QUANTILES)
     edges = np.linspace(low, high, asked.histogram_bins + 1)[1:-1]
     found = look_up(
-        lambda: first.runs(checkpoint),
-        first.samples,
+        lambda: first.blocks(checkpoint),
+        first.bins,
         ranks=sought.ranks,
         limits=np.concatenate([edges, [mean - far, np.nextafter(mean + far, np.inf)]]),
     )
@@ -188,7 +188,7 @@ def measure(
 
 
 class _FirstLook:
-    """Sums over a tensor's lines, and its values in sorted runs."""
+    """Sums over a tensor's lines, and in which bins its values lie."""
 
     def __init__(self, tensor: StoredTensor, columns: bool, workspace: Workspace) -> None:  # noqa: FBT001
         self._tensor = tensor
@@ -207,7 +207,7 @@ class _FirstLook:
         self.fourths = 0.0
         self.low = np.float32(np.inf)
         self.high = np.float32(-np.inf)
-        self.samples: list[FloatArray] = []
+        self.bins = np.zeros(N_BINS, np.int64)
 
     def take(self, block: slice) -> None:
         """Add a block of rows."""
@@ -225,10 +225,8 @@ class _FirstLook:
             self.column_sums += exact.sum(0)
             self.column_squares += squares.sum(0)
             np.maximum(self.column_peaks, squares.max(0), out=self.column_peaks)
-        run = values.reshape(-1)
-        run.sort()
-        self.low, self.high = min(self.low, run[0]), max(self.high, run[-1])
-        self.samples.append(sample(run))
+        self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
+        self.bins += bin_counts(values.reshape(-1))
 
     def finish(self) -> None:
         """After the last block."""
@@ -236,27 +234,25 @@ class _FirstLook:
         np.sqrt(self.row_peaks, out=self.row_peaks)
         np.sqrt(self.column_peaks, out=self.column_peaks)
 
-    def runs(self, checkpoint: Checkpoint) -> Iterator[FloatArray]:
-        """The sorted runs again."""
+    def blocks(self, checkpoint: Checkpoint) -> Iterator[FloatArray]:
+        """The values again."""
         for block in blocks(self._tensor):
             checkpoint()
             if self._kept:
                 n_values = (block.stop - block.start) * self._tensor.n_columns
                 yield self._room(block)[:n_values]
             else:
-                run = self._tensor.read(block, self._room(block)).reshape(-1)
-                run.sort()
-                yield run
+                yield self._tensor.read(block, self._room(block)).reshape(-1)
 
     def _room(self, block: slice) -> FloatArray:
         if self._kept:
             start = block.start * self._tensor.n_columns
-            return self._workspace.single("runs", self._tensor.numel)[start:]
-        return self._workspace.single("runs", _BLOCK + self._tensor.n_columns)
+            return self._workspace.single("values", self._tensor.numel)[start:]
+        return self._workspace.single("values", _BLOCK + self._tensor.n_columns)
 
 
 def _nonfinite(tensor: StoredTensor, workspace: Workspace) -> int:
-    room = workspace.single("runs", _BLOCK + tensor.n_columns)
+    room = workspace.single("values", _BLOCK + tensor.n_columns)
     return sum(int((~np.isfinite(tensor.read(block, room))).sum()) for block in blocks(tensor))
 
 
