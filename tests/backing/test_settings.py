@@ -72,6 +72,13 @@ def test_every_setting_says_what_it_is_for() -> None:
     assert documented == {field.name for field in msgspec.structs.fields(Settings)}
 
 
+def test_every_setting_is_listed_for_whoever_runs_the_service() -> None:
+    listed = (Path(__file__).parents[2] / "docs/settings.md").read_text()
+    for field in msgspec.structs.fields(Settings):
+        row = f"| `{PREFIX}{field.name.upper()}` |"
+        assert row in listed, f"docs/settings.md has no row that begins {row}"
+
+
 def test_a_password_in_a_url_is_not_shown() -> None:
     settings = Settings(database_url="postgresql://ada:lovelace@db/nmri")
     assert "lovelace" not in repr(settings)

@@ -1,17 +1,21 @@
-"""The dashboard asks only for figures that exist."""
+"""The dashboard and the alerts ask only for figures that exist."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import yaml
 from prometheus_client.core import Metric
 
 from api.metrics import Metrics, Now
+from neural_mri.backing.settings import PREFIX, Settings
 from neural_mri.contract.cluster import QueueLoad
 from neural_mri.contract.jobs import Lane
 
-DASHBOARD = Path(__file__).parents[2] / "deploy/grafana/neural-mri.json"
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DASHBOARD = DEPLOY / "grafana/neural-mri.json"
 SUFFIXES = {
     "counter": ("_total",),
     "histogram": ("_bucket", "_count", "_sum"),
@@ -21,6 +25,12 @@ SUFFIXES = {
 
 def dashboard() -> Any:
     return json.loads(DASHBOARD.read_text())
+
+
+def alerts() -> list[Any]:
+    (group,) = yaml.safe_load((DEPLOY / "prometheus/alerts.yaml").read_text())["groups"]
+    rules: list[Any] = group["rules"]
+    return rules
 
 
 def names(families: list[Metric]) -> dict[str, set[str]]:
@@ -67,7 +77,7 @@ def test_every_query_names_figures_and_labels_that_exist() -> None:
     known["neural_mri_worker_model_memory_bytes"] |= {"model", "state"}
     asked = [target["expr"] for panel in dashboard()["panels"] for target in panel["targets"]]
     assert len(asked) >= 16
-    for query in asked:
+    for query in asked + [alert["expr"] for alert in alerts()]:
         found = re.findall(r"\bneural_mri_\w+", query)
         assert found, query
         labels = set[str]()
@@ -77,7 +87,7 @@ def test_every_query_names_figures_and_labels_that_exist() -> None:
         by = re.findall(r"\bby \(([^)]*)\)", query)
         selected = re.findall(r"{([^}]*)}", query)
         for label in [each.strip() for group in by for each in group.split(",")] + [
-            each.partition("=")[0].strip() for group in selected for each in group.split(",")
+            re.split("[=!~]", each)[0].strip() for group in selected for each in group.split(",")
         ]:
             assert label in labels | {"instance"}, f"{query}: no label {label}"
 
@@ -103,3 +113,17 @@ def test_panels_have_names_and_places_of_their_own() -> None:
         assert not cells & taken, panel["title"]
         assert max(x for x, _ in cells) < 24
         taken |= cells
+
+
+def test_every_alert_leads_to_what_to_do() -> None:
+    headings = re.findall(r"^### (.+)$", (DEPLOY / "RUNBOOK.md").read_text(), re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in headings}
+    for alert in alerts():
+        assert alert["annotations"]["runbook"].removeprefix("#") in anchors, alert["alert"]
+
+
+def test_the_runbook_names_settings_and_figures_that_exist() -> None:
+    text = (DEPLOY / "RUNBOOK.md").read_text()
+    known = {PREFIX + field.name.upper() for field in msgspec.structs.fields(Settings)}
+    assert set(re.findall(r"NEURAL_MRI_[A-Z_]+", text)) <= known
+    assert set(re.findall(r"neural_mri_(?!backing)\w+", text)) <= served().keys()
