@@ -33,6 +33,7 @@ def test_a_scan_is_accepted_recorded_ticketed_and_announced(
         "token_positions": "all",
         "top_neurons": 10,
         "top_predictions": 10,
+        "canonical": False,
         "calibration": None,
     }
     job = world.claim(world.queue())
