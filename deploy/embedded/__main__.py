@@ -7,6 +7,7 @@ from rich.console import Console
 from deploy.embedded import premises
 from deploy.embedded.launcher import Launcher
 from deploy.embedded.premises import Refusal
+from neural_mri.backing import access
 from neural_mri.backing.settings import InvalidSettings, load_settings
 from neural_mri.contract.problems import Problem
 
@@ -15,7 +16,7 @@ def main() -> int:
     """Exit status: 0 after a signal, 1 when it could not start."""
     try:
         settings = load_settings()
-        premises.check_host(settings.host)
+        access.check_bind(settings)
         premises.prepare_folder(settings.folder)
         premises.check_space(settings.folder, premises.SPACE_TO_RUN_BYTES)
         with premises.locked(settings.folder):

@@ -14,14 +14,12 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ipaddress import ip_address
 from pathlib import Path
 
 from neural_mri.backing.settings import Settings
 
 __all__ = (
     "Refusal",
-    "check_host",
     "check_port",
     "check_space",
     "locked",
@@ -39,19 +37,6 @@ SPACE_TO_CONVERT_BYTES = 2**30
 
 class Refusal(Exception):
     """The service cannot run here; the message says why and what would help."""
-
-
-def check_host(host: str) -> None:
-    """The embedded set-up has no access keys, so it serves this machine only."""
-    try:
-        local = host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if not local:
-        raise Refusal(
-            f"NEURAL_MRI_HOST is {host}, but the embedded set-up has no access keys and serves this "
-            "machine only: use 127.0.0.1."
-        )
 
 
 def check_port(host: str, port: int) -> None:

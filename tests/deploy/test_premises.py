@@ -33,17 +33,6 @@ def test_a_port_that_was_left_is_free(listening_port: int) -> None:
     premises.check_port("127.0.0.1", port)
 
 
-@pytest.mark.parametrize("host", ["10.0.0.1", "192.168.1.4", "::", "example.org"])
-def test_only_this_machine_is_served(host: str) -> None:
-    with pytest.raises(Refusal, match=host):
-        premises.check_host(host)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
-def test_every_loopback_address_will_do(host: str) -> None:
-    premises.check_host(host)
-
-
 def test_the_data_folder_is_its_owners_alone(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     premises.prepare_folder(folder)
