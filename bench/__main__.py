@@ -10,17 +10,26 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import transformers
 
-from bench import activations, devices, growth, memory, stimulation, weights
+from bench import (
+    activations,
+    anomalies,
+    bundled,
+    circuits,
+    detection,
+    devices,
+    fidelity,
+    growth,
+    memory,
+    stimulation,
+    weights,
+)
 from bench.timing import Row
-from worker.scanner import conversion, loading
+from worker.scanner import loading
 from worker.scanner.loading import LoadedModel
 
 _MEMORY_BAR = 0.25
@@ -41,7 +50,7 @@ def main() -> None:
         parser.error(f"--rounds is {arguments.rounds}: expected at least 1")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    folder = arguments.model or _bundled()
+    folder = arguments.model or bundled.folder()
     model = loading.load(folder, loading.published_numerics(folder))
     parts = [_heading(folder.name, rounds=arguments.rounds)]
     print(parts[0], flush=True)
@@ -50,13 +59,6 @@ def main() -> None:
         parts.append(part)
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
     arguments.page.write_text("\n".join(parts), encoding="utf-8")
-
-
-def _bundled() -> Path:
-    folder = Path(".cache/models/smollm2-135m-instruct")
-    if conversion.origin(folder) is None:
-        conversion.convert_gguf(conversion.bundled_smollm2(), folder)
-    return folder
 
 
 def _parts(model: LoadedModel, folder: Path, *, rounds: int, quick: bool) -> Iterator[str]:
@@ -72,8 +74,13 @@ def _parts(model: LoadedModel, folder: Path, *, rounds: int, quick: bool) -> Ite
 
 
 def _rows(model: LoadedModel, folder: Path, *, rounds: int) -> Iterator[Row]:
-    others = [module.rows for module in _present("bench.anomalies", "bench.circuits")]
-    sources = (activations.rows, partial(weights.rows, folder), *others, stimulation.rows)
+    sources = (
+        activations.rows,
+        partial(weights.rows, folder),
+        anomalies.rows,
+        circuits.rows,
+        stimulation.rows,
+    )
     for source in sources:
         for row in source(model, rounds=rounds):
             print(
@@ -82,19 +89,10 @@ def _rows(model: LoadedModel, folder: Path, *, rounds: int) -> Iterator[Row]:
             yield row
 
 
-def _present(*names: str) -> list[ModuleType]:
-    return [import_module(name) for name in names if find_spec(name) is not None]
-
-
 def _quality(model: LoadedModel, folder: Path) -> Iterator[str]:
-    sections = [
-        module.markdown(model, folder)
-        for module in _present("bench.fidelity", "bench.detection")
-        if hasattr(module, "markdown")
-    ]
-    if sections:
-        yield "## Quality\n"
-        yield from sections
+    yield "## Quality\n"
+    yield fidelity.markdown(model, folder)
+    yield detection.markdown(model, folder)
 
 
 def _heading(model_name: str, *, rounds: int) -> str:

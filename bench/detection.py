@@ -26,6 +26,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from bench import bundled
 from neural_mri.contract.anomalies import CalibrationScan, Lens
 from neural_mri.contract.tokens import Span, Tokens
 from worker.scanner import logit_lens
@@ -238,7 +239,7 @@ def markdown(model: LoadedModel, folder: Path) -> str:
 
 def main() -> None:
     """Print it."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".cache/models/smollm2-135m-instruct")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else bundled.folder()
     print(markdown(load(folder, published_numerics(folder)), folder))
 
 

@@ -23,8 +23,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from bench import bundled
 from neural_mri.contract.components import Component, Kind
-from worker.scanner import conversion
 from worker.scanner.attribution import StraightPath, differentiate, estimates, slope
 from worker.scanner.listening import Silent
 from worker.scanner.loading import LoadedModel, load, published_numerics
@@ -153,10 +153,12 @@ def areas(faithfulness: Sequence[float]) -> tuple[float, float]:
     return cpr, torch.trapezoid((1 - values).abs(), shares).item()
 
 
-def tables(model: LoadedModel, tokenizer: Tokenizer) -> str:
-    """A table in Markdown for each of the two corruptions."""
+def markdown(model: LoadedModel, folder: Path) -> str:
+    """A table for each of the two corruptions."""
     torch.manual_seed(0)
-    return "\n\n".join(_table(model, tokenizer, name) for name in ("corrupted", "swapped"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tables = (_table(model, tokenizer, name) for name in ("corrupted", "swapped"))
+    return "\n\n".join(("### Circuits of indirect objects", *tables)) + "\n"
 
 
 def _table(model: LoadedModel, tokenizer: Tokenizer, corruption: str) -> str:
@@ -189,19 +191,11 @@ def _table(model: LoadedModel, tokenizer: Tokenizer, corruption: str) -> str:
     return "\n".join(lines)
 
 
-def bundled() -> Path:
-    """The bundled model's folder, converted once for tests and measurements."""
-    folder = Path(__file__).parents[1] / ".cache" / "models" / "smollm2-135m-instruct"
-    if conversion.origin(folder) is None:
-        conversion.convert_gguf(conversion.bundled_smollm2(), folder)
-    return folder
-
-
 def main() -> None:
     """Print the two tables."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else bundled()
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else bundled.folder()
     model = load(folder, published_numerics(folder))
-    print(tables(model, Tokenizer.from_file(str(folder / "tokenizer.json"))))
+    print(markdown(model, folder))
 
 
 if __name__ == "__main__":

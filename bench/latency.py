@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import bundled
+from bench.bundled import MODEL
 from neural_mri.backing.settings import Settings
 from tests.system.service import Service, free_port, register, running
-from worker.scanner import conversion
 
-MODEL = "smollm2-135m-instruct"
 WARM_UP = 3
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     scans = int(sys.argv[1]) if len(sys.argv) > 1 else 50
     with tempfile.TemporaryDirectory(prefix="nmri-") as folder:
         settings = Settings(data_dir=Path(folder) / "data", port=free_port())
-        register(settings, MODEL, converted_model())
+        register(settings, MODEL, bundled.folder())
         with running(settings) as service:
             print(f"{'start to first possible scan':<44} {service.wait_until_ready():11.1f} s")
             report(service, scans)
@@ -144,14 +144,6 @@ def report(service: Service, scans: int) -> None:
         )
     )
     print(line("submit to end, without the scanner's time", [timing.ended for timing in timings]))
-
-
-def converted_model() -> Path:
-    """The default model, converted once for tests and measurements."""
-    folder = Path(__file__).parents[1] / ".cache" / "models" / MODEL
-    if conversion.origin(folder) is None:
-        conversion.convert_gguf(conversion.bundled_smollm2(), folder)
-    return folder
 
 
 if __name__ == "__main__":
