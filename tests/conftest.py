@@ -8,9 +8,28 @@ import pytest
 from filelock import FileLock
 
 if TYPE_CHECKING:
+    from tests.servers import Bucket
     from worker.scanner.loading import LoadedModel
 
 _CACHE = Path(__file__).parents[1] / ".cache" / "models"
+
+
+@pytest.fixture(scope="session")
+def shared_postgresql() -> Iterator[str]:
+    """The URL of a PostgreSQL server."""
+    from tests.servers import postgresql
+
+    with postgresql() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def shared_bucket() -> Iterator["Bucket"]:
+    """A bucket, and credentials for it in the environment."""
+    from tests.servers import bucket
+
+    with bucket() as shared:
+        yield shared
 
 
 @pytest.fixture(scope="session")

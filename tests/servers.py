@@ -120,13 +120,19 @@ class Bucket:
     NAME = "results"
     CREDENTIALS = {"AWS_ACCESS_KEY_ID": "ada", "AWS_SECRET_ACCESS_KEY": "lovelace"}  # noqa: RUF012
 
-    def __init__(self, endpoint: str, log: Path) -> None:
+    def __init__(self, endpoint: str, log: Path, server: "subprocess.Popen[bytes]") -> None:
         self.endpoint = endpoint
         self._log = log
+        self._server = server
 
     def url(self, prefix: str) -> str:
         """What `NEURAL_MRI_STORE_URL` says for a part of the bucket."""
         return f"s3://{self.NAME}/{prefix}"
+
+    def kill(self) -> None:
+        """End the server at once; everything in it is gone."""
+        self._server.kill()
+        self._server.wait()
 
     def requests(self) -> list[str]:
         """Method and path of every request so far."""
@@ -153,7 +159,7 @@ def bucket() -> Iterator[Bucket]:
         endpoint = f"http://127.0.0.1:{port}"
         try:
             _make_bucket(endpoint)
-            yield Bucket(endpoint, log)
+            yield Bucket(endpoint, log, server)
         finally:
             server.kill()
             server.wait()

