@@ -5,6 +5,7 @@ width that is not d_model / n_heads, tied and untied embeddings, post-norms, par
 sliding windows, fused projections.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -147,7 +148,8 @@ def build(family: str, *, seed: int = 0) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = _AutoModel.from_config(FAMILIES[family])
+        # A model writes its data type into its configuration, so none is shared.
+        model = _AutoModel.from_config(copy.deepcopy(FAMILIES[family]))
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.2)
     finished: PreTrainedModel = model.eval()

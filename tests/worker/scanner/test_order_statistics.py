@@ -35,7 +35,7 @@ def looked_up(runs: list[Float32s], limits: list[float]) -> Found:
     sought = Quantiles.of(sum(map(len, runs)), SHARES)
     found = look_up(
         lambda: runs,
-        sum(bin_counts(run) for run in runs),
+        np.sum([bin_counts(run) for run in runs], axis=0),
         ranks=sought.ranks,
         limits=np.array(limits),
     )
