@@ -64,7 +64,8 @@ class CircuitScan(TargetedScan, frozen=True, kw_only=True, tag="DTI", tag_field=
     include_first_token: bool = False
     """Whether to replace at position 0 as well, which carries the attention sink."""
     exact: Annotated[int, Meta(ge=0, le=4096)] = 30
-    """Strongest components `fast` measures exactly; where it does not resample, every MLP as well."""
+    """Strongest components `fast` measures exactly; the first MLP as well, and every one where it does not
+    resample."""
     edges: Annotated[int, Meta(ge=0, le=5000)] = 300
     """Strongest edges between components to report."""
     steps: Annotated[int, Meta(ge=1, le=64)] = 5

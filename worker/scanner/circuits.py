@@ -233,9 +233,15 @@ class _Circuit:
                 count = min(self._request.exact, len(inner))
                 strongest = estimate[1:-1].abs().topk(count).indices + 1
                 chosen = set(strongest.tolist())
-                if self._request.effective_ablation is not Ablation.RESAMPLE:
-                    # Means and zeros are far from an MLP's own values: its estimate says little.
-                    chosen.update(index for index in inner if components[index].kind is Kind.MLP)
+                # Means and zeros are far from an MLP's own values, and whatever the first MLP is given
+                # is far from linear in everything above it: their estimates say little.
+                resampled = self._request.effective_ablation is Ablation.RESAMPLE
+                chosen.update(
+                    index
+                    for index in inner
+                    if components[index].kind is Kind.MLP
+                    and (components[index].layer == 0 or not resampled)
+                )
                 return sorted(chosen)
             case _:
                 return ()
