@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import linear, logsigmoid
 
 from neural_mri.contract.components import Component, Kind
 from worker.scanner.loading import LoadedModel
@@ -101,6 +101,7 @@ def differentiate(
     ids: Int[Tensor, "batch pos"],
     scalar: Callable[[Float[Tensor, "batch d_vocab"]], Float[Tensor, ""]],
     *,
+    rows: int | None = None,
     embeddings: Float[Tensor, "batch pos d_model"] | None = None,
     on_layer: Callable[[int], None] | None = None,
 ) -> Differentiated:
@@ -110,13 +111,15 @@ def differentiate(
         model: The model: frozen, so that only activations get gradients.
         ids: Prompts of equal length.
         scalar: What is differentiated, of the logits after the last position.
+        rows: How many prompts, from the first, it is made of: the gradients of the others are 0, and
+            little is done for them. All where None.
         embeddings: Token embeddings to read instead of the prompts' own.
         on_layer: Called after each block of the forward pass; may raise to stop.
     """
     # The caller's thread may be in inference mode, where nothing can be differentiated.
     with torch.inference_mode(mode=False), torch.enable_grad():
         leaf = (embedded(model, ids) if embeddings is None else embeddings).clone().requires_grad_()
-        with _sparsely_unembedding(model):
+        with _sparsely_unembedding(model), _going_back_along(model, rows, of=len(ids)):
             run = record(model, ids, embeddings=leaf, on_layer=on_layer)
         places = (run.z, run.attn, run.mlp, run.attn_reads, run.mlp_reads)
         wanted = [tensor for layers in places for tensor in layers]
@@ -127,6 +130,60 @@ def differentiate(
     )
     gradients = Gradients(z, attn, mlp, attn_reads, mlp_reads, embed=found[-2], final=found[-1])
     return Differentiated(run.detached(), gradients)
+
+
+class _LeadingRows(torch.autograd.Function):
+    """A linear map whose gradient is taken for the first rows of the batch alone."""
+
+    @staticmethod
+    def forward(ctx: Any, read: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        """What the map gives, of all rows."""
+        ctx.save_for_backward(weight)
+        ctx.rows = rows
+        return linear(read, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient at what the map read; 0 in the other rows."""
+        (weight,) = ctx.saved_tensors
+        (gradient,) = gradients
+        found = gradient.new_zeros(*gradient.shape[:-1], weight.shape[1])
+        torch.matmul(gradient[: ctx.rows], weight, out=found[: ctx.rows])
+        return found, None, None, None
+
+
+@contextmanager
+def _going_back_along(model: LoadedModel, rows: int | None, *, of: int) -> Iterator[None]:
+    """The next forward's graph leads back along the first rows alone, where that is less than all.
+
+    Most of a backward pass is spent in the blocks' linear maps; what lies between them goes back along
+    zeros.
+    """
+    if rows is None or rows == of:
+        yield
+        return
+    maps = [
+        module
+        for block in model.modules.blocks
+        for module in block.block.modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+    def forward_of(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(read: Tensor) -> Tensor:
+            given: Tensor = _LeadingRows.apply(read, module.weight, module.bias, rows)
+            return given
+
+        return forward
+
+    try:
+        for module in maps:
+            # On the instance, where it hides the class's own until it is deleted.
+            module.forward = forward_of(module)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in maps:
+            vars(module).pop("forward", None)
 
 
 class _Unembedding(torch.autograd.Function):

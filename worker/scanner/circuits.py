@@ -145,7 +145,7 @@ class _Circuit:
             self.metric = question.metric(logits[0].detach())
             return slope(self.metric, logits[0])
 
-        both = differentiate(self._model, ids, scalar, on_layer=self._on_layer)
+        both = differentiate(self._model, ids, scalar, rows=1, on_layer=self._on_layer)
         self._path = [both.row(0)]
         return both.run
 

@@ -168,3 +168,23 @@ def test_changes_of_log_odds_become_changes_of_a_log_probability() -> None:
     assert in_metric(metric, logits, torch.tensor(1e6)) <= -metric(logits) + 1e-6
     with_foil = Metric(0, 1)
     torch.testing.assert_close(in_metric(with_foil, logits, change), change)
+
+
+def test_going_back_along_some_rows_finds_their_gradients_and_leaves_the_model_as_it_was(
+    tiny_model: LoadedModel,
+) -> None:
+    ids = torch.tensor([models.prompt(6).ids, models.prompt(6, seed=1).ids])
+    before = {name: vars(module).keys() for name, module in tiny_model.plain.named_modules()}
+
+    def first(logits: Tensor) -> Tensor:
+        return logits[0, 7] - logits[0, 9]
+
+    whole = differentiate(tiny_model, ids, first)
+    some = differentiate(tiny_model, ids, first, rows=1)
+    for expected, found in zip(whole.row(0).gradients, some.row(0).gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for layer in some.row(1).gradients.z:
+        assert not layer.any()
+    torch.testing.assert_close(some.run.logits, whole.run.logits, rtol=0, atol=0)
+    after = {name: vars(module).keys() for name, module in tiny_model.plain.named_modules()}
+    assert after == before
