@@ -171,7 +171,8 @@ def _going_back_along(model: LoadedModel, rows: int | None, *, of: int) -> Itera
 
     def forward_of(module: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(read: Tensor) -> Tensor:
-            given: Tensor = _LeadingRows.apply(read, module.weight, module.bias, rows)
+            apply: Any = _LeadingRows.apply
+            given: Tensor = apply(read, module.weight, module.bias, rows)
             return given
 
         return forward
@@ -179,7 +180,7 @@ def _going_back_along(model: LoadedModel, rows: int | None, *, of: int) -> Itera
     try:
         for module in maps:
             # On the instance, where it hides the class's own until it is deleted.
-            module.forward = forward_of(module)  # type: ignore[method-assign]
+            vars(module)["forward"] = forward_of(module)
         yield
     finally:
         for module in maps:
