@@ -1,6 +1,7 @@
 """Token frames: a scan's values, told one token at a time."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ def send_frames(
     unit: str,
 ) -> None:
     """Send a frame for each reported position, in order: exactly the stored floats."""
-    parts = _parts(components)
+    parts = _parts(tuple(components))
     for position, column in zip(positions, values[:, :MOST_FRAMES].T.tolist(), strict=False):
         listener.frame(
             ActivationFrame(
@@ -53,7 +54,8 @@ def send_frames(
         )
 
 
-def _parts(components: Sequence[Component]) -> list[_Part]:
+@lru_cache(maxsize=8)
+def _parts(components: tuple[Component, ...]) -> list[_Part]:
     """The embedding, each layer's heads together, each MLP."""
     parts = []
     shown = [(row, c) for row, c in enumerate(components) if c.kind in _TYPES]
