@@ -30,7 +30,16 @@ from transformers import (
 
 from neural_mri.contract.tokens import Span, Tokens
 
-__all__ = ("D_VOCAB", "FAMILIES", "NAMES", "ModuleNames", "build", "prompt", "save")
+__all__ = (
+    "D_VOCAB",
+    "FAMILIES",
+    "NAMES",
+    "ModuleNames",
+    "build",
+    "configuration",
+    "prompt",
+    "save",
+)
 
 # Its signature is written for readers, not for type checkers.
 _AutoModel: Any = AutoModelForCausalLM
@@ -55,7 +64,7 @@ def _ungrouped(**changes: Any) -> dict[str, Any]:
     return {**_SHAPE, "num_key_value_heads": 4, **changes}
 
 
-FAMILIES: Mapping[str, PretrainedConfig] = MappingProxyType(
+_CONFIGURATIONS: Mapping[str, PretrainedConfig] = MappingProxyType(
     {
         "gpt2": GPT2Config(
             vocab_size=D_VOCAB,
@@ -101,7 +110,12 @@ FAMILIES: Mapping[str, PretrainedConfig] = MappingProxyType(
         "olmo2": Olmo2Config(**_SHAPE),
     }
 )
-"""A configuration a family."""
+FAMILIES = tuple(_CONFIGURATIONS)
+
+
+def configuration(family: str) -> PretrainedConfig:
+    """The family's configuration, a new one each time: models write their data type into theirs."""
+    return copy.deepcopy(_CONFIGURATIONS[family])
 
 
 class ModuleNames(NamedTuple):
@@ -148,8 +162,7 @@ def build(family: str, *, seed: int = 0) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        # A model writes its data type into its configuration, so none is shared.
-        model = _AutoModel.from_config(copy.deepcopy(FAMILIES[family]))
+        model = _AutoModel.from_config(configuration(family))
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.2)
     finished: PreTrainedModel = model.eval()

@@ -62,7 +62,7 @@ def test_cost_is_measured_over_tokens_components_and_rows(
 
 
 def test_every_mode_is_timed_on_a_shape_built_in_code() -> None:
-    shape = devices.Shape(models.FAMILIES["llama"], "bfloat16")
+    shape = devices.Shape(models.configuration("llama"), "bfloat16")
     timed = list(devices.every_mode("tiny", shape, device="cpu"))
     assert {one.what for one in timed} >= {"T1", "T2", "plain forward", "perturb and compare"}
     assert {one.what.partition(",")[0] for one in timed} >= {"fMRI", "DTI", "FLAIR"}

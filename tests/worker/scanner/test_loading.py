@@ -65,7 +65,7 @@ def test_a_released_model_holds_no_weights(folder: Path) -> None:
 
 
 def test_the_fastest_attention_a_family_allows_is_its_own(family: str, tmp_path: Path) -> None:
-    models.FAMILIES[family].save_pretrained(tmp_path)
+    models.configuration(family).save_pretrained(tmp_path)
     # Gemma-2 caps its attention scores, which the fused kernel cannot.
     expected = "eager" if family == "gemma2" else "sdpa"
     assert loading.published_numerics(tmp_path) == Numerics(attention=expected)

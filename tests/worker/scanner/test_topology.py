@@ -12,7 +12,7 @@ from worker.scanner import topology
 
 
 def scan(family: str) -> dict[str, pa.Table]:
-    return topology.scan_topology(models.FAMILIES[family])
+    return topology.scan_topology(models.configuration(family))
 
 
 def total(table: pa.Table) -> int:
@@ -28,7 +28,7 @@ def test_parameters_add_up_to_the_models_each_storage_once(family: str) -> None:
 
 
 def test_every_component_stands_once_in_reading_order(family: str) -> None:
-    shape = topology.architecture(models.FAMILIES[family])
+    shape = topology.architecture(models.configuration(family))
     expected = ["embed"]
     for layer in range(shape.n_layers):
         expected.append(f"blocks.{layer}.attn")
@@ -39,7 +39,7 @@ def test_every_component_stands_once_in_reading_order(family: str) -> None:
 
 
 def test_a_head_owns_its_slices_and_shares_its_groups_key_value_head(family: str) -> None:
-    shape = topology.architecture(models.FAMILIES[family])
+    shape = topology.architecture(models.configuration(family))
     biases = {"gpt2": (1, 2), "pythia": (1, 2), "qwen2": (1, 2)}.get(family, (0, 0))
     query_and_output = (2 * shape.d_model + biases[0]) * shape.d_head
     key_and_value = (2 * shape.d_model + biases[1]) * shape.d_head
@@ -56,7 +56,7 @@ def test_a_head_owns_its_slices_and_shares_its_groups_key_value_head(family: str
 
 
 def test_a_tied_unembedding_is_shared_and_an_untied_one_its_own(family: str) -> None:
-    shape = topology.architecture(models.FAMILIES[family])
+    shape = topology.architecture(models.configuration(family))
     unembed = scan(family)["topology"].to_pylist()[-1]
     matrix = shape.d_vocab * shape.d_model
     final_norm = shape.d_model * (2 if shape.norm == "layer" else 1)
@@ -79,7 +79,7 @@ def test_the_parameter_table_names_what_is_tied(family: str) -> None:
 
 
 def test_the_architecture_is_read_off_the_model() -> None:
-    shapes = {name: topology.architecture(each) for name, each in models.FAMILIES.items()}
+    shapes = {name: topology.architecture(models.configuration(name)) for name in models.FAMILIES}
     assert shapes["gpt2"] == Architecture(
         family="gpt2",
         n_layers=2,
@@ -116,7 +116,7 @@ def test_the_architecture_is_read_off_the_model() -> None:
 
 
 def test_a_folder_without_weights_is_enough(family: str, tmp_path: Path) -> None:
-    models.FAMILIES[family].save_pretrained(tmp_path)
+    models.configuration(family).save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     tables, expected = topology.scan_topology(tmp_path), scan(family)
     assert all(tables[name].equals(expected[name]) for name in expected)

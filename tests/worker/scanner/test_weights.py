@@ -28,7 +28,7 @@ from worker.scanner.weights import scan_weights
 
 def test_a_component_is_the_matrices_that_it_reads(family: str, tmp_path: Path) -> None:
     tables, oracle = scan(models.save(family, tmp_path)), Oracle(family)
-    topology_table = topology.scan_topology(models.FAMILIES[family])["topology"]
+    topology_table = topology.scan_topology(models.configuration(family))["topology"]
     found = tables["weights"].to_pylist()
     assert [row["component"] for row in found] == topology_table["component"].to_pylist()
     for row in found:

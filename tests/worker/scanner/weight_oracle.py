@@ -34,7 +34,7 @@ def rows(table: pa.Table, **wanted: Any) -> Rows:
 
 
 def map_of(family: str) -> WeightMap:
-    skeleton = bridging.skeleton(models.FAMILIES[family])
+    skeleton = bridging.skeleton(models.configuration(family))
     anatomy = topology.examine(skeleton)
     return weight_map(skeleton, anatomy, topology.parameter_rows(skeleton, anatomy))
 
