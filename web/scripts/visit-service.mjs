@@ -57,7 +57,6 @@ try {
     await page.keyboard.press(KEYS[chance(KEYS.length)] ?? "h");
     readings.push(await corner());
   }
-  const fragment = new URLSearchParams(new URL(page.url()).hash.slice(1));
   const told = await page.getByTestId("announcement").textContent();
   await page.keyboard.press("h");
   await picture("fMRI");
@@ -66,6 +65,7 @@ try {
   const before = await corner();
   const again = await browser.newPage({ viewport: SMALL });
   await page.waitForFunction(isAddressOf, { component: before.component, column: before.column });
+  const fragment = new URLSearchParams(new URL(page.url()).hash.slice(1));
   await again.goto(page.url());
   await again.locator(`[data-testid=corner-value][data-component="${before.component}"]`).waitFor();
   await again.locator(`[data-testid=corner-value][data-value="${before.value}"]`).waitFor();
