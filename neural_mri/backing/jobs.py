@@ -152,6 +152,7 @@ def submit(
         "attempt": 0,
         "cancel_requested": False,
         "deadline_seconds": submission.deadline_seconds,
+        "traceparent": submission.traceparent,
         "leader": None,
     }
     if manifest := _existing_result(session, submission.scan_key):

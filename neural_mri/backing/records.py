@@ -57,6 +57,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     """How long one attempt may run."""
     idempotency_key: str | None = None
     """The caller's own word for this request: sent again, it makes no second job."""
+    traceparent: str | None = None
+    """The span that asks for it, as W3C Trace Context writes it."""
 
     @property
     def estimated_cost(self) -> float:
@@ -108,6 +110,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     problem: ProblemDocument | None
     leader: UUID | None
     """The id under which the work is known that this job waits for, where it is not its own."""
+    traceparent: str | None
+    """The span that asked for it, as W3C Trace Context writes it."""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -141,6 +145,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             manifest=row.manifest,
             problem=None if row.problem is None else _document.decode(row.problem),
             leader=row.leader,
+            traceparent=row.traceparent,
             created_at=datetime.fromtimestamp(row.created_at, UTC),
             started_at=_moment(row.started_at),
             finished_at=_moment(row.finished_at),

@@ -162,6 +162,8 @@ class JobRow(Base):
     leader: Mapped[UUID | None]
     """The id under which a worker knows the work that this job waits for, or that was handed over to it;
     NULL for a job that takes, or took, its own turn."""
+    traceparent: Mapped[str | None] = mapped_column(String(55))
+    """The span that asked for it, as W3C Trace Context writes it."""
     created_at: Mapped[float]
     started_at: Mapped[float | None]
     """When the latest attempt was claimed."""
