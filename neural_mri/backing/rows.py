@@ -1,4 +1,4 @@
-"""The rows of the database: jobs, registered models, the queues' virtual clocks, users and their keys.
+"""The rows of the database: jobs, models and who holds them, the queues' virtual clocks, users and keys.
 
 Knows columns, constraints and indices; nothing of what moves a job. Times are seconds since 1970 by the
 database's own clock: processes on several hosts never compare theirs.
@@ -32,7 +32,9 @@ __all__ = (
     "JOBS",
     "LOGINS",
     "MODELS",
+    "MODEL_COSTS",
     "QUEUE_CLOCKS",
+    "RESIDENCES",
     "USERS",
     "ApiKeyRow",
     "AuditRow",
@@ -40,8 +42,10 @@ __all__ = (
     "IdempotencyKeyRow",
     "JobRow",
     "LoginRow",
+    "ModelCostRow",
     "ModelRow",
     "QueueClockRow",
+    "ResidenceRow",
     "UserRow",
 )
 
@@ -212,6 +216,33 @@ class ModelRow(Base):
     registered_at: Mapped[float]
 
 
+class ResidenceRow(Base):
+    """One worker's claim to hold one set of weights. Only `backing.residences` writes here."""
+
+    __tablename__ = "residences"
+
+    revision: Mapped[str] = mapped_column(String(64), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(200), primary_key=True)
+    """The process, as leases name it."""
+    loaded: Mapped[bool]
+    """False while it is loading: a claim that ends so has cost its worker."""
+    claimed_at: Mapped[float]
+    until: Mapped[float]
+    """When the claim ends unless it is renewed."""
+
+
+class ModelCostRow(Base):
+    """What holding one set of weights has cost, where it was last loaded."""
+
+    __tablename__ = "model_costs"
+
+    revision: Mapped[str] = mapped_column(String(64), primary_key=True)
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    load_seconds: Mapped[float | None]
+    losses: Mapped[int]
+    """Workers lost while they loaded it, since it was last loaded."""
+
+
 class UserRow(Base):
     """One person, or program, that has or had an API key."""
 
@@ -274,6 +305,8 @@ class AuditRow(Base):
 JOBS = Base.metadata.tables["jobs"]
 QUEUE_CLOCKS = Base.metadata.tables["queue_clocks"]
 MODELS = Base.metadata.tables["models"]
+RESIDENCES = Base.metadata.tables["residences"]
+MODEL_COSTS = Base.metadata.tables["model_costs"]
 USERS = Base.metadata.tables["users"]
 API_KEYS = Base.metadata.tables["api_keys"]
 LOGINS = Base.metadata.tables["logins"]
