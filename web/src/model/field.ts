@@ -4,13 +4,14 @@
  */
 import type { MapName } from "../colour/lut";
 import type { Scale } from "../colour/window";
+import type { Message } from "../words/words.svelte";
 import type { Volume } from "./volume";
 
 export interface Field {
   /** Stands in addresses. */
   readonly id: string;
   /** What a person picks it by. */
-  readonly title: string;
+  readonly title: Message;
   readonly unit: string;
   /** How it was measured: formula or hook, as the service says it. */
   readonly method: string;

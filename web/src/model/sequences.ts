@@ -3,17 +3,18 @@
  * tabs, series, windows, keys and addresses follow from it.
  */
 import type { MapName } from "../colour/lut";
+import type { Message } from "../words/words.svelte";
 
 export type SequenceId = "T1" | "T2" | "fMRI" | "DTI" | "FLAIR";
 
 export interface Sequence {
   readonly id: SequenceId;
-  readonly title: string;
+  readonly title: Message;
   /** What it stands for, as the specification names it. */
   readonly fullName: string;
-  readonly about: string;
+  readonly about: Message;
   /** How to read the picture, where it is not a matter of course. */
-  readonly reading: string;
+  readonly reading: Message;
   /** The key that shows it. */
   readonly key: string;
   readonly endpoint: string;
@@ -74,8 +75,7 @@ export const SEQUENCES: readonly Sequence[] = [
     about:
       "Which components carry the answer, and along which paths: what replacing each one does to it.",
     reading:
-      "Green: the answer suffers without it. Violet: the answer gains. Tracts join what one writes " +
-      "to what another reads.",
+      "Green: the answer suffers without it. Violet: the answer gains. Tracts join what one writes to what another reads.",
     key: "4",
     endpoint: "/api/scan/circuits",
     needsPrompt: true,
@@ -88,8 +88,7 @@ export const SEQUENCES: readonly Sequence[] = [
     title: "Anomaly",
     fullName: "Feature-Level Anomaly Identification & Reporting",
     about:
-      "Uncertainty, where the prediction appears, and whether more than habit supports it, against " +
-      "what is ordinary for this model.",
+      "Uncertainty, where the prediction appears, and whether more than habit supports it, against what is ordinary for this model.",
     reading:
       "Grey is ordinary. Red, ringed and pulsing: farther from ordinary than the false-alarm rate allows.",
     key: "5",

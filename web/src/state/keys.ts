@@ -1,5 +1,6 @@
 /** Every key the viewer hears, in one table; the help dialog prints it and the handler reads it. */
 import { SEQUENCES, type SequenceId } from "../model/sequences";
+import type { Message } from "../words/words.svelte";
 
 export type Action =
   | "up"
@@ -40,8 +41,8 @@ export interface Binding {
   /** `KeyboardEvent.key` values, letters in lower case; `Shift+` where it must be held. */
   readonly keys: readonly string[];
   readonly action: Action;
-  readonly about: string;
-  readonly group: "Crosshair" | "Tokens" | "Sequence" | "Window and level" | "View";
+  readonly about: Message;
+  readonly group: Message;
 }
 
 export const BINDINGS: readonly Binding[] = [
@@ -61,7 +62,7 @@ export const BINDINGS: readonly Binding[] = [
   ...SEQUENCES.map(({ id, key, title }) => ({
     keys: [key],
     action: `sequence:${id}` as const,
-    about: `${id}, ${title.toLowerCase()}`,
+    about: title,
     group: "Sequence" as const,
   })),
   { keys: ["PageUp"], action: "previous-sequence", about: "Sequence before", group: "Sequence" },

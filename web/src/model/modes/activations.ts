@@ -13,6 +13,7 @@ import { field, type Field } from "../field";
 import { sequence } from "../sequences";
 import { acquisitionOf, announced, bare, stored, type Loader, type Series } from "../series";
 import { Volume } from "../volume";
+import type { Message } from "../../words/words.svelte";
 
 export const load: Loader = async (manifest, job, read) => {
   const [activations, tokens, neurons, predictions] = await Promise.all([
@@ -35,7 +36,7 @@ export const load: Loader = async (manifest, job, read) => {
 export function activity(
   table: ActivationTable,
   id: string,
-  title: string,
+  title: Message,
   map: MapName = sequence("fMRI").map,
 ): Field {
   return field({

@@ -5,6 +5,7 @@ import { field, type Field } from "../field";
 import { sequence } from "../sequences";
 import { acquisitionOf, announced, bare, stored, type Loader, type Series } from "../series";
 import { Volume } from "../volume";
+import type { Message } from "../../words/words.svelte";
 
 export interface Metric {
   readonly position: number;
@@ -109,7 +110,7 @@ export const load: Loader = async (manifest, job, read) => {
   };
 };
 
-function signed(id: string, title: string, unit: string, method: string, volume: Volume): Field {
+function signed(id: string, title: Message, unit: string, method: string, volume: Volume): Field {
   return field({
     id,
     title,

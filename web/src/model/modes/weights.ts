@@ -4,6 +4,7 @@ import { field, type Field } from "../field";
 import { sequence } from "../sequences";
 import { acquisitionOf, bare, type Loader, type TableReader } from "../series";
 import { Volume } from "../volume";
+import type { Message } from "../../words/words.svelte";
 
 /** A component is marked where its share of outliers exceeds the median component's so many times. */
 export const MARKED_TIMES = 5;
@@ -78,7 +79,13 @@ export const load: Loader = async (manifest, job, read) => {
   const marks = new Volume(components, 1, outlying(shares));
   const marked = `ring: more than ${MARKED_TIMES} times the median share of weights beyond ${sigma} σ`;
   const { method } = weights.provenance;
-  const quantity = (id: string, title: string, unit: string, column: string, log: boolean): Field =>
+  const quantity = (
+    id: string,
+    title: Message,
+    unit: string,
+    column: string,
+    log: boolean,
+  ): Field =>
     field({
       id,
       title,
