@@ -28,6 +28,8 @@ from neural_mri.contract.jobs import HELD, TERMINAL, JobKind, JobState, Lane
 __all__ = (
     "API_KEYS",
     "AUDIT",
+    "BATCHES",
+    "BATCH_LINES",
     "IDEMPOTENCY_KEYS",
     "JOBS",
     "LOGINS",
@@ -52,6 +54,7 @@ __all__ = (
 _UNFINISHED = text("finished_at IS NULL")
 _LEASED = text("lease_owner IS NOT NULL")
 _FOLLOWING = text("leader IS NOT NULL")
+_BOUNDED = text("max_failures IS NOT NULL AND stopped_at IS NULL AND ended_at IS NULL")
 
 
 def _words(kind: type[StrEnum]) -> Enum:
@@ -302,6 +305,134 @@ class AuditRow(Base):
     """JSON."""
 
 
+class BatchRow(Base):
+    """Many scans asked for at once. Only `backing.batches` writes here."""
+
+    __tablename__ = "batches"
+    __table_args__ = (
+        Index("ix_batches_recent", "owner", "created_at"),
+        Index("ix_batches_word", "owner", "word", unique=True),
+        Index("ix_batches_bounded", "id", sqlite_where=_BOUNDED, postgresql_where=_BOUNDED),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(String(200))
+    name: Mapped[str] = mapped_column(String(200))
+    lane: Mapped[Lane]
+    lines: Mapped[int]
+    max_failures: Mapped[int | None]
+    word: Mapped[str | None] = mapped_column(String(200))
+    """The caller's Idempotency-Key."""
+    digest: Mapped[str] = mapped_column(String(64))
+    """Of the request, as it was read."""
+    created_at: Mapped[float]
+    stopped_at: Mapped[float | None]
+    stopped_by: Mapped[str | None] = mapped_column(String(16))
+    """`caller` or `failures`."""
+    ended_at: Mapped[float | None]
+    """Once every job was seen to have ended; until then the jobs themselves tell."""
+
+
+class BatchLineRow(Base):
+    """One line of a batch: the job that it became, or why it became none."""
+
+    __tablename__ = "batch_lines"
+    __table_args__ = (Index("ix_batch_lines_job", "job_id"),)
+
+    batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id"), primary_key=True)
+    line: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[UUID | None]
+    repeats: Mapped[int | None]
+    """The earlier line that asked for the same scan, and whose job this is."""
+    problem: Mapped[str | None]
+    """JSON, as RFC 9457 has it."""
+
+
+class SessionRow(Base):
+    """One saved session. Only `backing.sessions` writes here."""
+
+    __tablename__ = "sessions"
+    __table_args__ = (Index("ix_sessions_recent", "owner", "updated_at", "id"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(String(200))
+    name: Mapped[str] = mapped_column(String(200))
+    pinned: Mapped[bool]
+    head: Mapped[str] = mapped_column(String(64))
+    """Digest of the latest revision."""
+    revision: Mapped[int]
+    """Its number."""
+    scans: Mapped[int]
+    models: Mapped[str]
+    """Names, between and around them line feeds."""
+    words: Mapped[str]
+    """What a search looks through, in small letters."""
+    origin: Mapped[str] = mapped_column(String(16))
+    forked_from: Mapped[UUID | None]
+    """No foreign key: a fork outlives what it came from."""
+    created_at: Mapped[float]
+    updated_at: Mapped[float]
+
+
+class SessionRevisionRow(Base):
+    """One save of a session; never changed."""
+
+    __tablename__ = "session_revisions"
+    __table_args__ = (Index("ix_session_revisions_digest", "session_id", "digest"),)
+
+    session_id: Mapped[UUID] = mapped_column(ForeignKey("sessions.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64))
+    document: Mapped[str]
+    """Canonical JSON: its SHA-256 is the digest."""
+    author: Mapped[str] = mapped_column(String(200))
+    message: Mapped[str]
+    created_at: Mapped[float]
+
+
+class SessionResultRow(Base):
+    """A result that some revision of a session names: it is kept for as long as the session is."""
+
+    __tablename__ = "session_results"
+    __table_args__ = (Index("ix_session_results_digest", "digest"),)
+
+    session_id: Mapped[UUID] = mapped_column(ForeignKey("sessions.id"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+
+class SessionArrivalRow(Base):
+    """A scan under way that joins a session once it has succeeded."""
+
+    __tablename__ = "session_arrivals"
+
+    session_id: Mapped[UUID] = mapped_column(ForeignKey("sessions.id"), primary_key=True)
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    author: Mapped[str] = mapped_column(String(200))
+    label: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[float]
+
+
+class ShareRow(Base):
+    """A link to a session, without what would let anybody follow it. Only `backing.shares` writes here."""
+
+    __tablename__ = "shares"
+    __table_args__ = (
+        Index("ix_shares_digest", "digest", unique=True),
+        Index("ix_shares_session", "session_id"),
+    )
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    session_id: Mapped[UUID] = mapped_column(ForeignKey("sessions.id"))
+    digest: Mapped[str] = mapped_column(String(64))
+    """HMAC-SHA-256 of the link's token, under the service's pepper."""
+    access: Mapped[str] = mapped_column(String(16))
+    redacted: Mapped[bool]
+    label: Mapped[str]
+    created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    revoked_at: Mapped[float | None]
+
+
 JOBS = Base.metadata.tables["jobs"]
 QUEUE_CLOCKS = Base.metadata.tables["queue_clocks"]
 MODELS = Base.metadata.tables["models"]
@@ -312,4 +443,11 @@ API_KEYS = Base.metadata.tables["api_keys"]
 LOGINS = Base.metadata.tables["logins"]
 AUDIT = Base.metadata.tables["audit"]
 IDEMPOTENCY_KEYS = Base.metadata.tables["idempotency_keys"]
+BATCHES = Base.metadata.tables["batches"]
+BATCH_LINES = Base.metadata.tables["batch_lines"]
+SESSIONS = Base.metadata.tables["sessions"]
+SESSION_REVISIONS = Base.metadata.tables["session_revisions"]
+SESSION_RESULTS = Base.metadata.tables["session_results"]
+SESSION_ARRIVALS = Base.metadata.tables["session_arrivals"]
+SHARES = Base.metadata.tables["shares"]
 """The same as tables: a statement over a mapped class costs several times what SQLite takes to run it."""
