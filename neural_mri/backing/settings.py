@@ -74,6 +74,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """`cpu`, `cuda`, `cuda:N`, or `auto`: a GPU where there is one."""
     threads: Annotated[int, Meta(ge=0)] = 0
     """Threads torch may use on the CPU; 0 leaves it to torch."""
+    memory_bytes: Annotated[int, Meta(ge=0)] = 0
+    """Bytes a worker may use for models and scans; 0: what its device, or its control group, has."""
+    spread: Literal["auto", "off"] = "auto"
+    """`auto`: a model too large for one GPU is spread over all that the worker sees. `off`: it is refused."""
+    load_on_demand: bool = True
+    """Whether a scan has its model loaded where no worker holds it; else only `POST /api/model/load` does."""
+    model_residence_seconds: Annotated[float, Meta(ge=0)] = 10.0
+    """How long a loaded model stays before it may give way to another; at least as long as loading took."""
+    model_patience_seconds: Seconds = 60.0
+    """How long jobs wait at most before their model takes the place of one in greater demand."""
+    model_demand_seconds: Seconds = 60.0
+    """Time in which a request's weight in its model's demand falls to 37 % once it has been served."""
     max_tokens: Annotated[int, Meta(ge=1)] = 4096
     """Longest prompt accepted, in tokens, whatever the model's own context."""
     batch_jobs: Annotated[int, Meta(ge=1, le=256)] = 16
@@ -106,6 +118,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Pause between comments on a quiet event stream."""
     worker_metrics_port: Annotated[int, Meta(ge=0, le=65535)] = 0
     """Port on which a worker answers Prometheus at `host`; 0: none. The API does at `/metrics`."""
+    traces_endpoint: Address = ""
+    """Collector that traces are sent to (OTLP over HTTP), `http://host:4318`; none are made where empty."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is logged."""
     log_format: Literal["console", "json"] = "console"
