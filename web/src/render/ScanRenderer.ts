@@ -188,7 +188,7 @@ export class ScanRenderer {
 
   #drawAnatomy(layout: Layout): void {
     const ctx = this.#anatomy;
-    const { tracts, midline, width, height } = layout;
+    const { tracts, spine, width, height } = layout;
     ctx.setTransform(this.#ratio, 0, 0, this.#ratio, 0, 0);
     ctx.fillStyle = this.#theme.background;
     ctx.fillRect(0, 0, width, height);
@@ -208,8 +208,8 @@ export class ScanRenderer {
     ctx.strokeStyle = this.#theme.midline;
     ctx.lineWidth = 2;
     ctx.beginPath();
-    ctx.moveTo(midline.x, midline.top);
-    ctx.lineTo(midline.x, midline.bottom);
+    ctx.moveTo(spine[0] ?? 0, spine[1] ?? 0);
+    for (let at = 2; at < spine.length; at += 2) ctx.lineTo(spine[at] ?? 0, spine[at + 1] ?? 0);
     ctx.stroke();
 
     ctx.strokeStyle = this.#theme.tract;

@@ -1,7 +1,8 @@
 /** The paths of a circuit as curves to draw: where, how thick, in which colour. Pure. */
 import type { Layout } from "../model/layout";
 import type { Path } from "../model/modes/circuits";
-import type { Topology } from "../model/topology";
+import { nodeOf, type Topology } from "../model/topology";
+import type { Message } from "../words/words.svelte";
 
 /** `x0 y0 cx cy x1 y1` of a quadratic curve. */
 export type Curve = readonly [number, number, number, number, number, number];
@@ -21,7 +22,7 @@ export interface Tract {
 }
 
 export const DIRECTIONS: Readonly<
-  Record<Direction, { readonly colour: string; readonly title: string }>
+  Record<Direction, { readonly colour: string; readonly title: Message }>
 > = {
   head: { colour: "#ff6f61", title: "into heads" },
   mlp: { colour: "#f2c14e", title: "into MLPs" },
@@ -78,18 +79,21 @@ export function directionOf(target: string): Direction {
 /** A layer's attention as a whole has no node of its own: its paths are drawn at its first head. */
 function node(topology: Topology, address: string): number {
   const own = topology.indexOf.get(address);
-  if (own !== undefined) return own;
-  return topology.indexOf.get(`${address}.head_0`) ?? -1;
+  return own ?? nodeOf(topology, address);
 }
 
-/** Bows away from the midline, so that tracts of one side do not cross the stem; on it, by turns. */
-function bowed({ x, y, midline }: Layout, from: number, to: number): Curve {
+/** Bows away from the middle, so that tracts of one side do not cross the stem; on it, by turns. */
+function bowed({ x, y, midline, level, width, height }: Layout, from: number, to: number): Curve {
   const [x0 = 0, y0 = 0, x1 = 0, y1 = 0] = [x[from], y[from], x[to], y[to]];
-  const middle = (x0 + x1) / 2;
-  const lean = middle - midline.x;
+  const [mx, my] = [(x0 + x1) / 2, (y0 + y1) / 2];
+  const length = Math.hypot(x1 - x0, y1 - y0) || 1;
+  // In rows tracts bow sideways; elsewhere across their own direction.
+  const [nx, ny] = level ? [1, 0] : [(y0 - y1) / length, (x1 - x0) / length];
+  const [cx, cy] = level ? [midline.x, my] : [width / 2, height / 2];
+  const lean = (mx - cx) * nx + (my - cy) * ny;
   const side = Math.abs(lean) < 1 ? (from % 2 === 0 ? 1 : -1) : Math.sign(lean);
-  const length = Math.hypot(x1 - x0, y1 - y0);
-  return [x0, y0, middle + side * BOW * length, (y0 + y1) / 2, x1, y1];
+  const by = side * BOW * length;
+  return [x0, y0, mx + by * nx, my + by * ny, x1, y1];
 }
 
 /** The share of all strength that the strongest `count` carry; what was not told is counted as well. */

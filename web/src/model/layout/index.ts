@@ -1,7 +1,9 @@
 /** The layouts a person can choose from. */
 import type { Topology } from "../topology";
 import { INSET, type Layout, type LayoutName, type Viewport } from "./layout";
+import { network } from "./network";
 import { place, type Outline } from "./place";
+import { radial } from "./radial";
 
 export type { Layout, LayoutName, Viewport } from "./layout";
 export { radiiByParameters } from "./layout";
@@ -18,7 +20,7 @@ const stack: Outline = {
   taper: () => 1,
 };
 
-/** An axial head: an ellipse. Its rows stay level, as the sagittal plane beside it has them. */
+/** An axial head: an ellipse whose rows stay level. */
 const brain: Outline = {
   halfWidth: ({ width }, height) => {
     const side = width >= WIDE ? CORNER_WIDTH * 0.55 : INSET.side;
@@ -27,10 +29,17 @@ const brain: Outline = {
   taper: (depth) => Math.sqrt(1 - ((depth - 0.5) / 0.58) ** 2),
 };
 
-const outlines: Readonly<Record<LayoutName, Outline>> = { stack, brain };
+type Placement = (topology: Topology, viewport: Viewport) => Layout;
 
-export const LAYOUT_NAMES: readonly LayoutName[] = ["stack", "brain"];
+const placements: Readonly<Record<LayoutName, Placement>> = {
+  stack: (topology, viewport) => place(topology, viewport, stack),
+  brain: (topology, viewport) => place(topology, viewport, brain),
+  network,
+  radial,
+};
+
+export const LAYOUT_NAMES: readonly LayoutName[] = ["stack", "brain", "network", "radial"];
 
 export function layOut(name: LayoutName, topology: Topology, viewport: Viewport): Layout {
-  return place(topology, viewport, outlines[name]);
+  return placements[name](topology, viewport);
 }

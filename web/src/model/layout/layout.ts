@@ -7,19 +7,27 @@ export interface Viewport {
 export interface Layout extends Viewport {
   readonly x: Float32Array;
   readonly y: Float32Array;
-  /** Largest radius a node may have without touching its neighbours, at most 10. */
+  /** Largest radius a node may have without touching its neighbours, at most 10 unless enlarged. */
   readonly maxRadius: number;
-  /** Height of each layer's row at the midline; its band is one `pitch` high. */
+  /** Height of each layer's row at the midline, where layers stand in rows; its band is one `pitch` high. */
   readonly rows: Float32Array;
   readonly pitch: number;
+  /** Whether layers stand in level rows. */
+  readonly level: boolean;
   /** Tracts: quadratic curves `x0 y0 cx cy x1 y1`, each a component writing to or reading from the residual stream. */
   readonly tracts: Float32Array;
-  /** The residual stream itself. */
+  /** The residual stream itself, from embedding to unembedding: `x y` of each bend. */
+  readonly spine: Float32Array;
+  /** What paths bow away from. */
   readonly midline: { readonly x: number; readonly top: number; readonly bottom: number };
+  /** The orientation letters, E and U. */
+  readonly ends: readonly [Mark, Mark];
   /** Heads, where there is room to name them, above the first layer. */
   readonly columns: readonly Mark[];
-  /** Layers, at their leftmost node. */
+  /** Layers, each beside one of its nodes. */
   readonly margins: readonly Mark[];
+  /** How much it is enlarged. */
+  readonly scale: number;
 }
 
 /** A node that carries a label. */
@@ -29,7 +37,7 @@ export interface Mark {
   readonly y: number;
 }
 
-export type LayoutName = "stack" | "brain";
+export type LayoutName = "stack" | "brain" | "network" | "radial";
 
 /** Room kept free of nodes, for orientation letters and labels. */
 export const INSET = { top: 44, bottom: 30, side: 34 } as const;
@@ -45,7 +53,7 @@ const SMALLEST_RADIUS = 4;
  */
 export function radiiByParameters(
   parameters: Float64Array,
-  layout: Pick<Layout, "maxRadius">,
+  layout: Pick<Layout, "maxRadius"> & Partial<Pick<Layout, "scale">>,
 ): Float32Array {
   const most = parameters.reduce((a, b) => Math.max(a, b || 0), 0);
   const radii = Float32Array.from(parameters, (count) => {
@@ -53,16 +61,30 @@ export function radiiByParameters(
     return SMALLEST_RADIUS + (LARGEST_RADIUS - SMALLEST_RADIUS) * share;
   });
   const widest = radii.subarray(1, -1).reduce((a, b) => Math.max(a, b), 0);
-  const fit = Math.min(1, layout.maxRadius / Math.max(widest, 1));
+  const fit = Math.min(layout.scale ?? 1, layout.maxRadius / Math.max(widest, 1));
   return radii.map((radius) => radius * fit);
 }
 
 export function clampRadius(radius: number): number {
-  return Math.max(1, Math.min(LARGEST_RADIUS, radius));
+  return Math.max(0.75, Math.min(LARGEST_RADIUS, radius));
 }
 
 /** Every how many columns one is labelled, when a label needs `room` pixels. */
 export function labelled(pitch: number, room: number): number {
   const every = Math.ceil(room / Math.max(pitch, 1));
   return [1, 2, 4, 8, 16, 32].find((step) => step >= every) ?? 64;
+}
+
+/** Least distance between two points of which `within` that follow each other may be the nearest. */
+export function closest(x: Float32Array, y: Float32Array, within = x.length): number {
+  let least = Infinity;
+  for (let node = 0; node < x.length; node++) {
+    const end = Math.min(x.length, node + within);
+    for (let other = node + 1; other < end; other++) {
+      const dx = (x[node] ?? 0) - (x[other] ?? 0);
+      const dy = (y[node] ?? 0) - (y[other] ?? 0);
+      least = Math.min(least, dx * dx + dy * dy);
+    }
+  }
+  return Math.sqrt(least);
 }

@@ -1,10 +1,19 @@
 /**
- * The one placement both layouts share: layers from top (embedding) to bottom (output), attention heads
+ * The placement of layouts in rows: layers from top (embedding) to bottom (output), attention heads
  * left and right of a midline on which the MLPs and the residual stream stand. A layout is only the
  * outline it is fitted into.
  */
-import { columnOf, headsLeft, nodeAt, type Topology } from "../topology";
-import { INSET, clampRadius, labelled, type Layout, type Mark, type Viewport } from "./layout";
+import { headsLeft, nodeAt, type Topology } from "../topology";
+import {
+  INSET,
+  clampRadius,
+  closest,
+  labelled,
+  type Layout,
+  type Mark,
+  type Viewport,
+} from "./layout";
+import { joined } from "./tracts";
 
 export interface Outline {
   /** Half the picture's widest row, in pixels, for the viewport and the height of all rows. */
@@ -55,7 +64,8 @@ export function place(topology: Topology, viewport: Viewport, outline: Outline):
     }
   }
 
-  const maxRadius = clampRadius(closest(topology, x, y) * 0.46);
+  // Nodes more than three rows apart are never the nearest.
+  const maxRadius = clampRadius(closest(x, y, 3 * (nHeads + 1)) * 0.46);
   return {
     ...viewport,
     x,
@@ -63,15 +73,24 @@ export function place(topology: Topology, viewport: Viewport, outline: Outline):
     maxRadius,
     rows,
     pitch,
-    tracts: tracts(topology, x, y, pitch),
+    level: true,
+    tracts: joined(topology, x, y, (x0, y0, x1, y1) =>
+      Math.abs(x0 - x1) > pitch ? [(x0 + x1) / 2, (y0 + y1) / 2] : [x1, y0],
+    ),
+    spine: Float32Array.of(middle, top, middle, bottom),
     midline: { x: middle, top, bottom },
+    ends: [
+      { label: "E", x: middle, y: 17 },
+      { label: "U", x: middle, y: viewport.height - 7 },
+    ],
     columns: columnLabels(topology, x, y),
     margins: margins(topology, x, y),
+    scale: 1,
   };
 }
 
 /** Column positions from -1 to 1; the MLP at 0. */
-function columnOffsets({ nHeads, nKvHeads }: Topology): Float32Array {
+export function columnOffsets({ nHeads, nKvHeads }: Topology): Float32Array {
   const left = headsLeft(nHeads);
   const group = nKvHeads > 0 ? Math.max(1, Math.floor(nHeads / nKvHeads)) : 1;
   // Marks only groups that are real: neither one head each nor all heads together.
@@ -89,39 +108,6 @@ function columnOffsets({ nHeads, nKvHeads }: Topology): Float32Array {
   return offsets;
 }
 
-/** Least distance between two nodes. Nodes more than three rows apart are never the nearest. */
-function closest(topology: Topology, x: Float32Array, y: Float32Array): number {
-  const within = 3 * (topology.nHeads + 1);
-  let least = Infinity;
-  for (let node = 0; node < topology.size; node++) {
-    const end = Math.min(topology.size, node + within);
-    for (let other = node + 1; other < end; other++) {
-      const dx = (x[node] ?? 0) - (x[other] ?? 0);
-      const dy = (y[node] ?? 0) - (y[other] ?? 0);
-      least = Math.min(least, dx * dx + dy * dy);
-    }
-  }
-  return Math.sqrt(least);
-}
-
-/** Heads write to the residual stream above their layer's MLP; the MLP's output is read by the next heads. */
-function tracts(topology: Topology, x: Float32Array, y: Float32Array, pitch: number): Float32Array {
-  const curves: number[] = [];
-  const join = (from: number, to: number) => {
-    const [x0 = 0, y0 = 0, x1 = 0, y1 = 0] = [x[from], y[from], x[to], y[to]];
-    const outer = Math.abs(x0 - x1) > pitch;
-    curves.push(x0, y0, outer ? (x0 + x1) / 2 : x1, outer ? (y0 + y1) / 2 : y0, x1, y1);
-  };
-  const middle = headsLeft(topology.nHeads);
-  for (let node = 1; node < topology.size - 1; node++) {
-    const layer = topology.layers[node] ?? 0;
-    if (columnOf(topology, node) === middle) continue;
-    join(layer === 0 ? 0 : nodeAt(topology, layer - 1, middle), node);
-    join(node, nodeAt(topology, layer, middle));
-  }
-  return Float32Array.from(curves);
-}
-
 function columnLabels(topology: Topology, x: Float32Array, y: Float32Array): Mark[] {
   const first = nodeAt(topology, 0, 0);
   const last = nodeAt(topology, 0, topology.nHeads);
@@ -131,7 +117,7 @@ function columnLabels(topology: Topology, x: Float32Array, y: Float32Array): Mar
     .filter((head) => head % step === 0)
     .map((head) => {
       const node = nodeAt(topology, 0, head < headsLeft(topology.nHeads) ? head : head + 1);
-      return { label: `H${head}`, x: x[node] ?? 0, y: y[node] ?? 0 };
+      return { label: topology.folded ? "A" : `H${head}`, x: x[node] ?? 0, y: y[node] ?? 0 };
     });
 }
 
