@@ -105,7 +105,7 @@ def scan_anomalies(
 
     def after_chunk(done: int) -> None:
         listener.progress("lens", done, len(measured_at))
-        listener.checkpoint()
+        listener.pause()
 
     measured = measure(
         model,

@@ -6,8 +6,8 @@ what is ordinary in each of FLAIR's channels: a lens is nearer to the text it wa
 and bounds taken there would promise too much. Nothing in it comes from a person's prompt.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import torch
@@ -74,7 +74,8 @@ def calibrate(
         )
     text = _Text(model, ids, request, listener)
     # It runs the model on each batch; the text has its own readers in place meanwhile.
-    means = reference_means(model, text.batches())
+    with closing(text.batches()) as batches:
+        means = reference_means(model, batches)
     fitted = Calibration(
         architecture=model.architecture,
         source="texts" if texts else "sampled",
@@ -113,6 +114,17 @@ def _refuse_large_ridge(model: LoadedModel, request: CalibrationScan) -> None:
         )
 
 
+class _OnlyStopping(Silent):
+    """Says nothing of a batch's layers, and stops between two of them."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def checkpoint(self) -> None:
+        """The listener's."""
+        self._listener.checkpoint()
+
+
 class _Text:
     """Reference text, and what is gathered as the model reads it."""
 
@@ -147,7 +159,7 @@ class _Text:
         self._norms: list[Float[Tensor, "component pos"]] = []
         self._measured = 0
 
-    def batches(self) -> Iterator[Int[Tensor, "text pos"]]:
+    def batches(self) -> Generator[Int[Tensor, "text pos"], None, None]:
         """The text, a batch at a time. Whoever asks for a batch runs the model on it before the next."""
         for first in range(0, len(self._ids), self._texts_at_once):
             batch = self._ids[first : first + self._texts_at_once]
@@ -162,7 +174,7 @@ class _Text:
                 self._norms.append(by_text[:, :, 1:].flatten(1))
             done = first + len(batch)
             self._listener.progress("reading", done, len(self._ids))
-            self._listener.checkpoint()
+            self._listener.pause()
 
     def bias(self) -> Affine:
         """The bias lens, once the model has read the text."""
@@ -185,7 +197,9 @@ class _Text:
     def _residuals(self, shape: Sequence[int], reading: ExitStack) -> ResidualReading:
         n_texts, length = shape
         positions = torch.arange(n_texts * length).view(n_texts, length)[:, 1:].flatten()
-        residuals = ResidualReading(self._model, positions, positions, Silent())
+        residuals = ResidualReading(
+            self._model, positions, positions, _OnlyStopping(self._listener)
+        )
         reading.enter_context(residuals.listening())
         return residuals
 
@@ -227,7 +241,7 @@ def _ordinary(
 
     def after_chunk(done: int) -> None:
         listener.progress("ordinary", done, n_positions)
-        listener.checkpoint()
+        listener.pause()
 
     everywhere = torch.arange(n_positions)
     measured = measure(model, residuals, lenses, everywhere, after_chunk=after_chunk)

@@ -190,7 +190,7 @@ class _Finder:
         """One row's gradients where components read, float32: a tensor a layer, the unembedding last."""
         found = []
         for layer in layers:
-            listener.checkpoint()
+            listener.pause()
             attn = self._head_reads(layer, at) if self._by_head else at.gradients.attn_reads[layer]
             mlp = at.gradients.mlp_reads[layer]
             found.append(torch.cat([attn[:, -self._width :], mlp[:, -self._width :]]).float())

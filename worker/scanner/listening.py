@@ -30,6 +30,12 @@ class Listener(Protocol):
     def checkpoint(self) -> None:
         """Raises `Cancelled` when the scan should go no further."""
 
+    def pause(self) -> None:
+        """The same between two steps, when no hook of the scan's is on any model.
+
+        Another scan may run before it returns, of this model too.
+        """
+
 
 class Silent:
     """Hears everything and says nothing."""
@@ -48,3 +54,7 @@ class Silent:
 
     def checkpoint(self) -> None:
         """Nothing: a scan that nobody hears is never stopped."""
+
+    def pause(self) -> None:
+        """Only a checkpoint: there is nobody to let in between."""
+        self.checkpoint()

@@ -277,7 +277,7 @@ class _GrowingGroups:
         for kind in {run.component.kind for run in runs}:
             of_kind = [index for index, run in enumerate(runs) if run.component.kind is kind]
             for at in range(0, len(of_kind), self._newcomers_at_once):
-                self._listener.checkpoint()
+                self._listener.pause()
                 some = of_kind[at : at + self._newcomers_at_once]
                 vectors[some] = self._with_patch(layer, kind, [runs[index] for index in some])
         return vectors
@@ -309,7 +309,7 @@ class _GrowingGroups:
         """Take a group's runs through a block."""
         last, step = layer == self._shape.n_layers - 1, rows_at_once(self._model, group.width)
         for at in range(0, group.present, step):
-            self._listener.checkpoint()
+            self._listener.pause()
             some = slice(at, min(at + step, group.present))
             block = Block.of(
                 self._model.modules.blocks[layer],
@@ -396,6 +396,7 @@ def whole_changes(
         )
         values.append(measure(logits[1:, -1]))
         listener.progress(stage, at + len(some), len(made))
+        listener.pause()
     found = torch.cat(values) if values else torch.empty(0)
     return found[len(bases) :] - found[[bases.index(run.base) for run in patched]]
 

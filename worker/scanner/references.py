@@ -84,12 +84,13 @@ def reference_means(
             (block.block, at_output("resid_post", layer)),
         )
     ]
-    with hooked(*readers):
-        for ids in texts:
-            if ids.shape[1] < 2:
-                raise ValueError("reference text needs at least two tokens: position 0 is left out")
+    for ids in texts:
+        if ids.shape[1] < 2:
+            raise ValueError("reference text needs at least two tokens: position 0 is left out")
+        # Between two batches the model is anybody's.
+        with hooked(*readers):
             model.plain(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
-            count += ids.shape[0] * (ids.shape[1] - 1)
+        count += ids.shape[0] * (ids.shape[1] - 1)
     if not count:
         raise ValueError("there is no reference text")
     means = {name: (total / count).float() for name, total in sums.items()}

@@ -44,7 +44,7 @@ def sampled_text(
         given = _drawn(run.logits[:, -1], generator).to(model.device)
         written.append(given)
         listener.progress("sampling", done, length)
-        listener.checkpoint()
+        listener.pause()
     text = torch.cat(written, dim=1)
     return torch.cat([first, text], dim=1) if prefix else text
 

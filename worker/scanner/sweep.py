@@ -155,7 +155,7 @@ class _GrowingBatch:
             block = self._block(layer)
             last = layer == self._shape.n_layers - 1
             for some in torch.split(rows[:present], self._rows_at_once):
-                self._listener.checkpoint()
+                self._listener.pause()
                 block.advance(some, last=last)
             for some in self._newcomers(layer, block, joining.get(layer, []), last=last):
                 rows[present : present + len(some), -some.shape[1] :] = some
@@ -185,7 +185,7 @@ class _GrowingBatch:
         for kind, group in groupby(components, key=lambda component: component.kind):
             replaced = list(group)
             for at in range(0, len(replaced), self._rows_at_once):
-                self._listener.checkpoint()
+                self._listener.pause()
                 some = replaced[at : at + self._rows_at_once]
                 if kind is Kind.MLP:
                     yield before + attn + self._with_replaced(mlp, some)
@@ -240,5 +240,5 @@ def _whole_rows(
         values = metric(forward(model, Rows(prompts, copies=0), edits)[:, -1])
         effects.append(values[1:] - values[0])
         listener.progress("sweep", at + len(some), len(components))
-        listener.checkpoint()
+        listener.pause()
     return torch.cat(effects)

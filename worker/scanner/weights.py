@@ -135,7 +135,7 @@ class _Reading:
                     for future in finished:
                         future.result()
                     listener.progress("weights", self._read_bytes, total)
-                    listener.checkpoint()
+                    listener.pause()
             finally:
                 self._stopped.set()
                 pool.shutdown(cancel_futures=True)
