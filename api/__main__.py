@@ -10,7 +10,7 @@ import structlog
 import uvicorn
 
 from api.app import Application, create_app
-from neural_mri.backing import logs
+from neural_mri.backing import logs, tracing
 from neural_mri.backing.access import check_bind, load_pepper
 from neural_mri.backing.settings import InvalidSettings, load_settings
 
@@ -55,6 +55,7 @@ def main() -> int:
         settings = load_settings()
         check_bind(settings)
         load_pepper(settings)
+        tracing.check(settings)
     except InvalidSettings as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -77,7 +78,8 @@ def main() -> int:
         backlog=2048,
     )
     server = Server(config, app)
-    server.run()
+    with tracing.exported(settings, process="api"):
+        server.run()
     return 0 if server.started else 1
 
 

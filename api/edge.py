@@ -14,7 +14,7 @@ import structlog
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
-from api.metrics import Metrics
+from api.metrics import NO_ROUTE, Metrics
 from api.problems import (
     CrossOrigin,
     UnknownHost,
@@ -22,7 +22,9 @@ from api.problems import (
     incident,
     send_problem,
 )
+from neural_mri.backing import tracing
 from neural_mri.backing.settings import Settings
+from neural_mri.backing.tracing import NO_SPAN, Kind, Span
 from neural_mri.contract.problems import Problem
 
 __all__ = ("CONTENT_SECURITY_POLICY", "Edge")
@@ -74,6 +76,10 @@ class Edge:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send, head_only=scope["method"] == "HEAD")
+        # A connection's requests may run one after another in one context.
+        structlog.contextvars.clear_contextvars()
+        span = _span(scope)
+        tracing.stand_in(span)
         began = time.perf_counter()
         try:
             self._check(scope)
@@ -91,7 +97,8 @@ class Edge:
         finally:
             seconds = time.perf_counter() - began
             self._metrics.answered(scope, answer.status, seconds)
-            _log(scope, answer.status, seconds)
+            _log(scope, answer.status, seconds, span)
+            _end(span, scope, answer.status)
 
     def _check(self, scope: Any) -> None:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -166,12 +173,43 @@ def _missing(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]
     return added
 
 
-def _log(scope: Any, status: int | None, seconds: float) -> None:
-    of_interest = scope["path"].startswith("/api/") and scope["path"] != "/api/health"
-    (log.info if of_interest else log.debug)(
+def _is_of_interest(scope: Any) -> bool:
+    path: str = scope["path"]
+    return path.startswith("/api/") and path != "/api/health"
+
+
+def _log(scope: Any, status: int | None, seconds: float, span: Span) -> None:
+    trace = {} if span.trace_id is None else {"trace_id": span.trace_id}
+    (log.info if _is_of_interest(scope) else log.debug)(
         "request_answered",
         method="HEAD" if scope.get("head_only") else scope["method"],
         path=scope["path"],
         status=status,
         seconds=round(seconds, 6),
+        **trace,
     )
+
+
+def _span(scope: Any) -> Span:
+    """The request's, in its caller's trace where it names one. A stream lasts as long as its reader likes."""
+    if not _is_of_interest(scope) or scope["path"].endswith("/events"):
+        return NO_SPAN
+    given = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
+    parent = tracing.parsed(given.decode("latin-1"))
+    return tracing.begin(scope["method"], parent, kind=Kind.SERVER)
+
+
+def _end(span: Span, scope: Any, status: int | None) -> None:
+    """Name it by its route: an address would make as many names as there are jobs."""
+    route = str(scope.get("path_template") or NO_ROUTE)
+    method = "HEAD" if scope.get("head_only") else str(scope["method"])
+    span.note(
+        {
+            "http.request.method": method,
+            "http.route": route,
+            "http.response.status_code": status or 0,
+        }
+    )
+    if status is None or status >= 500:
+        span.fail()
+    span.end(name=f"{method} {route}")

@@ -14,7 +14,7 @@ from neural_mri.backing.records import Job
 from neural_mri.contract.cluster import QueueLoad
 from neural_mri.contract.jobs import JobState
 
-__all__ = ("MEDIA_TYPE", "Metrics", "Now")
+__all__ = ("MEDIA_TYPE", "NO_ROUTE", "Metrics", "Now")
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NO_ROUTE = "none"
@@ -55,8 +55,8 @@ class Metrics:
         if route not in STREAMS:
             self._seconds.labels(route, method).observe(seconds)
 
-    def accepted(self, job: Job) -> None:
-        """Count a job that has just been recorded."""
+    def accepted(self, job: Job) -> str:
+        """Count a job that has just been recorded; how it was answered."""
         if job.cached:
             answer = "stored"
         elif job.leader is not None and job.state is JobState.QUEUED:
@@ -64,6 +64,7 @@ class Metrics:
         else:
             answer = "queued"
         self._accepted.labels(job.kind.value, answer).inc()
+        return answer
 
     def exposition(self, now: "Now") -> bytes:
         """Everything, in Prometheus's text format."""

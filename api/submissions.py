@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import msgspec
+import structlog
 
 from api.dependencies import Services
 from api.preparation import Prepared, prepare
 from api.results import is_whole
-from neural_mri.backing import jobs, keys
+from neural_mri.backing import jobs, keys, tracing
 from neural_mri.backing.audit import Deed
 from neural_mri.backing.jobs import Submitted
 from neural_mri.backing.models import RegisteredModel
@@ -98,9 +99,22 @@ async def _submit(services: Services, submission: Submission) -> Job:
         job, _ = await services.sessions.write(
             jobs.submit_once, submission, max_queued=limit, usual=services.limits, is_anew=True
         )
-    services.metrics.accepted(job)
+    _told(job, services.metrics.accepted(job))
     services.announce(job)
     return job
+
+
+def _told(job: Job, work: str) -> None:
+    """Say in the request's log line, and in its span, which job it made."""
+    structlog.contextvars.bind_contextvars(job_id=str(job.id), work=work)
+    tracing.here().note(
+        {
+            "neural_mri.job": str(job.id),
+            "neural_mri.kind": job.kind.value,
+            "neural_mri.model": job.model,
+            "neural_mri.work": work,
+        }
+    )
 
 
 def _deed(submitted: Submitted) -> Deed | None:
@@ -125,6 +139,7 @@ async def submit_model_job(
         request=msgspec.json.encode(ModelRequest(model=model.name)),
         deadline_seconds=services.settings.job_deadline_seconds,
         idempotency_key=idempotency_key,
+        traceparent=tracing.here().traceparent,
     )
     return await _submit(services, submission)
 
@@ -147,4 +162,5 @@ def _submission(
         lane=lane,
         deadline_seconds=services.settings.job_deadline_seconds,
         idempotency_key=idempotency_key,
+        traceparent=tracing.here().traceparent,
     )

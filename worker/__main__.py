@@ -6,7 +6,7 @@ import sys
 
 import structlog
 
-from neural_mri.backing import logs
+from neural_mri.backing import logs, tracing
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
 from neural_mri.contract.problems import Problem
 
@@ -17,6 +17,7 @@ def main() -> int:
     """Exit status: 0 after SIGTERM, 1 when it could not start."""
     try:
         settings = load_settings()
+        tracing.check(settings)
     except InvalidSettings as error:
         sys.stderr.write(f"neural-mri: {error}\n")
         return 1
@@ -28,7 +29,8 @@ def main() -> int:
     from worker import process
 
     try:
-        return process.run(settings)
+        with tracing.exported(settings, process="worker"):
+            return process.run(settings)
     except Problem as problem:
         log.critical("worker_not_started", reason=problem.detail)
         return 1

@@ -16,7 +16,22 @@ from neural_mri.backing.settings import Settings, without_credentials
 __all__ = ("configure",)
 
 USER_DATA = frozenset(
-    {"prompt", "prompts", "request", "body", "text", "texts", "token_ids", "tokens"}
+    {
+        "prompt",
+        "prompts",
+        "corrupt_prompt",
+        "source_prompt",
+        "subject",
+        "answer",
+        "foil",
+        "request",
+        "body",
+        "text",
+        "texts",
+        "token",
+        "token_ids",
+        "tokens",
+    }
 )
 SECRETS = frozenset(
     {"authorization", "cookie", "set-cookie", "password", "secret", "api_key", "pepper"}
