@@ -4,6 +4,7 @@
  */
 import { Refusal, isAbort, problemOf } from "./refusals";
 import type { JobEvent, JobView, Manifest, ModelInfo, Tokens } from "./schema";
+import { t } from "../words/words.svelte";
 
 export const ARROW_FILE = "application/vnd.apache.arrow.file";
 
@@ -115,7 +116,7 @@ export class Client {
       if (isAbort(error)) throw error;
       throw new Refusal(
         {
-          title: "The service cannot be reached",
+          title: t("The service cannot be reached"),
           detail: "no answer to a request; is it running?",
           status: 0,
         },

@@ -6,6 +6,7 @@ import { createParser, type EventSourceMessage } from "eventsource-parser";
 
 import { Refusal, isAbort, problemOf } from "./refusals";
 import type { JobEvent } from "./schema";
+import { t } from "../words/words.svelte";
 
 export interface FollowOptions {
   readonly signal: AbortSignal;
@@ -52,7 +53,11 @@ export async function* follow(url: string, options: FollowOptions): AsyncGenerat
     }
     if (++fruitless > patience) {
       throw new Refusal(
-        { title: "The event stream was lost", detail: "the service does not answer", status: 0 },
+        {
+          title: t("The event stream was lost"),
+          detail: t("the service does not answer"),
+          status: 0,
+        },
         { cause },
       );
     }

@@ -1,4 +1,5 @@
 /** What a scan is asked about: one next token, what it is compared with, and where the comparison comes from. */
+import type { Message } from "../words/words.svelte";
 
 export type MethodId =
   "fast" | "ablation" | "attribution_patching" | "integrated_gradients" | "direct";
@@ -16,8 +17,8 @@ export const NO_QUESTION: Question = { answer: "", foil: "", corrupt: "", method
 
 export interface Method {
   readonly id: MethodId;
-  readonly title: string;
-  readonly about: string;
+  readonly title: Message;
+  readonly about: Message;
   readonly needsCorrupt: boolean;
 }
 

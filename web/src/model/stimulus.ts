@@ -1,4 +1,5 @@
 /** What can be done to a component, as the service takes it. */
+import type { Message } from "../words/words.svelte";
 
 export type Operation = "zero" | "amplify" | "invert" | "noise" | "ablate";
 
@@ -14,8 +15,8 @@ export interface Stimulus {
 
 export interface OperationAbout {
   readonly id: Operation;
-  readonly title: string;
-  readonly about: string;
+  readonly title: Message;
+  readonly about: Message;
 }
 
 export const OPERATIONS: readonly OperationAbout[] = [

@@ -18,6 +18,7 @@ import { Log } from "./log.svelte";
 import { Reading } from "./reading.svelte";
 import { Study, titleOf } from "./study.svelte";
 import type { Place } from "./url";
+import { t } from "../words/words.svelte";
 
 /** One key press widens the window by this factor, or moves its level by this share. */
 const WIDEN = 1.2;
@@ -137,12 +138,12 @@ export class Room {
 
   addStimulus(stimulus: Stimulus): void {
     this.stimuli = [...this.stimuli, stimulus];
-    this.#announce(`Added. ${this.stimuli.length} in the list.`);
+    this.#announce(t("Added. {count} in the list.", { count: this.stimuli.length }));
   }
 
   removeStimulus(index: number): void {
     this.stimuli = this.stimuli.filter((_, at) => at !== index);
-    this.#announce(`Removed. ${this.stimuli.length} in the list.`);
+    this.#announce(t("Removed. {count} in the list.", { count: this.stimuli.length }));
   }
 
   /** The model as it was: an empty list, and no picture of a changed one. */
@@ -153,7 +154,7 @@ export class Room {
     if (this.display.views.fMRI.field !== null && this.display.sequence === "fMRI") {
       this.display.showField(null);
     }
-    this.#announce("Nothing is stimulated.");
+    this.#announce(t("Nothing is stimulated."));
   }
 
   /** Reads the prompt once more, clean and with everything in the list done. */
@@ -197,7 +198,7 @@ export class Room {
     if (id !== this.display.sequence && !changed) return;
     if (!this.#restoring && tokens > 0) this.crosshair.token = tokens - 1;
     this.#suggest();
-    this.#announce(`${titleOf(id)} complete. ${this.describe()}`);
+    this.#announce(`${t("{what} complete", { what: titleOf(id) })}. ${this.describe()}`);
   }
 
   callPrompt(): void {
@@ -210,13 +211,14 @@ export class Room {
     // The crosshair stays where it is: the next sequence is another image of the same place.
     if (this.crosshair.locked === null) this.#suggest();
     const { title } = this.reading.sequence;
-    this.#announce(`${id}, ${title.toLowerCase()}. ${this.describe()}`);
+    this.#announce(`${id}, ${t(title).toLowerCase()}. ${this.describe()}`);
   }
 
   showField(id: string): void {
     const first = this.reading.fields[0]?.id;
     this.display.showField(id === first ? null : id);
-    this.#announce(`${this.reading.field?.title ?? ""}. ${this.describe()}`);
+    const { field } = this.reading;
+    this.#announce(`${field === null ? "" : t(field.title)}. ${this.describe()}`);
   }
 
   #sameSource(node: number): boolean {
@@ -241,20 +243,22 @@ export class Room {
   describe(): string {
     const { topology, locked, values, ranks, measured, series, token, tokens, column, unit } =
       this.reading;
-    if (topology === null) return "No model yet.";
-    if (series === null) return "Not scanned yet.";
+    if (topology === null) return t("No model yet.");
+    if (series === null) return t("Not scanned yet.");
     const place =
-      token === null ? "" : `, token ${column + 1} of ${tokens.length}, ${spoken(token.text)}`;
-    if (locked < 0) return `No component chosen${place}.`;
+      token === null
+        ? ""
+        : `, ${t("token {n} of {count}", { n: column + 1, count: tokens.length })}, ${spoken(token.text)}`;
+    if (locked < 0) return `${t("No component chosen")}${place}.`;
     const x = values[locked] ?? NaN;
     const reading = Number.isNaN(x)
-      ? "not measured"
-      : `${value(x)} ${unit}, rank ${ranks[locked] ?? 0} of ${measured}`;
+      ? t("not measured")
+      : `${value(x)} ${unit}, ${t("rank {rank} of {count}", { rank: ranks[locked] ?? 0, count: measured })}`;
     const whole =
       this.reading.sources[locked] === topology.addresses[locked] || Number.isNaN(x)
         ? ""
-        : " (the layer's attention as a whole)";
-    const marked = this.reading.marks[locked] === 1 ? ", marked" : "";
+        : ` (${t("the layer's attention as a whole")})`;
+    const marked = this.reading.marks[locked] === 1 ? `, ${t("marked")}` : "";
     return `${topology.labels[locked] ?? ""}${whole}, ${reading}${marked}${place}.`;
   }
 
@@ -380,7 +384,7 @@ export class Room {
     this.crosshair.hovered = null;
     this.crosshair.token = Math.max(0, this.reading.tokens.length - 1);
     this.#suggest();
-    this.#announce(`View reset. ${this.describe()}`);
+    this.#announce(`${t("View reset")}. ${this.describe()}`);
   }
 
   #move(direction: Direction): void {

@@ -9,6 +9,7 @@ import { loadStructural, type Loader, type Series, type SeriesId } from "../mode
 import { SEQUENCES, isSequence, sequence, type SequenceId } from "../model/sequences";
 import { topologyOf, type Topology } from "../model/topology";
 import type { Log } from "./log.svelte";
+import { counted, t } from "../words/words.svelte";
 
 export type Loadable<T> =
   | { readonly status: "loading" }
@@ -127,7 +128,7 @@ export class Study {
     try {
       const value = await this.#client.models();
       this.models = { status: "ready", value };
-      if (value.length === 0) this.#log.add("The service has no registered model.", "warning");
+      if (value.length === 0) this.#log.add(t("The service has no registered model."), "warning");
     } catch (error) {
       // A list we already have stays: one failed refresh is no reason to take the picture away.
       if (this.models.status !== "ready") {
@@ -142,7 +143,7 @@ export class Study {
     for (const run of this.#runs.values()) run.abort();
     this.chosen = name;
     this.series = none();
-    this.#log.add(`Model ${name}.`);
+    this.#log.add(t("Model {name}.", { name }));
     await this.#structural();
   }
 
@@ -172,7 +173,7 @@ export class Study {
         try {
           return await this.#client.job(id);
         } catch (error) {
-          const text = error instanceof Refusal && error.status === 404 ? GONE : explain(error);
+          const text = error instanceof Refusal && error.status === 404 ? gone() : explain(error);
           this.#log.add(text, "error");
           this.#set(shown, { status: "failed", sentence: text, series: null });
           return null;
@@ -235,7 +236,7 @@ export class Study {
 
   async load(name: string): Promise<void> {
     this.loading = { model: name, share: null };
-    this.#log.add(`Loading ${name}.`);
+    this.#log.add(t("Loading {name}.", { name }));
     try {
       const job = await this.#client.submit("/api/model/load", { model: name });
       await this.#untilEnd(job, new AbortController().signal, (event) => {
@@ -243,7 +244,7 @@ export class Study {
           this.loading = { model: name, share: event.done / event.total };
         }
       });
-      this.#log.add(`${name} is resident.`);
+      this.#log.add(t("{name} is resident.", { name }));
     } catch (error) {
       this.#log.add(explain(error), "error");
     } finally {
@@ -372,7 +373,7 @@ export class Study {
     end ??= await this.#client.job(job.id);
     if (end.state === "succeeded") return;
     if (end.state === "cancelled") {
-      this.#log.add("The scan was cancelled.", "warning");
+      this.#log.add(t("The scan was cancelled."), "warning");
       throw new DOMException("The scan was cancelled", "AbortError");
     }
     throw new Refusal(end.problem ?? { title: `The job ended as ${end.state}`, status: 409 });
@@ -388,10 +389,12 @@ export class Study {
   }
 }
 
-const GONE = sentence({
-  title: "The scan in this address is gone",
-  detail: "the service knows no such job; scan the prompt again",
-});
+function gone(): string {
+  return sentence({
+    title: t("The scan in this address is gone"),
+    detail: t("the service knows no such job; scan the prompt again"),
+  });
+}
 
 function none(): AllSeries {
   const ids: readonly SeriesId[] = [...SEQUENCES.map(({ id }) => id), "stimulation", "tracing"];
@@ -421,15 +424,20 @@ function residuals(topology: Topology): string[] {
 
 /** What a person calls a series. */
 export function titleOf(id: SeriesId): string {
-  if (id === "stimulation") return "Stimulation";
-  return id === "tracing" ? "Tracing" : `${id} scan`;
+  if (id === "stimulation") return t("Stimulation");
+  return id === "tracing" ? t("Tracing") : t("{id} scan", { id });
 }
 
 function finishedSentence(series: Series): string {
   const { forwardSeconds } = series.acquisition;
   const facts = [
-    ...(series.tokens.length > 0 ? [`${series.tokens.length} tokens`] : []),
-    ...(forwardSeconds ? [`${(forwardSeconds * 1000).toFixed(0)} ms forward`] : []),
+    ...(series.tokens.length > 0
+      ? [counted(series.tokens.length, "{count} token", "{count} tokens")]
+      : []),
+    ...(forwardSeconds
+      ? [t("{time} forward", { time: `${(forwardSeconds * 1000).toFixed(0)} ms` })]
+      : []),
   ];
-  return `${titleOf(series.sequence)} complete${facts.length > 0 ? `: ${facts.join(", ")}` : ""}.`;
+  const complete = t("{what} complete", { what: titleOf(series.sequence) });
+  return `${complete}${facts.length > 0 ? `: ${facts.join(", ")}` : ""}.`;
 }

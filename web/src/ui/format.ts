@@ -1,10 +1,12 @@
 /** Numbers, times and tokens as a person reads them. Nothing here is read back by the viewer. */
 
+import { t } from "../words/words.svelte";
+
 const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 
 /** A measured value: four significant digits; whole numbers with their thousands apart. */
 export function value(x: number): string {
-  if (Number.isNaN(x)) return "not measured";
+  if (Number.isNaN(x)) return t("not measured");
   if (!Number.isFinite(x)) return x > 0 ? "+∞" : "−∞";
   if (Number.isInteger(x) && Math.abs(x) < 1e15) return grouped.format(x);
   const size = Math.abs(x);
@@ -61,7 +63,7 @@ export function token(text: string): string {
 /** A token as it is spoken: white space is no word. */
 export function spoken(text: string): string {
   const bare = text.trim();
-  return bare === "" ? "white space" : bare;
+  return bare === "" ? t("white space") : bare;
 }
 
 /** The first characters of a digest or id. */
