@@ -13,13 +13,15 @@ lane's weight. The queue is where the job last claimed from it starts. Claims go
 A scan that is under way already is not run again: see `following`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import CursorResult, Executable
+from sqlalchemy import CursorResult, Executable, Select
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import following, idempotency, limits, statements
@@ -34,21 +36,27 @@ __all__ = (
     "DeadlinePassed",
     "Job",
     "LeaseOwner",
+    "Recorded",
     "Renewal",
     "Submission",
     "Submitted",
     "WaitedTooLong",
     "WorkersLost",
     "advance",
+    "cancel_waiting",
     "claim",
     "expire",
     "get",
+    "known_results",
+    "queue_of_short",
     "queued_by_queue",
     "reap",
     "recent",
+    "reckon",
     "renew",
     "request_cancel",
     "submit",
+    "submit_many",
     "submit_once",
     "withdraw_result",
 )
@@ -87,6 +95,13 @@ class Submitted(NamedTuple):
     job: Job
     is_new: bool
     """False where an earlier request under the same Idempotency-Key had made it."""
+
+
+class Recorded(NamedTuple):
+    """What became of one of many submissions."""
+
+    job_id: UUID
+    cached: bool
 
 
 class Cancellation(NamedTuple):
@@ -132,8 +147,127 @@ def submit(
     `usual` are the limits of a user who has none of their own. Raises `TooMany` beyond them, and when
     `max_queued` jobs are unfinished.
     """
-    job_id = job_id or new_id()
-    row: dict[str, Any] = {
+    row = _row(submission, job_id or new_id())
+    if manifest := _existing_result(session, submission.scan_key):
+        return _born_succeeded(session, row, manifest)
+    if usual is not NO_LIMITS:
+        limits.check(session, submission.owner, usual)
+    # From here on submissions to this queue take turns: of two equal ones the second sees the first.
+    turn = _turn(session, submission, max_queued)
+    row |= _WAITING | {"virtual_start": turn.start, "virtual_finish": turn.finish}
+    if submission.scan_key is not None:
+        if found := following.leader(session, submission.scan_key):
+            following.lift(session, found, turn.start)
+            row |= {"leader": found.work, "virtual_finish": None}
+        elif session.get_bind().dialect.name == "postgresql" and (
+            manifest := _existing_result(session, submission.scan_key)
+        ):
+            # It ended while we waited for our turn: on SQLite we have it from the start.
+            return _born_succeeded(session, row, manifest)
+    return Job.of_row(_run(session, statements.INSERT, row).one())
+
+
+def submit_many(
+    session: Session,
+    submissions: Sequence[Submission],
+    *,
+    max_queued: int = 10_000,
+    usual: Limits = NO_LIMITS,
+) -> list[Recorded]:
+    """Record different scans of one owner, as `submit` does one, with a few statements for all of them.
+
+    Raises `TooMany` where there is no room for all: then none is recorded.
+    """
+    clocks = _clocks(session, submissions)
+    # From here on nobody else submits to these queues: what is found now stays so.
+    keys = {submission.scan_key for submission in submissions if submission.scan_key}
+    known = known_results(session, keys)
+    under_way = _keys_among(session, statements.KEYS_UNDER_WAY, keys)
+    waiting = [each for each in submissions if each.scan_key not in known]
+    if waiting and usual is not NO_LIMITS:
+        limits.check(session, waiting[0].owner, usual, count=len(waiting))
+    recorded: dict[int, Recorded] = {}
+    for index, submission in enumerate(submissions):
+        if submission.scan_key in under_way and submission.scan_key not in known:
+            job = submit(session, submission, max_queued=max_queued)
+            recorded[index] = Recorded(job.id, job.cached)
+    rest = len(waiting) - len(recorded)
+    turns = {
+        (queue, owner): _next_turn(session, queue, owner, clock, rest, max_queued)
+        for (queue, owner), clock in clocks.items()
+    }
+    born, queued = [], []
+    for index, submission in enumerate(submissions):
+        if index in recorded:
+            continue
+        row = _row(submission, new_id())
+        recorded[index] = Recorded(row["id"], submission.scan_key in known)
+        if submission.scan_key in known:
+            born.append(row | _SUCCEEDED | {"manifest": known[submission.scan_key]})
+            continue
+        start = turns[submission.queue, submission.owner]
+        finish = start + submission.estimated_cost / LANE_WEIGHTS[submission.lane]
+        turns[submission.queue, submission.owner] = finish
+        queued.append(row | _WAITING | {"virtual_start": start, "virtual_finish": finish})
+    for statement, rows in ((statements.ADD, queued), (statements.ADD_FINISHED, born)):
+        if rows:
+            session.connection().execute(statement, rows)
+    return [recorded[index] for index in range(len(submissions))]
+
+
+def _clocks(session: Session, submissions: Sequence[Submission]) -> dict[tuple[str, str], float]:
+    """The clock of each queue that is submitted to, locked."""
+    locking = statements.lock_clock(session.get_bind().dialect.name)
+    # In one order, so that two who do the same never wait for each other.
+    pairs = sorted({(each.queue, each.owner) for each in submissions})
+    return {pair: _run(session, locking, {"name": pair[0]}).scalar_one() for pair in pairs}
+
+
+def _next_turn(
+    session: Session, queue: str, owner: str, clock: float, count: int, max_queued: int
+) -> float:
+    """The virtual start of the owner's next job, where there is room for `count`. Raises `TooMany`."""
+    found = _run(
+        session, statements.UNFINISHED_AND_OWNER_FINISH, {"name": queue, "who": owner}
+    ).one()
+    if count and found.unfinished + count > max_queued:
+        raise TooMany(
+            f"{found.unfinished} jobs are unfinished, {max_queued} may be: there is no room for "
+            f"{count} more; try again when some have ended",
+            unfinished=found.unfinished,
+            limit=max_queued,
+        )
+    return clock if found.owner_finish is None else max(clock, found.owner_finish)
+
+
+def known_results(session: Session, keys: Iterable[str]) -> dict[str, str]:
+    """The manifests of the newest usable results of scan keys."""
+    rows = _chunked(session, statements.KNOWN_RESULTS, keys)
+    return {row.scan_key: row.manifest for row in rows}
+
+
+def _keys_among(session: Session, statement: Executable, keys: Iterable[str]) -> set[str]:
+    return {row.scan_key for row in _chunked(session, statement, keys)}
+
+
+def _chunked(session: Session, statement: Executable, keys: Iterable[str]) -> Iterator[AnyRow]:
+    """Rows for keys, so many at a time as every database takes parameters."""
+    wanted = iter(sorted(keys))
+    while some := tuple(islice(wanted, 500)):
+        yield from _run(session, statement, {"keys": some}).all()
+
+
+_WAITING: Mapping[str, Any] = MappingProxyType(
+    {"state": JobState.QUEUED, "cached": False, "manifest": None}
+)
+_SUCCEEDED: Mapping[str, Any] = MappingProxyType(
+    {"state": JobState.SUCCEEDED, "cached": True, "virtual_start": 0.0, "virtual_finish": None}
+)
+
+
+def _row(submission: Submission, job_id: UUID) -> dict[str, Any]:
+    """What is known of a job whatever becomes of it."""
+    return {
         "id": job_id,
         "owner": submission.owner,
         "kind": submission.kind,
@@ -155,39 +289,10 @@ def submit(
         "traceparent": submission.traceparent,
         "leader": None,
     }
-    if manifest := _existing_result(session, submission.scan_key):
-        return _born_succeeded(session, row, manifest)
-    if usual is not NO_LIMITS:
-        limits.check(session, submission.owner, usual)
-    # From here on submissions to this queue take turns: of two equal ones the second sees the first.
-    turn = _turn(session, submission, max_queued)
-    row |= {
-        "state": JobState.QUEUED,
-        "cached": False,
-        "manifest": None,
-        "virtual_start": turn.start,
-        "virtual_finish": turn.finish,
-    }
-    if submission.scan_key is not None:
-        if found := following.leader(session, submission.scan_key):
-            following.lift(session, found, turn.start)
-            row |= {"leader": found.work, "virtual_finish": None}
-        elif session.get_bind().dialect.name == "postgresql" and (
-            manifest := _existing_result(session, submission.scan_key)
-        ):
-            # It ended while we waited for our turn: on SQLite we have it from the start.
-            return _born_succeeded(session, row, manifest)
-    return Job.of_row(_run(session, statements.INSERT, row).one())
 
 
 def _born_succeeded(session: Session, row: dict[str, Any], manifest: str) -> Job:
-    row |= {
-        "state": JobState.SUCCEEDED,
-        "cached": True,
-        "manifest": manifest,
-        "virtual_start": 0.0,
-        "virtual_finish": None,
-    }
+    row |= _SUCCEEDED | {"manifest": manifest}
     return Job.of_row(_run(session, statements.INSERT_FINISHED, row).one())
 
 
@@ -244,21 +349,35 @@ def queued_by_queue(session: Session) -> dict[str, int]:
     return {row.queue: row.waiting for row in _run(session, statements.QUEUED_BY_QUEUE)}
 
 
+def queue_of_short(session: Session, queues: Sequence[str], most_cost: float) -> str | None:
+    """Where a scan waits that somebody looks for and that is at most so much work."""
+    parameters = {"names": queues, "most_cost": most_cost}
+    found: str | None = _run(session, statements.QUEUE_OF_SHORT, parameters).scalar()
+    return found
+
+
 def claim(
-    session: Session, *, queue: str, owner: LeaseOwner, limit: int, lease_seconds: float
+    session: Session,
+    *,
+    queue: str,
+    owner: LeaseOwner,
+    limit: int,
+    lease_seconds: float,
+    most_cost: float | None = None,
 ) -> list[Job]:
     """Take the queue's first job in fair order, and up to `limit` - 1 that may share its pass.
 
-    In fair order; empty when nothing waits. Two workers never get the same job.
+    In fair order; empty when nothing waits. Two workers never get the same job. With `most_cost`, of the
+    scans alone that somebody looks for and that are at most so much work.
     """
     if session.get_bind().dialect.name == "postgresql":
         # Who submits locks the clock, and then the job that theirs will follow: in that order here as well.
         _run(session, statements.HOLD_CLOCK, {"name": queue})
-    rows = _run(
-        session,
-        statements.CLAIM,
-        {"name": queue, "most": limit, "holder": str(owner), "seconds": lease_seconds},
-    )
+    parameters = {"name": queue, "most": limit, "holder": str(owner), "seconds": lease_seconds}
+    if most_cost is None:
+        rows = _run(session, statements.CLAIM, parameters)
+    else:
+        rows = _run(session, statements.CLAIM_SHORT, parameters | {"most_cost": most_cost})
     claimed = sorted((Job.of_row(row) for row in rows), key=lambda job: (job.virtual_start, job.id))
     if claimed:
         # The clock goes with the head alone: mates from further back came along for nothing.
@@ -284,6 +403,24 @@ def renew(
         lost=frozenset(attempts.keys() - renewed.keys()),
         cancelled=frozenset(job_id for job_id, cancelled in renewed.items() if cancelled),
     )
+
+
+def reckon(
+    session: Session,
+    owner: LeaseOwner,
+    attempts: Mapping[UUID, int],
+    *,
+    deadline_seconds: float,
+    begun_seconds: float,
+) -> None:
+    """Move the deadline and the beginning of attempts that stand still while others have their worker.
+
+    So that what they lend is neither held against them nor counted as computed.
+    """
+    moved = statements.reckon(
+        attempts, str(owner), deadline_seconds=deadline_seconds, begun_seconds=begun_seconds
+    )
+    _run(session, moved)
 
 
 def advance(
@@ -357,6 +494,15 @@ def request_cancel(session: Session, job_id: UUID) -> Cancellation:
     if job is None:
         raise UnknownJob(f"there is no job {job_id}", job=str(job_id))
     return Cancellation(job, moved=False)
+
+
+def cancel_waiting(session: Session, chosen: Select[tuple[UUID]]) -> int:
+    """Cancel those of the jobs that only wait, and that nobody follows, at once; how many they were.
+
+    Their streams tell nothing of it: who reads one hears of the end from the database.
+    """
+    moved: int = session.connection().execute(statements.cancel_waiting(chosen)).rowcount
+    return moved
 
 
 def _hand_over(session: Session, job_id: UUID) -> Job | None:

@@ -72,15 +72,16 @@ def _limits(session: Session, user: str, usual: Limits, *, lock: bool = False) -
     )
 
 
-def check(session: Session, user: str, usual: Limits) -> None:
-    """Whether the user may submit one job more. Raises `TooMany`, which says when to try again."""
+def check(session: Session, user: str, usual: Limits, *, count: int = 1) -> None:
+    """Whether the user may submit so many jobs more. Raises `TooMany`, which says when to try again."""
     limits = _limits(session, user, usual, lock=True)
     if limits.max_jobs:
         in_flight: int = _run(session, _IN_FLIGHT, user).scalar_one()
-        if in_flight >= limits.max_jobs:
+        if in_flight + count > limits.max_jobs:
+            more = "" if count == 1 else f"there is no room for {count} more; "
             raise TooMany(
-                f"{in_flight} of your jobs are under way, {limits.max_jobs} are allowed: try again "
-                "when some have ended",
+                f"{in_flight} of your jobs are under way, {limits.max_jobs} are allowed: {more}try "
+                "again when some have ended",
                 in_flight=in_flight,
                 limit=limits.max_jobs,
                 retry_after_seconds=_typical_seconds(session, user),

@@ -11,14 +11,17 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    ColumnElement,
     Double,
     Integer,
+    Select,
     UpdateBase,
     and_,
     bindparam,
     case,
     func,
     insert,
+    or_,
     select,
     tuple_,
     update,
@@ -27,7 +30,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from neural_mri.backing.database import epoch
 from neural_mri.backing.rows import JOBS, QUEUE_CLOCKS
-from neural_mri.contract.jobs import HELD, TERMINAL, TRANSITIONS, JobState
+from neural_mri.contract.jobs import HELD, TERMINAL, TRANSITIONS, JobKind, JobState, Lane
 
 _job = JOBS.c
 _clock = QUEUE_CLOCKS.c
@@ -43,13 +46,28 @@ INSERT = insert(JOBS).values(created_at=epoch()).returning(*_job)
 INSERT_FINISHED = insert(JOBS).values(created_at=epoch(), finished_at=epoch()).returning(*_job)
 """A job born succeeded. Parameters: the columns."""
 
+ADD = insert(JOBS).values(created_at=epoch())
+ADD_FINISHED = insert(JOBS).values(created_at=epoch(), finished_at=epoch())
+"""The same for many rows at once, none of which is read back."""
+
+_USABLE = and_(_job.state == JobState.SUCCEEDED, _job.manifest.is_not(None), _job.reusable)
+
+KNOWN_RESULTS = (
+    select(_job.scan_key, _job.manifest)
+    .where(_job.scan_key.in_(bindparam("keys", expanding=True)), _USABLE)
+    # The newest last, so that it is the one that stays.
+    .order_by(_job.finished_at)
+)
+KEYS_UNDER_WAY = select(_job.scan_key).where(
+    _job.scan_key.in_(bindparam("keys", expanding=True)), _UNFINISHED
+)
+"""Parameter: keys."""
+
 EXISTING_RESULT = (
     select(_job.manifest)
     .where(
         _job.scan_key == bindparam("key"),
-        _job.state == JobState.SUCCEEDED,
-        _job.manifest.is_not(None),
-        _job.reusable,
+        _USABLE,
     )
     .order_by(_job.finished_at.desc())
     .limit(1)
@@ -112,8 +130,26 @@ QUEUED_BY_QUEUE = (
 )
 
 
-def _claim() -> UpdateBase:
-    of_queue = and_(_WAITING, _job.queue == bindparam("name"))
+_SHORT = and_(
+    _WAITING,
+    _job.kind == JobKind.SCAN,
+    _job.lane == Lane.INTERACTIVE,
+    _job.n_tokens > 0,
+    _job.estimated_cost <= bindparam("most_cost", type_=Double),
+)
+"""Scans of prompts that somebody waits for, of at most so much work."""
+
+QUEUE_OF_SHORT = (
+    select(_job.queue)
+    .where(_SHORT, _job.queue.in_(bindparam("names", expanding=True)))
+    .order_by(*_FAIR_ORDER)
+    .limit(1)
+)
+"""Parameters: names, most_cost."""
+
+
+def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
+    of_queue = and_(waiting, _job.queue == bindparam("name"))
     head = (
         select(_job.batch_key)
         .where(of_queue)
@@ -144,11 +180,14 @@ def _claim() -> UpdateBase:
     )
 
 
-CLAIM = _claim()
+CLAIM = _claim(_WAITING)
 """Takes the head of a queue and its mates. Parameters: name, most, holder, seconds.
 
 CTEs, because PostgreSQL may run a subquery with LIMIT and row locks more than once.
 """
+
+CLAIM_SHORT = _claim(_SHORT)
+"""The same of short scans. Parameters: also most_cost."""
 
 
 @cache
@@ -179,6 +218,21 @@ def move(to: JobState, *, is_held: bool) -> UpdateBase:
     return update(JOBS).where(*allowed).values(values).returning(*_job)
 
 
+def cancel_waiting(chosen: Select[tuple[UUID]]) -> UpdateBase:
+    """Cancels those of the jobs that wait, and that nobody follows."""
+    follower = JOBS.alias("follower").c
+    followed = select(follower.id).where(follower.leader == _job.id, follower.finished_at.is_(None))
+    return (
+        update(JOBS)
+        .where(_job.id.in_(chosen), _job.state == JobState.QUEUED, ~followed.exists())
+        .values(
+            state=JobState.CANCELLED,
+            finished_at=epoch(),
+            virtual_finish=case((_job.attempt > 0, _job.virtual_finish), else_=None),
+        )
+    )
+
+
 def renew(attempts: Mapping[UUID, int], holder: str, seconds: float) -> UpdateBase:
     """Prolongs the leases of jobs given by id and attempt."""
     return (
@@ -189,6 +243,27 @@ def renew(attempts: Mapping[UUID, int], holder: str, seconds: float) -> UpdateBa
         )
         .values(lease_until=epoch() + seconds)
         .returning(_job.id, _job.cancel_requested)
+    )
+
+
+def reckon(
+    attempts: Mapping[UUID, int], holder: str, *, deadline_seconds: float, begun_seconds: float
+) -> UpdateBase:
+    """Moves the deadline and the beginning of attempts, given by the ids under which they are known."""
+    held = list(attempts.items())
+    return (
+        update(JOBS)
+        .where(
+            or_(
+                tuple_(_job.id, _job.attempt).in_(held),
+                tuple_(_job.leader, _job.attempt).in_(held),
+            ),
+            _job.lease_owner == holder,
+        )
+        .values(
+            deadline_seconds=_job.deadline_seconds + deadline_seconds,
+            started_at=_job.started_at + begun_seconds,
+        )
     )
 
 
