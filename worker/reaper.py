@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import structlog
 
-from neural_mri.backing import broker, database, jobs, logs
+from neural_mri.backing import batches, broker, database, jobs, logs
 from neural_mri.backing.broker import AWAY, SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job
 from neural_mri.backing.queue import send_tickets, waiting_tickets
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
-from neural_mri.contract.jobs import JobState
+from neural_mri.contract.jobs import TERMINAL, JobState
 from neural_mri.contract.problems import Unavailable
 
 __all__ = ("Reaper", "main")
@@ -27,6 +27,8 @@ __all__ = ("Reaper", "main")
 MOST_TICKETS = 64
 """Sent to a queue in one round: a flood of jobs needs no flood of tickets, workers claim batches."""
 EXPIRE_EVERY_SECONDS = 10.0
+STOP_EVERY_SECONDS = 1.0
+"""How often batches are looked at of which too many scans may have failed."""
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +44,7 @@ class Reaper:
         self._missing: dict[str, int] = {}
         """Tickets that each queue lacked in the last round."""
         self._expire_at = 0.0
+        self._stop_at = 0.0
         self._away: set[str] = set()
         """What did not answer in the last round; said once."""
 
@@ -54,6 +57,7 @@ class Reaper:
     def round(self) -> None:
         """Look once. What does not answer is tried again next time."""
         self._try("database", self._take_back)
+        self._try("database", self._stop_failing)
         self._try("redis", self._top_up)
 
     def _try(self, what: str, work: Callable[[], None]) -> None:
@@ -77,6 +81,16 @@ class Reaper:
             )
         for job in moved:
             self._announce(job)
+
+    def _stop_failing(self) -> None:
+        if time.monotonic() < self._stop_at:
+            return
+        self._stop_at = time.monotonic() + STOP_EVERY_SECONDS
+        for asked in self._sessions.write(batches.stop_failing):
+            if asked.moved:
+                self._publisher.announce(asked.job)
+            elif asked.job.state not in TERMINAL:
+                self._publisher.flag_cancel(asked.job.source)
 
     def _announce(self, job: Job) -> None:
         self._publisher.announce(job)
