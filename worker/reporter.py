@@ -8,12 +8,13 @@ always), of one layer the newest frame only, token frames all and in order.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, Self
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self
 from uuid import UUID
 
 import structlog
 
+from neural_mri.backing.events import Told
 from neural_mri.contract.events import (
     ActivationFrame,
     EffectsFrame,
@@ -27,6 +28,8 @@ from neural_mri.contract.events import (
 __all__ = ("EventSink", "Outbox", "Reporter")
 
 PROGRESS_PER_SECOND = 20
+MOST_AT_ONCE = 256
+"""Events that one round trip takes along: a scan posts faster than they travel one by one."""
 LARGEST_BACKLOG = 4000
 """Events waiting to be published. Beyond it frames are dropped: the stored tables have them all."""
 
@@ -36,13 +39,8 @@ log = structlog.get_logger(__name__)
 class EventSink(Protocol):
     """Where events go: `backing.events.Publisher`, which never raises."""
 
-    def publish(self, job_id: UUID, event: Event) -> None:
-        """Append the event to the job's stream."""
-
-
-class _Waiting(NamedTuple):
-    job_id: UUID
-    event: Event
+    def publish_all(self, told: Sequence[Told]) -> None:
+        """Append events to their jobs' streams, in order."""
 
 
 class Outbox:
@@ -51,7 +49,7 @@ class Outbox:
     def __init__(self, sink: EventSink) -> None:
         self._sink = sink
         self._changed = threading.Condition()
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Told] = deque()
         self._held: dict[UUID, Progress] = {}
         """Progress not yet due."""
         self._due: dict[UUID, float] = {}
@@ -74,6 +72,7 @@ class Outbox:
     def post(self, job_id: UUID, event: Event) -> None:
         """Queue an event; returns at once."""
         with self._changed:
+            held, waiting = len(self._held), len(self._waiting)
             match event:
                 case Progress():
                     self._hold(job_id, event)
@@ -86,7 +85,9 @@ class Outbox:
                     self._append(job_id, event)
             if isinstance(event, Ended):
                 self._due.pop(job_id, None)
-            self._changed.notify_all()
+            # The publishing thread need not be woken for what takes the place of what it knows of.
+            if len(self._held) > held or (self._waiting and not waiting):
+                self._changed.notify_all()
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until everything posted so far is published; whether it was in time."""
@@ -119,7 +120,7 @@ class Outbox:
                 and isinstance(waiting, LayerFrame)
                 and waiting.layer == frame.layer
             ):
-                self._waiting[place] = _Waiting(job_id, frame)
+                self._waiting[place] = Told(job_id, frame)
                 return
         self._append(job_id, frame)
 
@@ -127,7 +128,7 @@ class Outbox:
         if len(self._waiting) >= LARGEST_BACKLOG and not isinstance(event, StateChanged | Ended):
             log.warning("event_dropped", job_id=str(job_id), backlog=len(self._waiting))
             return
-        self._waiting.append(_Waiting(job_id, event))
+        self._waiting.append(Told(job_id, event))
 
     def _publish(self) -> None:
         while True:
@@ -141,9 +142,11 @@ class Outbox:
                     self._changed.wait(pause)
                 if not self._waiting:
                     return
-                job_id, event = self._waiting.popleft()
+                told = [
+                    self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))
+                ]
                 self._sending = True
-            self._sink.publish(job_id, event)
+            self._sink.publish_all(told)
 
     def _release_due(self) -> float | None:
         """Release the progress that is due; seconds until the next is, None when none is held."""

@@ -26,6 +26,7 @@ __all__ = (
     "HeldModel",
     "Publisher",
     "Replay",
+    "Told",
     "WorkerBeat",
     "beat",
     "cancel_flags",
@@ -58,6 +59,13 @@ def change_of(job: Job) -> StateChanged | Ended:
     )
 
 
+class Told(NamedTuple):
+    """An event, and whose it is."""
+
+    job_id: UUID
+    event: Event
+
+
 class _Outage:
     """Whether Redis was away a moment ago, and how much went untold since."""
 
@@ -65,17 +73,17 @@ class _Outage:
         self._until = 0.0
         self._dropped = 0
 
-    def is_now(self) -> bool:
+    def is_now(self, count: int = 1) -> bool:
         """Whether not even to try; counts what is dropped for it."""
         away = time.monotonic() < self._until
-        self._dropped += away
+        self._dropped += count * away
         return away
 
-    def begin(self, error: Exception) -> None:
+    def begin(self, error: Exception, count: int = 1) -> None:
         """Note a failure; said once an outage."""
         if not self._dropped:
             log.warning("events_dropped", error=str(error))
-        self._dropped += 1
+        self._dropped += count
         self._until = time.monotonic() + RECONNECT_SECONDS
 
     def end(self) -> None:
@@ -96,14 +104,18 @@ class Publisher:
 
     def publish(self, job_id: UUID, event: Event) -> None:
         """Append an event. Never raises for Redis."""
-        if self._outage.is_now():
+        self.publish_all((Told(job_id, event),))
+
+    def publish_all(self, told: Sequence[Told]) -> None:
+        """Append events, in order, by one round trip. Never raises for Redis."""
+        if self._outage.is_now(len(told)):
             return
         pipeline = self._redis.pipeline(transaction=False)
-        _append(pipeline, job_id, event, length=self._length, seconds=self._seconds)
+        _append(pipeline, told, length=self._length, seconds=self._seconds)
         try:
             pipeline.execute()
         except AWAY as error:
-            self._outage.begin(error)
+            self._outage.begin(error, len(told))
         else:
             self._outage.end()
 
@@ -133,7 +145,8 @@ class AsyncPublisher:
         if self._outage.is_now():
             return
         pipeline = self._redis.pipeline(transaction=False)
-        _append(pipeline, job_id, event, length=self._length, seconds=self._seconds)
+        told = (Told(job_id, event),)
+        _append(pipeline, told, length=self._length, seconds=self._seconds)
         try:
             await pipeline.execute()
         except AWAY as error:
@@ -153,11 +166,12 @@ class AsyncPublisher:
             self._outage.begin(error)
 
 
-def _append(pipeline: Any, job_id: UUID, event: Event, *, length: int, seconds: int) -> None:
-    stream = keys.event_stream(job_id)
-    fields = {"k": event_name(event), "d": encode_event(event)}
-    pipeline.xadd(stream, fields, maxlen=length, approximate=True)
-    pipeline.expire(stream, seconds)
+def _append(pipeline: Any, told: Sequence[Told], *, length: int, seconds: int) -> None:
+    for job_id, event in told:
+        fields = {"k": event_name(event), "d": encode_event(event)}
+        pipeline.xadd(keys.event_stream(job_id), fields, maxlen=length, approximate=True)
+    for job_id in {job_id for job_id, _ in told}:
+        pipeline.expire(keys.event_stream(job_id), seconds)
 
 
 def cancel_flags(redis: SyncRedis, job_ids: Sequence[UUID]) -> frozenset[UUID]:

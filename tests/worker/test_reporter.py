@@ -1,12 +1,12 @@
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
-from uuid import UUID, uuid4
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+from uuid import uuid4
 
 from neural_mri.backing import keys
 from neural_mri.backing.broker import SyncRedis
-from neural_mri.backing.events import Publisher, parse_entries
+from neural_mri.backing.events import Publisher, Told, parse_entries
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import (
     ActivationFrame,
@@ -19,9 +19,10 @@ from neural_mri.contract.events import (
 )
 from neural_mri.contract.jobs import JobState
 from worker import reporter
-from worker.reporter import LARGEST_BACKLOG, Outbox, Reporter
+from worker.reporter import LARGEST_BACKLOG, MOST_AT_ONCE, Outbox, Reporter
 
 JOB = uuid4()
+T = TypeVar("T")
 
 
 def frame(token_idx: int) -> ActivationFrame:
@@ -43,16 +44,18 @@ class Collected:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.trips: list[int] = []
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Event()
 
-    def publish(self, job_id: UUID, event: Event) -> None:
+    def publish_all(self, told: Sequence[Told]) -> None:
         self.entered.set()
         self.open.wait()
-        self.events.append(event)
+        self.trips.append(len(told))
+        self.events += [event for _, event in told]
 
-    def of(self, kind: type[Event]) -> list[Event]:
+    def of(self, kind: type[T]) -> list[T]:
         return [event for event in self.events if isinstance(event, kind)]
 
 
@@ -155,8 +158,21 @@ def test_a_scan_never_waits_for_a_stream_that_stands_still() -> None:
         assert not outbox.flush(0.05)
         sink.open.set()
         assert outbox.flush(5)
-    assert len(sink.of(ActivationFrame)) <= LARGEST_BACKLOG + 1
+    assert len(sink.of(ActivationFrame)) <= LARGEST_BACKLOG + MOST_AT_ONCE
     assert sink.events[-1] == ended
+
+
+def test_what_gathers_while_one_round_trip_is_made_goes_by_the_next() -> None:
+    sink = stuck()
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, frame(0))
+        assert sink.entered.wait(5)
+        for token_idx in range(1, 101):
+            outbox.post(JOB, frame(token_idx))
+        sink.open.set()
+        assert outbox.flush(5)
+    assert sink.trips == [1, 100]
+    assert [told.token_idx for told in sink.of(ActivationFrame)] == list(range(101))
 
 
 def test_leaving_publishes_what_was_posted() -> None:
