@@ -6,7 +6,8 @@ resort for faults.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -25,6 +26,8 @@ from api.problems import (
 from neural_mri.backing import tracing
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.tracing import NO_SPAN, Kind, Span
+from neural_mri.contract.archives import SESSION_FILE
+from neural_mri.contract.batches import NDJSON
 from neural_mri.contract.problems import Problem
 
 __all__ = ("CONTENT_SECURITY_POLICY", "Edge")
@@ -54,6 +57,15 @@ SECURITY_HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(), geolocation=(), microphone=()"),
 )
+
+JSON = frozenset({"application/json"})
+OTHER_BODIES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "/api/batches": JSON | {NDJSON},
+        "/api/sessions/import": frozenset({SESSION_FILE}),
+    }
+)
+"""What is sent to the paths that take something else than JSON, or more."""
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing (RFC 9110, section 9.2.1)."""
@@ -112,7 +124,7 @@ class Edge:
         if scope["method"] in SAFE:
             return
         _check_origin(headers, host)
-        _check_media_type(headers)
+        _check_media_type(headers, OTHER_BODIES.get(scope["path"], JSON))
 
 
 def _hostname(host: str) -> str:
@@ -138,12 +150,13 @@ def _check_origin(headers: dict[bytes, str], host: str) -> None:
         raise CrossOrigin(f"the request comes from a page of {origin or 'another site'}")
 
 
-def _check_media_type(headers: dict[bytes, str]) -> None:
+def _check_media_type(headers: dict[bytes, str], expected: frozenset[str]) -> None:
     has_body = headers.get(b"content-length", "0") != "0" or b"transfer-encoding" in headers
     given = headers.get(b"content-type", "").partition(";")[0].strip().lower()
-    if has_body and given != "application/json":
+    if has_body and given not in expected:
         raise UnsupportedMediaType(
-            f"the body is {given or 'of no stated type'}: expected content-type: application/json"
+            f"the body is {given or 'of no stated type'}: expected content-type: "
+            + " or ".join(sorted(expected))
         )
 
 

@@ -18,6 +18,7 @@ from litestar.routes import HTTPRoute
 
 from api import reference
 from api.access import COOKIE
+from api.bodies import bodies_of
 from api.schemas import ContractType, contract_types, schema_of, schemas_of
 from neural_mri import __version__
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM
@@ -57,8 +58,9 @@ def mended(schema: Mapping[str, Any], handlers: Iterable[HTTPRouteHandler]) -> d
         spec["responses"] = dict(sorted(spec["responses"].items()))
         _name_unions(operation, by_name[spec["operationId"]])
         _name_arrow_forms(operation)
+        _name_streamed_body(operation, by_name[spec["operationId"]])
         if (body := spec.get("requestBody")) is not None:
-            content = body["content"]["application/json"]["schema"]
+            content = body["content"].get("application/json", {}).get("schema", {})
             body["required"] = {"type": "null"} not in content.get("oneOf", [])
             for name in references(content):
                 _let_tag_out(known[name])
@@ -71,6 +73,8 @@ def _types_of(handler: HTTPRouteHandler) -> Iterator[ContractType]:
     for parameter in signature.parameters.values():
         if parameter.name != "services":
             yield from contract_types(parameter.annotation)
+    for form in bodies_of(handler):
+        yield from contract_types(form.annotation)
     yield from contract_types(signature.return_type.annotation)
     for answer in (handler.responses or {}).values():
         yield from contract_types(answer.data_container)
@@ -97,6 +101,24 @@ def _name_arrow_forms(operation: Operation) -> None:
     if ARROW_FILE in content or operation.spec["operationId"] == "getResult":
         binary = {"schema": {"type": "string", "format": "binary"}}
         content |= {ARROW_FILE: binary, ARROW_STREAM: binary}
+
+
+def _name_streamed_body(operation: Operation, handler: HTTPRouteHandler) -> None:
+    """A body that is read as it arrives is none of the handler's arguments."""
+    forms = bodies_of(handler)
+    if forms:
+        operation.spec["requestBody"] = {
+            "content": {
+                form.media_type: {
+                    "schema": (
+                        {"type": "string", "format": "binary"}
+                        if form.annotation is bytes
+                        else {**schema_of(form.annotation), "examples": list(form.examples)}
+                    )
+                }
+                for form in forms
+            }
+        }
 
 
 def references(part: Any) -> Iterator[str]:
@@ -152,6 +174,8 @@ CONFIG = OpenAPIConfig(
         Tag("jobs", "What was asked, and how far it has come."),
         Tag("events", "How a job comes along, as it does."),
         Tag("results", "What a scan measured."),
+        Tag("batches", "Many scans in one request."),
+        Tag("sessions", "Scans, notes and pictures kept together, and shared."),
         Tag("access", "Who may do what: API keys, and sessions of browsers."),
         Tag("service", "The service itself."),
     ],

@@ -20,7 +20,7 @@ from neural_mri.contract.models import ModelRequest
 from neural_mri.contract.problems import Conflict, Unprocessable
 from neural_mri.contract.scans import AttentionScan, PromptScan, Scan, decode_scan, encode_scan
 
-__all__ = ("submit_attention", "submit_model_job", "submit_scan")
+__all__ = ("submission_of", "submit_attention", "submit_model_job", "submit_scan")
 
 _MODEL_DEEDS: Mapping[JobKind, AuditAction] = MappingProxyType(
     {JobKind.LOAD: AuditAction.MODEL_LOADED, JobKind.UNLOAD: AuditAction.MODEL_UNLOADED}
@@ -39,7 +39,7 @@ async def submit_scan(
     and `TooMany`.
     """
     prepared = await prepare(services, scan)
-    return await _submit(services, _submission(services, prepared, lane, idempotency_key))
+    return await _submit(services, submission_of(services, prepared, lane, idempotency_key))
 
 
 async def submit_attention(services: Services, job: Job, layer: int) -> Job:
@@ -62,7 +62,7 @@ async def submit_attention(services: Services, job: Job, layer: int) -> Job:
             revision=job.revision,
         )
     wanted = AttentionScan(model=job.model, prompt=scan.prompt, layers=(layer,))
-    submission = _submission(services, await prepare(services, wanted), job.lane)
+    submission = submission_of(services, await prepare(services, wanted), job.lane)
     return await _submit_once(services, submission)
 
 
@@ -144,9 +144,10 @@ async def submit_model_job(
     return await _submit(services, submission)
 
 
-def _submission(
+def submission_of(
     services: Services, prepared: Prepared, lane: Lane, idempotency_key: str | None = None
 ) -> Submission:
+    """The caller's scan, as a job to be."""
     scan, model = prepared.scan, prepared.model
     return Submission(
         owner=services.caller.user,

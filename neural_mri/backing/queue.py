@@ -82,12 +82,12 @@ class TicketSender:
     def __init__(self, redis: AsyncRedis) -> None:
         self._redis = redis
 
-    async def send(self, queue: str) -> bool:
-        """Send a ticket; whether it was sent. Never raises for Redis."""
+    async def send(self, queue: str, count: int = 1) -> bool:
+        """Send tickets; whether they were sent. Never raises for Redis."""
         try:
-            await self._redis.lpush(queue, ticket_message(queue))
+            await self._redis.lpush(queue, *(ticket_message(queue) for _ in range(count)))
         except AWAY as error:
-            log.warning("tickets_not_sent", queue=queue, count=1, error=str(error))
+            log.warning("tickets_not_sent", queue=queue, count=count, error=str(error))
             return False
         return True
 

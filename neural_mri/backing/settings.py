@@ -84,7 +84,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long a loaded model stays before it may give way to another; at least as long as loading took."""
     model_patience_seconds: Seconds = 60.0
     """How long jobs wait at most before their model takes the place of one in greater demand."""
-    model_demand_seconds: Seconds = 60.0
+    model_demand_seconds: Seconds = 20.0
     """Time in which a request's weight in its model's demand falls to 37 % once it has been served."""
     max_tokens: Annotated[int, Meta(ge=1)] = 4096
     """Longest prompt accepted, in tokens, whatever the model's own context."""
@@ -94,6 +94,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Tokens that may share a forward pass, all its prompts together."""
     max_body_bytes: Annotated[int, Meta(ge=1024)] = 2_000_000
     """Largest request body accepted."""
+    max_batch_bytes: Annotated[int, Meta(ge=1024)] = 64_000_000
+    """Largest batch accepted; each of its scans is bounded like a request of its own."""
+    max_session_bytes: Annotated[int, Meta(ge=1024)] = 1_000_000_000
+    """Largest session file accepted, results included."""
     max_queued_jobs: Annotated[int, Meta(ge=1)] = 10_000
     """Unfinished jobs accepted in all; beyond it requests are answered 429."""
     user_max_jobs: Annotated[int, Meta(ge=0)] = 1000
