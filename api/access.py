@@ -5,7 +5,7 @@ that it is open. What a key must allow follows from the method, unless the route
 `scan:read`, to change is `scan:write`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -16,8 +16,19 @@ from api.dependencies import Services
 from neural_mri.backing import access
 from neural_mri.backing.access import LOCAL
 from neural_mri.contract.auth import Identity, Scope, Unauthenticated
+from neural_mri.contract.problems import Unavailable
 
-__all__ = ("ANYBODY", "ANY_KEY", "COOKIE", "Connection", "admit", "needs", "presented")
+__all__ = (
+    "ANYBODY",
+    "ANY_KEY",
+    "COOKIE",
+    "Admitted",
+    "Connection",
+    "admit",
+    "needs",
+    "presented",
+    "readmission",
+)
 
 COOKIE = "nmri_session"
 
@@ -30,6 +41,7 @@ ANY_KEY: Mapping[str, Any] = MappingProxyType({_SCOPE: None})
 """`opt` of a route that any key may use."""
 
 Connection = ASGIConnection[Any, Any, Any, Any]
+Admitted = Callable[[], Awaitable[bool]]
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -60,6 +72,23 @@ async def admit(services: Services, connection: Connection, handler: BaseRouteHa
     if not is_open and needed is not None:
         caller.require(needed)
     return caller
+
+
+def readmission(services: Services, connection: Connection) -> Admitted:
+    """Asks, of an answer that lasts, whether its reader would still be let in."""
+
+    async def is_admitted() -> bool:
+        if services.settings.auth == "off":
+            return True
+        try:
+            await _identity(services, connection)
+        except Unauthenticated:
+            return False
+        except Unavailable:
+            pass  # nobody is shut out because nobody could look
+        return True
+
+    return is_admitted
 
 
 async def _identity(services: Services, connection: Connection) -> Identity:

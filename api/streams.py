@@ -9,6 +9,7 @@ stands (`reset`) and hears its own events from there.
 """
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from uuid import UUID
 import structlog
 from litestar.types import ASGIApp, Receive, Scope, Send
 
+from api.access import Admitted
 from api.cancellation import cancelled
 from api.dependencies import Services
 from api.hub import END, PAGE, START, Frame, Listener, News, Position, frame_of
@@ -279,8 +281,14 @@ def _retold(frame: Frame, job_id: UUID) -> Frame:
     return frame._replace(job_id=job_id, body=body)
 
 
-def event_stream(chunks: Callable[[], AsyncGenerator[bytes]]) -> ASGIApp:
-    """Answer with a stream of events until it ends, or its reader goes away or takes nothing."""
+def event_stream(
+    chunks: Callable[[], AsyncGenerator[bytes]], admitted: Admitted, *, look_seconds: float
+) -> ASGIApp:
+    """Answer with a stream of events until it ends, or its reader goes away or takes nothing.
+
+    Every `look_seconds` at the latest it is asked whether the reader is still `admitted`: a key that is
+    revoked ends its streams too.
+    """
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await send(
@@ -299,12 +307,25 @@ def event_stream(chunks: Callable[[], AsyncGenerator[bytes]]) -> ASGIApp:
             return
         sending = asyncio.create_task(_send_all(chunks(), send))
         leaving = asyncio.create_task(_disconnected(receive))
+        barring = asyncio.create_task(_shut_out(admitted, look_seconds))
         try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, leaving, barring}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await cancelled(sending, leaving)
+            await cancelled(sending, leaving, barring)
+        if sending.cancelled() and not barring.cancelled():
+            log.info("event_reader_shut_out")
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     return answer
+
+
+async def _shut_out(admitted: Admitted, look_seconds: float) -> None:
+    """Return once the reader would not be let in any more."""
+    while True:
+        # Not all at once who came all at once.
+        await asyncio.sleep(look_seconds * random.uniform(0.5, 1.0))  # noqa: S311 (no secret)
+        if not await admitted():
+            return
 
 
 async def _send_all(chunks: AsyncGenerator[bytes], send: Send) -> None:

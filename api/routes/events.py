@@ -1,15 +1,16 @@
 """Event streams."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
-from litestar import get
+from litestar import Request, get
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, HeaderParameter, QueryParameter
 from litestar.types import ASGIApp
 
+from api.access import readmission
 from api.dependencies import Services
 from api.problems import refusals
 from api.streams import MEDIA_TYPE, Following, event_stream, no_content, parse_cursors
@@ -32,7 +33,8 @@ DESCRIPTION = (
     "`progress`, `layer_frame`, `activation_frame`, `artifact`, `reset` "
     "(earlier events are gone; the job stands as it says), and one `ended`, the last. Each event's "
     "data is a JSON object that names its `job` and `type`. A stream begins with the job's first "
-    "event, or after Last-Event-ID. 204: the end has been read already."
+    "event, or after Last-Event-ID; it ends early where the key it was asked for with is revoked, or the "
+    "session closed. 204: the end has been read already."
 )
 RESPONSES = {
     200: ResponseSpec(str, description="Events", media_type=MEDIA_TYPE, generate_examples=False),
@@ -49,10 +51,13 @@ RESPONSES = {
     responses={**RESPONSES, **refusals(404)},
 )
 async def follow_job(
-    job_id: FromPath[UUID], services: NamedDependency[Services], last_event_id: LastEventId = None
+    job_id: FromPath[UUID],
+    services: NamedDependency[Services],
+    request: Request[Any, Any, Any],
+    last_event_id: LastEventId = None,
 ) -> ASGIApp:
     """Follow a job."""
-    return await _follow(services, [job_id], last_event_id)
+    return await _follow(services, request, [job_id], last_event_id)
 
 
 @get(
@@ -68,10 +73,11 @@ async def follow_jobs(
     job_ids: Annotated[
         str, QueryParameter(name="jobs", description="Job ids, separated by commas.", min_length=1)
     ],
+    request: Request[Any, Any, Any],
     last_event_id: LastEventId = None,
 ) -> ASGIApp:
     """Follow jobs."""
-    return await _follow(services, _ids(job_ids), last_event_id)
+    return await _follow(services, request, _ids(job_ids), last_event_id)
 
 
 def _ids(text: str) -> list[UUID]:
@@ -87,10 +93,17 @@ def _ids(text: str) -> list[UUID]:
 
 
 async def _follow(
-    services: Services, job_ids: Sequence[UUID], last_event_id: str | None
+    services: Services,
+    request: Request[Any, Any, Any],
+    job_ids: Sequence[UUID],
+    last_event_id: str | None,
 ) -> ASGIApp:
     jobs = [await services.job(job_id) for job_id in job_ids]
     following = Following(services, jobs, parse_cursors(last_event_id, job_ids))
     if await following.has_ended():
         return no_content
-    return event_stream(following.chunks)
+    return event_stream(
+        following.chunks,
+        readmission(services, request),
+        look_seconds=services.settings.heartbeat_seconds,
+    )
