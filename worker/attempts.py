@@ -22,17 +22,20 @@ from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import Store
+from neural_mri.backing.tracing import Span
 from neural_mri.contract.events import Artifact
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
 from neural_mri.contract.problems import ModelBusy, Problem, ProblemDocument, Unavailable
 from neural_mri.contract.results import TableRef
 from worker import metrics, scans
 from worker.calibrations import Calibrations
+from worker.interludes import Interludes
 from worker.keeper import Holding, Keeper, LeaseLost
 from worker.reporter import Outbox, Reporter
 from worker.residency import Residency
 from worker.scanner.listening import Cancelled
 from worker.scans import Scanned
+from worker.traces import Traces
 
 __all__ = ("Attempts", "Intake", "InternalError", "OutOfMemory")
 
@@ -90,6 +93,7 @@ class Attempts:
         self._residency = residency
         self._calibrations = calibrations
         self._intake = intake
+        self._traces = Traces()
 
     def take(self, queue: str) -> int:
         """Claim from a queue and run what was claimed; how many jobs that were.
@@ -100,6 +104,7 @@ class Attempts:
         if queue not in self._residency.queues():
             log.info("ticket_not_served", queue=queue)
             return 0
+        began = time.time()
         try:
             claimed = self._sessions.write(
                 jobs.claim,
@@ -112,11 +117,16 @@ class Attempts:
             log.warning("nothing_claimed", queue=queue, error=str(error))
             return 0
         metrics.CLAIMS.labels("jobs" if claimed else "nothing").inc()
+        self._run(claimed, began)
+        return len(claimed)
+
+    def _run(self, claimed: Sequence[Job], began: float) -> None:
+        """Bring jobs, whose claim began at `began`, to their ends."""
         with ExitStack() as leases:
+            leases.enter_context(self._traces.attempts(claimed, began=began))
             held = [leases.enter_context(self._keeper.holding(job)) for job in claimed]
             for together in self._passes(held):
                 self._attempt(together)
-        return len(claimed)
 
     def _passes(self, held: Sequence[Holding]) -> Iterator[Sequence[Holding]]:
         """Mates of one claim, in as many passes as they need to stay within the token budget."""
@@ -197,19 +207,37 @@ class Attempts:
 
     def _scanned(self, holdings: Sequence[Holding]) -> list[Scanned]:
         """What jobs that share a pass measure."""
-        job = holdings[0].job
-        return scans.perform(
-            [holding.job for holding in holdings],
-            self._insisting(lambda: self._sessions.read(models.get, job.model)),
-            self._residency.get(job.revision),
-            baseline=self._baseline(job),
-            calibrations=self._calibrations,
-            models_dir=self._settings.models_dir,
-            listeners=[self._reporter(holding) for holding in holdings],
+        job, together = holdings[0].job, [holding.job for holding in holdings]
+        interludes = self._interludes(holdings)
+        with self._traces.part("forward", together, {"neural_mri.mates": len(together)}) as spans:
+            measured = scans.perform(
+                together,
+                self._insisting(lambda: self._sessions.read(models.get, job.model)),
+                self._residency.get(job.revision),
+                baseline=self._baseline(job),
+                calibrations=self._calibrations,
+                models_dir=self._settings.models_dir,
+                listeners=[self._reporter(holding, interludes) for holding in holdings],
+            )
+            scanned = [each.without(interludes.lent_seconds, len(together)) for each in measured]
+            for span, one in zip(spans, scanned, strict=True):
+                span.note({"neural_mri.forward_seconds": one.manifest.forward_seconds})
+        return scanned
+
+    def _interludes(self, holdings: Sequence[Holding]) -> Interludes:
+        return Interludes(
+            holdings,
+            settings=self._settings,
+            sessions=self._sessions,
+            owner=self._owner,
+            residency=self._residency,
+            run=self._run,
         )
 
-    def _reporter(self, holding: Holding) -> Reporter:
-        return Reporter(self._outbox, holding.job.id, holding.check)
+    def _reporter(self, holding: Holding, interludes: Interludes | None = None) -> Reporter:
+        if interludes is None:
+            return Reporter(self._outbox, holding.job.id, holding.check)
+        return Reporter(self._outbox, holding.job.id, holding.check, interludes.pause)
 
     def _publish(self, holding: Holding, scanned: Scanned) -> None:
         """Store what a job has measured, and say that it is there."""
@@ -219,13 +247,14 @@ class Attempts:
         )
         holding.check()
         self._move(holding, JobState.STORING)
-        result = storage.save_result(
-            self._store,
-            keys.manifest_path(job.id, job.attempt),
-            scanned.manifest,
-            scanned.tables,
-            stored=_counting(reporter, len(scanned.tables)),
-        )
+        with self._traces.part("store", [job]):
+            result = storage.save_result(
+                self._store,
+                keys.manifest_path(job.id, job.attempt),
+                scanned.manifest,
+                scanned.tables,
+                stored=_counting(reporter, len(scanned.tables)),
+            )
         try:
             ended = self._advance(holding, JobState.SUCCEEDED, manifest=result.path)
         except LeaseLost:
@@ -246,8 +275,9 @@ class Attempts:
     def _load(self, holding: Holding) -> None:
         job = holding.job
         held_before = self._residency.get(job.revision) is not None
-        reporter = Reporter(self._outbox, job.id, holding.check)
-        resident = self._residency.load(job.model, reporter)
+        reporter = self._reporter(holding, self._interludes([holding]))
+        with self._traces.part("load", [job]):
+            resident = self._residency.load(job.model, reporter)
         revision = resident.registered.revision
         try:
             holding.check()
@@ -316,6 +346,7 @@ class Attempts:
             raise LeaseLost(f"job {job.id} is no longer held by attempt {job.attempt}")
         if to in TERMINAL:
             metrics.ENDED.labels(job.model, to.value).inc()
+        self._traces.moved(moved)
         return moved
 
     def _tell(self, job: Job) -> None:
@@ -336,8 +367,12 @@ class Attempts:
 
 def _logged(job: Job) -> AbstractContextManager[None]:
     """Log lines inside say whose they are."""
+    trace = Span(job.traceparent).trace_id
     return structlog.contextvars.bound_contextvars(
-        job_id=str(job.id), model=job.model, attempt=job.attempt
+        job_id=str(job.id),
+        model=job.model,
+        attempt=job.attempt,
+        **({} if trace is None else {"trace_id": trace}),
     )
 
 

@@ -44,6 +44,7 @@ class Holding:
         self.job = job
         self._stop: type[Cancelled] | None = None
         self._told_at = 0.0
+        self._is_aside = False
 
     def check(self) -> None:
         """Raises `Cancelled` or `LeaseLost` once the attempt should stop. Costs nothing."""
@@ -57,8 +58,20 @@ class Holding:
             self._stop = reason
 
     def seconds_unheeded(self) -> float:
-        """How long ago it was told to stop; 0 when it was not."""
-        return 0.0 if self._stop is None else time.monotonic() - self._told_at
+        """How long ago it was told to stop; 0 when it was not, or cannot hear it now."""
+        if self._stop is None or self._is_aside:
+            return 0.0
+        return time.monotonic() - self._told_at
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While the block runs the attempt stands still, and others have its thread."""
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._told_at = time.monotonic()
+            self._is_aside = False
 
 
 class Keeper:

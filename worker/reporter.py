@@ -161,10 +161,17 @@ class Outbox:
 class Reporter:
     """The listener of one job's scan."""
 
-    def __init__(self, outbox: Outbox, job_id: UUID, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        job_id: UUID,
+        check: Callable[[], None],
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
         self._outbox = outbox
         self._job_id = job_id
         self._check = check
+        self._pause = pause
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """`done` of `total` steps of a stage are behind us."""
@@ -185,3 +192,8 @@ class Reporter:
     def checkpoint(self) -> None:
         """Raises what should stop the scan: cancelled, or the lease was lost."""
         self._check()
+
+    def pause(self) -> None:
+        """The same between two steps; others may run before it returns."""
+        self._check()
+        self._pause()

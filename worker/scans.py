@@ -69,6 +69,15 @@ class Scanned(NamedTuple):
     """Everything but the tables' addresses."""
     tables: Mapping[str, pa.Table]
 
+    def without(self, seconds: float, n_jobs: int) -> "Scanned":
+        """The same, not counting seconds that its pass, of so many jobs, lent to others."""
+        forward = max(0.0, self.manifest.forward_seconds - seconds)
+        compute = max(0.0, self.manifest.compute_seconds - seconds / n_jobs)
+        counted = msgspec.structs.replace(
+            self.manifest, forward_seconds=forward, compute_seconds=compute
+        )
+        return self._replace(manifest=counted)
+
 
 def perform(
     jobs: Sequence[Job],

@@ -1,0 +1,122 @@
+"""Short scans between the chunks of a long one.
+
+A long scan pauses many times a second, between chunks, with nothing of its own on the model. Then what waits
+may be let in: scans of a person who is looking, each at most a quarter of the work of the one they
+interrupt. They run on the same thread, as jobs of their own, before the pause returns. How much of its time
+a scan lends is its lane's to say: it takes back its share before it lends again, so that no flood of short
+scans keeps it from its end.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import structlog
+
+from neural_mri.backing import jobs, keys
+from neural_mri.backing.database import Sessions
+from neural_mri.backing.jobs import Job, LeaseOwner
+from neural_mri.backing.records import LANE_WEIGHTS
+from neural_mri.backing.settings import Settings
+from neural_mri.contract.jobs import Lane
+from neural_mri.contract.problems import Unavailable
+from worker.keeper import Holding
+from worker.residency import Residency
+
+__all__ = ("Interludes",)
+
+LOOK_SECONDS = 0.05
+"""Least time between two looks at the queue."""
+SHORT = 0.25
+"""Share of a scan's own work that whoever interrupts it may take."""
+
+log = structlog.get_logger(__name__)
+
+
+class Interludes:
+    """What one pass lends of its time."""
+
+    def __init__(
+        self,
+        holdings: Sequence[Holding],
+        *,
+        settings: Settings,
+        sessions: Sessions,
+        owner: LeaseOwner,
+        residency: Residency,
+        run: Callable[[Sequence[Job], float], None],
+    ) -> None:
+        """`run` brings claimed jobs, given with the time when their claim began, to their ends."""
+        self.lent_seconds = 0.0
+        self._holdings = holdings
+        self._attempts = {holding.job.id: holding.job.attempt for holding in holdings}
+        self._settings = settings
+        self._sessions = sessions
+        self._owner = owner
+        self._residency = residency
+        self._run = run
+        job = holdings[0].job
+        # What reads no prompt (a load, a calibration) says nothing of how long it takes.
+        self._most = SHORT * job.estimated_cost if job.tokens else math.inf
+        self._own_share = LANE_WEIGHTS[job.lane] / LANE_WEIGHTS[Lane.INTERACTIVE]
+        self._look_at = time.monotonic() + LOOK_SECONDS
+
+    def pause(self) -> None:
+        """Let in what waits, if it is time to look. Raises what the holdings' `check` does."""
+        if time.monotonic() < self._look_at:
+            return
+        lent, began = 0.0, time.time()
+        if claimed := self._claimed():
+            lent = self._lend(claimed, began)
+        self._look_at = time.monotonic() + max(LOOK_SECONDS, lent * self._own_share)
+        for holding in self._holdings:
+            holding.check()
+
+    def _claimed(self) -> list[Job]:
+        queues = sorted(self._residency.queues() - {keys.CPU_QUEUE, keys.CONTROL_QUEUE})
+        try:
+            queue = self._sessions.read(jobs.queue_of_short, queues, self._most)
+            if queue is None:
+                return []
+            return self._sessions.write(
+                jobs.claim,
+                queue=queue,
+                owner=self._owner,
+                limit=self._settings.batch_jobs,
+                lease_seconds=self._settings.lease_seconds,
+                most_cost=self._most,
+            )
+        except Unavailable as error:
+            log.warning("nothing_claimed", error=str(error))
+            return []
+
+    def _lend(self, claimed: Sequence[Job], began: float) -> float:
+        """Run jobs while the own ones stand still; for how long."""
+        allowed = max(job.deadline_seconds for job in claimed)
+        self._reckon(deadline_seconds=allowed)
+        started = time.monotonic()
+        try:
+            with ExitStack() as aside:
+                for holding in self._holdings:
+                    aside.enter_context(holding.aside())
+                self._run(claimed, began)
+        finally:
+            lent = time.monotonic() - started
+            self.lent_seconds += lent
+            self._reckon(deadline_seconds=-allowed, begun_seconds=lent)
+        log.info("time_lent", jobs=len(claimed), seconds=round(lent, 4))
+        return lent
+
+    def _reckon(self, *, deadline_seconds: float, begun_seconds: float = 0.0) -> None:
+        """Keep time that is others' out of the jobs' own."""
+        try:
+            self._sessions.write(
+                jobs.reckon,
+                self._owner,
+                self._attempts,
+                deadline_seconds=deadline_seconds,
+                begun_seconds=begun_seconds,
+            )
+        except Unavailable as error:
+            log.warning("time_not_reckoned", error=str(error))
