@@ -7,12 +7,12 @@ around a prompt (a BOS, mostly) is kept, nothing else is added; truncation and p
 import asyncio
 from collections import OrderedDict
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from neural_mri.backing import keys
 from neural_mri.backing.storage import Missing, Store
 from neural_mri.contract.problems import Unavailable, Unprocessable
-from neural_mri.contract.tokens import Span, Tokens
+from neural_mri.contract.tokens import Tokens, tokens_of
 
 __all__ = ("Tokenizers", "tokens_of")
 
@@ -85,24 +85,3 @@ class Tokenizers:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
-
-
-def tokens_of(encoding: Encoding, prompt: str) -> Tokens:
-    """An encoding as the contract has it.
-
-    A byte-level token may be a part of a character: tokenizers then give it the whole character's span.
-    Each character is shown by the first token that touches it, so the texts put together are the prompt.
-    White space that a tokenizer leaves out of a token's span belongs to the token all the same.
-    """
-    texts, spans, shown = [], [], 0
-    for token, (start, end), is_added in zip(
-        encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True
-    ):
-        if is_added:
-            texts.append(token)
-            spans.append(Span(shown, shown))
-        else:
-            texts.append(prompt[shown:end])
-            spans.append(Span(min(start, shown), end))
-            shown = max(shown, end)
-    return Tokens(ids=tuple(encoding.ids), texts=tuple(texts), spans=tuple(spans))
