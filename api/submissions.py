@@ -11,6 +11,7 @@ from api.preparation import Prepared, prepare
 from api.results import is_whole
 from neural_mri.backing import jobs, keys, tracing
 from neural_mri.backing.audit import Deed
+from neural_mri.backing.faults import crash_point
 from neural_mri.backing.jobs import Submitted
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Job, Submission
@@ -99,6 +100,7 @@ async def _submit(services: Services, submission: Submission) -> Job:
         job, _ = await services.sessions.write(
             jobs.submit_once, submission, max_queued=limit, usual=services.limits, is_anew=True
         )
+    crash_point("api.recorded")
     _told(job, services.metrics.accepted(job))
     services.announce(job)
     return job

@@ -18,6 +18,7 @@ import torch
 
 from neural_mri.backing import events, jobs, keys, models, storage
 from neural_mri.backing.database import Sessions
+from neural_mri.backing.faults import crash_point
 from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
@@ -104,6 +105,7 @@ class Attempts:
         if queue not in self._residency.queues():
             log.info("ticket_not_served", queue=queue)
             return 0
+        crash_point("worker.ticket")
         began = time.time()
         try:
             claimed = self._sessions.write(
@@ -117,6 +119,7 @@ class Attempts:
             log.warning("nothing_claimed", queue=queue, error=str(error))
             return 0
         metrics.CLAIMS.labels("jobs" if claimed else "nothing").inc()
+        crash_point("worker.claimed")
         self._run(claimed, began)
         return len(claimed)
 
@@ -245,6 +248,7 @@ class Attempts:
         metrics.FORWARD_SECONDS.labels(job.model, scanned.manifest.kind.value).observe(
             scanned.manifest.forward_seconds
         )
+        crash_point("worker.computed")
         holding.check()
         self._move(holding, JobState.STORING)
         with self._traces.part("store", [job]):
@@ -255,11 +259,13 @@ class Attempts:
                 scanned.tables,
                 stored=_counting(reporter, len(scanned.tables)),
             )
+        crash_point("worker.named")
         try:
             ended = self._advance(holding, JobState.SUCCEEDED, manifest=result.path)
         except LeaseLost:
             self._store.delete(result.path)
             raise
+        crash_point("worker.succeeded")
         for ref in result.manifest.tables:
             url = f"{ended.view().links['result']}/{ref.name}"
             self._outbox.post(job.id, Artifact(table=ref.name, url=url, bytes=ref.bytes))

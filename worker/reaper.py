@@ -16,6 +16,7 @@ from neural_mri.backing import batches, broker, database, jobs, logs
 from neural_mri.backing.broker import AWAY, SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import Publisher
+from neural_mri.backing.faults import crash_point
 from neural_mri.backing.jobs import Job
 from neural_mri.backing.queue import send_tickets, waiting_tickets
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
@@ -79,6 +80,8 @@ class Reaper:
             moved += self._sessions.write(
                 jobs.expire, waiting_seconds=self._settings.queued_seconds
             )
+        if moved:
+            crash_point("reaper.taken-back")
         for job in moved:
             self._announce(job)
 

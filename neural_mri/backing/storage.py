@@ -21,6 +21,7 @@ import msgspec
 import pyarrow as pa
 
 from neural_mri.backing import keys
+from neural_mri.backing.faults import crash_point
 from neural_mri.backing.settings import InvalidSettings, Settings
 from neural_mri.contract.problems import Gone, Unavailable
 from neural_mri.contract.results import Manifest, TableRef, from_ipc, provenance_of, to_ipc
@@ -118,6 +119,7 @@ class FolderStore:
             partial = f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
             try:
                 _write(folder, partial, body)
+                crash_point("worker.written")
                 os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
                 os.fsync(folder)
             except BaseException:
@@ -280,6 +282,7 @@ def save_result(
         for ref in writers.map(partial(_save_table, store), tables.keys(), tables.values()):
             refs.append(ref)
             stored(ref)
+    crash_point("worker.stored")
     whole = msgspec.structs.replace(manifest, tables=tuple(refs))
     store.put(path, msgspec.json.encode(whole))
     return SavedResult(path, whole)

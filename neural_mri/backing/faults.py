@@ -1,0 +1,40 @@
+"""Points at which a process can be made to die, to prove that nothing accepted is lost there.
+
+Off unless the process was started with `NMRI_CRASH_POINTS` in its environment, a folder: whoever puts a file
+of a point's name there ends the next process that comes to the point, as a power cut would. It is no
+setting, and no request reaches it.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+__all__ = ("POINTS", "crash_point")
+
+POINTS = (
+    "api.recorded",
+    "worker.ticket",
+    "worker.claimed",
+    "worker.computed",
+    "worker.written",
+    "worker.stored",
+    "worker.named",
+    "worker.succeeded",
+    "reaper.taken-back",
+)
+"""A job is in the database, its ticket is not sent; a ticket is taken; jobs are claimed; tables are computed;
+a file is written, not in its place; tables are stored, no manifest names them; a manifest does, the job does
+not; the job has succeeded, nobody was told; jobs are taken back, nobody was told."""
+
+_FOLDER = os.environ.get("NMRI_CRASH_POINTS")
+
+
+def crash_point(name: str) -> None:
+    """End here, if somebody has asked for it."""
+    if _FOLDER is None:
+        return
+    try:
+        Path(_FOLDER, name).unlink()
+    except FileNotFoundError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
