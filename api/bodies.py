@@ -10,7 +10,7 @@ from litestar.handlers.base import BaseRouteHandler
 
 from neural_mri.contract.problems import InvalidRequest
 
-__all__ = ("BODIES", "Form", "bodies_of", "bounded", "lines_of")
+__all__ = ("BODIES", "Form", "NumberedLine", "bodies_of", "bounded", "lines_of")
 
 BODIES = "bodies"
 """Key in a route's `opt`: the `Form`s of a body that no argument of its handler reads."""

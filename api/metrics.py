@@ -18,7 +18,15 @@ __all__ = ("MEDIA_TYPE", "NO_ROUTE", "Metrics", "Now")
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NO_ROUTE = "none"
-STREAMS = frozenset({"/api/events", "/api/jobs/{job_id}/events"})
+STREAMS = frozenset(
+    {
+        "/api/events",
+        "/api/jobs/{job_id}/events",
+        "/api/batches/{batch_id}/events",
+        "/api/sessions/{session_id}/events",
+        "/api/shared/events",
+    }
+)
 """They last as long as their readers like: no duration of the service's."""
 
 
@@ -65,6 +73,11 @@ class Metrics:
             answer = "queued"
         self._accepted.labels(job.kind.value, answer).inc()
         return answer
+
+    def accepted_batch(self, *, stored: int, queued: int) -> None:
+        """Count the scans of a batch that has just been recorded."""
+        for answer, count in (("stored", stored), ("queued", queued)):
+            self._accepted.labels("scan", answer).inc(count)
 
     def exposition(self, now: "Now") -> bytes:
         """Everything, in Prometheus's text format."""

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import io
 from collections import OrderedDict
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,7 +27,14 @@ from neural_mri.contract.problems import Conflict, Gone, ResultNotReady, Unknown
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, Manifest, TableRef
 from neural_mri.contract.summaries import Summary, main_table, summarise, tables_needed
 
-__all__ = ("FinishedJob", "is_whole", "manifest_of", "summary_of", "table_answer")
+__all__ = (
+    "FinishedJob",
+    "is_whole",
+    "lost_results",
+    "manifest_of",
+    "summary_of",
+    "table_answer",
+)
 
 IMMUTABLE = "private, max-age=31536000, immutable"
 """A job's table never changes: another attempt would be another job's result."""
@@ -95,6 +102,15 @@ async def is_whole(services: Services, job: Job) -> bool:
     if job.manifest is None:
         return False
     return await asyncio.to_thread(_is_whole, services.store, job.manifest)
+
+
+async def lost_results(services: Services, paths: Iterable[str]) -> list[str]:
+    """Those of many results, given by their manifests, some of whose bytes are no longer in the store."""
+
+    def lost() -> list[str]:
+        return [path for path in paths if not _is_whole(services.store, path)]
+
+    return await asyncio.to_thread(lost)
 
 
 def _is_whole(store: Store, path: str) -> bool:

@@ -13,6 +13,15 @@ from api.routes.access import (
     who_am_i,
 )
 from api.routes.audit import list_audit
+from api.routes.batches import (
+    cancel_batch,
+    create_batch,
+    follow_batch,
+    get_batch,
+    list_batch_lines,
+    list_batch_results,
+    list_batches,
+)
 from api.routes.cluster import get_cluster, get_metrics
 from api.routes.events import follow_job, follow_jobs
 from api.routes.health import health
@@ -41,6 +50,13 @@ ROUTES: Sequence[HTTPRouteHandler] = (
     get_manifest,
     get_table,
     get_attention,
+    create_batch,
+    list_batches,
+    get_batch,
+    list_batch_lines,
+    list_batch_results,
+    follow_batch,
+    cancel_batch,
     who_am_i,
     log_in,
     log_out,

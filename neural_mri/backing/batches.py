@@ -132,10 +132,17 @@ class Line(NamedTuple):
     problem: ProblemDocument | None = None
 
 
-def begin(session: Session, wanted: NewBatch) -> Begun:
+def begin(
+    session: Session,
+    wanted: NewBatch,
+    *,
+    waiting: int = 0,
+    max_queued: int = 10_000,
+    usual: Limits = NO_LIMITS,
+) -> Begun:
     """Record a batch without its lines, unless its Idempotency-Key has made one: then that.
 
-    Raises `IdempotencyKeyReused`.
+    Raises `IdempotencyKeyReused`, and `TooMany` where there is no room for `waiting` jobs more.
     """
     run = session.connection().execute
     if wanted.word is not None:
@@ -152,6 +159,7 @@ def begin(session: Session, wanted: NewBatch) -> Begun:
                     batch=str(row.id),
                 )
             return Begun(Batch.of_row(row), is_new=False)
+    jobs.check_room(session, wanted.owner, waiting, max_queued=max_queued, usual=usual)
     made = insert(BATCHES).values(
         id=new_id(), **wanted._asdict(), created_at=epoch(), stopped_at=None, ended_at=None
     )

@@ -44,6 +44,7 @@ __all__ = (
     "WorkersLost",
     "advance",
     "cancel_waiting",
+    "check_room",
     "claim",
     "expire",
     "get",
@@ -154,7 +155,7 @@ def submit(
         limits.check(session, submission.owner, usual)
     # From here on submissions to this queue take turns: of two equal ones the second sees the first.
     turn = _turn(session, submission, max_queued)
-    row |= _WAITING | {"virtual_start": turn.start, "virtual_finish": turn.finish}
+    row |= {**_WAITING, "virtual_start": turn.start, "virtual_finish": turn.finish}
     if submission.scan_key is not None:
         if found := following.leader(session, submission.scan_key):
             following.lift(session, found, turn.start)
@@ -203,12 +204,12 @@ def submit_many(
         row = _row(submission, new_id())
         recorded[index] = Recorded(row["id"], submission.scan_key in known)
         if submission.scan_key in known:
-            born.append(row | _SUCCEEDED | {"manifest": known[submission.scan_key]})
+            born.append({**row, **_SUCCEEDED, "manifest": known[submission.scan_key]})
             continue
         start = turns[submission.queue, submission.owner]
         finish = start + submission.estimated_cost / LANE_WEIGHTS[submission.lane]
         turns[submission.queue, submission.owner] = finish
-        queued.append(row | _WAITING | {"virtual_start": start, "virtual_finish": finish})
+        queued.append({**row, **_WAITING, "virtual_start": start, "virtual_finish": finish})
     for statement, rows in ((statements.ADD, queued), (statements.ADD_FINISHED, born)):
         if rows:
             session.connection().execute(statement, rows)
@@ -230,14 +231,28 @@ def _next_turn(
     found = _run(
         session, statements.UNFINISHED_AND_OWNER_FINISH, {"name": queue, "who": owner}
     ).one()
-    if count and found.unfinished + count > max_queued:
+    _check_queued(found.unfinished, count, max_queued)
+    return clock if found.owner_finish is None else max(clock, found.owner_finish)
+
+
+def _check_queued(unfinished: int, count: int, max_queued: int) -> None:
+    if count and unfinished + count > max_queued:
         raise TooMany(
-            f"{found.unfinished} jobs are unfinished, {max_queued} may be: there is no room for "
-            f"{count} more; try again when some have ended",
-            unfinished=found.unfinished,
+            f"{unfinished} jobs are unfinished, {max_queued} may be: there is no room for {count} more; "
+            "try again when some have ended",
+            unfinished=unfinished,
             limit=max_queued,
         )
-    return clock if found.owner_finish is None else max(clock, found.owner_finish)
+
+
+def check_room(
+    session: Session, owner: str, count: int, *, max_queued: int, usual: Limits = NO_LIMITS
+) -> None:
+    """Whether the owner may submit so many jobs now. Raises `TooMany`."""
+    found = _run(session, statements.UNFINISHED_AND_OWNER_FINISH, {"name": "", "who": owner}).one()
+    _check_queued(found.unfinished, count, max_queued)
+    if count and usual is not NO_LIMITS:
+        limits.check(session, owner, usual, count=count)
 
 
 def known_results(session: Session, keys: Iterable[str]) -> dict[str, str]:
@@ -292,7 +307,7 @@ def _row(submission: Submission, job_id: UUID) -> dict[str, Any]:
 
 
 def _born_succeeded(session: Session, row: dict[str, Any], manifest: str) -> Job:
-    row |= _SUCCEEDED | {"manifest": manifest}
+    row |= {**_SUCCEEDED, "manifest": manifest}
     return Job.of_row(_run(session, statements.INSERT_FINISHED, row).one())
 
 

@@ -1,7 +1,8 @@
 """Results in one file: a zip whose every byte is named by its SHA-256.
 
     manifest.json            what the file is, and size and hash of each other entry
-    session.json             the session's document: its SHA-256 is the revision   (of a session's file)
+    session.json             the session's document: its SHA-256 is the revision; in a session's file
+    lines.json               which result is which line's; in a batch's file
     results/<sha256>.json    a result's manifest
     chunks/<sha256>.arrow    a table
 
@@ -34,17 +35,19 @@ __all__ = (
     "canonical",
     "chunk_entry",
     "open_archive",
+    "plain_entry",
     "result_digest",
     "result_entry",
     "write_archive",
 )
 
 SESSION_FILE = "application/vnd.neural-mri.session+zip"
-FORMAT = "neural-mri-session"
+FORMAT = "neural-mri"
 VERSION = 1
 
 MANIFEST = "manifest.json"
 DOCUMENT = "session.json"
+LINES = "lines.json"
 
 LARGEST_JSON_BYTES = 64 * 2**20
 """Of one entry that is read as JSON."""
@@ -53,7 +56,7 @@ MOST_ENTRIES = 100_000
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", max_length=64)]
 
 _NAMES = re.compile(
-    r"manifest\.json|session\.json|results/[0-9a-f]{64}\.json|chunks/[0-9a-f]{64}\.arrow"
+    r"manifest\.json|session\.json|lines\.json|results/[0-9a-f]{64}\.json|chunks/[0-9a-f]{64}\.arrow"
 )
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _READ_BYTES = 1 << 20
@@ -74,7 +77,7 @@ class ArchivedFile(msgspec.Struct, frozen=True, kw_only=True):
 class ArchiveManifest(msgspec.Struct, frozen=True, kw_only=True):
     """What an archive says of itself."""
 
-    format: Literal["neural-mri-session"] = FORMAT
+    format: Literal["neural-mri"] = FORMAT
     version: int = VERSION
     name: str = ""
     revision: Sha256 | None = None
@@ -112,6 +115,11 @@ def chunk_entry(sha256: str, size: int, read: Callable[[], bytes]) -> Entry:
     return Entry(f"chunks/{sha256}.arrow", sha256, size, read)
 
 
+def plain_entry(name: str, body: bytes) -> Entry:
+    """Something under a name that is not its hash."""
+    return Entry(name, hashlib.sha256(body).hexdigest(), len(body), lambda: body)
+
+
 def write_archive(
     entries: Iterable[Entry], *, name: str = "", document: bytes | None = None
 ) -> Iterator[bytes]:
@@ -122,9 +130,8 @@ def write_archive(
     listed = {entry.name: entry for entry in entries}
     revision = None
     if document is not None:
-        revision = hashlib.sha256(document).hexdigest()
-        body = document  # a name that the closure keeps
-        listed[DOCUMENT] = Entry(DOCUMENT, revision, len(document), lambda: body)
+        listed[DOCUMENT] = plain_entry(DOCUMENT, document)
+        revision = listed[DOCUMENT].sha256
     ordered = [listed[name] for name in sorted(listed)]
     manifest = canonical(
         ArchiveManifest(
@@ -297,8 +304,8 @@ def _check_files(
                 found=found,
                 expected=wanted.sha256,
             )
-        own = name.rpartition("/")[2].partition(".")[0] if "/" in name else manifest.revision
-        if own != found:
+        own = manifest.revision if name == DOCUMENT else name.rpartition("/")[2].partition(".")[0]
+        if name != LINES and own != found:
             raise InvalidArchive(
                 f"{name} holds bytes whose hash is {found}, not the {own} it is named for",
                 entry=name,

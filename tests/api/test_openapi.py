@@ -86,8 +86,10 @@ def test_every_documented_route_answers_as_documented(
     api.post("/api/scan/activation", json={"prompt": PROMPT})
     done = world.perform(world.claim(world.queue()))
     key = api.post("/api/keys", json={}).json()
+    batch = api.post("/api/batches", json={"scans": [{"scan_mode": "fMRI", "prompt": PROMPT}]})
     fill = {
         "job_id": str(done.id),
+        "batch_id": batch.json()["id"],
         "table": "activations",
         "layer": "0",
         "key_id": key["id"],
@@ -96,6 +98,7 @@ def test_every_documented_route_answers_as_documented(
     stimulus = {"prompt": "a", "component": "blocks.0.mlp"}
     bodies: dict[str, dict[str, Any]] = {
         "/api/keys": {},
+        "/api/batches": {"scans": [{"scan_mode": "T1"}]},
         "/api/login": {"key": key["key"]},
         "/api/users/ada/limits": {"max_jobs": 7},
         "/api/model/load": {"model": "tiny"},

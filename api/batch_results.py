@@ -1,0 +1,227 @@
+"""Results of a batch: line by line as JSON, one table of all of them as Arrow, or everything in one file.
+
+Whatever has ended is there; what has not is left out. Each is sent piece by piece: ten thousand results are
+never held at once.
+"""
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import msgspec
+import pyarrow as pa
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from api.dependencies import Services
+from api.results import manifest_of, summary_of
+from neural_mri.backing import batches, jobs, keys
+from neural_mri.backing.batches import Batch
+from neural_mri.backing.records import Job
+from neural_mri.backing.storage import Store, read_table
+from neural_mri.contract.archives import (
+    Entry,
+    canonical,
+    chunk_entry,
+    plain_entry,
+    result_digest,
+    result_entry,
+    write_archive,
+)
+from neural_mri.contract.batches import NDJSON, BatchLine
+from neural_mri.contract.jobs import TERMINAL, JobState
+from neural_mri.contract.problems import Problem, UnknownTable, Unprocessable
+from neural_mri.contract.results import ARROW_STREAM, Manifest, TableRef, provenance_of, stamp
+from neural_mri.contract.summaries import Summary
+
+__all__ = (
+    "ZIP",
+    "archive_answer",
+    "in_thread",
+    "lines_answer",
+    "pieces_answer",
+    "result_entries",
+    "table_answer",
+)
+
+ZIP = "application/zip"
+PAGE = 200
+"""Lines looked up at once."""
+
+
+class LineResult(BatchLine, frozen=True, kw_only=True):
+    """What became of a line, and its result in short where it has one."""
+
+    result: Summary | None = None
+
+
+class _Found(NamedTuple):
+    line: BatchLine
+    job: Job | None
+
+
+async def _ended(
+    services: Services, batch: Batch, after: int, *, succeeded: bool = False
+) -> AsyncIterator[_Found]:
+    """Lines that have ended, or were refused, in order."""
+    states = (JobState.SUCCEEDED,) if succeeded else TERMINAL
+
+    def page(session: Any, after: int) -> list[_Found]:
+        some = batches.lines(
+            session, batch.id, after=after, limit=PAGE, only=states, refused=not succeeded
+        )
+        return [
+            _Found(line, None if line.job is None else jobs.get(session, line.job)) for line in some
+        ]
+
+    while found := await services.sessions.read(page, after):
+        for each in found:
+            yield each
+        after = found[-1].line.line
+
+
+def lines_answer(services: Services, batch: Batch, after: int) -> ASGIApp:
+    """Answer with each line's result in short."""
+
+    async def pieces() -> AsyncGenerator[bytes]:
+        async for found in _ended(services, batch, after):
+            yield await _line(services, found)
+
+    return pieces_answer(pieces, NDJSON)
+
+
+async def _line(services: Services, found: _Found) -> bytes:
+    fields = msgspec.structs.asdict(found.line)
+    if found.job is not None and found.job.manifest is not None:
+        try:
+            fields["result"] = await summary_of(services, found.job)
+        except Problem as problem:
+            # One result that is gone must not end all the others.
+            fields["problem"] = problem.document()
+    return await asyncio.to_thread(msgspec.json.encode, LineResult(**fields)) + b"\n"
+
+
+async def table_answer(services: Services, batch: Batch, name: str, after: int) -> ASGIApp:
+    """Answer with one table of all results that have it.
+
+    Raises `UnknownTable` where none has, `Unprocessable` where two kinds of scan call different tables so.
+    """
+    wanted: list[tuple[int, TableRef]] = []
+    seen: dict[str, None] = {}
+    kinds = set()
+    async for found in _ended(services, batch, after, succeeded=True):
+        if found.job is None:
+            continue
+        manifest = await manifest_of(services, found.job)
+        seen |= dict.fromkeys(ref.name for ref in manifest.tables)
+        if (ref := manifest.table(name)) is not None:
+            wanted.append((found.line.line, ref))
+            kinds.add(ref.table)
+    if not wanted:
+        raise UnknownTable(
+            f"no result so far has a table {name!r}, but "
+            + (", ".join(seen) or "there is none at all"),
+            tables=list(seen),
+        )
+    if len(kinds) > 1:
+        raise Unprocessable(
+            f"tables called {name!r} are of different kinds, {', '.join(sorted(kinds))}: they do not "
+            "stand under one another"
+        )
+
+    async def pieces() -> AsyncGenerator[bytes]:
+        first = await asyncio.to_thread(_numbered, services.store, *wanted[0])
+        sink = io.BytesIO()
+        with pa.ipc.new_stream(sink, first.schema) as writer:
+            writer.write_table(first)
+            for line, ref in wanted[1:]:
+                yield _drained(sink)
+                table = await asyncio.to_thread(_numbered, services.store, line, ref)
+                writer.write_table(table.cast(first.schema))
+        yield _drained(sink)
+
+    return pieces_answer(pieces, ARROW_STREAM)
+
+
+def _drained(sink: io.BytesIO) -> bytes:
+    body = sink.getvalue()
+    sink.seek(0)
+    sink.truncate()
+    return body
+
+
+def _numbered(store: Store, line: int, ref: TableRef) -> pa.Table:
+    """A table with its line's number before it; rows of every width fit under one another."""
+    table = read_table(store, ref)
+    # What is said of one scan alone does not hold of all.
+    said = msgspec.structs.replace(provenance_of(table), scan_key="", positions=None, parameters={})
+    table = stamp(table, said)
+    for index, column in enumerate(table.schema):
+        if pa.types.is_fixed_size_list(column.type):
+            item = pa.field("item", column.type.value_type, nullable=False)
+            plain = column.with_type(pa.list_(item))
+            table = table.set_column(index, plain, table.column(index).cast(plain.type))
+    numbers = pa.array([line] * table.num_rows, pa.int32())
+    return table.add_column(0, pa.field("line", pa.int32(), nullable=False), numbers)
+
+
+async def archive_answer(services: Services, batch: Batch) -> ASGIApp:
+    """Answer with every manifest and table there is so far, and what became of each line."""
+    lines: list[dict[str, Any]] = []
+    entries: list[Entry] = []
+    async for found in _ended(services, batch, 0):
+        said = msgspec.to_builtins(found.line)
+        if found.job is not None and found.job.manifest is not None:
+            body = await asyncio.to_thread(services.store.get, found.job.manifest)
+            said["result"] = result_digest(body)
+            entries += result_entries(services.store, body, await manifest_of(services, found.job))
+        lines.append(said)
+    entries.append(plain_entry("lines.json", canonical(lines)))
+    headers = {"content-disposition": f'attachment; filename="batch-{batch.id}.zip"'}
+    return pieces_answer(in_thread(write_archive(entries, name=batch.name)), ZIP, headers)
+
+
+def result_entries(store: Store, body: bytes, manifest: Manifest) -> Iterator[Entry]:
+    """A result's manifest and tables, as an archive holds them."""
+    yield result_entry(body)
+    for ref in manifest.tables:
+        yield chunk_entry(ref.chunk, ref.bytes, partial(store.get, keys.chunk_path(ref.chunk)))
+
+
+def in_thread(pieces: Iterator[bytes]) -> Callable[[], AsyncGenerator[bytes]]:
+    """Pieces that are made where making them keeps nobody waiting."""
+
+    async def made() -> AsyncGenerator[bytes]:
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
+
+    return made
+
+
+def pieces_answer(
+    pieces: Callable[[], AsyncGenerator[bytes]],
+    media_type: str,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> ASGIApp:
+    """Answer piece by piece. What goes wrong after the first breaks the answer off."""
+    fields = {"content-type": media_type, "vary": "accept", **headers}
+
+    async def answer(scope: Scope, _receive: Receive, send: Send) -> None:
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(name.encode(), value.encode()) for name, value in fields.items()],
+            }
+        )
+        if not scope.get("head_only"):
+            async with aclosing(pieces()) as made:
+                async for piece in made:
+                    if piece:
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return answer

@@ -1,0 +1,255 @@
+"""From the lines of a batch to its jobs: understood one by one, recorded together.
+
+Everything that can be refused is refused before anything is recorded, by the line's number.
+"""
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+from litestar import Request
+
+from api.bodies import NumberedLine, bounded, lines_of
+from api.dependencies import Services
+from api.preparation import prepare
+from api.results import lost_results
+from api.submissions import submission_of
+from neural_mri.backing import batches, jobs
+from neural_mri.backing.batches import Line, NewBatch
+from neural_mri.backing.models import RegisteredModel
+from neural_mri.backing.records import Submission
+from neural_mri.contract.batches import (
+    MOST_LINES,
+    NDJSON,
+    BatchView,
+    InvalidLine,
+    LinesInvalid,
+    OnInvalid,
+)
+from neural_mri.contract.jobs import Lane
+from neural_mri.contract.problems import InvalidRequest, Problem, Unprocessable
+from neural_mri.contract.scans import Scan, decode_scan
+
+__all__ = ("Options", "submit_batch")
+
+REPORTED = 100
+"""Refused lines that an answer names; the others are only counted."""
+CHUNK = 500
+"""Lines recorded in one transaction: in between others have their turn."""
+TICKETS = 64
+"""Sent to a queue at once; the reaper sends the others as they are needed."""
+LINES_A_TURN = 32
+"""Understood without letting anybody else have the event loop."""
+
+
+class Options(NamedTuple):
+    """What is wished for a whole batch."""
+
+    lane: Lane
+    on_invalid: OnInvalid
+    max_failures: int | None
+    name: str
+    idempotency_key: str | None
+
+
+class _Scans(msgspec.Struct, forbid_unknown_fields=True):
+    """A `BatchRequest` whose scans are read one by one."""
+
+    scans: list[msgspec.Raw]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Remembering(Services):
+    """Services that look up each model once: ten thousand lines ask for two or three."""
+
+    models: dict[str | None, RegisteredModel] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, services: Services) -> "_Remembering":
+        return cls(**{each.name: getattr(services, each.name) for each in fields(Services)})
+
+    async def model(self, name: str | None) -> RegisteredModel:
+        if name not in self.models:
+            self.models[name] = await Services.model(self, name)
+        return self.models[name]
+
+
+async def submit_batch(
+    services: Services, request: Request[Any, Any, Any], options: Options
+) -> BatchView:
+    """The batch that a request asks for, recorded.
+
+    Raises `LinesInvalid`, `InvalidRequest`, `TooMany`, `IdempotencyKeyReused`.
+    """
+    read = await _read(services, request, options)
+    if read.invalid and (options.on_invalid is OnInvalid.REFUSE or not read.accepted):
+        raise _refusal(read.invalid, len(read.lines))
+    view = await _record(services, read, options)
+    return msgspec.structs.replace(view, invalid=tuple(read.invalid[:REPORTED]))
+
+
+class _Read:
+    """The lines of a batch, understood."""
+
+    def __init__(self, options: Options) -> None:
+        self.lines: list[Line] = []
+        self.invalid: list[InvalidLine] = []
+        self._first_lines: dict[str, int] = {}
+        self._digest = hashlib.sha256(msgspec.json.encode(options[:-1]))
+
+    @property
+    def accepted(self) -> list[Submission]:
+        """The scans, each once."""
+        return [line.submission for line in self.lines if line.submission is not None]
+
+    @property
+    def digest(self) -> str:
+        """Of all that was asked for."""
+        return self._digest.hexdigest()
+
+    def note(self, line: NumberedLine) -> None:
+        """Count a line among what was asked for."""
+        self._digest.update(b"%d:%b\n" % (line.number, line.body.strip()))
+
+    def accept(self, number: int, submission: Submission) -> None:
+        """Take a line's scan, or note which earlier line has asked for it."""
+        first = self._first_lines.setdefault(str(submission.scan_key), number)
+        if first == number:
+            self.lines.append(Line(number, submission))
+        else:
+            self.lines.append(Line(number, repeats=first))
+
+    def refuse(self, number: int, problem: Problem) -> None:
+        """Note why a line cannot be done."""
+        self.lines.append(Line(number, problem=problem.document()))
+        self.invalid.append(
+            InvalidLine(
+                line=number,
+                type=problem.type_urn(),
+                title=problem.title(),
+                status=problem.status,
+                detail=problem.detail,
+            )
+        )
+
+
+async def _read(services: Services, request: Request[Any, Any, Any], options: Options) -> _Read:
+    read, remembering = _Read(options), _Remembering.of(services)
+    async for line in _lines(services, request):
+        if len(read.lines) == MOST_LINES:
+            raise Unprocessable(
+                f"the batch has more than {MOST_LINES} scans, as many as one batch can have: send "
+                "several",
+                limit=MOST_LINES,
+            )
+        read.note(line)
+        try:
+            prepared = await prepare(remembering, _decoded(line.body))
+        except Problem as problem:
+            if problem.status >= 500:
+                raise
+            read.refuse(line.number, problem)
+        else:
+            read.accept(line.number, submission_of(services, prepared, options.lane))
+        if len(read.lines) % LINES_A_TURN == 0:
+            await asyncio.sleep(0)
+    if not read.lines:
+        raise InvalidRequest("the batch has no scan: expected a scan's request a line")
+    return read
+
+
+async def _lines(
+    services: Services, request: Request[Any, Any, Any]
+) -> AsyncIterator[NumberedLine]:
+    """Each scan's request, under its line's number."""
+    settings = services.settings
+    chunks = bounded(request, settings.max_batch_bytes)
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == NDJSON:
+        async for line in lines_of(chunks, settings.max_body_bytes):
+            yield NumberedLine(*line)
+        return
+    body = b"".join([chunk async for chunk in chunks])
+    try:
+        scans = await asyncio.to_thread(msgspec.json.decode, body, type=_Scans)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f'the body is no {{"scans": [...]}}: {error}') from error
+    for number, scan in enumerate(scans.scans, 1):
+        yield NumberedLine(number, bytes(scan))
+
+
+def _decoded(body: bytes) -> Scan:
+    try:
+        return decode_scan(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(str(error)) from error
+    except RecursionError as error:
+        raise InvalidRequest("the request is nested too deeply") from error
+
+
+def _refusal(invalid: Sequence[InvalidLine], lines: int) -> LinesInvalid:
+    first = invalid[0]
+    return LinesInvalid(
+        f"{len(invalid)} of {lines} lines cannot be done, line {first.line} among them: {first.detail}; "
+        f"nothing was recorded (on_invalid={OnInvalid.SKIP.value} leaves such lines out)",
+        refused=len(invalid),
+        lines=lines,
+        invalid=msgspec.to_builtins(invalid[:REPORTED]),
+    )
+
+
+async def _record(services: Services, read: _Read, options: Options) -> BatchView:
+    """Record the batch, line by line, and send tickets for what waits."""
+    submissions = read.accepted
+    keys = {str(each.scan_key) for each in submissions}
+    known = await services.sessions.read(jobs.known_results, keys)
+    for path in await lost_results(services, set(known.values())):
+        await services.sessions.write(jobs.withdraw_result, path)
+        known = {key: manifest for key, manifest in known.items() if manifest != path}
+    max_queued, usual = services.settings.max_queued_jobs, services.limits
+    begun = await services.sessions.write(
+        batches.begin,
+        NewBatch(
+            owner=services.caller.user,
+            name=options.name,
+            lane=options.lane,
+            lines=len(read.lines),
+            digest=read.digest,
+            max_failures=options.max_failures,
+            word=options.idempotency_key,
+        ),
+        waiting=len(keys - known.keys()),
+        max_queued=max_queued,
+        usual=usual,
+    )
+    if begun.is_new:
+        try:
+            recorded: dict[int, UUID] = {}
+            for start in range(0, len(read.lines), CHUNK):
+                recorded = await services.sessions.write(
+                    batches.fill,
+                    begun.batch.id,
+                    read.lines[start : start + CHUNK],
+                    recorded,
+                    max_queued=max_queued,
+                    usual=usual,
+                )
+        except BaseException:
+            # Others took the room, or the sender went away: half a batch is none.
+            await services.sessions.write(batches.abandon, begun.batch.id)
+            raise
+        waiting = [each for each in submissions if each.scan_key not in known]
+        await _tell(services, waiting, stored=len(submissions) - len(waiting))
+    return await services.sessions.read(batches.view, begun.batch)
+
+
+async def _tell(services: Services, waiting: Sequence[Submission], stored: int) -> None:
+    """Send tickets for what waits."""
+    services.metrics.accepted_batch(stored=stored, queued=len(waiting))
+    for queue, count in Counter(each.queue for each in waiting).items():
+        await services.tickets.send(queue, min(count, TICKETS))

@@ -1,0 +1,108 @@
+"""Many submissions at once are what they would be one by one; batches on both databases."""
+
+from uuid import UUID, uuid4
+
+import pytest
+
+from neural_mri.backing import batches, jobs
+from neural_mri.backing.batches import Line, NewBatch
+from neural_mri.backing.database import Sessions
+from neural_mri.backing.limits import Limits
+from neural_mri.contract.batches import BatchState
+from neural_mri.contract.jobs import JobState, Lane
+from neural_mri.contract.problems import TooMany
+from tests.backing.making import ELSEWHERE, QUEUE, submission
+
+
+def key(number: int) -> str:
+    return f"{number:064x}"
+
+
+def known(sessions: Sessions, scan_key: str) -> None:
+    """A result of that key."""
+    with sessions.writing() as session:
+        job = jobs.submit(session, submission(scan_key=scan_key, owner="before"))
+        jobs.claim(session, queue=QUEUE, owner=ELSEWHERE, limit=1, lease_seconds=9)
+        for state in (JobState.RUNNING, JobState.STORING):
+            jobs.advance(session, job.id, state, attempt=1)
+        jobs.advance(session, job.id, JobState.SUCCEEDED, attempt=1, manifest=f"m/{scan_key}")
+
+
+WANTED = [
+    submission(scan_key=key(1), forwards=3.0),
+    submission(scan_key=key(2)),
+    submission(scan_key=key(3), forwards=2.0),
+    submission(scan_key=key(4), queue="cpu", tokens=None),
+    submission(scan_key=key(5)),
+]
+
+
+def test_many_at_once_stand_where_they_would_have_stood_one_by_one(sessions: Sessions) -> None:
+    known(sessions, key(2))
+    sessions.write(jobs.submit, submission(scan_key=key(3), owner="bob"))
+    with sessions.writing() as session:
+        # Followers are told first, so here they come first one by one as well.
+        order = (WANTED[2], WANTED[0], WANTED[1], WANTED[3], WANTED[4])
+        apart = {each.scan_key: jobs.submit(session, each) for each in order}
+        expected = {
+            name: (job.state, job.cached, job.leader, job.virtual_start, job.manifest)
+            for name, job in apart.items()
+        }
+        session.rollback()
+    recorded = sessions.write(jobs.submit_many, WANTED)
+    for wanted, made in zip(WANTED, recorded, strict=True):
+        job = sessions.read(jobs.get, made.job_id)
+        assert job is not None
+        found = (job.state, job.cached, job.leader, job.virtual_start, job.manifest)
+        assert found == expected[wanted.scan_key]
+        assert made.cached == job.cached
+
+
+def test_they_are_all_recorded_or_none_is(sessions: Sessions) -> None:
+    with pytest.raises(TooMany, match="no room for 5 more"):
+        sessions.write(jobs.submit_many, WANTED, max_queued=4)
+    with pytest.raises(TooMany, match="no room for 5 more"):
+        sessions.write(jobs.submit_many, WANTED, usual=Limits(max_jobs=4))
+    assert sessions.read(jobs.recent, "ada") == []
+    known(sessions, key(2))
+    sessions.write(jobs.submit_many, WANTED, max_queued=4, usual=Limits(max_jobs=4))
+
+
+def test_those_that_wait_are_cancelled_with_one_statement(sessions: Sessions) -> None:
+    batch_id = begun(sessions, 3)
+    some = [Line(number, submission(scan_key=key(number))) for number in (1, 2, 3)]
+    made = sessions.write(batches.fill, batch_id, some, {}, max_queued=10)
+    sessions.write(jobs.submit, submission(scan_key=key(2), owner="bob"))
+    assert sessions.write(batches.stop, batch_id, by=batches.CALLER) == 2
+    states = {number: state(sessions, job_id) for number, job_id in made.items()}
+    assert states == {1: "cancelled", 2: "queued", 3: "cancelled"}, "bob waits for the second"
+    (asked,) = sessions.write(batches.cancel_held, batch_id)
+    assert (asked.job.id, asked.moved) == (made[2], True)
+    (left,) = sessions.read(jobs.recent, "bob")
+    assert (left.state, left.leader) == (JobState.QUEUED, None), "it takes a turn of its own"
+    found = sessions.read(batches.find, batch_id)
+    assert found is not None
+    assert sessions.read(batches.view, found).state is BatchState.CANCELLED
+
+
+def test_a_batch_that_is_not_filled_has_not_ended(sessions: Sessions) -> None:
+    batch_id = begun(sessions, 2, max_failures=1)
+    problem = {"type": "about:blank", "title": "No", "status": 422, "detail": "no"}
+    sessions.write(batches.fill, batch_id, [Line(1, problem=problem)], {}, max_queued=10)
+    found = sessions.read(batches.find, batch_id)
+    assert found is not None
+    assert sessions.read(batches.view, found).state is BatchState.RUNNING
+    assert sessions.write(batches.stop_failing) == []
+    sessions.write(batches.fill, batch_id, [Line(2, repeats=1)], {1: uuid4()}, max_queued=10)
+    assert sessions.read(batches.view, found).state is BatchState.ENDED
+
+
+def begun(sessions: Sessions, lines: int, max_failures: int | None = None) -> UUID:
+    wanted = NewBatch("ada", "", Lane.BATCH, lines, "0" * 64, max_failures)
+    return sessions.write(batches.begin, wanted).batch.id
+
+
+def state(sessions: Sessions, job_id: UUID) -> str:
+    job = sessions.read(jobs.get, job_id)
+    assert job is not None
+    return job.state.value
