@@ -9,6 +9,7 @@ from uuid import UUID
 
 import msgspec
 
+from neural_mri.client.batches import Batches
 from neural_mri.client.errors import ClientError
 from neural_mri.client.exchange import Exchange
 from neural_mri.client.result import Result
@@ -95,6 +96,11 @@ class Client:
             headers=headers or {},
             api_key=api_key,
         )
+
+    @property
+    def batches(self) -> Batches:
+        """Many scans in one request."""
+        return Batches(self._exchange)
 
     @property
     def base_url(self) -> str:

@@ -5,7 +5,7 @@ The only module that knows httpx's exceptions and problem documents on the wire.
 
 import os
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -67,18 +67,19 @@ class Exchange:
         method: str,
         path: str,
         *,
-        body: bytes | None = None,
+        body: bytes | Iterable[bytes] | None = None,
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         answers: Container[int] = (),
     ) -> httpx.Response:
         """The whole answer. Raises `Unreachable` or `Refused`.
 
-        `answers` are statuses beside 2xx that carry an answer to this request, and are no refusal.
+        A body is JSON, unless the headers say otherwise; one in pieces is sent as they come. `answers` are
+        statuses beside 2xx that carry an answer to this request, and are no refusal.
         """
         sent = dict(headers or {})
         if body is not None:
-            sent["Content-Type"] = "application/json"
+            sent.setdefault("Content-Type", "application/json")
         with self._reaching():
             response = self._http.request(method, path, content=body, params=query, headers=sent)
         return response if response.status_code in answers else _accepted(response)
@@ -89,8 +90,9 @@ class Exchange:
         method: str,
         path: str,
         *,
-        body: bytes | None = None,
+        body: bytes | Iterable[bytes] | None = None,
         query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
         answers: Container[int] = (),
     ) -> T:
         """The answer's JSON as a `wanted`. Raises `Unreachable`, `Refused` or `NotUnderstood`."""
@@ -99,20 +101,27 @@ class Exchange:
             path,
             body=body,
             query=query,
-            headers={"Accept": "application/json"},
+            headers={"Accept": "application/json", **(headers or {})},
             answers=answers,
         )
         return decoded(wanted, response)
 
     @contextmanager
     def stream(
-        self, path: str, *, headers: Mapping[str, str], quiet_seconds: float
+        self,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        quiet_seconds: float,
+        query: Mapping[str, str] | None = None,
     ) -> Iterator[httpx.Response]:
         """An answer read as it arrives; silence of `quiet_seconds` counts as a broken connection."""
         timeout = httpx.Timeout(self._timeout_seconds, read=quiet_seconds)
         with (
             self._reaching(),
-            self._http.stream("GET", path, headers=headers, timeout=timeout) as response,
+            self._http.stream(
+                "GET", path, headers=headers, params=query, timeout=timeout
+            ) as response,
         ):
             if not response.is_success:
                 response.read()

@@ -2,9 +2,10 @@
 
 import random
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import get_args
 from uuid import UUID
 
@@ -21,10 +22,15 @@ from neural_mri.client.sse import Message, Parser
 from neural_mri.contract.events import Ended, Event, decode_event, encode_event, event_name
 from neural_mri.contract.jobs import TERMINAL, JobState, JobView
 
-__all__ = ("follow", "wait_for")
+__all__ = ("follow", "messages", "wait_for")
 
 QUIET_SECONDS = 60.0
 """Silence after which a stream is given up and opened again; the service comments every 15 s."""
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+STREAM_HEADERS: Mapping[str, str] = MappingProxyType(
+    {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+)
 
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 10.0
@@ -103,6 +109,36 @@ def follow(exchange: Exchange, job_id: UUID) -> Iterator[Event]:
         time.sleep(patience.pause())
 
 
+def messages(
+    exchange: Exchange, path: str, *, headers: Mapping[str, str] = NO_HEADERS
+) -> Iterator[Message]:
+    """The messages of any stream, through broken connections, until the service says that it has ended.
+
+    Raises as `follow` does.
+    """
+    patience = _Patience(exchange.patience_seconds)
+    last_id = ""
+    while True:
+        resuming = {**STREAM_HEADERS, **headers}
+        if last_id:
+            resuming["Last-Event-ID"] = last_id
+        parser = Parser(last_id)
+        try:
+            with exchange.stream(path, headers=resuming, quiet_seconds=QUIET_SECONDS) as response:
+                if response.status_code == HTTPStatus.NO_CONTENT:
+                    return
+                for chunk in response.iter_bytes():
+                    for message in parser.feed(chunk):
+                        patience.got_on()
+                        last_id = message.id
+                        yield message
+                    patience.heard(parser.retry_seconds)
+        except (Unreachable, Refused) as error:
+            if patience.is_over or (isinstance(error, Refused) and error.status not in _PASSING):
+                raise
+        time.sleep(patience.pause())
+
+
 def wait_for(
     exchange: Exchange, job: JobView, on_event: Callable[[Event], None] | None = None
 ) -> JobView:
@@ -124,7 +160,7 @@ def _messages(
     exchange: Exchange, job_id: UUID, last_id: str, patience: _Patience
 ) -> Generator[Message, None, None]:
     """The messages of one connection."""
-    headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+    headers = dict(STREAM_HEADERS)
     if last_id:
         headers["Last-Event-ID"] = last_id
     parser = Parser(last_id)

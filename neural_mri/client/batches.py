@@ -1,0 +1,238 @@
+"""Batches from Python: ten thousand scans in one request, followed on one stream.
+
+batch = mri.batches.submit(ActivationScan(prompt=prompt) for prompt in prompts)
+for line in mri.batches.watch(batch): ...
+mri.batches.table(batch, "predictions").to_pandas()
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+import pyarrow as pa
+
+from neural_mri.client.errors import ClientError, Damaged, NotUnderstood
+from neural_mri.client.exchange import Exchange
+from neural_mri.client.result import Result
+from neural_mri.client.watching import QUIET_SECONDS, messages
+from neural_mri.contract.batches import (
+    NDJSON,
+    BatchEnded,
+    BatchEvent,
+    BatchLine,
+    BatchState,
+    BatchView,
+    LineEnded,
+    OnInvalid,
+    decode_batch_event,
+)
+from neural_mri.contract.jobs import JobState, Lane
+from neural_mri.contract.results import ARROW_STREAM, Manifest
+from neural_mri.contract.scans import Scan, encode_scan
+
+__all__ = ("BatchReference", "Batches", "Outcome")
+
+BatchReference = BatchView | UUID | str
+OnBatchEvent = Callable[[BatchEvent], None]
+
+_NAMES = frozenset({"progress", "line", "ended"})
+_PAGE = 1000
+
+
+class Outcome(NamedTuple):
+    """What became of a line of a batch."""
+
+    line: BatchLine
+    result: Result | None
+    """None where the scan did not succeed, or the line was refused: `line.problem` says why."""
+
+
+class Batches:
+    """The batches of one service. Raises as `Client` does."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def submit(
+        self,
+        scans: Iterable[Scan] | Path,
+        *,
+        lane: Lane | str = Lane.BATCH,
+        on_invalid: OnInvalid | str = OnInvalid.REFUSE,
+        max_failures: int | None = None,
+        name: str = "",
+        idempotency_key: str | None = None,
+    ) -> BatchView:
+        """Ask for many scans; they are sent as they come.
+
+        Args:
+            scans: The requests; or an NDJSON file of them, a line each with its `scan_mode`.
+            lane: How soon they should run.
+            on_invalid: `refuse` raises `Refused`, whose `members["invalid"]` name each line that cannot
+                be done; `skip` leaves such lines out.
+            max_failures: So many failed scans cancel those that are left.
+            name: What it is for.
+            idempotency_key: Your own word for this batch: sent again within a day it makes no second one.
+        """
+        query = {"lane": Lane(lane).value, "on_invalid": OnInvalid(on_invalid).value, "name": name}
+        if max_failures is not None:
+            query["max_failures"] = str(max_failures)
+        headers = {"Content-Type": NDJSON}
+        if idempotency_key is not None:
+            headers["Idempotency-Key"] = idempotency_key
+        body = _file(scans) if isinstance(scans, Path) else map(_line, scans)
+        return self._exchange.ask(
+            BatchView, "POST", "/api/batches", body=body, query=query, headers=headers
+        )
+
+    def run(
+        self, scans: Iterable[Scan] | Path, on_event: OnBatchEvent | None = None, **options: Any
+    ) -> list[Outcome]:
+        """Submit a batch, wait, and give what became of each line. Interrupted, it cancels the batch.
+
+        The options are those of `submit`.
+        """
+        batch = self.submit(scans, **options)
+        try:
+            self.wait(batch, on_event)
+        except KeyboardInterrupt:
+            with suppress(ClientError):
+                self.cancel(batch)
+            raise
+        return list(self.outcomes(batch))
+
+    def list(self, limit: int = 20) -> list[BatchView]:
+        """The latest batches, newest first."""
+        query = {"limit": str(limit)}
+        return self._exchange.ask(list[BatchView], "GET", "/api/batches", query=query)
+
+    def get(self, batch: BatchReference) -> BatchView:
+        """How far a batch has come."""
+        return self._exchange.ask(BatchView, "GET", _path(batch))
+
+    def cancel(self, batch: BatchReference) -> BatchView:
+        """Stop a batch: what waits at once, what runs at its next checkpoint."""
+        return self._exchange.ask(BatchView, "DELETE", _path(batch))
+
+    def watch(self, batch: BatchReference) -> Iterator[BatchEvent]:
+        """A batch's events to `BatchEnded`, each line once, through broken connections."""
+        told: set[int] = set()
+        for message in messages(self._exchange, f"{_path(batch)}/events"):
+            if message.event not in _NAMES:
+                continue  # of a newer service: nothing we could show
+            try:
+                event = decode_batch_event(message.data)
+            except msgspec.DecodeError as error:
+                raise NotUnderstood(
+                    f"the stream holds a `{message.event}` that this version cannot read: {error}"
+                ) from error
+            if isinstance(event, LineEnded):
+                if event.line in told:
+                    continue
+                told.add(event.line)
+            yield event
+            if isinstance(event, BatchEnded):
+                return
+
+    def wait(self, batch: BatchReference, on_event: OnBatchEvent | None = None) -> BatchView:
+        """The batch once every scan of it has ended, however; each event on the way to `on_event`."""
+        view = self.get(batch)
+        if view.state is BatchState.RUNNING or on_event is not None:
+            for event in self.watch(batch):
+                if on_event is not None:
+                    on_event(event)
+            view = self.get(batch)
+        return view
+
+    def lines(
+        self, batch: BatchReference, *, state: JobState | str | None = None
+    ) -> Iterator[BatchLine]:
+        """What became of each line, in order."""
+        query = {"limit": str(_PAGE)} | ({} if state is None else {"state": JobState(state).value})
+        after = 0
+        while True:
+            page = self._exchange.ask(
+                list[BatchLine],
+                "GET",
+                f"{_path(batch)}/lines",
+                query={**query, "after": str(after)},
+            )
+            yield from page
+            if len(page) < _PAGE:
+                return
+            after = page[-1].line
+
+    def outcomes(self, batch: BatchReference) -> Iterator[Outcome]:
+        """Each line that has ended, with its result; tables are fetched when asked for."""
+        known: dict[UUID, Result] = {}
+        for line in self.lines(batch):
+            result = None
+            if line.job is not None and line.state is JobState.SUCCEEDED:
+                if line.job not in known:
+                    path = f"/api/jobs/{line.job}/manifest"
+                    manifest = self._exchange.ask(Manifest, "GET", path)
+                    known[line.job] = Result(self._exchange, line.job, manifest)
+                result = known[line.job]
+            if result is not None or line.problem is not None or line.state is not None:
+                yield Outcome(line, result)
+
+    def summaries(self, batch: BatchReference, *, after: int = 0) -> Iterator[dict[str, Any]]:
+        """Each line that has ended, with its result's summary, as the service sends them."""
+        headers = {"Accept": NDJSON}
+        path, query = f"{_path(batch)}/results", {"after": str(after)}
+        with self._exchange.stream(
+            path, headers=headers, quiet_seconds=QUIET_SECONDS, query=query
+        ) as response:
+            for line in response.iter_lines():
+                yield msgspec.json.decode(line, type=dict[str, Any])
+
+    def table(self, batch: BatchReference, name: str) -> pa.Table:
+        """One table of all results so far that have it, with a column `line`.
+
+        `.to_pandas()` makes a data frame of it, `polars.from_arrow(...)` another.
+        """
+        response = self._exchange.send(
+            "GET",
+            f"{_path(batch)}/results",
+            query={"table": name},
+            headers={"Accept": ARROW_STREAM},
+        )
+        try:
+            with pa.ipc.open_stream(response.content) as reader:
+                return reader.read_all()
+        except pa.ArrowInvalid as error:
+            raise Damaged(f"table {name} of the batch cannot be read: {error}") from error
+
+    def save(self, batch: BatchReference, path: Path) -> None:
+        """Write every manifest and table so far, and `lines.json`, into one zip."""
+        headers = {"Accept": "application/zip"}
+        with (
+            self._exchange.stream(
+                f"{_path(batch)}/results", headers=headers, quiet_seconds=QUIET_SECONDS
+            ) as response,
+            path.open("wb") as file,
+        ):
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+
+
+def _line(scan: Scan) -> bytes:
+    return encode_scan(scan) + b"\n"
+
+
+def _file(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            yield chunk
+
+
+def _path(batch: BatchReference) -> str:
+    if isinstance(batch, BatchView):
+        return f"/api/batches/{batch.id}"
+    try:
+        return f"/api/batches/{batch if isinstance(batch, UUID) else UUID(batch)}"
+    except ValueError:
+        raise ValueError(f"{batch!r} is not a batch's id: expected a UUID") from None
