@@ -23,6 +23,7 @@ def main() -> int:
         return 1
     logs.configure(settings, process="worker")
     _choose_gpu(settings)
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.data_dir / "compiled"))
     # Millions of objects come with torch and stay. To look for garbage among them is a fifth of the start,
     # so nobody looks until the models are loaded.
     gc.disable()

@@ -53,7 +53,6 @@ from worker.scanner.perturbation import scan_perturbation
 from worker.scanner.prompts import ScanOutput
 from worker.scanner.topology import scan_topology
 from worker.scanner.tracing import scan_tracing
-from worker.scanner.weights import scan_weights
 
 __all__ = ("ModelChanged", "Scanned", "baseline_of", "perform")
 
@@ -225,6 +224,9 @@ def _output(
         case StructuralScan():
             return ScanOutput(scan_topology(folder), forward_seconds=0.0)
         case WeightScan():
+            # What compiles its loops takes 100 MB: only workers that read weights need it.
+            from worker.scanner.weights import scan_weights
+
             return scan_weights(folder, scan, listener, baseline)
     if resident is None:
         raise Unavailable(f"{job.model} is not in this worker's memory: load it, then scan again")

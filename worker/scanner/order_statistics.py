@@ -2,33 +2,34 @@
 
 A float32's leading sixteen bits, sign, exponent and seven binary digits, put all numbers into 65,536 bins in
 order of size. A first look counts them. Counts say in which bin each order statistic lies, and how many
-numbers lie below every bin; a second look takes out the few numbers of the bins in question, and settles the
-rest among those. Nothing is estimated.
+numbers lie below every bin; a second look takes out the few numbers of the bins in question, and sorting
+those settles the rest. Nothing is estimated.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ("N_BINS", "OrderStatistics", "Quantiles", "bin_counts", "look_up")
+from worker.scanner import weight_kernels
+
+__all__ = ("OrderStatistics", "Quantiles", "add_counts", "look_up", "no_counts")
 
 N_BINS = 1 << 16
-_LEADING = 1 if sys.byteorder == "little" else 0
-_MOST_SORTED = 1 << 20
+_MOST_SORTED = 1 << 18
 """Numbers of one bin that are kept to be sorted; more are counted by their trailing sixteen bits."""
+_SIGN = 1 << 31
 
 Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
-Halves = npt.NDArray[np.uint16]
+Bits = npt.NDArray[np.uint32]
+Keys = npt.NDArray[np.uint32]
+Places = npt.NDArray[np.intp]
 
 # As integers, negative numbers stand after the positive ones, and the wrong way round.
 _ASCENDING = np.concatenate([np.arange(N_BINS - 1, N_BINS // 2 - 1, -1), np.arange(N_BINS // 2)])
-_PLACE = np.argsort(_ASCENDING)
-_NEGATIVE = N_BINS // 2
 
 
 class OrderStatistics(NamedTuple):
@@ -40,17 +41,14 @@ class OrderStatistics(NamedTuple):
     """How many values lie below each limit asked for."""
 
 
-def bin_counts(values: Float32s) -> Counts:
-    """How many of the values, in one stretch of memory, lie in each bin."""
-    return np.bincount(_leading(values), minlength=N_BINS)
+def no_counts() -> Counts:
+    """No number in any bin."""
+    return np.zeros(N_BINS, np.int64)
 
 
-def _leading(values: Float32s) -> Halves:
-    return values.view(np.uint16)[_LEADING::2]
-
-
-def _trailing(values: Float32s) -> Halves:
-    return values.view(np.uint16)[1 - _LEADING :: 2]
+def add_counts(values: Float32s, counts: Counts) -> None:
+    """Add how many of the values, in one stretch of memory, lie in each bin."""
+    weight_kernels.count(values.view(np.uint32), counts)
 
 
 def look_up(
@@ -64,105 +62,85 @@ def look_up(
 
     Args:
         blocks: Gives all values, in any order; called once.
-        counts: Their `bin_counts`.
+        counts: How many of them lie in each bin.
         ranks: Pairs of ranks, from 0 and less than the number of values.
         limits: Any finite numbers.
     """
     ordered = counts[_ASCENDING]
     through = ordered.cumsum()
     before = through - ordered
-    cuts = _Cuts(_first_float32_at_least(limits), before)
-    wanted_ranks = np.array(ranks).reshape(-1)
-    places = np.searchsorted(through, wanted_ranks, side="right")
-    bins = {int(place): _Bin(int(_ASCENDING[place]), int(ordered[place])) for place in places}
-    ranked = np.zeros(N_BINS, np.bool_)
-    ranked[[found.half for found in bins.values()]] = True
-    wanted = ranked | cuts.wanted
-    for block in blocks():
-        values = block.compress(wanted.take(_leading(block)))
-        if not len(values):
-            continue
-        halves = _leading(values)
-        cuts.count(values, halves)
-        among = ranked.take(halves)
-        of_ranks, halves = values.compress(among), halves.compress(among)
-        for found in bins.values():
-            found.take(of_ranks, halves)
-    at_ranks = [
-        bins[int(place)].at(int(rank - before[place]))
-        for rank, place in zip(wanted_ranks, places, strict=True)
-    ]
-    return OrderStatistics(np.array(at_ranks, np.float64).reshape(-1, 2), cuts.below)
+    cuts = _keys(_first_float32_at_least(limits).view(np.uint32))
+    sought = np.array(ranks).reshape(-1)
+    bins = np.searchsorted(through, sought, side="right")
+    found = _Found.among(blocks, ordered, np.unique(np.concatenate([cuts >> 16, bins])))
+    at_ranks = found.at(bins, sought - before[bins])
+    return OrderStatistics(at_ranks.reshape(-1, 2), before[cuts >> 16] + found.below(cuts))
 
 
-class _Cuts:
-    """Numbers, and how many values lie below each."""
+class _Found(NamedTuple):
+    """All values of some bins."""
 
-    def __init__(self, cuts: Float32s, before: Counts) -> None:
-        # Nothing lies between the two zeros, and -0 stands first.
-        cuts = np.where(cuts == 0, np.float32(-0.0), cuts)
-        halves = _leading(cuts)
-        self.below: Counts = before[_PLACE[halves]]
-        self.wanted = np.zeros(N_BINS, np.bool_)
-        self.wanted[halves] = True
-        self._rounds: list[tuple[npt.NDArray[np.intp], Float32s]] = []
-        """Cuts of different bins, by bin: -1 and NaN, below which nothing lies, where there is none."""
-        left = np.arange(len(cuts))
-        while len(left):
-            which, limits = np.full(N_BINS, -1), np.full(N_BINS, np.nan, np.float32)
-            which[halves[left]] = left
-            limits[halves[left]] = cuts[left]
-            self._rounds.append((which, limits))
-            left = np.setdiff1d(left, which[halves[left]])
+    keys: Keys
+    """Of the values of most bins, ascending."""
+    crowded: dict[int, Counts]
+    """Of a bin of very many: how many have each trailing half of a key."""
 
-    def count(self, values: Float32s, halves: Halves) -> None:
-        """Add values of the bins wanted."""
-        for which, limits in self._rounds:
-            found = which.take(halves.compress(values < limits.take(halves)))
-            self.below += np.bincount(found, minlength=len(self.below))
+    @classmethod
+    def among(
+        cls, blocks: Callable[[], Iterable[Float32s]], ordered: Counts, places: Places
+    ) -> "_Found":
+        """Take the values of the bins at some places, in ascending order, out of all values."""
+        crowds = {int(place): no_counts() for place in places[ordered[places] > _MOST_SORTED]}
+        wanted = np.zeros(N_BINS, np.bool_)
+        wanted[_ASCENDING[places]] = True
+        parts = []
+        for block in blocks():
+            bits = block.view(np.uint32)
+            room = np.empty_like(bits)
+            keys = _keys(room[: weight_kernels.pick(bits, wanted, room)])
+            for place, crowd in crowds.items():
+                theirs = keys >> 16 == place
+                trailing = np.bincount(keys[theirs] & 0xFFFF, minlength=N_BINS)
+                np.add(crowd, trailing, out=crowd)
+                keys = keys[~theirs]
+            parts.append(keys)
+        return cls(np.sort(np.concatenate(parts)), crowds)
+
+    def at(self, places: Places, ranks: Counts) -> Float64s:
+        """The values of some ranks, each within its bin, from 0."""
+        keys = np.empty(len(places), np.uint32)
+        sorted_away = ~np.isin(places, list(self.crowded))
+        first = np.searchsorted(self.keys, (places[sorted_away] << 16).astype(np.uint32))
+        keys[sorted_away] = self.keys[first + ranks[sorted_away]]
+        for place, crowd in self.crowded.items():
+            here = places == place
+            trailing = np.searchsorted(crowd.cumsum(), ranks[here], side="right")
+            keys[here] = place << 16 | trailing
+        bits = keys ^ np.where(keys & _SIGN, np.uint32(_SIGN), np.uint32(0xFFFF_FFFF))
+        return bits.view(np.float32).astype(np.float64)
+
+    def below(self, cuts: Keys) -> Counts:
+        """How many values of each cut's own bin lie below it."""
+        places = cuts >> 16
+        counts = np.searchsorted(self.keys, cuts) - np.searchsorted(self.keys, places << 16)
+        for place, crowd in self.crowded.items():
+            here = places == place
+            counts[here] = (crowd.cumsum() - crowd)[cuts[here] & 0xFFFF]
+        return counts
 
 
-class _Bin:
-    """The values of one bin that an order statistic lies in."""
-
-    def __init__(self, half: int, n_values: int) -> None:
-        self.half = half
-        self._parts: list[Float32s] = []
-        self._counts: Counts | None = None
-        if n_values > _MOST_SORTED:
-            self._counts = np.zeros(N_BINS, np.int64)
-
-    def take(self, values: Float32s, halves: Halves) -> None:
-        """Take those that are of this bin."""
-        mine = values[halves == self.half]
-        if self._counts is not None:
-            self._counts += np.bincount(_trailing(mine), minlength=N_BINS)
-        elif len(mine):
-            self._parts.append(mine)
-
-    def at(self, rank: int) -> float:
-        """The value of that rank within the bin, from 0."""
-        if self._counts is None:
-            if len(self._parts) > 1 or not self._is_sorted():
-                self._parts = [np.sort(np.concatenate(self._parts))]
-            return float(self._parts[0][rank])
-        counts, is_negative = self._counts, self.half >= _NEGATIVE
-        through = (counts[::-1] if is_negative else counts).cumsum()
-        place = int(np.searchsorted(through, rank, side="right"))
-        trailing = N_BINS - 1 - place if is_negative else place
-        bits = np.array([self.half << 16 | trailing], np.uint32)
-        return float(bits.view(np.float32)[0])
-
-    def _is_sorted(self) -> bool:
-        [only] = self._parts
-        return bool((only[:-1] <= only[1:]).all())
+def _keys(bits: Bits) -> Keys:
+    """Integers in the order of the values, -0 before 0. Their leading halves are the bins' places."""
+    return bits ^ np.where(bits & _SIGN, np.uint32(0xFFFF_FFFF), np.uint32(_SIGN))
 
 
 def _first_float32_at_least(numbers: Float64s) -> Float32s:
     """The smallest float32 values that are not below the numbers: float32 x < these iff x < those."""
     with np.errstate(over="ignore"):
         rounded = numbers.astype(np.float32)
-    return np.where(rounded < numbers, np.nextafter(rounded, np.float32(np.inf)), rounded)
+    least = np.where(rounded < numbers, np.nextafter(rounded, np.float32(np.inf)), rounded)
+    # Nothing lies between the two zeros, and -0 stands first.
+    return np.where(least == 0, np.float32(-0.0), least)
 
 
 class Quantiles(NamedTuple):

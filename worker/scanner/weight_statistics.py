@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from worker.scanner.order_statistics import N_BINS, Quantiles, bin_counts, look_up
+from worker.scanner.order_statistics import Quantiles, add_counts, look_up, no_counts
 from worker.scanner.weight_files import FloatArray, StoredTensor
+from worker.scanner.weight_kernels import add_columns, add_rows
 
 __all__ = (
     "QUANTILES",
@@ -147,7 +148,6 @@ def measure(
         for block in blocks(tensor):
             checkpoint()
             first.take(block)
-        first.finish()
     total, squares = float(first.row_sums.sum()), float(first.row_squares.sum())
     if not isfinite(total) or not isfinite(squares):
         return TensorStatistics(nonfinite=_nonfinite(tensor, workspace))
@@ -195,44 +195,54 @@ class _FirstLook:
         self._columns = columns
         self._workspace = workspace
         self._kept = tensor.numel <= _KEPT
-        self._ones = np.ones(tensor.n_columns)
         self.row_sums = np.empty(tensor.n_rows)
         self.row_squares = np.empty(tensor.n_rows)
-        self.row_peaks = np.empty(tensor.n_rows)
+        self._row_peaks = np.empty(tensor.n_rows, np.uint32)
         width = tensor.n_columns if columns else 0
         self.column_sums = np.zeros(width)
         self.column_squares = np.zeros(width)
-        self.column_peaks = np.zeros(width)
-        self.cubes = 0.0
-        self.fourths = 0.0
+        self._column_peaks = np.zeros(width, np.uint32)
+        self._higher = np.zeros(2)
         self.low = np.float32(np.inf)
         self.high = np.float32(-np.inf)
-        self.bins = np.zeros(N_BINS, np.int64)
+        self.bins = no_counts()
 
     def take(self, block: slice) -> None:
         """Add a block of rows."""
         values = self._tensor.read(block, self._room(block))
-        exact = self._workspace.double("exact", values.size).reshape(values.shape)
-        squares = self._workspace.double("squares", values.size).reshape(values.shape)
-        np.copyto(exact, values)
-        np.multiply(exact, exact, out=squares)
-        self.row_sums[block] = np.vecdot(exact, self._ones)
-        self.row_squares[block] = np.vecdot(exact, exact)
-        squares.max(1, out=self.row_peaks[block])
-        self.cubes += float(np.vecdot(squares, exact).sum())
-        self.fourths += float(np.vecdot(squares, squares).sum())
+        bits = values.view(np.uint32)
+        add_rows(
+            values,
+            bits,
+            self.row_sums[block],
+            self.row_squares[block],
+            self._row_peaks[block],
+            self._higher,
+        )
         if self._columns:
-            self.column_sums += exact.sum(0)
-            self.column_squares += squares.sum(0)
-            np.maximum(self.column_peaks, squares.max(0), out=self.column_peaks)
+            add_columns(values, bits, self.column_sums, self.column_squares, self._column_peaks)
         self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
-        self.bins += bin_counts(values.reshape(-1))
+        add_counts(values.reshape(-1), self.bins)
 
-    def finish(self) -> None:
-        """After the last block."""
-        # The root of a float32 number's float64 square is that number again.
-        np.sqrt(self.row_peaks, out=self.row_peaks)
-        np.sqrt(self.column_peaks, out=self.column_peaks)
+    @property
+    def cubes(self) -> float:
+        """Sum of the third powers."""
+        return float(self._higher[0])
+
+    @property
+    def fourths(self) -> float:
+        """Sum of the fourth powers."""
+        return float(self._higher[1])
+
+    @property
+    def row_peaks(self) -> Sums:
+        """Largest absolute value of each row."""
+        return self._row_peaks.view(np.float32).astype(np.float64)
+
+    @property
+    def column_peaks(self) -> Sums:
+        """Largest absolute value of each column."""
+        return self._column_peaks.view(np.float32).astype(np.float64)
 
     def blocks(self, checkpoint: Checkpoint) -> Iterator[FloatArray]:
         """The values again."""

@@ -13,8 +13,9 @@ from worker.scanner.order_statistics import (
     Float32s,
     Float64s,
     Quantiles,
-    bin_counts,
+    add_counts,
     look_up,
+    no_counts,
 )
 
 SHARES = (0.0, 0.001, 0.25, 0.5, 0.99, 1.0)
@@ -33,9 +34,12 @@ class Found(NamedTuple):
 
 def looked_up(runs: list[Float32s], limits: list[float]) -> Found:
     sought = Quantiles.of(sum(map(len, runs)), SHARES)
+    counts = no_counts()
+    for run in runs:
+        add_counts(run, counts)
     found = look_up(
         lambda: runs,
-        np.sum([bin_counts(run) for run in runs], axis=0),
+        counts,
         ranks=sought.ranks,
         limits=np.array(limits),
     )
