@@ -10,6 +10,7 @@ import structlog
 import uvicorn
 
 from api.app import Application, create_app
+from api.wire import BoundedProtocol
 from neural_mri.backing import logs, tracing
 from neural_mri.backing.access import check_bind, load_pepper
 from neural_mri.backing.settings import InvalidSettings, load_settings
@@ -66,7 +67,7 @@ def main() -> int:
         host=settings.host,
         port=settings.port,
         loop="auto" if sys.platform == "win32" else "uvloop",
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         access_log=False,

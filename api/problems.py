@@ -15,6 +15,7 @@ from litestar import Request, Response
 from litestar.exceptions import (
     ClientException,
     HTTPException,
+    InternalServerException,
     MethodNotAllowedException,
     NotFoundException,
     ValidationException,
@@ -265,6 +266,13 @@ def _fault(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]
 
 class JsonRequest(Request[Any, Any, Any]):
     """Refuses bodies that Litestar would break on: they are the caller's fault, not ours."""
+
+    async def body(self) -> bytes:
+        """The body as it was sent. Raises `InvalidRequest` where its sender went away."""
+        try:
+            return await super().body()
+        except InternalServerException as error:
+            raise InvalidRequest("the body broke off") from error
 
     async def json(self) -> Any:
         """The body, decoded. Raises `InvalidRequest`."""

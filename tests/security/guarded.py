@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ USER = (Scope.SCAN_READ, Scope.SCAN_WRITE, Scope.MODEL_LOAD)
 class Guarded:
     """The process, the world it stands on, and keys to it."""
 
-    def __init__(self, settings: Settings, log: Path) -> None:
+    def __init__(self, settings: Settings, log: Path, program: Sequence[str]) -> None:
         self.world = World(settings=settings)
         self.settings = settings
         self.url = f"http://{settings.host}:{settings.port}"
@@ -36,7 +36,7 @@ class Guarded:
         self._log = log
         with log.open("wb") as written:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "api"],
+                [sys.executable, *program],
                 cwd=ROOT,
                 env={
                     **{k: v for k, v in os.environ.items() if not k.startswith(PREFIX)},
@@ -100,14 +100,16 @@ class Guarded:
 
 
 @contextmanager
-def guarded(settings: Settings, folder: Path, **changes: Any) -> Iterator[Guarded]:
+def guarded(
+    settings: Settings, folder: Path, *, program: Sequence[str] = ("-m", "api"), **changes: Any
+) -> Iterator[Guarded]:
     """Such a process while the block runs; `settings` name its database and its Redis."""
     settings = msgspec.structs.replace(
         settings,
         **{"auth": "keys", "port": free_port(), "log_format": "json", "heartbeat_seconds": 0.3}
         | changes,
     )
-    service = Guarded(settings, folder / "api.log")
+    service = Guarded(settings, folder / "api.log", program)
     try:
         service.wait_until_ready()
         yield service
