@@ -1,0 +1,42 @@
+"""Breaks the service at random under load, and says what was lost.
+
+python -m tests.chaos [--jobs 10000] [--faults 1000] [--database sqlite] [--hosts 1] [--seed N]
+"""
+
+import argparse
+import sys
+import time
+
+from tests.chaos.storm import Storm, weather
+
+__all__ = ()
+
+
+def main() -> int:
+    """Exit status: 0 where nothing was lost, doubled or left lying about."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=10_000)
+    parser.add_argument("--faults", type=int, default=1_000)
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--hosts", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
+    parser.add_argument("--quiet-seconds", type=float, default=180.0)
+    asked = parser.parse_args()
+    storm = Storm(
+        jobs=asked.jobs,
+        faults=asked.faults,
+        database=asked.database,
+        hosts=asked.hosts,
+        workers=asked.workers,
+        seed=asked.seed,
+        quiet_seconds=asked.quiet_seconds,
+    )
+    print(f"seed {asked.seed}: {storm}", flush=True)  # noqa: T201
+    report = weather(storm, tell=lambda line: print(line, flush=True))  # noqa: T201
+    print(report)  # noqa: T201
+    return 1 if report.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The service's real processes, kept running however often they are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import msgspec
+import psutil
+import redis
+
+from neural_mri.backing.settings import PREFIX, Settings
+from tests.chaos.premises import Broker
+
+__all__ = ("Nursery", "Place", "Service")
+
+ROOT = Path(__file__).parents[2]
+TICK_SECONDS = 0.02
+
+
+class Nursery:
+    """Where processes come from."""
+
+    def __init__(self, crash_points: Path) -> None:
+        own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.nursery"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env={**own, "NMRI_CRASH_POINTS": str(crash_points), "HF_HUB_OFFLINE": "1"},
+            text=True,
+        )
+        self._turn = threading.Lock()
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != "ready\n":
+            raise RuntimeError("the nursery did not start")
+
+    def bear(self, program: str, settings: Settings, log: Path, network: str | None) -> int:
+        """Start a program of the service; its process id."""
+        wanted = {
+            "program": program,
+            "environment": settings.environment(),
+            "log": str(log),
+            "network": network,
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._turn:
+            self._process.stdin.write(json.dumps(wanted) + "\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End, and all its children."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=10)
+
+
+class Place(NamedTuple):
+    """One process that should always run."""
+
+    name: str
+    program: str
+    network: str | None = None
+    """The second host's namespace."""
+
+
+class Service:
+    """Everything that runs, and what brings it back. Use as a context manager."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        broker: Broker,
+        places: Sequence[Place],
+        folder: Path,
+    ) -> None:
+        self.settings = settings
+        self.broker = broker
+        self.places = tuple(places)
+        self.crash_points = folder / "crash-points"
+        self.crash_points.mkdir()
+        self._logs = folder / "logs"
+        self._logs.mkdir()
+        self._pids: dict[str, int] = {}
+        self._ever: set[int] = set()
+        self._held: set[str] = set()
+        """What is not to come back by itself just now."""
+        self._turn = threading.RLock()
+        self._ending = threading.Event()
+        self._watch = threading.Thread(target=self._keep, name="keep", daemon=True)
+        self.births = 0
+
+    def __enter__(self) -> Self:
+        self.nursery = Nursery(self.crash_points)
+        self.broker.start()
+        for place in self.places:
+            self._bear(place)
+        self._watch.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """The API's."""
+        return f"http://{self.settings.host}:{self.settings.port}"
+
+    def names(self, program: str) -> list[str]:
+        """Of the places of a program."""
+        return [place.name for place in self.places if place.program == program]
+
+    def pid(self, name: str) -> int:
+        """The process that now runs at a place."""
+        return self._pids[name]
+
+    def signal(self, name: str, signum: signal.Signals) -> None:
+        """Send one; nothing happens where the process has just ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self._pids[name], signum)
+
+    def frozen(self, name: str, seconds: float) -> None:
+        """Have a process stand still for a while."""
+        pid = self._pids[name]
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGCONT)
+
+    def one_more(self, place: Place, seconds: float) -> None:
+        """Have another process beside the usual ones for a while, then kill it."""
+        pid = self.nursery.bear(
+            place.program, self.settings, self._logs / f"{place.name}.log", place.network
+        )
+        self._ever.add(pid)
+        time.sleep(seconds)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def arm(self, point: str) -> Path:
+        """Have the next process that comes to a crash point die there."""
+        place = self.crash_points / point
+        place.touch()
+        return place
+
+    def stop(self) -> None:
+        """End everything, gently."""
+        if self._ending.is_set():
+            return
+        self._ending.set()
+        self._watch.join()
+        for signum in (signal.SIGCONT, signal.SIGTERM):
+            for name in self._pids:
+                self.signal(name, signum)
+        self._until(lambda: not self.alive(), 20.0)
+        self.left_over = self.alive()
+        for pid in self.left_over:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.nursery.close()
+        self.broker.kill()
+
+    def alive(self) -> list[int]:
+        """Processes of ours, of all that ever were, that run now."""
+        return [pid for pid in self._ever if not _is_gone(pid)]
+
+    def log(self, name: str) -> str:
+        """What a place's processes have said."""
+        return (self._logs / f"{name}.log").read_text(errors="replace")
+
+    def logs(self) -> dict[str, str]:
+        """Everything that was said."""
+        return {path.stem: path.read_text(errors="replace") for path in self._logs.glob("*.log")}
+
+    def _bear(self, place: Place) -> None:
+        settings = self.settings
+        if place.network is not None:
+            # There only the database and the broker are reached, by the first host's address.
+            settings = msgspec.structs.replace(settings, host="127.0.0.1")
+        pid = self.nursery.bear(
+            place.program, settings, self._logs / f"{place.name}.log", place.network
+        )
+        self._pids[place.name] = pid
+        self._ever.add(pid)
+        self.births += 1
+
+    def _keep(self) -> None:
+        while not self._ending.wait(TICK_SECONDS):
+            for place in self.places:
+                if _is_gone(self._pids[place.name]):
+                    self._bear(place)
+            if self.broker.is_gone():
+                with suppress(OSError):
+                    self.broker.start()
+
+    @staticmethod
+    def _until(condition: Callable[[], bool], seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def wait_until_ready(self, workers: int, seconds: float = 60.0) -> None:
+        """Until so many workers hold a model. Raises `TimeoutError` with what they said."""
+        from neural_mri.backing import events
+
+        def ready() -> bool:
+            try:
+                with self.broker.client() as client:
+                    beats = events.heartbeats(client)
+            except redis.RedisError:
+                return False
+            holding = [beat for beat in beats if any(m.state == "resident" for m in beat.models)]
+            return len(holding) >= workers
+
+        if not self._until(ready, seconds):
+            raise TimeoutError(
+                "\n".join(f"{name}: {text[-2000:]}" for name, text in self.logs().items())
+            )
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

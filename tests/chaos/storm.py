@@ -1,0 +1,233 @@
+"""A storm: load and faults together, then a calm in which everything must come right."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from neural_mri.backing import database as databases
+from neural_mri.backing import keys
+from neural_mri.backing.database import Sessions
+from neural_mri.contract.problems import Unavailable
+from tests.chaos.faults import Faults
+from tests.chaos.load import Load
+from tests.chaos.premises import Broker, Disk, Host, Postgresql, Sqlite, may_mount
+from tests.chaos.service import Place, Service
+from tests.chaos.witness import Verdict, Witness
+from tests.servers import free_port
+from tests.tiny import save_tiny_model
+
+__all__ = ("Report", "Stage", "Storm", "staged", "weather")
+
+LEASE_SECONDS = 2.0
+DISK_MEGABYTES = 2048
+
+
+class Storm(NamedTuple):
+    """What is asked for."""
+
+    jobs: int
+    faults: int
+    database: str = "sqlite"
+    hosts: int = 1
+    workers: int = 2
+    seed: int = 0
+    quiet_seconds: float = 180.0
+    """How long the calm may last before a job counts as lost."""
+
+
+class Stage(NamedTuple):
+    """A service that stands, and what may be done to it."""
+
+    service: Service
+    database: Sqlite | Postgresql
+    sessions: Sessions
+    witness: Witness
+    queue: str
+    disk: Disk | None
+    host: Host | None
+
+
+class Report(NamedTuple):
+    """What came of it."""
+
+    storm: Storm
+    accepted: int
+    repeats: int
+    seconds: float
+    calm_seconds: float
+    """From the last fault until the last job had ended."""
+    done: dict[str, int]
+    births: int
+    verdict: Verdict
+    wrong: list[str]
+
+    def __str__(self) -> str:
+        states = ", ".join(
+            f"{count} {state}" for state, count in sorted(self.verdict.states.items())
+        )
+        faults = ", ".join(f"{count} x {name}" for name, count in sorted(self.done.items()))
+        attempts = f"{self.verdict.claims} claims, at most {self.verdict.most_attempts} of one job"
+        said = [
+            f"{self.accepted} accepted, {self.repeats} requests sent again; {states}",
+            f"{sum(self.done.values())} faults in {self.seconds:.0f} s: {faults}",
+            f"{self.births} processes started; {attempts}; calm after {self.calm_seconds:.1f} s",
+            f"wrong: {len(self.wrong)}",
+            *self.wrong[:40],
+        ]
+        return "\n".join(said)
+
+
+@contextmanager
+def staged(storm: Storm) -> Iterator[Stage]:
+    """The service on its feet, with a tiny model. Everything is gone when the block is left."""
+    from worker import modelstore
+
+    with ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="nmri-chaos-")))
+        data = folder / "data"
+        data.mkdir()
+        host = None
+        address = "127.0.0.1"
+        if storm.hosts == 2:
+            host = Host()
+            undo.callback(host.stop)
+            host.start()
+            address = host.here
+        disk = None
+        if may_mount():
+            disk = Disk(data / "results", DISK_MEGABYTES)
+            disk.folder.mkdir()
+            undo.enter_context(disk.mounted())
+        database = (
+            Sqlite(data)
+            if storm.database == "sqlite"
+            else Postgresql(folder, data, address, free_port())
+        )
+        undo.callback(database.kill)
+        database.start()
+        broker = Broker(folder, address, free_port())
+        settings = msgspec.structs.replace(
+            database.settings,
+            redis_url=broker.url,
+            port=free_port(),
+            default_model="tiny",
+            pinned_models="tiny",
+            device="cpu",
+            threads=1,
+            lease_seconds=LEASE_SECONDS,
+            reaper_interval_seconds=0.1,
+            max_queued_jobs=1_000_000,
+            log_format="json",
+        )
+        tiny = modelstore.add(settings, "tiny", f"folder:{save_tiny_model(folder / 'tiny')}")
+        sessions = databases.sessions(settings)
+        undo.callback(sessions.close)
+        witness = Witness(sessions, settings)
+        witness.install()
+        service = Service(settings, broker, _places(storm, host), folder)
+        undo.enter_context(service)
+        # The calibration is measured once, by whoever is first.
+        service.wait_until_ready(storm.workers)
+        yield Stage(
+            service, database, sessions, witness, keys.scan_queue(tiny.revision), disk, host
+        )
+
+
+def _places(storm: Storm, host: Host | None) -> list[Place]:
+    """Workers on the second host where there is one, with a reaper of their own."""
+    there = None if host is None else host.name
+    places = [Place("api", "api"), Place("reaper", "reaper")]
+    places += [Place(f"worker-{number}", "worker", there) for number in range(storm.workers)]
+    if host is not None:
+        places.append(Place("reaper-there", "reaper", there))
+    return places
+
+
+def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Report:
+    """Have the storm pass over a service, and see what is left."""
+    with staged(storm) as stage:
+        service, witness = stage.service, stage.witness
+        load = Load(
+            service.url,
+            seed=storm.seed,
+            count=storm.jobs,
+            clients=8,
+            waiting=max(50, min(400, storm.jobs // 4)),
+        )
+        faults = Faults(
+            service,
+            stage.database,
+            seed=storm.seed,
+            queue=stage.queue,
+            disk=stage.disk,
+            host=stage.host,
+        )
+        began = time.monotonic()
+        load.start()
+        told = 0.0
+        while not load.is_over():
+            under_way = _unfinished(witness)
+            if under_way is not None:
+                load.hold_back(under_way)
+            # Faults keep step with the jobs that have been taken in.
+            due = storm.faults * min(1.0, (len(load.accepted) + 1) / storm.jobs)
+            if sum(faults.done.values()) < due:
+                faults.one()
+            if time.monotonic() - told > 20:
+                told = time.monotonic()
+                tell(
+                    f"{told - began:7.0f} s  {len(load.accepted)} accepted, {under_way} under way, "
+                    f"{sum(faults.done.values())} faults"
+                )
+            time.sleep(0.02)
+        while sum(faults.done.values()) < storm.faults:
+            faults.one()
+            time.sleep(0.1)
+        faults.settle()
+        calm = time.monotonic()
+        while _unfinished(witness) != 0 and time.monotonic() - calm < storm.quiet_seconds:
+            time.sleep(0.1)
+        calm_seconds = time.monotonic() - calm
+        seconds = time.monotonic() - began
+        wrong = [*load.contradictions]
+        with service.broker.client() as redis:
+            # Strays are taken and found to mean nothing.
+            deadline = time.monotonic() + 20
+            while (leaks := witness.leaks(redis)) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            wrong += leaks
+            wrong += witness.told_wrongly(redis, load.accepted)
+        verdict = witness.verdict(load.accepted)
+        wrong += verdict.wrong
+        service.stop()
+        wrong += [f"process {pid} had to be killed" for pid in service.left_over]
+        wrong += [f"half a file: {path}" for path in witness.half_written()]
+        if wrong:
+            kept = Path(tempfile.mkdtemp(prefix="nmri-storm-"))
+            for name, text in service.logs().items():
+                (kept / f"{name}.log").write_text(text)
+            (kept / "faults.log").write_text("\n".join(faults.log))
+            tell(f"logs are in {kept}")
+        return Report(
+            storm,
+            len(load.accepted),
+            load.repeats,
+            seconds,
+            calm_seconds,
+            dict(faults.done),
+            service.births,
+            verdict,
+            wrong,
+        )
+
+
+def _unfinished(witness: Witness) -> int | None:
+    try:
+        return witness.unfinished()
+    except Unavailable:
+        return None
