@@ -109,7 +109,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _look(self) -> None:
         """Whether what is awaited is late, and by whose fault."""
         self._timer = None
-        is_answering = self.cycle is not None and not self.cycle.response_complete
+        cycle: Any = self.cycle  # None before the first
+        is_answering = cycle is not None and not cycle.response_complete
         if self._part is _Part.HEAD and is_answering:
             self._look_in(LOOK_AGAIN_SECONDS)  # of the next request something has come already
         elif self._part is _Part.BODY and self.flow.read_paused:
@@ -127,7 +128,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Say why, if nothing else has been said yet, and end the connection."""
         if self.transport.is_closing():
             return
-        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+        cycle: Any = self.cycle
+        if cycle is None or not cycle.response_started or cycle.response_complete:
             problem = {
                 "type": "about:blank",
                 "title": status.phrase,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from api.openapi import Operation, operations
 
-__all__ = ("Place", "body_example", "places")
+__all__ = ("Place", "body_example", "filled", "places")
 
 _NAMES_A_THING = re.compile(r"(^|_)(id|ids|job|jobs|key_id|session|sessions|batch|token|share)$")
 
@@ -76,3 +76,8 @@ def body_example(operation: Operation, document: Mapping[str, Any]) -> Any:
     if examples:
         return examples[0]
     return None if not schema else {}
+
+
+def filled(path: str, values: Mapping[str, str]) -> str:
+    """A path with its parameters' values; `x` for those not given."""
+    return re.sub(r"{(\w+)}", lambda part: values.get(part[1], "x"), path)

@@ -22,6 +22,7 @@ from neural_mri.backing.settings import Settings
 from neural_mri.contract.auth import Scope
 from tests.api.specimens import PROMPT
 from tests.security.guarded import Guarded, guarded
+from tests.security.naming import filled
 from tests.security.raw import connected, replies, sent
 
 
@@ -98,9 +99,7 @@ def test_no_part_of_a_path_leads_out_of_its_place(
         for parameter in re.findall(r"{(\w+)}", operation.path):
             for way in WAYS_OUT:
                 fill = {"job_id": made, "table": "activations", "layer": "0", parameter: way}
-                target = re.sub(
-                    r"{(\w+)}", lambda part, f=fill: f.get(part[1], "x"), operation.path
-                )
+                target = filled(operation.path, fill)
                 (reply,) = sent(service, head(operation.method.upper(), target, key))
                 assert 400 <= reply.status < 500, (operation, way, reply)
                 assert reply.headers["content-type"] == "application/problem+json"

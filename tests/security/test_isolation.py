@@ -33,6 +33,7 @@ class Ada(NamedTuple):
     http: httpx.Client
     key: CreatedKey
     job: str
+    batch: str
 
 
 def job(ada: Ada) -> Mine:
@@ -43,8 +44,13 @@ def key(ada: Ada) -> Mine:
     return Mine(ada.key.id, "0" * 12)
 
 
+def batch(ada: Ada) -> Mine:
+    return Mine(ada.batch, NOBODYS)
+
+
 OWNED: Mapping[str, Callable[[Ada], Mine]] = {
     "path job_id": job,
+    "path batch_id": batch,
     "path key_id": key,
     "query jobs": job,
 }
@@ -85,7 +91,10 @@ def ada(service: Guarded) -> Iterator[Ada]:
         made = http.post("/api/scan/activation", json={"prompt": SECRET})
         assert made.status_code == 202, made.text
         done = world.perform(_claimed(service, made.json()["id"]))
-        yield Ada(http, key, str(done.id))
+        scans = [{"scan_mode": "fMRI", "prompt": SECRET}]
+        batch = http.post("/api/batches", json={"scans": scans})
+        assert batch.status_code == 202, batch.text
+        yield Ada(http, key, str(done.id), batch.json()["id"])
 
 
 def _claimed(service: Guarded, job_id: str) -> Any:
