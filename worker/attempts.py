@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import structlog
 import torch
@@ -28,10 +28,14 @@ from neural_mri.contract.events import Artifact
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
 from neural_mri.contract.problems import ModelBusy, Problem, ProblemDocument, Unavailable
 from neural_mri.contract.results import TableRef
-from worker import metrics, scans
+from neural_mri.contract.scans import decode_scan
+from worker import admission, metrics, scans
+from worker.admission import OutOfMemory, halving, ran_out
 from worker.calibrations import Calibrations
+from worker.intake import Intake
 from worker.interludes import Interludes
 from worker.keeper import Holding, Keeper, LeaseLost
+from worker.placing import Placing
 from worker.reporter import Outbox, Reporter
 from worker.residency import Residency
 from worker.scanner.listening import Cancelled
@@ -53,22 +57,6 @@ class InternalError(Problem):
     status = 500
 
 
-class OutOfMemory(Problem):
-    """The job needs more memory than the worker's device has."""
-
-    status = 507
-
-
-class Intake(Protocol):
-    """The queues from which this worker takes tickets."""
-
-    def open(self, queue: str) -> None:
-        """Take tickets from the queue from now on."""
-
-    def close(self, queue: str) -> None:
-        """Take no more tickets from the queue."""
-
-
 class Attempts:
     """Runs what this worker claims."""
 
@@ -84,6 +72,7 @@ class Attempts:
         residency: Residency,
         calibrations: Calibrations,
         intake: Intake,
+        placing: Placing,
     ) -> None:
         self._settings = settings
         self._sessions = sessions
@@ -94,6 +83,7 @@ class Attempts:
         self._residency = residency
         self._calibrations = calibrations
         self._intake = intake
+        self._placing = placing
         self._traces = Traces()
 
     def take(self, queue: str) -> int:
@@ -102,7 +92,12 @@ class Attempts:
         Often none: tickets are crude, and one too many is no matter. One for a model that has been
         released leaves the work to whoever holds the model.
         """
-        if queue not in self._residency.queues():
+        if queue == self._placing.queue:
+            self._placing.act()
+            return 0
+        if queue not in self._residency.queues() or (
+            queue == keys.CONTROL_QUEUE and self._placing.leave_to_others()
+        ):
             log.info("ticket_not_served", queue=queue)
             return 0
         crash_point("worker.ticket")
@@ -135,7 +130,10 @@ class Attempts:
         """Mates of one claim, in as many passes as they need to stay within the token budget."""
         if not held:
             return
-        at_once = max(1, self._settings.batch_tokens // max(1, held[0].job.n_tokens))
+        job = held[0].job
+        at_once = max(1, self._settings.batch_tokens // max(1, job.n_tokens))
+        if len(held) > 1 and (alone := self._needed(job)):
+            at_once = max(1, min(at_once, self._placing.left() // alone))
         for at in range(0, len(held), at_once):
             yield held[at : at + at_once]
 
@@ -161,6 +159,9 @@ class Attempts:
             scanned = self._scanned(holdings) if holdings else []
         except Exception as error:  # noqa: BLE001
             log.warning("pass_split", jobs=len(holdings), reason=type(error).__name__)
+            scanned = None
+        if scanned is None:
+            # Outside the handler: the error's frames hold memory that may have been too little.
             middle = len(holdings) // 2
             self._share(holdings[:middle])
             self._share(holdings[middle:])
@@ -201,7 +202,7 @@ class Attempts:
     def _perform(self, holding: Holding) -> None:
         match holding.job.kind:
             case JobKind.SCAN:
-                [scanned] = self._scanned([holding])
+                [scanned] = halving(lambda: self._scanned([holding]))
                 self._publish(holding, scanned)
             case JobKind.LOAD:
                 self._load(holding)
@@ -212,7 +213,11 @@ class Attempts:
         """What jobs that share a pass measure."""
         job, together = holdings[0].job, [holding.job for holding in holdings]
         interludes = self._interludes(holdings)
-        with self._traces.part("forward", together, {"neural_mri.mates": len(together)}) as spans:
+        self._residency.serve(job.revision)
+        with (
+            self._placing.admitted(job.revision, self._needed(job, len(together))),
+            self._traces.part("forward", together, {"neural_mri.mates": len(together)}) as spans,
+        ):
             measured = scans.perform(
                 together,
                 self._insisting(lambda: self._sessions.read(models.get, job.model)),
@@ -226,6 +231,19 @@ class Attempts:
             for span, one in zip(spans, scanned, strict=True):
                 span.note({"neural_mri.forward_seconds": one.manifest.forward_seconds})
         return scanned
+
+    def _needed(self, job: Job, prompts: int = 1) -> int:
+        """Bytes that a scan of so many prompts is estimated to need beside its model."""
+        resident = self._residency.get(job.revision)
+        if job.kind is not JobKind.SCAN or resident is None:
+            return 0
+        return admission.estimate(
+            decode_scan(job.request),
+            resident.registered.architecture,
+            n_tokens=job.n_tokens,
+            itemsize=resident.model.plain.dtype.itemsize,
+            prompts=prompts,
+        )
 
     def _interludes(self, holdings: Sequence[Holding]) -> Interludes:
         return Interludes(
@@ -283,7 +301,7 @@ class Attempts:
         held_before = self._residency.get(job.revision) is not None
         reporter = self._reporter(holding, self._interludes([holding]))
         with self._traces.part("load", [job]):
-            resident = self._residency.load(job.model, reporter)
+            resident = self._placing.hold(job.model, reporter)
         revision = resident.registered.revision
         try:
             holding.check()
@@ -294,8 +312,7 @@ class Attempts:
             ended = self._advance(holding, JobState.SUCCEEDED)
         except Cancelled:
             if not held_before:
-                self._residency.release(revision)
-                self._keeper.beat()
+                self._placing.drop(revision)
             raise
         self._intake.open(keys.scan_queue(revision))
         self._tell(ended)
@@ -309,9 +326,7 @@ class Attempts:
             )
         # First, so that a worker that starts again meanwhile does not load it again.
         self._want(job.model, wanted=False)
-        self._intake.close(keys.scan_queue(job.revision))
-        self._residency.release(job.revision)
-        self._keeper.beat()
+        self._placing.let_go(job.revision)
         self._move(holding, JobState.STORING)
         self._tell(self._advance(holding, JobState.SUCCEEDED))
 
@@ -397,7 +412,8 @@ def _counting(reporter: Reporter, total: int) -> Callable[[TableRef], None]:
 
 def _diagnosis(error: Exception) -> Problem:
     """What the caller is told of an error that nobody foresaw; the log has the rest."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _cannot_allocate(error):
+    if ran_out(error):
+        metrics.OUT_OF_MEMORY.labels("failed").inc()
         log.warning("out_of_memory", error=str(error))
         return OutOfMemory(
             "the worker's memory does not hold this scan: send a shorter prompt, or fewer layers"
@@ -407,8 +423,3 @@ def _diagnosis(error: Exception) -> Problem:
     return InternalError(
         f"the service failed; its log knows more under incident {incident}", incident=incident
     )
-
-
-def _cannot_allocate(error: Exception) -> bool:
-    # On the CPU torch says it in words only.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)

@@ -18,8 +18,10 @@ from neural_mri.contract.problems import Unavailable
 __all__ = (
     "CLAIMS",
     "ENDED",
+    "EVICTED",
     "FORWARD_SECONDS",
     "LOAD_SECONDS",
+    "OUT_OF_MEMORY",
     "PASS_JOBS",
     "REGISTRY",
     "RELEASED",
@@ -65,6 +67,18 @@ RELEASED = Counter(
     "neural_mri_worker_models_released",
     "Models whose memory was given back",
     ("model",),
+    registry=REGISTRY,
+)
+EVICTED = Counter(
+    "neural_mri_worker_models_evicted",
+    "Models whose memory was given back because others needed it",
+    ("model",),
+    registry=REGISTRY,
+)
+OUT_OF_MEMORY = Counter(
+    "neural_mri_worker_out_of_memory",
+    "Times that memory ran out, by what was done: batches halved, a scan failed, a load put off",
+    ("outcome",),
     registry=REGISTRY,
 )
 

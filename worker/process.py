@@ -5,26 +5,23 @@ import os
 import socket
 import time
 
-import structlog
 import torch
 
 from neural_mri import __version__
-from neural_mri.backing import broker, database, events, models, queue, storage
-from neural_mri.backing.database import Sessions
+from neural_mri.backing import broker, database, events, queue, storage
 from neural_mri.backing.jobs import LeaseOwner
 from neural_mri.backing.settings import Settings
-from neural_mri.contract.problems import Problem
 from worker import metrics
 from worker.app import CeleryIntake, serve
 from worker.attempts import Attempts
 from worker.calibrations import Calibrations
 from worker.keeper import Keeper
+from worker.memory import Memory
+from worker.placing import Placing
 from worker.reporter import Outbox
 from worker.residency import Residency
 
 __all__ = ("run",)
-
-log = structlog.get_logger(__name__)
 
 
 def run(settings: Settings) -> int:
@@ -37,13 +34,18 @@ def run(settings: Settings) -> int:
     store = storage.open_store(settings)
     calibrations = Calibrations(store)
     residency = Residency(settings, sessions, calibrations)
+    memory = Memory(settings, residency.device)
     intake = CeleryIntake()
 
     def describe() -> events.WorkerBeat:
+        held = residency.held()
+        room = memory.for_models(sum(model.memory_bytes or 0 for model in held))
         return events.WorkerBeat(
             worker=name,
             device=residency.device,
-            models=residency.held(),
+            models=held,
+            budget_bytes=room.total,
+            free_bytes=room.available,
             at=time.time(),
             version=__version__,
         )
@@ -58,8 +60,20 @@ def run(settings: Settings) -> int:
             lease_seconds=settings.lease_seconds,
             describe=describe,
         ) as keeper,
+        Placing(
+            settings=settings,
+            sessions=sessions,
+            redis=broker.connect(settings),
+            owner=owner,
+            worker=name,
+            residency=residency,
+            memory=memory,
+            intake=intake,
+            outbox=outbox,
+            beat=keeper.beat,
+        ) as placing,
     ):
-        _hold_models(settings, sessions, residency)
+        placing.begin()
         # What stands now stands for good: collections need not look at it again.
         gc.freeze()
         gc.enable()
@@ -73,19 +87,7 @@ def run(settings: Settings) -> int:
             residency=residency,
             calibrations=calibrations,
             intake=intake,
+            placing=placing,
         )
-        return serve(
-            queue.celery_app(settings), attempts, intake, name=name, queues=residency.queues()
-        )
-
-
-def _hold_models(settings: Settings, sessions: Sessions, residency: Residency) -> None:
-    """Pinned models are what this worker is for; one that was wanted may have gone bad since."""
-    for name in settings.pinned:
-        residency.load(name, pin=True)
-    for model in sessions.read(models.all):
-        if model.wanted and model.name not in settings.pinned:
-            try:
-                residency.load(model.name)
-            except Problem as problem:
-                log.warning("wanted_model_not_loaded", model=model.name, reason=problem.detail)
+        queues = {*residency.queues(), placing.queue}
+        return serve(queue.celery_app(settings), attempts, intake, name=name, queues=queues)

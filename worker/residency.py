@@ -52,6 +52,7 @@ class Residency:
         self._pinned: set[str] = set()
         self._lock = threading.Lock()
         self._residents: dict[str, Resident] = {}
+        self._served: set[str] = set()
         self._changing: dict[str, HeldModel] = {}
 
     def get(self, revision: str) -> Resident | None:
@@ -73,10 +74,18 @@ class Residency:
                     state=ModelState.RESIDENT,
                     memory_bytes=resident.memory_bytes,
                     load_seconds=resident.load_seconds,
+                    pinned=revision in self._pinned,
+                    held_seconds=round(time.monotonic() - resident.loaded_at, 3),
+                    has_served=revision in self._served,
                 )
                 for revision, resident in self._residents.items()
             }
             return tuple((resting | self._changing).values())
+
+    def serve(self, revision: str) -> None:
+        """Say that a job of these weights is being run: they have not been loaded in vain."""
+        if revision in self._residents:
+            self._served.add(revision)
 
     def is_pinned(self, revision: str) -> bool:
         """Whether these weights stay, whoever asks."""
@@ -116,7 +125,8 @@ class Residency:
             except BaseException:
                 model.release()
                 raise
-            resident = resident._replace(load_seconds=round(time.perf_counter() - started, 3))
+            seconds = round(time.perf_counter() - started, 3)
+            resident = resident._replace(load_seconds=seconds, loaded_at=time.monotonic())
             with self._lock:
                 self._residents[registered.revision] = resident
         metrics.LOAD_SECONDS.labels(name).observe(resident.load_seconds)
@@ -127,6 +137,7 @@ class Residency:
         """Give a model's memory back. Nothing happens when it is not held."""
         with self._lock:
             resident = self._residents.pop(revision, None)
+            self._served.discard(revision)
         if resident is None:
             return
         with self._announced(resident.registered, ModelState.UNLOADING):

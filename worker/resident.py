@@ -16,3 +16,5 @@ class Resident(NamedTuple):
     memory_bytes: int
     load_seconds: float = 0.0
     """What loading took, calibration included."""
+    loaded_at: float = 0.0
+    """On the monotonic clock."""

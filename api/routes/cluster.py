@@ -48,9 +48,13 @@ async def get_cluster(services: NamedDependency[Services]) -> Cluster:
                     state=model.state,
                     memory_bytes=model.memory_bytes,
                     load_seconds=model.load_seconds,
+                    pinned=model.pinned,
+                    held_seconds=model.held_seconds,
                 )
                 for model in beat.models
             ),
+            budget_bytes=beat.budget_bytes,
+            free_bytes=beat.free_bytes,
         )
         for beat in held.beats
     )

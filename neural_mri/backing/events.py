@@ -19,6 +19,7 @@ from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Ended, Event, StateChanged, encode_event, event_name
 from neural_mri.contract.jobs import TERMINAL
 from neural_mri.contract.models import ModelState
+from neural_mri.contract.sessions import SessionEvent
 
 __all__ = (
     "AsyncPublisher",
@@ -63,7 +64,7 @@ class Told(NamedTuple):
     """An event, and whose it is."""
 
     job_id: UUID
-    event: Event
+    event: Event | SessionEvent
 
 
 class _Outage:
@@ -140,8 +141,8 @@ class AsyncPublisher:
         self._seconds = int(settings.event_stream_seconds)
         self._outage = _Outage()
 
-    async def publish(self, job_id: UUID, event: Event) -> None:
-        """Append an event. Never raises for Redis."""
+    async def publish(self, job_id: UUID, event: Event | SessionEvent) -> None:
+        """Append an event, of a session's stream under the session's id. Never raises for Redis."""
         if self._outage.is_now():
             return
         pipeline = self._redis.pipeline(transaction=False)
@@ -235,6 +236,11 @@ class HeldModel(msgspec.Struct, frozen=True, kw_only=True):
     state: ModelState
     memory_bytes: int | None = None
     load_seconds: float | None = None
+    pinned: bool = False
+    held_seconds: float | None = None
+    """Since it was loaded."""
+    has_served: bool = False
+    """Whether a job has been run since."""
 
 
 class WorkerBeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,6 +249,10 @@ class WorkerBeat(msgspec.Struct, frozen=True, kw_only=True):
     worker: str
     device: str
     models: tuple[HeldModel, ...] = ()
+    budget_bytes: int | None = None
+    """What its models may take in all."""
+    free_bytes: int | None = None
+    """What it could load now without letting anything go."""
     at: float
     """By the worker's clock, seconds since 1970; for people."""
     version: str = ""

@@ -11,7 +11,9 @@ __all__ = (
     "chunk_path",
     "event_stream",
     "heartbeat",
+    "kept_result_path",
     "manifest_path",
+    "placement_queue",
     "scan_queue",
     "tokenizer_path",
 )
@@ -28,6 +30,11 @@ WORKERS = "workers"
 def scan_queue(revision: str) -> str:
     """The Celery queue of work for one set of weights; workers that hold them listen."""
     return f"scan.{revision[:16]}"
+
+
+def placement_queue(worker: str) -> str:
+    """One worker's own queue: a ticket there asks it to think about what it holds."""
+    return f"place.{worker}"
 
 
 def event_stream(job_id: UUID) -> str:
@@ -53,6 +60,11 @@ def chunk_path(sha256: str) -> str:
 def manifest_path(job_id: UUID, attempt: int) -> str:
     """An attempt's manifest: two attempts never share a file."""
     return f"manifests/{job_id}.{attempt}.json"
+
+
+def kept_result_path(digest: str) -> str:
+    """A manifest that a session keeps, under its own hash: it outlives the job that wrote it."""
+    return f"kept/{digest[:2]}/{digest}.json"
 
 
 def calibration_path(scan_key: str) -> str:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 __all__ = (
     "ADVANTAGE",
+    "HEAD_START_SECONDS",
     "Cost",
     "Demand",
     "Held",
@@ -225,16 +226,18 @@ def offers(
     cost: Cost,
     requests: Mapping[str, float],
     policy: Policy,
+    *,
+    at_once: bool = False,
 ) -> list[Offer]:
     """What each worker that does not hold a model would have to give for it, the best first.
 
-    `requests` is the demand for each model, a copy's share of it.
+    `requests` is the demand for each model, a copy's share of it; `at_once` as for `evictions`.
     """
     found = []
     for worker in workers:
         if worker.holds(demand.revision):
             continue
-        evicted = evictions(worker, cost.memory_bytes, requests, policy)
+        evicted = evictions(worker, cost.memory_bytes, requests, policy, at_once=at_once)
         if evicted is not None:
             lost = sum(worth(requests.get(held.revision, 0.0), held) for held in evicted)
             names = tuple(held.revision for held in evicted)

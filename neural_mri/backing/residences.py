@@ -44,6 +44,8 @@ __all__ = (
     "demands",
     "estimate",
     "holders",
+    "next_load",
+    "note_memory",
     "release",
     "renew",
     "settle",
@@ -157,6 +159,14 @@ def settle(
     )
 
 
+def note_memory(session: Session, revision: str, memory_bytes: int) -> None:
+    """Say that a model takes at least so much: loading it has run out of memory."""
+    _in_turn(session, revision)
+    session.execute(
+        update(MODEL_COSTS).where(_cost.revision == revision).values(memory_bytes=memory_bytes)
+    )
+
+
 def renew(session: Session, owner: LeaseOwner, revisions: Collection[str]) -> frozenset[str]:
     """Go on holding these; those of them that somebody has asked to let go, or taken for lost."""
     rows = session.execute(
@@ -258,6 +268,22 @@ def demands(
         )
         for revision, parts in found.items()
     ]
+
+
+def next_load(session: Session) -> Demand | None:
+    """The model that somebody next has loaded by name, and how long they have waited."""
+    row = session.execute(
+        select(_job.revision, _job.model, (epoch() - _job.created_at).label("waited"))
+        .where(
+            _job.queue == keys.CONTROL_QUEUE,
+            _job.finished_at.is_(None),
+            _job.state == JobState.QUEUED,
+            _job.leader.is_(None),
+        )
+        .order_by(_job.virtual_start, _job.id)
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else Demand(row.revision, row.model, 1, row.waited, 0.0)
 
 
 def _wanted(session: Session, pinned: Iterable[str]) -> frozenset[str]:

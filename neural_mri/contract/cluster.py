@@ -17,6 +17,10 @@ class ModelHeld(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None = None
     load_seconds: float | None = None
     """What loading took, calibration included."""
+    pinned: bool = False
+    """Whether it stays, whatever else is asked for."""
+    held_seconds: float | None = None
+    """Since it was loaded."""
 
 
 class WorkerSeen(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +30,10 @@ class WorkerSeen(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     version: str
     models: tuple[ModelHeld, ...] = ()
+    budget_bytes: int | None = None
+    """What its models may take in all."""
+    free_bytes: int | None = None
+    """What it could load now without letting anything go."""
     seen_at: float
     """By the worker's clock, seconds since 1970."""
 

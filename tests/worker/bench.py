@@ -19,6 +19,8 @@ from neural_mri.contract.tokens import Operands, Span, Tokens
 from worker.attempts import Attempts
 from worker.calibrations import Calibrations
 from worker.keeper import Keeper
+from worker.memory import Memory
+from worker.placing import Placing
 from worker.reporter import Outbox
 from worker.residency import Residency
 
@@ -61,6 +63,18 @@ class Bench:
             lease_seconds=settings.lease_seconds,
             describe=lambda: WorkerBeat(worker="worker-1@here", device="cpu", at=0.0),
         )
+        self.placing = Placing(
+            settings=settings,
+            sessions=sessions,
+            redis=redis,
+            owner=LeaseOwner.here(),
+            worker="worker-1@here",
+            residency=self.residency,
+            memory=Memory(settings, "cpu"),
+            intake=self.intake,
+            outbox=self.outbox,
+            beat=self.keeper.beat,
+        )
 
     def attempts(self, store: Store | None = None) -> Attempts:
         return Attempts(
@@ -73,6 +87,7 @@ class Bench:
             residency=self.residency,
             calibrations=self.calibrations,
             intake=self.intake,
+            placing=self.placing,
         )
 
     def submit(

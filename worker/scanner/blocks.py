@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neural_mri.contract.components import Kind
+from worker.scanner.halving import portion
 from worker.scanner.hooks import tensor_out
 from worker.scanner.loading import LoadedModel
 from worker.scanner.runs import AttentionCall
@@ -143,4 +144,5 @@ def rows_at_once(model: LoadedModel, n_positions: int) -> int:
     """Rows of that many positions that should run through a sublayer together."""
     shape = model.architecture
     numbers = n_positions * max(shape.d_mlp, shape.n_heads * shape.d_head)
-    return max(1, ACTIVATION_BYTES[model.device.type] // (numbers * model.plain.dtype.itemsize))
+    together = portion(ACTIVATION_BYTES[model.device.type])
+    return max(1, together // (numbers * model.plain.dtype.itemsize))

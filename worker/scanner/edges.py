@@ -20,6 +20,7 @@ from neural_mri.contract.circuits import Granularity
 from neural_mri.contract.components import EMBED, UNEMBED, Component, Kind
 from worker.scanner.attribution import Differentiated, StraightPath
 from worker.scanner.blocks import Block, causal_mask, rows_at_once
+from worker.scanner.halving import portion
 from worker.scanner.hooks import tensor_in
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
@@ -165,7 +166,7 @@ class _Finder:
     def target_groups(self, listener: Listener) -> Iterator[_Targets]:
         """The targets, as many layers of them at a time as may be held."""
         row_bytes = 4 * self._width * self._shape.d_model
-        at_once = max(1, _TARGETS_BYTES // (row_bytes * len(self.at_layer(0))))
+        at_once = max(1, portion(_TARGETS_BYTES) // (row_bytes * len(self.at_layer(0))))
         n_layers = self._shape.n_layers
         for layers in torch.split(torch.arange(n_layers), at_once):
             summed: list[Tensor] = []

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from worker.scanner.blocks import ACTIVATION_BYTES
+from worker.scanner.halving import portion
 from worker.scanner.loading import LoadedModel
 
 __all__ = ("Known", "Measure", "measured", "predictions_at_once")
@@ -54,7 +55,8 @@ def measured(
 
 def predictions_at_once(model: LoadedModel) -> int:
     """Rows of logits that are measured together."""
-    return max(1, 8 * ACTIVATION_BYTES[model.device.type] // (4 * model.architecture.d_vocab))
+    together = portion(8 * ACTIVATION_BYTES[model.device.type])
+    return max(1, together // (4 * model.architecture.d_vocab))
 
 
 def _logits(

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from worker.scanner.halving import portion
 from worker.scanner.loading import LoadedModel
 from worker.scanner.measures import largest
 
@@ -128,7 +129,7 @@ def read(
     device, kind = model.device, model.device.type
     rows = 1 + n_places
     row_bytes = d_vocab * places.element_size()
-    at_once = max(1, min(n_positions, _PRODUCT_BYTES[kind] // (rows * row_bytes)))
+    at_once = max(1, min(n_positions, portion(_PRODUCT_BYTES[kind]) // (rows * row_bytes)))
     product = torch.empty(rows * at_once, d_vocab, device=device, dtype=model.plain.dtype)
     chunks = [
         slice(start, min(start + at_once, n_positions)) for start in range(0, n_positions, at_once)

@@ -34,6 +34,7 @@ from neural_mri.contract.components import EMBED, Component, Kind
 from neural_mri.contract.models import Architecture
 from worker.scanner.blocks import Block, causal_mask, rows_at_once
 from worker.scanner.final_residuals import Known, Measure, measured, predictions_at_once
+from worker.scanner.halving import portion
 from worker.scanner.interventions import Edit, Rows, forward
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
@@ -229,7 +230,7 @@ class _GrowingGroups:
         held, some = 0, list[PatchedRun]()
         for run in patched:
             run_bytes = self._width(run) * position_bytes
-            if some and held + run_bytes > _ROWS_BYTES:
+            if some and held + run_bytes > portion(_ROWS_BYTES):
                 yield some
                 held, some = 0, []
             held += run_bytes

@@ -28,6 +28,7 @@ from torch import Tensor
 from neural_mri.contract.components import Component, Kind
 from worker.scanner.blocks import Block, causal_mask, rows_at_once
 from worker.scanner.final_residuals import Known, Measure, measured, predictions_at_once
+from worker.scanner.halving import portion
 from worker.scanner.interventions import Edit, Rows, forward
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
@@ -115,7 +116,7 @@ class _GrowingBatch:
         width = n_positions - self._kept.start
         row_bytes = width * self._shape.d_model * clean.final.element_size()
         self._rows_at_once = rows_at_once(model, width)
-        self._rows_at_most = max(2, _ROWS_BYTES // row_bytes)
+        self._rows_at_most = max(2, portion(_ROWS_BYTES) // row_bytes)
         self._causal = causal_mask(n_positions, clean.final) if shared else None
         self._done = self._total = 0
 

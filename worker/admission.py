@@ -1,0 +1,226 @@
+"""Whether a scan fits into memory, before it runs and when it turns out not to.
+
+The estimate counts what a scan holds at once, from shapes alone, beside the model: what one block makes in
+passing, what is recorded of every layer, logits, attention patterns, and the rows of a sweep. It is meant to be
+above what a scan takes and below thrice that. A scan that could not fit with every other model gone is refused
+with both numbers. What runs out of memory all the same runs again in smaller batches (`scanner.halving`), and
+fails alone when there is nothing left to make smaller.
+"""
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import structlog
+import torch
+
+from neural_mri.contract.circuits import CircuitMethod
+from neural_mri.contract.models import Architecture
+from neural_mri.contract.perturbations import Noise
+from neural_mri.contract.problems import Problem
+from neural_mri.contract.scans import (
+    ActivationScan,
+    Aggregation,
+    AnomalyScan,
+    AttentionScan,
+    CalibrationScan,
+    CircuitScan,
+    PatchingScan,
+    PerturbationScan,
+    Scan,
+    StructuralScan,
+    TracingScan,
+    WeightScan,
+    resolve_positions,
+)
+from worker import metrics
+from worker.scanner.halving import halved
+
+__all__ = ("MOST_HALVINGS", "OutOfMemory", "estimate", "halving", "ran_out", "shown")
+
+MOST_HALVINGS = 6
+FLOAT_BYTES = 4
+SWEEP_BYTES = 1 << 30
+"""Rows that a sweep, or a grid of patches, holds at once at the most (`sweep`, `patched_runs`)."""
+CALIBRATION_TOKENS = 512
+MARGIN = 1.25
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+class OutOfMemory(Problem):
+    """The job needs more memory than the worker's device has."""
+
+    status = 507
+
+
+def estimate(
+    scan: Scan, shape: Architecture, *, n_tokens: int, itemsize: int, prompts: int = 1
+) -> int:
+    """Bytes that a scan of so many prompts at once needs beside the model; `n_tokens` of each."""
+    return int(MARGIN * _needed(scan, _Sizes(shape, n_tokens, itemsize), prompts))
+
+
+class _Sizes:
+    """Bytes of what a model makes of one prompt."""
+
+    def __init__(self, shape: Architecture, n_tokens: int, itemsize: int) -> None:
+        self.shape = shape
+        self.n_tokens = n_tokens
+        self._item = itemsize
+        self._attention = (shape.n_heads + 2 * shape.n_kv_heads) * shape.d_head
+
+    def of(self, n_tokens: int) -> "_Sizes":
+        """The same of another prompt."""
+        return _Sizes(self.shape, n_tokens, self._item)
+
+    @property
+    def forward(self) -> int:
+        """What one block makes in passing: residuals, projections, the MLP's hidden activations."""
+        widest = max(3 * self.shape.d_mlp, 2 * self._attention)
+        return self.n_tokens * (6 * self.shape.d_model + widest) * self._item
+
+    @property
+    def recorded(self) -> int:
+        """What `runs.record` keeps of every layer, and the forward itself."""
+        a_layer = 5 * self.shape.d_model + self._attention
+        return self.shape.n_layers * self.n_tokens * a_layer * self._item + self.forward
+
+    @property
+    def graph(self) -> int:
+        """What is kept for a backward pass, beside what is recorded."""
+        a_layer = 6 * self.shape.d_model + 4 * self.shape.d_mlp + 2 * self._attention
+        return self.shape.n_layers * self.n_tokens * a_layer * self._item
+
+    @property
+    def residuals(self) -> int:
+        """The stream before and inside every block."""
+        return 2 * (self.shape.n_layers + 1) * self.n_tokens * self.shape.d_model * self._item
+
+    @property
+    def pattern(self) -> int:
+        """Attention scores of one layer."""
+        return self.shape.n_heads * self.n_tokens**2 * self._item
+
+    def logits(self, positions: int) -> int:
+        """In the model's type, and some of them as float32."""
+        return positions * self.shape.d_vocab * self._item
+
+    def rows(self, count: int) -> int:
+        """Rows of a sweep, as long as the prompt."""
+        return min(SWEEP_BYTES, count * self.n_tokens * self.shape.d_model * self._item)
+
+    @property
+    def nodes(self) -> int:
+        """Values of every component at every token."""
+        a_layer = self.shape.n_heads + 5
+        return self.shape.n_layers * a_layer * self.n_tokens * FLOAT_BYTES
+
+
+def _needed(scan: Scan, sizes: _Sizes, prompts: int) -> int:
+    shape, n_tokens = sizes.shape, sizes.n_tokens
+    match scan:
+        case ActivationScan():
+            return _activations(scan, sizes, prompts)
+        case AttentionScan():
+            patterns = len(scan.layers) * shape.n_heads * n_tokens**2 * 2 * FLOAT_BYTES
+            return sizes.forward + 4 * sizes.pattern + patterns
+        case AnomalyScan():
+            return sizes.forward + 2 * sizes.residuals + sizes.logits(3 * _asked(scan, n_tokens))
+        case PerturbationScan():
+            draws = max((p.draws for p in scan.perturbations if isinstance(p, Noise)), default=1)
+            rows = 1 + draws + len(scan.other_prompts)
+            return rows * (sizes.forward + 2 * sizes.logits(n_tokens)) + 4 * sizes.nodes
+        case CircuitScan():
+            return _circuits(scan, sizes)
+        case PatchingScan():
+            return _grid(len(scan.sites), 1, sizes)
+        case TracingScan():
+            return _grid(len(scan.kinds), scan.draws, sizes)
+        case CalibrationScan():
+            text = sizes.of(CALIBRATION_TOKENS)
+            lenses = 6 * shape.n_layers * shape.d_model**2 * FLOAT_BYTES
+            return text.recorded + text.logits(CALIBRATION_TOKENS) + lenses
+        case StructuralScan() | WeightScan():
+            return 0  # of the weight files, tensor by tensor
+
+
+def _asked(scan: AnomalyScan, n_tokens: int) -> int:
+    """Positions at which lenses are held to the stream."""
+    if scan.token_positions == "target":
+        return 1
+    return len(resolve_positions(scan.token_positions, n_tokens))
+
+
+def _activations(scan: ActivationScan, sizes: _Sizes, prompts: int) -> int:
+    positions = len(resolve_positions(scan.token_positions, sizes.n_tokens))
+    vectors = 0
+    if scan.aggregation is Aggregation.RAW:
+        components = len(scan.selected(sizes.shape))
+        vectors = components * positions * sizes.shape.d_model * 2 * FLOAT_BYTES
+    return prompts * (sizes.forward + sizes.logits(positions) + 2 * sizes.nodes) + vectors
+
+
+def _circuits(scan: CircuitScan, sizes: _Sizes) -> int:
+    shape = sizes.shape
+    has_graph = scan.method is not CircuitMethod.DIRECT and (
+        scan.method is not CircuitMethod.ABLATION or scan.edges > 0
+    )
+    runs = (1 + len(scan.other_prompts)) * sizes.recorded
+    components = shape.n_layers * (shape.n_heads + 1)
+    return runs + 2 * has_graph * sizes.graph + sizes.rows(components) + sizes.logits(8)
+
+
+def _grid(maps: int, draws: int, sizes: _Sizes) -> int:
+    """Two recorded runs, or one and its draws, and a row a cell that holds half of the positions."""
+    cells = maps * draws * sizes.shape.n_layers * sizes.n_tokens
+    return (1 + draws) * sizes.recorded + sizes.rows(cells // 2 + 1) + sizes.logits(8)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # On the CPU torch says it in words only.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def halving(work: Callable[[], T]) -> T:
+    """What the work gives; where memory runs out, what it gives in smaller and smaller batches.
+
+    Raises what the last attempt did: at once where the work has no batches.
+    """
+    times = 0
+    while True:
+        with halved(times) as batches:
+            try:
+                return work()
+            except Exception as error:
+                if not ran_out(error) or not batches.has_batches or times == MOST_HALVINGS:
+                    raise
+                log.warning("batches_halved", times=times + 1, error=str(error).partition("\n")[0])
+        # Outside the handler: the error's frames hold what there was no room for.
+        metrics.OUT_OF_MEMORY.labels("halved").inc()
+        give_back()
+        times += 1
+
+
+def give_back() -> None:
+    """Return what nobody holds any more to the device and the operating system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def shown(n_bytes: int) -> str:
+    """Bytes for people: `1.3 GiB`."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if n_bytes >= 1 << power:
+            return f"{n_bytes / (1 << power):.1f} {unit}"
+    return f"{n_bytes} bytes"

@@ -1,0 +1,145 @@
+"""How much memory a worker has for models and scans, and how much of it is left.
+
+On a GPU its device says so. On the CPU it is the least of what the machine has, what the control group
+allows (a container's limit) and what the process may address. `NEURAL_MRI_MEMORY_BYTES` overrides all of
+them: then models and scans together are held to that.
+"""
+
+import resource
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from neural_mri.backing.settings import Settings
+
+__all__ = ("Memory", "Reading", "control_group")
+
+SCANS_SHARE = 0.2
+"""Of the budget, kept for what scans need beside the models."""
+
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+class Reading(NamedTuple):
+    """Bytes, at one moment."""
+
+    total: int
+    """All that this process could have."""
+    available: int
+    """What it could still ask for."""
+
+
+class Memory:
+    """One worker's memory."""
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        self._stated = settings.memory_bytes
+        self._device = device
+        self._spreads = settings.spread == "auto"
+
+    def reading(self, held_bytes: int = 0) -> Reading:
+        """What there is, and what is left while models take `held_bytes`."""
+        if self._stated:
+            return Reading(self._stated, max(0, self._stated - held_bytes))
+        return self._gpus() if self._device == "cuda" else least(*_of_this_machine())
+
+    def for_models(self, held_bytes: int = 0) -> Reading:
+        """The part that models may have."""
+        total, available = self.reading(held_bytes)
+        budget = int(total * (1.0 - SCANS_SHARE))
+        return Reading(budget, max(0, min(budget - held_bytes, available)))
+
+    def _gpus(self) -> Reading:
+        count = torch.cuda.device_count() if self._spreads else 1
+        readings = []
+        for index in range(count):
+            free, total = torch.cuda.mem_get_info(index)
+            # What torch keeps for itself it gives to whoever asks next.
+            kept = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+            readings.append(Reading(total, free + kept))
+        return Reading(sum(one.total for one in readings), sum(one.available for one in readings))
+
+
+def least(*readings: Reading) -> Reading:
+    """What holds under all limits at once."""
+    return Reading(
+        min(reading.total for reading in readings),
+        max(0, min(reading.available for reading in readings)),
+    )
+
+
+def _of_this_machine() -> list[Reading]:
+    memory = psutil.virtual_memory()
+    found = [Reading(memory.total, memory.available)]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        found.append(Reading(limit, limit - psutil.Process().memory_info().vms))
+    group = control_group()
+    return found if group is None else [*found, group]
+
+
+def control_group(
+    root: Path = _GROUPS, process: Path = Path("/proc/self/cgroup")
+) -> Reading | None:
+    """What the control groups of this process allow; None where none sets a limit.
+
+    Version 2, and what version 1 says at its root, which is where a container sees its own group.
+    """
+    readings = []
+    for folder in _folders(root, process):
+        for names in _NAMES:
+            limit, used = _number(folder / names.limit), _number(folder / names.used)
+            if limit is not None and used is not None and limit < _NO_LIMIT:
+                # Pages of files go when they are in the way.
+                used -= _statistic(folder / "memory.stat", names.files)
+                readings.append(Reading(limit, limit - used))
+    return least(*readings) if readings else None
+
+
+class _Names(NamedTuple):
+    limit: str
+    used: str
+    files: str
+
+
+_NAMES = (
+    _Names("memory.max", "memory.current", "inactive_file"),
+    _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+_NO_LIMIT = 1 << 60
+"""Version 1 writes a huge number where there is none."""
+
+
+def _folders(root: Path, process: Path) -> list[Path]:
+    """The group's folder and those above it: each may set a limit."""
+    folders = [root, root / "memory"]
+    try:
+        lines = process.read_text().splitlines()
+    except OSError:
+        return folders
+    for line in lines:
+        _, _, name = line.partition("::")
+        here = root / name.strip("/")
+        while name and here != root and root in here.parents:
+            folders.append(here)
+            here = here.parent
+    return folders
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _statistic(path: Path, name: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    pairs = (line.split() for line in lines)
+    return next((int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0] == name), 0)

@@ -1,0 +1,568 @@
+"""What this worker holds, decided: loads what is asked for, lets go what is in the way.
+
+The decisions are `backing.placement`'s, the claims `backing.residences`'. A thread looks about once a
+second; where there is something to do, it puts a ticket into the worker's own queue, because models are
+loaded and released by the task thread alone, between jobs.
+
+A model that cannot be loaded is said to be so to everybody who waits for it, and so is one that fits into no
+worker's memory: nobody waits for what will not come.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Self
+
+import structlog
+
+from neural_mri.backing import events, jobs, keys, models, placement, residences
+from neural_mri.backing.broker import AWAY, SyncRedis
+from neural_mri.backing.database import Sessions
+from neural_mri.backing.events import HeldModel, WorkerBeat
+from neural_mri.backing.leases import LeaseOwner
+from neural_mri.backing.models import RegisteredModel
+from neural_mri.backing.placement import Cost, Demand, Held, Move, Policy, WorkerRoom
+from neural_mri.backing.queue import send_tickets
+from neural_mri.backing.residences import Claim
+from neural_mri.backing.settings import Settings
+from neural_mri.contract.jobs import JobState
+from neural_mri.contract.models import ModelState
+from neural_mri.contract.problems import Problem, Unavailable, UnknownModel
+from worker import metrics
+from worker.admission import OutOfMemory, give_back, ran_out, shown
+from worker.intake import Intake
+from worker.memory import Memory
+from worker.reporter import Outbox
+from worker.residency import Residency
+from worker.resident import Resident
+from worker.scanner.listening import Listener, Silent
+
+__all__ = ("LoadsKillWorkers", "Placing")
+
+LOOK_SECONDS = 1.0
+POKED_SECONDS = 5.0
+"""When a ticket to oneself counts as lost."""
+HOPELESS_SECONDS = 10.0
+"""How long a model that fits nowhere may wait for a worker with more memory to come up."""
+QUEUE_SECONDS = 60
+"""When the own queue is forgotten: its worker may have died."""
+GUESSED_LOW = 1.5
+"""What a model is taken to need, in what it was, once loading it has run out of memory."""
+AT_ONCE = 64
+
+SILENT = Silent()
+
+log = structlog.get_logger(__name__)
+
+
+class LoadsKillWorkers(Problem):
+    """Every worker that loaded this model was lost."""
+
+    status = 500
+
+
+class _Seen(NamedTuple):
+    """What there is to decide about."""
+
+    rooms: tuple[WorkerRoom, ...]
+    """This worker's first."""
+    demands: tuple[Demand, ...]
+    costs: dict[str, Cost]
+    are_all_heard: bool
+    """Whether the other workers' heartbeats could be read."""
+
+
+class Placing:
+    """One worker's part in placing models. Use as a context manager round its whole life."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        sessions: Sessions,
+        redis: SyncRedis,
+        owner: LeaseOwner,
+        worker: str,
+        residency: Residency,
+        memory: Memory,
+        intake: Intake,
+        outbox: Outbox,
+        beat: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._sessions = sessions
+        self._redis = redis
+        self._owner = owner
+        self._worker = worker
+        self._residency = residency
+        self._memory = memory
+        self._intake = intake
+        self._outbox = outbox
+        self._beat = beat
+        self._policy = Policy(
+            settings.model_residence_seconds,
+            settings.model_patience_seconds,
+            settings.model_demand_seconds,
+        )
+        self.queue = keys.placement_queue(worker)
+        """Where a ticket asks this worker to `act`."""
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="placing", daemon=True)
+        self._lock = threading.Lock()
+        self._withdrawn: frozenset[str] = frozenset()
+        self._renew_at = 0.0
+        self._poked_at = -POKED_SECONDS
+        self._loading_since: float | None = None
+        self._in_use: list[str] = []
+        """Models that scans run on: more than one where a short scan runs inside a long one."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.set()
+        self._thread.join(timeout=POKED_SECONDS)
+        for model in self._residency.held():
+            self._quietly(residences.release, model.revision)
+
+    # On the task thread.
+
+    def begin(self) -> None:
+        """Hold the pinned models, and those of the wanted ones that nobody holds and that fit.
+
+        Raises what a pinned model's load does; a wanted one may have gone bad since.
+        """
+        for name in self._settings.pinned:
+            self._claim(self._registered(name).revision, copies=None)
+            self._load(name, SILENT, pin=True)
+        for model in self._sessions.read(models.all):
+            if not model.wanted or model.name in self._settings.pinned:
+                continue
+            if self._cost(model).memory_bytes > self.room().free_bytes:
+                log.warning("wanted_model_not_loaded", model=model.name, reason="no room")
+                continue
+            if not self._claim(model.revision, copies=1).is_granted:
+                continue
+            try:
+                self._load(model.name, SILENT)
+            except Problem as problem:
+                log.warning("wanted_model_not_loaded", model=model.name, reason=problem.detail)
+
+    def act(self) -> None:
+        """Let go and load what should be let go and loaded now; most often nothing."""
+        self._poked_at = -POKED_SECONDS
+        with self._lock:
+            withdrawn, self._withdrawn = self._withdrawn, frozenset()
+        for revision in withdrawn:
+            self.drop(revision)
+        try:
+            seen = self._look()
+        except Unavailable as error:
+            log.warning("nothing_placed", error=str(error))
+            return
+        for demand in self._hopeless(seen):
+            self._refuse_hopeless(demand, seen)
+        move = placement.next_move(self._worker, seen.rooms, seen.demands, seen.costs, self._policy)
+        if move is not None:
+            self._make(move, seen)
+
+    def hold(self, name: str, listener: Listener) -> Resident:
+        """Hold a model because somebody asks for it by name; what is in least demand makes room.
+
+        Raises `OutOfMemory` where it fits in beside the pinned models by no means, and what
+        `Residency.load` does.
+        """
+        registered = self._registered(name)
+        if resident := self._residency.get(registered.revision):
+            return resident
+        cost, room = self._cost(registered), self.room()
+        requests = self._requests(room)
+        evicted = placement.evictions(room, cost.memory_bytes, requests, self._policy, at_once=True)
+        if evicted is None:
+            raise self._too_large(registered.name, cost, [room])
+        for held in evicted:
+            self._evict(held.revision, in_favour_of=name)
+        self._claim(registered.revision, copies=None)
+        return self._load(name, listener)
+
+    def leave_to_others(self) -> bool:
+        """Whether the next request to load a model is better left to another worker for a moment."""
+        try:
+            asked = self._sessions.read(residences.next_load)
+            if asked is None:
+                return False
+            rooms, _ = self._rooms()
+            cost = self._sessions.read(residences.costs, self._settings.dtype).get(asked.revision)
+        except Unavailable:
+            return False
+        if cost is None or rooms[0].holds(asked.revision):
+            return False
+        if any(room.holds(asked.revision) for room in rooms):
+            ahead = 1  # whoever holds it has it loaded already
+        else:
+            found = placement.offers(rooms, asked, cost, {}, self._policy, at_once=True)
+            ahead = next(
+                (at for at, offer in enumerate(found) if offer.worker == self._worker), len(found)
+            )
+        return asked.oldest_seconds < ahead * placement.HEAD_START_SECONDS
+
+    def let_go(self, revision: str) -> None:
+        """Give a model's memory back, because somebody asks for that: every worker's copy of it."""
+        self.drop(revision)
+        self._quietly(residences.ask_to_let_go, revision)
+
+    def drop(self, revision: str) -> None:
+        """Give the memory of this worker's copy back, unless it is pinned."""
+        if self._residency.is_pinned(revision):
+            return
+        if self._residency.get(revision) is not None:
+            self._intake.close(keys.scan_queue(revision))
+        self._residency.release(revision)
+        self._quietly(residences.release, revision)
+        self._beat()
+
+    @contextmanager
+    def admitted(self, revision: str, n_bytes: int) -> Iterator[None]:
+        """Run a scan that needs so much beside its model: others go where they are in its way.
+
+        Raises `OutOfMemory` where it would not fit with all of them gone.
+        """
+        if n_bytes == 0:
+            yield
+            return
+        room = self.room()
+        held = sum(each.memory_bytes for each in room.held)
+        total, left = self._memory.reading(held)
+        stays = sum(
+            each.memory_bytes for each in room.held if each.pinned or each.revision == revision
+        )
+        if n_bytes > total - stays:
+            raise OutOfMemory(
+                f"this scan takes about {shown(n_bytes)} beside its model, and this worker has "
+                f"{shown(max(0, total - stays))} for it: send a shorter prompt, or fewer layers",
+                estimated_bytes=n_bytes,
+                budget_bytes=max(0, total - stays),
+            )
+        if n_bytes > left:
+            self._make_room(room, n_bytes, left, beside={revision, *self._in_use})
+        self._in_use.append(revision)
+        try:
+            yield
+        finally:
+            self._in_use.remove(revision)
+
+    def _make_room(self, room: WorkerRoom, n_bytes: int, left: int, *, beside: set[str]) -> None:
+        others = tuple(each for each in room.held if each.revision not in beside)
+        beside_it = sum(each.memory_bytes for each in others)
+        evicted = placement.evictions(
+            WorkerRoom(room.worker, beside_it + left, left, others),
+            n_bytes,
+            self._requests(room),
+            self._policy,
+            at_once=True,
+        )
+        # Where that is not enough the scan tries with what there is: it was only an estimate.
+        for each in others if evicted is None else evicted:
+            self._evict(each.revision, in_favour_of="a scan")
+
+    def left(self) -> int:
+        """Bytes that a scan could have now."""
+        return self._memory.reading(sum(each.memory_bytes for each in self.room().held)).available
+
+    # On any thread.
+
+    def room(self) -> WorkerRoom:
+        """What this worker holds, and what more it could."""
+        return self._own_room({}, {})
+
+    # What there is to see.
+
+    def _look(self) -> _Seen:
+        settings = self._settings
+        demands = self._sessions.read(
+            residences.demands,
+            self._policy.demand_seconds,
+            also_unwanted=settings.load_on_demand,
+            pinned=settings.pinned,
+        )
+        costs = self._sessions.read(residences.costs, settings.dtype)
+        waiting = {demand.revision: demand.waiting for demand in demands}
+        rooms, are_all_heard = self._rooms(waiting, costs)
+        return _Seen(rooms, tuple(demands), costs, are_all_heard)
+
+    def _rooms(
+        self, waiting: Mapping[str, int] | None = None, costs: Mapping[str, Cost] | None = None
+    ) -> tuple[tuple[WorkerRoom, ...], bool]:
+        waiting, costs = waiting or {}, costs or {}
+        own = self._own_room(waiting, costs)
+        try:
+            beats = events.heartbeats(self._redis)
+        except AWAY:
+            return (own,), False
+        others = (_room_of(beat, waiting, costs) for beat in beats if beat.worker != self._worker)
+        return (own, *(room for room in others if room is not None)), True
+
+    def _own_room(self, waiting: Mapping[str, int], costs: Mapping[str, Cost]) -> WorkerRoom:
+        models_held = self._residency.held()
+        held = tuple(_held(model, waiting, costs) for model in models_held)
+        room = self._memory.for_models(sum(each.memory_bytes for each in held))
+        return WorkerRoom(self._worker, room.total, room.available, held)
+
+    def _requests(self, room: WorkerRoom) -> dict[str, float]:
+        """What is asked of the models that this worker holds."""
+        try:
+            demands = self._sessions.read(residences.demands, self._policy.demand_seconds)
+        except Unavailable:
+            return {}
+        held = {each.revision for each in room.held}
+        return {each.revision: each.requests for each in demands if each.revision in held}
+
+    def _registered(self, name: str) -> RegisteredModel:
+        registered = self._sessions.read(models.get, name)
+        if registered is None:
+            raise UnknownModel(f"no model {name!r} is registered", model=name)
+        return registered
+
+    def _cost(self, model: RegisteredModel) -> Cost:
+        costs = self._sessions.read(residences.costs, self._settings.dtype)
+        guess = residences.estimate(model.n_parameters, model.weights_bytes, self._settings.dtype)
+        return costs.get(model.revision, guess)
+
+    # Loading and letting go.
+
+    def _make(self, move: Move, seen: _Seen) -> None:
+        others = sum(room.holds(move.revision) for room in seen.rooms[1:])
+        claim = self._claim(move.revision, copies=others + 1)
+        if not claim.is_granted:
+            return
+        if claim.losses >= self._settings.max_attempts:
+            self._quietly(residences.release, move.revision)
+            self._refuse(
+                move.revision,
+                LoadsKillWorkers(
+                    f"{claim.losses} workers were lost while they loaded {move.model}: it is not tried "
+                    "again by itself; POST /api/model/load tries once more",
+                    model=move.model,
+                ),
+            )
+            return
+        for revision in move.evicted:
+            self._evict(revision, in_favour_of=move.model)
+        try:
+            self._load(move.model, SILENT)
+        except Problem as problem:
+            log.warning("model_not_loaded", model=move.model, reason=problem.detail)
+            self._refuse(move.revision, problem)
+            return
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            self._guess_higher(move, seen.costs[move.revision])
+            return
+        log.info(
+            "model_placed",
+            model=move.model,
+            evicted=len(move.evicted),
+            is_copy=move.is_copy,
+        )
+        self._intake.open(keys.scan_queue(move.revision))
+
+    def _load(self, name: str, listener: Listener, *, pin: bool = False) -> Resident:
+        """Load a model that this worker has claimed."""
+        revision = self._registered(name).revision
+        self._loading_since = time.monotonic()
+        try:
+            resident = self._residency.load(name, listener, pin=pin)
+        except BaseException:
+            self._quietly(residences.release, revision)
+            raise
+        finally:
+            self._loading_since = None
+        self._quietly(
+            residences.settle,
+            revision,
+            memory_bytes=resident.memory_bytes,
+            load_seconds=resident.load_seconds,
+        )
+        self._beat()
+        return resident
+
+    def _claim(self, revision: str, *, copies: int | None) -> Claim:
+        return self._sessions.write(residences.claim, revision, self._owner, copies=copies)
+
+    def _evict(self, revision: str, *, in_favour_of: str) -> None:
+        resident = self._residency.get(revision)
+        if resident is None:
+            return
+        name = resident.registered.name
+        metrics.EVICTED.labels(name).inc()
+        log.info("model_evicted", model=name, in_favour_of=in_favour_of)
+        self.drop(revision)
+
+    def _quietly(self, work: Callable[..., None], revision: str, **details: float) -> None:
+        """Tell the database what is so already; that it does not hear it now is made good in time."""
+        arguments = (revision,) if work is residences.ask_to_let_go else (revision, self._owner)
+        try:
+            self._sessions.write(work, *arguments, **details)
+        except Unavailable as error:
+            log.warning("residence_not_told", revision=revision[:16], error=str(error))
+
+    # Telling those who wait in vain.
+
+    def _hopeless(self, seen: _Seen) -> Iterator[Demand]:
+        """What waits and fits into no worker that was heard of."""
+        if not seen.are_all_heard:
+            return
+        for demand in seen.demands:
+            cost = seen.costs.get(demand.revision)
+            if cost is None or not demand.waiting or demand.oldest_seconds < HOPELESS_SECONDS:
+                continue
+            fits = any(
+                room.holds(demand.revision) or room.can_ever_hold(cost.memory_bytes)
+                for room in seen.rooms
+            )
+            if not fits:
+                yield demand
+
+    def _refuse_hopeless(self, demand: Demand, seen: _Seen) -> None:
+        cost = seen.costs[demand.revision]
+        self._refuse(demand.revision, self._too_large(demand.model, cost, seen.rooms))
+
+    def _too_large(self, model: str, cost: Cost, rooms: Sequence[WorkerRoom]) -> OutOfMemory:
+        free = max(
+            room.budget_bytes - sum(each.memory_bytes for each in room.held if each.pinned)
+            for room in rooms
+        )
+        return OutOfMemory(
+            f"{model} takes about {shown(cost.memory_bytes)}, and a worker has at most "
+            f"{shown(max(0, free))} for it beside the models that are pinned: a smaller model, or a worker "
+            "with more memory (NEURAL_MRI_MEMORY_BYTES) is needed",
+            model=model,
+            estimated_bytes=cost.memory_bytes,
+            budget_bytes=max(0, free),
+        )
+
+    def _guess_higher(self, move: Move, cost: Cost) -> None:
+        """Loading ran out of memory: the next worker to think of it should know that it takes more."""
+        give_back()
+        guess = int(cost.memory_bytes * GUESSED_LOW)
+        metrics.OUT_OF_MEMORY.labels("load").inc()
+        log.warning("out_of_memory", model=move.model, guessed_bytes=guess)
+        try:
+            self._sessions.write(residences.note_memory, move.revision, guess)
+        except Unavailable as error:
+            log.warning("residence_not_told", revision=move.revision[:16], error=str(error))
+
+    def _refuse(self, revision: str, problem: Problem) -> None:
+        """End every job that waits for these weights."""
+        queue = keys.scan_queue(revision)
+        try:
+            while claimed := self._sessions.write(
+                jobs.claim,
+                queue=queue,
+                owner=self._owner,
+                limit=AT_ONCE,
+                lease_seconds=self._settings.lease_seconds,
+            ):
+                for job in claimed:
+                    ended = self._sessions.write(
+                        jobs.advance,
+                        job.id,
+                        JobState.FAILED,
+                        attempt=job.attempt,
+                        problem=problem.document(),
+                    )
+                    if ended is not None:
+                        metrics.ENDED.labels(job.model, JobState.FAILED.value).inc()
+                        self._outbox.post(job.id, events.change_of(ended))
+        except Unavailable as error:
+            log.warning("jobs_not_refused", queue=queue, error=str(error))
+
+    # On the watching thread.
+
+    def _watch(self) -> None:
+        try:
+            while not self._closing.wait(LOOK_SECONDS):
+                with self._tolerating():
+                    self._renew()
+                    self._poke()
+        except Exception:
+            # A worker that no longer sees what is asked for would keep everybody waiting.
+            log.exception("placing_failed")
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+
+    @contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        try:
+            yield
+        except (Unavailable, *AWAY) as error:
+            log.debug("nothing_seen", error=str(error))
+
+    def _renew(self) -> None:
+        since = self._loading_since
+        if since is not None and time.monotonic() - since > self._settings.job_deadline_seconds:
+            log.error("load_unheeded", seconds=self._settings.job_deadline_seconds)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if time.monotonic() < self._renew_at:
+            return
+        # Sooner than a claim ends, and soon enough for who asked for a model to be let go.
+        self._renew_at = time.monotonic() + self._settings.lease_seconds / 2
+        held = [model for model in self._residency.held() if model.state is ModelState.RESIDENT]
+        missing = self._sessions.write(
+            residences.renew, self._owner, [model.revision for model in held]
+        )
+        pinned = {model.revision for model in held if model.pinned}
+        for model in held:
+            if model.revision in missing & pinned:
+                self._sessions.write(
+                    residences.settle,
+                    model.revision,
+                    self._owner,
+                    memory_bytes=model.memory_bytes or 0,
+                    load_seconds=model.load_seconds or 0.0,
+                )
+        with self._lock:
+            self._withdrawn |= missing - pinned
+
+    def _poke(self) -> None:
+        """Ask the task thread to act, where there is something to do."""
+        if time.monotonic() - self._poked_at < POKED_SECONDS:
+            return
+        if not self._withdrawn:
+            seen = self._look()
+            move = placement.next_move(
+                self._worker, seen.rooms, seen.demands, seen.costs, self._policy
+            )
+            if move is None and next(self._hopeless(seen), None) is None:
+                return
+        if send_tickets(self._redis, self.queue):
+            self._redis.expire(self.queue, QUEUE_SECONDS)
+            self._poked_at = time.monotonic()
+
+
+def _room_of(
+    beat: WorkerBeat, waiting: Mapping[str, int], costs: Mapping[str, Cost]
+) -> WorkerRoom | None:
+    """A worker as its heartbeat tells of it; None where it tells nothing of its memory."""
+    if beat.budget_bytes is None or beat.free_bytes is None:
+        return None
+    held = tuple(_held(model, waiting, costs) for model in beat.models)
+    return WorkerRoom(beat.worker, beat.budget_bytes, beat.free_bytes, held)
+
+
+def _held(model: HeldModel, waiting: Mapping[str, int], costs: Mapping[str, Cost]) -> Held:
+    cost = costs.get(model.revision, Cost(0, 0.0))
+    is_loaded = model.state is ModelState.RESIDENT
+    return Held(
+        revision=model.revision,
+        memory_bytes=model.memory_bytes or cost.memory_bytes,
+        held_seconds=model.held_seconds or 0.0,
+        load_seconds=model.load_seconds or cost.load_seconds,
+        pinned=model.pinned,
+        settled=is_loaded and (model.has_served or not waiting.get(model.revision)),
+    )

@@ -1,0 +1,44 @@
+"""Smaller batches where memory has run out.
+
+What a scan computes together is bounded by constants that suit a device with room. Where one has less, the
+same scan runs again with a half of them, and a half of that. Digits then differ as they do between any two
+batch sizes: in the last but one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+__all__ = ("Halving", "halved", "portion")
+
+
+class Halving:
+    """How much smaller the batches are while it is in force."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.has_batches = False
+        """Whether anything asked: what computes all at once has nothing to make smaller."""
+
+
+_in_force: ContextVar[Halving | None] = ContextVar("halving", default=None)
+
+
+def portion(n_bytes: int) -> int:
+    """Of what may be computed together, what is now."""
+    halving = _in_force.get()
+    if halving is None:
+        return n_bytes
+    halving.has_batches = True
+    return max(1, n_bytes >> halving.times)
+
+
+@contextmanager
+def halved(times: int) -> Iterator[Halving]:
+    """Run what is inside in batches halved so many times."""
+    halving = Halving(times)
+    token = _in_force.set(halving)
+    try:
+        yield halving
+    finally:
+        _in_force.reset(token)
