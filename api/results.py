@@ -30,6 +30,7 @@ from neural_mri.contract.summaries import Summary, main_table, summarise, tables
 __all__ = (
     "FinishedJob",
     "is_whole",
+    "kept_table_answer",
     "lost_results",
     "manifest_of",
     "summary_of",
@@ -151,6 +152,26 @@ async def table_answer(services: Services, job: Job, name: str | None, media_typ
             "vary": "accept",
             "content-disposition": f'inline; filename="{job.id}.{ref.name}.arrow"',
         },
+    )
+
+
+async def kept_table_answer(
+    store: Store, ref: TableRef, media_type: str, *, filename: str
+) -> ASGIApp:
+    """Answer with a table that a session keeps. Raises `Missing`, `Damaged`."""
+    if media_type == ARROW_STREAM:
+        return _arrow_stream(await _verified(store, ref), ref)
+
+    async def remote(part: Extent | None) -> bytes:
+        return await _fetched(store, ref, part)
+
+    return Payload(
+        await _verified_file(store, ref) or remote,
+        size=ref.bytes,
+        etag=ref.chunk,
+        media_type=ARROW_FILE,
+        cache_control=IMMUTABLE,
+        headers={"vary": "accept", "content-disposition": f'inline; filename="{filename}"'},
     )
 
 

@@ -42,7 +42,7 @@ __all__ = (
 )
 
 SESSION_FILE = "application/vnd.neural-mri.session+zip"
-FORMAT = "neural-mri"
+FORMAT: Literal["neural-mri"] = "neural-mri"
 VERSION = 1
 
 MANIFEST = "manifest.json"

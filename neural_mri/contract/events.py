@@ -140,7 +140,7 @@ _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
-def encode_event(event: Event) -> bytes:
+def encode_event(event: msgspec.Struct) -> bytes:
     """One line of JSON."""
     return _encoder.encode(event)
 
@@ -150,7 +150,7 @@ def decode_event(body: bytes | str) -> Event:
     return _decoder.decode(body)
 
 
-def event_name(event: Event) -> str:
+def event_name(event: msgspec.Struct) -> str:
     """The tag, which is also the SSE `event:` field."""
     config: Any = event.__struct_config__
     return str(config.tag)

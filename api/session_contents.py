@@ -1,0 +1,239 @@
+"""What a session is to hold, resolved: scans by their jobs become scans by their results' hashes.
+
+A result's manifest is copied under its own hash, so that a session needs neither the job's row nor its file:
+to open one takes the database and the store, and nothing that computes.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+
+from api.dependencies import Services
+from api.results import is_whole, manifest_of
+from neural_mri.backing import jobs, keys, sessions
+from neural_mri.backing.records import Job
+from neural_mri.backing.sessions import Saved, Waiting
+from neural_mri.backing.storage import Damaged, Store
+from neural_mri.contract.archives import result_digest
+from neural_mri.contract.jobs import TERMINAL, JobState
+from neural_mri.contract.problems import Gone, Problem
+from neural_mri.contract.results import Manifest
+from neural_mri.contract.sessions import (
+    Arrival,
+    KeyImage,
+    NoSuchScan,
+    Note,
+    SavedScan,
+    ScanArrived,
+    SessionContent,
+    SessionDocument,
+    SessionSaved,
+)
+
+__all__ = (
+    "Kept",
+    "add_scan",
+    "arriving",
+    "content_of",
+    "kept",
+    "saved_scan",
+    "settle",
+    "tell_saved",
+)
+
+
+class Kept(NamedTuple):
+    """A result that a session keeps."""
+
+    digest: str
+    body: bytes
+    """Of its manifest."""
+    manifest: Manifest
+
+
+_manifest = msgspec.json.Decoder(Manifest)
+
+
+def kept(store: Store, digest: str) -> Kept:
+    """A kept result. Raises `Missing`, `Damaged`."""
+    path = keys.kept_result_path(digest)
+    body = store.get(path)
+    if result_digest(body) != digest:
+        raise Damaged(f"{path} holds bytes whose hash is {result_digest(body)}", path=path)
+    return Kept(digest, body, _manifest.decode(body))
+
+
+async def saved_scan(services: Services, job: Job, label: str) -> SavedScan:
+    """A job's result, kept from now on. Raises `ResultNotReady`, and `Gone` where bytes are missing."""
+    await manifest_of(services, job)
+    if job.manifest is None or not await is_whole(services, job):
+        raise Gone(f"some bytes of job {job.id}'s result are missing: scan again", job=str(job.id))
+    return await asyncio.to_thread(_keep, services.store, job, job.manifest, label)
+
+
+def _keep(store: Store, job: Job, path: str, label: str) -> SavedScan:
+    body = store.get(path)
+    digest = result_digest(body)
+    store.put(keys.kept_result_path(digest), body)
+    return _saved(
+        Kept(digest, body, _manifest.decode(body)), label, msgspec.json.decode(job.request)
+    )
+
+
+def _saved(found: Kept, label: str, request: dict[str, Any] | None = None) -> SavedScan:
+    manifest = found.manifest
+    return SavedScan(
+        result=found.digest,
+        scan_key=manifest.scan_key,
+        kind=manifest.kind,
+        model=manifest.model,
+        revision=manifest.revision,
+        request=manifest.request if request is None else request,
+        label=label,
+    )
+
+
+async def content_of(
+    services: Services,
+    wanted: SessionContent,
+    *,
+    parent: str | None = None,
+    session_id: UUID | None = None,
+) -> SessionDocument:
+    """The document of what somebody wants kept.
+
+    Raises `NoSuchScan` for what the session does not have, `UnknownJob`, `ResultNotReady` and `Gone`.
+    """
+    known = await _known(services, session_id)
+    scans: dict[str, SavedScan] = {}
+    named: dict[str, str] = {}
+    for reference in wanted.scans:
+        if reference.job is not None:
+            job = await services.job(reference.job)
+            scan = await saved_scan(services, job, reference.label)
+            named[str(reference.job)] = scan.result
+        else:
+            digest = str(reference.result)
+            found = known.get(digest) or await _held(services, session_id, digest)
+            scan = msgspec.structs.replace(found, label=reference.label)
+        if scan.result in scans:
+            raise NoSuchScan(
+                f"scans name the result {scan.result} twice: a session holds each once",
+                result=scan.result,
+            )
+        scans[scan.result] = scan
+    named |= {digest: digest for digest in scans}
+    return SessionDocument(
+        parent=parent,
+        scans=tuple(scans.values()),
+        perturbations=wanted.perturbations,
+        notes=tuple(_placed(note, named) for note in wanted.notes),
+        key_images=tuple(_placed(image, named) for image in wanted.key_images),
+        view=wanted.view,
+    )
+
+
+async def _known(services: Services, session_id: UUID | None) -> Mapping[str, SavedScan]:
+    if session_id is None:
+        return {}
+    opened = await services.sessions.read(sessions.opened, session_id)
+    document = sessions.decode_document(opened.document)
+    return {scan.result: scan for scan in document.scans}
+
+
+async def _held(services: Services, session_id: UUID | None, digest: str) -> SavedScan:
+    """A scan of an earlier revision. Raises `NoSuchScan`."""
+    if session_id is None or not await services.sessions.read(sessions.holds, session_id, digest):
+        raise NoSuchScan(
+            f"no revision of the session holds the result {digest}: name a new scan by its job",
+            result=digest,
+        )
+    return _saved(await asyncio.to_thread(kept, services.store, digest), "")
+
+
+def _placed(what: Note | KeyImage, named: Mapping[str, str]) -> Any:
+    """A note or picture, its scan named by its result."""
+    if what.scan is None:
+        return what
+    if what.scan not in named:
+        raise NoSuchScan(
+            f"a note or key image is about {what.scan}, which is none of the session's scans",
+            scan=what.scan,
+        )
+    return msgspec.structs.replace(what, scan=named[what.scan])
+
+
+# Scans on their way
+
+
+async def add_scan(services: Services, session_id: UUID, job: Job, label: str) -> Saved | None:
+    """Add a scan of the caller's; None where it is still on its way. Raises `ResultNotReady`, `Gone`."""
+    author = services.caller.user
+    if job.state in TERMINAL:
+        scan = await saved_scan(services, job, label)
+        saved = await services.sessions.write(sessions.append, session_id, scan, author=author)
+        await tell_saved(services, saved, author)
+        return saved
+    waiting = Waiting(session_id, job.id, author, label)
+    await services.sessions.write(sessions.add_arrival, waiting)
+    arrived = ScanArrived(job=job.id, author=author, label=label, state=job.state)
+    await services.publisher.publish(session_id, arrived)
+    return None
+
+
+async def arriving(services: Services, session_id: UUID) -> tuple[Arrival, ...]:
+    """Scans on their way, and where they stand; those that have arrived are added first."""
+    left = []
+    for waiting in await services.sessions.read(sessions.arrivals, session_id):
+        job = await services.sessions.read(jobs.get, waiting.job_id)
+        if job is not None and job.state not in TERMINAL:
+            view = await services.view(job)
+            left.append(
+                Arrival(job=job.id, author=waiting.author, label=waiting.label, state=view.state)
+            )
+        else:
+            await settle(services, waiting, job)
+    return tuple(left)
+
+
+async def settle(services: Services, waiting: Waiting, job: Job | None) -> None:
+    """Add a scan that has ended, or give it up; of several who see it end, one does."""
+    scan = None
+    if job is not None and job.state is JobState.SUCCEEDED:
+        try:
+            scan = await saved_scan(services, job, waiting.label)
+        except Problem:
+            scan = None  # its bytes are gone: there is nothing to keep
+
+    def moved(session: Any) -> Saved | None:
+        if not sessions.drop_arrival(session, waiting) or scan is None:
+            return None
+        return sessions.append(session, waiting.session_id, scan, author=waiting.author)
+
+    saved = await services.sessions.write(moved)
+    if saved is not None:
+        await tell_saved(services, saved, waiting.author)
+    elif job is not None and scan is None:
+        arrived = ScanArrived(
+            job=job.id, author=waiting.author, label=waiting.label, state=job.state
+        )
+        await services.publisher.publish(waiting.session_id, arrived)
+
+
+async def tell_saved(services: Services, saved: Saved, author: str) -> None:
+    """Tell who follows the session of a new revision."""
+    if saved.is_new:
+        view = saved.view
+        await services.publisher.publish(
+            view.id,
+            SessionSaved(
+                revision=view.head,
+                number=view.revision,
+                name=view.name,
+                author=author,
+                added=saved.added,
+            ),
+        )

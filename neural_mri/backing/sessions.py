@@ -1,0 +1,517 @@
+"""Saved sessions: made, saved, listed, forked, deleted; and the scans that are on their way into one.
+
+Pure SQL on the caller's transaction. A revision is written once and never changed; a session's row names the
+latest. Who saves says which revision they had read: where another has been saved since, nothing is written.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import delete, func, insert, literal, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from neural_mri.backing.database import epoch
+from neural_mri.backing.records import AnyRow, new_id
+from neural_mri.backing.rows import (
+    SESSION_ARRIVALS,
+    SESSION_RESULTS,
+    SESSION_REVISIONS,
+    SESSIONS,
+    SHARES,
+)
+from neural_mri.contract.archives import canonical
+from neural_mri.contract.problems import InvalidRequest, TooMany
+from neural_mri.contract.sessions import (
+    MOST_SCANS,
+    Origin,
+    PreconditionFailed,
+    RevisionView,
+    SavedScan,
+    SessionDocument,
+    SessionPage,
+    SessionView,
+    UnknownRevision,
+    UnknownSession,
+)
+
+__all__ = (
+    "MOST_SESSIONS",
+    "Made",
+    "Opened",
+    "Saved",
+    "Waiting",
+    "add_arrival",
+    "append",
+    "arrivals",
+    "change",
+    "create",
+    "decode_document",
+    "delete_session",
+    "drop_arrival",
+    "encode_document",
+    "find",
+    "fork",
+    "holds",
+    "kept_results",
+    "opened",
+    "page",
+    "revisions",
+    "save",
+)
+
+MOST_SESSIONS = 10_000
+"""Of one owner."""
+
+_session = SESSIONS.c
+_revision = SESSION_REVISIONS.c
+_result = SESSION_RESULTS.c
+_arrival = SESSION_ARRIVALS.c
+
+_document = msgspec.json.Decoder(SessionDocument)
+
+
+class Made(NamedTuple):
+    """A session to be."""
+
+    owner: str
+    name: str
+    document: bytes
+    """Canonical JSON."""
+    author: str
+    message: str = ""
+    origin: Origin = Origin.MADE
+    forked_from: UUID | None = None
+
+
+class Opened(NamedTuple):
+    """A session at one of its revisions."""
+
+    view: SessionView
+    revision: str
+    document: bytes
+
+
+class Saved(NamedTuple):
+    """What a save led to."""
+
+    view: SessionView
+    is_new: bool
+    """False where nothing had changed: no revision was written."""
+    added: tuple[str, ...] = ()
+    """Results that the revision before it had not."""
+
+
+class Waiting(NamedTuple):
+    """A scan on its way into a session."""
+
+    session_id: UUID
+    job_id: UUID
+    author: str
+    label: str
+
+
+def encode_document(document: SessionDocument) -> bytes:
+    """The bytes whose SHA-256 names the revision."""
+    return canonical(document)
+
+
+def decode_document(body: bytes | str) -> SessionDocument:
+    """A document as it was saved."""
+    return _document.decode(body)
+
+
+def create(session: Session, made: Made) -> SessionView:
+    """Make a session of one revision. Raises `TooMany` for who has more than enough of them."""
+    count = select(func.count()).select_from(SESSIONS).where(_session.owner == made.owner)
+    if _run(session, count).scalar_one() >= MOST_SESSIONS:
+        raise TooMany(
+            f"you have {MOST_SESSIONS} sessions, as many as anybody can: delete some first",
+            limit=MOST_SESSIONS,
+        )
+    document = decode_document(made.document)
+    session_id, digest = new_id(), hashlib.sha256(made.document).hexdigest()
+    values = {
+        "id": session_id,
+        "owner": made.owner,
+        "name": made.name,
+        "pinned": False,
+        "origin": made.origin.value,
+        "forked_from": made.forked_from,
+        "revision": 1,
+        "created_at": epoch(),
+        **_of_document(made.name, digest, document),
+    }
+    row = _run(session, insert(SESSIONS).values(values).returning(*_session)).one()
+    _write_revision(session, session_id, 1, digest, made.document, made.author, made.message)
+    _keep(session, session_id, {scan.result for scan in document.scans})
+    return _view(row)
+
+
+def _of_document(name: str, digest: str, document: SessionDocument) -> dict[str, Any]:
+    """What a session's row says of its latest revision."""
+    models = sorted({scan.model for scan in document.scans})
+    return {
+        "head": digest,
+        "scans": len(document.scans),
+        "models": "".join(f"\n{model}" for model in models) + "\n",
+        "words": _words(name, document),
+        "updated_at": epoch(),
+    }
+
+
+def _words(name: str, document: SessionDocument) -> str:
+    """What a search looks through: the name, notes, captions, labels, models, and every text of a request."""
+    texts = [name]
+    for scan in document.scans:
+        texts += [scan.label, scan.model, scan.kind.value, *_texts(scan.request)]
+    texts += [note.text for note in document.notes]
+    texts += [image.caption for image in document.key_images]
+    return "\n".join(text for text in texts if text).casefold()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            for inner in value.values():
+                yield from _texts(inner)
+        case list() | tuple():
+            for inner in value:
+                yield from _texts(inner)
+
+
+def _write_revision(
+    session: Session,
+    session_id: UUID,
+    number: int,
+    digest: str,
+    document: bytes,
+    author: str,
+    message: str,
+) -> None:
+    _run(
+        session,
+        insert(SESSION_REVISIONS).values(
+            session_id=session_id,
+            number=number,
+            digest=digest,
+            document=document.decode(),
+            author=author,
+            message=message,
+            created_at=epoch(),
+        ),
+    )
+
+
+def _keep(session: Session, session_id: UUID, results: Iterable[str]) -> None:
+    rows = [{"session_id": session_id, "digest": digest} for digest in sorted(results)]
+    if rows:
+        is_postgresql = session.get_bind().dialect.name == "postgresql"
+        insert_or = postgresql.insert if is_postgresql else sqlite.insert
+        session.connection().execute(insert_or(SESSION_RESULTS).on_conflict_do_nothing(), rows)
+
+
+def find(session: Session, session_id: UUID) -> SessionView | None:
+    """The session of that id."""
+    row = _row(session, session_id)
+    return None if row is None else _view(row)
+
+
+def _row(session: Session, session_id: UUID, *, lock: bool = False) -> AnyRow | None:
+    wanted = select(*_session).where(_session.id == session_id)
+    row: AnyRow | None = _run(session, wanted.with_for_update() if lock else wanted).one_or_none()
+    return row
+
+
+def opened(session: Session, session_id: UUID, revision: str | None = None) -> Opened:
+    """A session at a revision, the latest where none is named. Raises `UnknownSession`, `UnknownRevision`."""
+    row = _row(session, session_id)
+    if row is None:
+        raise unknown(session_id)
+    wanted = revision or row.head
+    found = (
+        select(_revision.document)
+        .where(_revision.session_id == session_id, _revision.digest == wanted)
+        .order_by(_revision.number)
+        .limit(1)
+    )
+    document: str | None = _run(session, found).scalar_one_or_none()
+    if document is None:
+        raise UnknownRevision(
+            f"session {session_id} has no revision {wanted[:80]}; the latest is {row.head}",
+            session=str(session_id),
+            head=row.head,
+        )
+    return Opened(_view(row), wanted, document.encode())
+
+
+def unknown(session_id: UUID) -> UnknownSession:
+    """What is said of a session that is not there, or is another's."""
+    return UnknownSession(f"there is no session {session_id}", session=str(session_id))
+
+
+def save(
+    session: Session,
+    session_id: UUID,
+    content: SessionDocument,
+    *,
+    over: str,
+    author: str,
+    message: str = "",
+) -> Saved:
+    """Write a revision over the one that was read; none where nothing has changed.
+
+    Raises `PreconditionFailed`, which names the latest, where that is another by now.
+    """
+    row = _row(session, session_id, lock=True)
+    if row is None:
+        raise unknown(session_id)
+    if row.head != over:
+        raise PreconditionFailed(
+            f"session {session_id} stands at revision {row.head} (number {row.revision}) by now, and "
+            f"not at {over[:80]}: read it, and save over that",
+            session=str(session_id),
+            head=row.head,
+            number=row.revision,
+        )
+    return _save(session, row, content, author, message)
+
+
+def _save(
+    session: Session, row: AnyRow, content: SessionDocument, author: str, message: str
+) -> Saved:
+    before = decode_document(opened(session, row.id, row.head).document)
+    if msgspec.structs.replace(content, parent=before.parent) == before:
+        return Saved(_view(row), is_new=False)
+    body = encode_document(msgspec.structs.replace(content, parent=row.head))
+    digest = hashlib.sha256(body).hexdigest()
+    document = decode_document(body)
+    number = row.revision + 1
+    values = {"revision": number, **_of_document(row.name, digest, document)}
+    changed = update(SESSIONS).where(_session.id == row.id).values(values).returning(*_session)
+    after = _run(session, changed).one()
+    _write_revision(session, row.id, number, digest, body, author, message)
+    results = {scan.result for scan in document.scans}
+    _keep(session, row.id, results)
+    had = {scan.result for scan in before.scans}
+    added = tuple(scan.result for scan in document.scans if scan.result not in had)
+    return Saved(_view(after), is_new=True, added=added)
+
+
+def append(session: Session, session_id: UUID, scan: SavedScan, *, author: str) -> Saved:
+    """Add a scan to whatever the session holds: nobody's save stands in the way of it.
+
+    Raises `UnknownSession`, `TooMany`.
+    """
+    row = _row(session, session_id, lock=True)
+    if row is None:
+        raise unknown(session_id)
+    document = decode_document(opened(session, session_id, row.head).document)
+    if any(each.result == scan.result for each in document.scans):
+        return Saved(_view(row), is_new=False)
+    if len(document.scans) >= MOST_SCANS:
+        raise TooMany(
+            f"session {session_id} holds {MOST_SCANS} scans, as many as one can", limit=MOST_SCANS
+        )
+    grown = msgspec.structs.replace(document, scans=(*document.scans, scan))
+    return _save(session, row, grown, author, f"Added {scan.label or scan.kind.value}")
+
+
+def change(
+    session: Session, session_id: UUID, *, name: str | None = None, pinned: bool | None = None
+) -> SessionView:
+    """Rename or pin a session. Raises `UnknownSession`."""
+    row = _row(session, session_id, lock=True)
+    if row is None:
+        raise unknown(session_id)
+    values: dict[str, Any] = {}
+    if pinned is not None:
+        values["pinned"] = pinned
+    if name is not None:
+        document = decode_document(opened(session, session_id, row.head).document)
+        values |= {"name": name, "words": _words(name, document)}
+    if values:
+        changed = update(SESSIONS).where(_session.id == session_id).values(values)
+        row = _run(session, changed.returning(*_session)).one()
+    return _view(row)
+
+
+def fork(
+    session: Session, source: Opened, *, owner: str, name: str | None, author: str
+) -> SessionView:
+    """A session of somebody's own that begins where another stands: its first revision is the same."""
+    return create(
+        session,
+        Made(
+            owner=owner,
+            name=name or source.view.name,
+            document=source.document,
+            author=author,
+            message=f"Forked from {source.view.id}",
+            origin=Origin.FORKED,
+            forked_from=source.view.id,
+        ),
+    )
+
+
+def delete_session(session: Session, session_id: UUID) -> bool:
+    """Forget a session, its revisions and its links; whether there was one."""
+    for table in (SHARES, SESSION_ARRIVALS, SESSION_RESULTS, SESSION_REVISIONS):
+        _run(session, delete(table).where(table.c.session_id == session_id))
+    gone = delete(SESSIONS).where(_session.id == session_id).returning(_session.id)
+    return _run(session, gone).one_or_none() is not None
+
+
+def page(
+    session: Session,
+    owner: str,
+    *,
+    limit: int,
+    query: str = "",
+    model: str | None = None,
+    pinned: bool | None = None,
+    after: str | None = None,
+) -> SessionPage:
+    """Some of an owner's sessions: the pinned ones, then those saved last.
+
+    Each word of a query must stand in the session's name, notes, prompts, labels or models. Raises
+    `InvalidRequest` for an `after` that no page has named.
+    """
+    place = tuple_(_session.pinned, _session.updated_at, _session.id)
+    wanted = select(*_session).where(_session.owner == owner)
+    for word in query.casefold().split():
+        wanted = wanted.where(_session.words.contains(word, autoescape=True))
+    if model is not None:
+        wanted = wanted.where(_session.models.contains(f"\n{model}\n", autoescape=True))
+    if pinned is not None:
+        wanted = wanted.where(_session.pinned.is_(pinned))
+    if after is not None:
+        wanted = wanted.where(place < _place_of(after))
+    order = (_session.pinned.desc(), _session.updated_at.desc(), _session.id.desc())
+    rows = _run(session, wanted.order_by(*order).limit(limit + 1)).all()
+    more = len(rows) > limit
+    shown = rows[:limit]
+    last = shown[-1] if more else None
+    return SessionPage(
+        sessions=tuple(map(_view, shown)),
+        next=None if last is None else f"{int(last.pinned)}_{last.updated_at!r}_{last.id}",
+    )
+
+
+def _place_of(text: str) -> Any:
+    parts = text.split("_")
+    try:
+        pinned, updated_at, session_id = parts
+        place = (bool(int(pinned)), float(updated_at), UUID(session_id))
+    except ValueError as error:
+        raise InvalidRequest(
+            f"after is {text[:100]!r}: expected what a page of sessions gives as `next`"
+        ) from error
+    types = (_session.pinned.type, _session.updated_at.type, _session.id.type)
+    return tuple_(*(literal(value, kind) for value, kind in zip(place, types, strict=True)))
+
+
+def revisions(session: Session, session_id: UUID) -> list[RevisionView]:
+    """Every save of a session, the latest first."""
+    wanted = (
+        select(*_revision)
+        .where(_revision.session_id == session_id)
+        .order_by(_revision.number.desc())
+    )
+    listed = []
+    for row in _run(session, wanted):
+        document = decode_document(row.document)
+        listed.append(
+            RevisionView(
+                number=row.number,
+                revision=row.digest,
+                parent=document.parent,
+                author=row.author,
+                message=row.message,
+                scans=len(document.scans),
+                created_at=_moment(row.created_at),
+            )
+        )
+    return listed
+
+
+def holds(session: Session, session_id: UUID, result: str) -> bool:
+    """Whether some revision of a session names the result."""
+    wanted = select(_result.digest).where(
+        _result.session_id == session_id, _result.digest == result
+    )
+    return _run(session, wanted).one_or_none() is not None
+
+
+def kept_results(session: Session) -> frozenset[str]:
+    """Every result that some session names: whoever sweeps the store leaves these and their tables."""
+    return frozenset(_run(session, select(_result.digest).distinct()).scalars())
+
+
+# Scans on their way
+
+
+def add_arrival(session: Session, waiting: Waiting) -> None:
+    """Note a scan that joins the session when it has succeeded."""
+    is_postgresql = session.get_bind().dialect.name == "postgresql"
+    insert_or = postgresql.insert if is_postgresql else sqlite.insert
+    noted = insert_or(SESSION_ARRIVALS).values(**waiting._asdict(), created_at=epoch())
+    _run(session, noted.on_conflict_do_nothing())
+
+
+def arrivals(session: Session, session_id: UUID) -> list[Waiting]:
+    """Scans on their way into a session, in the order in which they were added."""
+    wanted = (
+        select(_arrival.session_id, _arrival.job_id, _arrival.author, _arrival.label)
+        .where(_arrival.session_id == session_id)
+        .order_by(_arrival.created_at, _arrival.job_id)
+    )
+    return [Waiting(*row) for row in _run(session, wanted)]
+
+
+def drop_arrival(session: Session, waiting: Waiting) -> bool:
+    """Wait for a scan no longer; whether somebody did."""
+    gone = (
+        delete(SESSION_ARRIVALS)
+        .where(_arrival.session_id == waiting.session_id, _arrival.job_id == waiting.job_id)
+        .returning(_arrival.job_id)
+    )
+    return _run(session, gone).one_or_none() is not None
+
+
+def _view(row: AnyRow) -> SessionView:
+    home = f"/api/sessions/{row.id}"
+    return SessionView(
+        id=row.id,
+        name=row.name,
+        owner=row.owner,
+        pinned=row.pinned,
+        head=row.head,
+        revision=row.revision,
+        scans=row.scans,
+        models=tuple(row.models.split("\n")[1:-1]),
+        origin=Origin(row.origin),
+        forked_from=row.forked_from,
+        created_at=_moment(row.created_at),
+        updated_at=_moment(row.updated_at),
+        links={
+            "self": home,
+            "results": f"{home}/results",
+            "events": f"{home}/events",
+            "export": f"{home}/export",
+        },
+    )
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _run(session: Session, statement: Any) -> Any:
+    return session.connection().execute(statement)
