@@ -1,6 +1,7 @@
 """The application: routes and viewer behind one edge."""
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
@@ -113,3 +114,5 @@ async def _warm(services: Services) -> None:
         for model in await services.sessions.read(models.all):
             if model.name in wanted:
                 await services.tokenizers.tokenizer(model.tokenizer_digest)
+    # What stands now stands for good: to look through it for garbage again and again holds every request up.
+    gc.freeze()

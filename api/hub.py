@@ -22,6 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from api.cancellation import cancelled
+from api.ends import Ends
 from neural_mri.backing import keys
 from neural_mri.backing.broker import AWAY, AsyncRedis
 from neural_mri.backing.events import Entry, change_of, parse_entries
@@ -42,6 +43,10 @@ BLOCK_SECONDS = 5.0
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 2.0
 """A stream silent for so long is compared with the database: its end may have been lost."""
+
+PAUSE = 4.0
+"""How long the reader rests after events, in times of what handing them on has taken."""
+LONGEST_PAUSE_SECONDS = 0.02
 
 READERS = 32
 """Pages read at once: redis-py's pool refuses the hundred and first connection."""
@@ -189,9 +194,13 @@ class Hub:
         self._url = settings.effective_redis_url
         self._redis = redis
         self._ended = ended
+        self.ends = Ends(settings)
+        """For those who wait for ends alone."""
         self._topics: dict[str, _Topic] = {}
         self._followed = asyncio.Event()
         self._reader_id: int | None = None
+        self._answered = 0.0
+        """When the reader last had an answer, on the monotonic clock."""
         self._pages = asyncio.Semaphore(READERS)
         self._tasks: list[asyncio.Task[None]] = []
         self.closing = False
@@ -213,16 +222,19 @@ class Hub:
 
     def start(self) -> None:
         """Begin to read."""
+        self.ends.start()
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
 
     async def stop(self) -> None:
         """Stop reading."""
         self.close()
         await cancelled(*self._tasks)
+        await self.ends.stop()
 
     def close(self) -> None:
         """Send every reader away: the process is about to end."""
         self.closing = True
+        self.ends.wake_all()
         for topic in self._topics.values():
             for listener in topic.listeners:
                 listener.wake()
@@ -282,7 +294,10 @@ class Hub:
             try:
                 self._reader_id = await reader.client_id()
                 while True:
-                    await self._read_once(reader)
+                    if await self._read_once(reader):
+                        # Events come in bursts: while one rests, the next gathers.
+                        busy = time.monotonic() - self._answered
+                        await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, PAUSE * busy))
             except AWAY as error:
                 if self._reader_id is not None:
                     log.warning("event_reader_lost_redis", error=str(error))
@@ -292,7 +307,8 @@ class Hub:
                     await reader.aclose()
             await asyncio.sleep(0.2)
 
-    async def _read_once(self, reader: AsyncRedis) -> None:
+    async def _read_once(self, reader: AsyncRedis) -> bool:
+        """Wait for events and hand them on; whether there were some."""
         if not self._topics:
             self._followed.clear()
             await self._followed.wait()
@@ -307,14 +323,16 @@ class Hub:
             if topic.position is not None
         }
         if not positions:
-            return
+            return False
         answer: Any = await reader.xread(positions, block=int(BLOCK_SECONDS * 1000), count=PAGE)
+        self._answered = time.monotonic()
         for raw_key, rows in answer or ():
             topic_or_none = self._topics.get(raw_key.decode())
             if topic_or_none is not None and topic_or_none.position is not None:
                 frames = _frames(topic_or_none.job_id, parse_entries(rows))
                 topic_or_none.position = frames[-1].position
                 topic_or_none.push(frames)
+        return bool(answer)
 
     async def _watch(self) -> None:
         while True:

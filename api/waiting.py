@@ -2,10 +2,8 @@
 
 import re
 import time
-from uuid import UUID
 
 from api.dependencies import Services
-from api.hub import Listener
 from neural_mri.backing.records import Job
 from neural_mri.contract.jobs import TERMINAL
 
@@ -29,27 +27,20 @@ def wait_seconds(prefer: str | None) -> int | None:
 async def settled(services: Services, job: Job, seconds: float) -> Job:
     """The job once it has ended, or as it stands after `seconds`.
 
-    Wakes by the job's own event, or by the end of what it follows; the database has the last word.
+    Wakes by its own end, or by that of what it follows; the database has the last word.
     """
     if job.state in TERMINAL or seconds <= 0:
         return job
     until = time.monotonic() + seconds
-    listener = Listener(only="ended")
-    joined: set[UUID] = set()
-    try:
+    with services.hub.ends.waiting() as wait:
         while not services.hub.closing:
-            for topic in {job.id, job.source} - joined:
-                services.hub.join(topic, listener)
-                joined.add(topic)
-            # First live, then look: an end that comes after the look is heard.
-            heard = await services.hub.live(job.source, min(1.0, seconds))
+            wait.add(job.id, job.source)
+            # First to be told, then to look: an end that comes after the look is heard.
+            is_heard = services.hub.ends.is_heard
             job = await services.job(job.id)
             left = until - time.monotonic()
             if job.state in TERMINAL or left <= 0:
                 break
-            if job.source in joined:
-                await listener.news(min(left, RECHECK_SECONDS if heard else BLIND_SECONDS))
-    finally:
-        for topic in joined:
-            services.hub.leave(topic, listener)
+            if job.source in wait.job_ids:
+                await wait.pause(min(left, RECHECK_SECONDS if is_heard else BLIND_SECONDS))
     return job

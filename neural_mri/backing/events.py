@@ -173,6 +173,9 @@ def _append(pipeline: Any, told: Sequence[Told], *, length: int, seconds: int) -
         pipeline.xadd(keys.event_stream(job_id), fields, maxlen=length, approximate=True)
     for job_id in {job_id for job_id, _ in told}:
         pipeline.expire(keys.event_stream(job_id), seconds)
+    for job_id, event in told:
+        if isinstance(event, Ended):
+            pipeline.publish(keys.ENDED, job_id.bytes)
 
 
 def cancel_flags(redis: SyncRedis, job_ids: Sequence[UUID]) -> frozenset[UUID]:

@@ -5,6 +5,7 @@ from uuid import UUID
 __all__ = (
     "CONTROL_QUEUE",
     "CPU_QUEUE",
+    "ENDED",
     "WORKERS",
     "calibration_path",
     "cancel_flag",
@@ -22,6 +23,9 @@ CPU_QUEUE = "cpu"
 """Work that needs no loaded model; every worker listens."""
 CONTROL_QUEUE = "load"
 """Requests to load a model; every worker listens."""
+
+ENDED = "ended"
+"""Redis channel on which the ids of jobs are said that have just ended, as 16 bytes."""
 
 WORKERS = "workers"
 """Redis set of the names that may have a heartbeat."""

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import Row, select, update
+from sqlalchemy import Row, bindparam, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -15,6 +15,8 @@ from neural_mri.contract.models import Architecture, Numerics
 __all__ = ("RegisteredModel", "all", "get", "register", "set_wanted")
 
 _MODEL = tuple(ModelRow.__table__.c)
+_GET = select(*_MODEL).where(ModelRow.__table__.c.name == bindparam("wanted"))
+"""Parameter: wanted. Built once, because every request asks."""
 _architecture = msgspec.json.Decoder(Architecture)
 _numerics = msgspec.json.Decoder(Numerics)
 
@@ -80,7 +82,7 @@ def register(
 
 def get(session: Session, name: str) -> RegisteredModel | None:
     """The model of that name."""
-    row = session.execute(select(*_MODEL).where(ModelRow.name == name)).one_or_none()
+    row = session.connection().execute(_GET, {"wanted": name}).one_or_none()
     return None if row is None else _of_row(row)
 
 
