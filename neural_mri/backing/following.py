@@ -124,7 +124,9 @@ _FOLLOW_ANOTHER = (
     update(JOBS).where(_FOLLOWS, _job.id != bindparam("job_id")).values(leader=bindparam("job_id"))
 )
 _OWNER_FINISH = select(func.max(_job.virtual_finish)).where(
-    _job.queue == bindparam("name"), _job.owner == bindparam("who")
+    _job.queue == bindparam("name"),
+    _job.owner == bindparam("who"),
+    _job.lane == bindparam("in_lane"),
 )
 
 
@@ -206,13 +208,16 @@ def give_back(session: Session, job_id: UUID, work: UUID) -> None:
 def promote(session: Session, work: UUID) -> None:
     """Let the first follower take a turn of its own, and the others follow it.
 
-    It starts where it would have, had it not followed, or where its owner's last job ends by now.
+    It starts where it would have, had it not followed, or where its owner's last job of that lane ends by
+    now.
     """
     row = _run(session, _FIRST, work=work).one_or_none()
     if row is None:
         return
     first = Job.of_row(row)
-    finish: float | None = _run(session, _OWNER_FINISH, name=first.queue, who=first.owner).scalar()
+    finish: float | None = _run(
+        session, _OWNER_FINISH, name=first.queue, who=first.owner, in_lane=first.lane
+    ).scalar()
     start = first.virtual_start if finish is None else max(first.virtual_start, finish)
     cost = first.estimated_cost / LANE_WEIGHTS[first.lane]
     _run(session, _LEAD, job_id=first.id, start=start, finish=start + cost)

@@ -7,8 +7,8 @@ Every write of a held job names its attempt. A worker that lost its lease has an
 no row.
 
 Fairness is start-time fair queueing (Goyal, Vin and Cheng 1997). A job starts, in virtual time, where the
-queue is now or where its owner's last job ends, whichever is later; it ends after its cost over its
-lane's weight. The queue is where the job last claimed from it starts. Claims go by virtual start.
+queue is now or where its owner's last job of the same lane ends, whichever is later; it ends after its cost
+over its lane's weight. The queue is where the job last claimed from it starts. Claims go by virtual start.
 
 A scan that is under way already is not run again: see `following`.
 """
@@ -28,7 +28,7 @@ from neural_mri.backing import following, idempotency, limits, statements
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.records import LANE_WEIGHTS, AnyRow, Job, Submission, new_id
-from neural_mri.contract.jobs import TERMINAL, JobState
+from neural_mri.contract.jobs import TERMINAL, JobState, Lane
 from neural_mri.contract.problems import Problem, ProblemDocument, TooMany, UnknownJob
 
 __all__ = (
@@ -194,8 +194,7 @@ def submit_many(
             recorded[index] = Recorded(job.id, job.cached)
     rest = len(waiting) - len(recorded)
     turns = {
-        (queue, owner): _next_turn(session, queue, owner, clock, rest, max_queued)
-        for (queue, owner), clock in clocks.items()
+        flow: _next_turn(session, flow, clock, rest, max_queued) for flow, clock in clocks.items()
     }
     born, queued = [], []
     for index, submission in enumerate(submissions):
@@ -206,9 +205,10 @@ def submit_many(
         if submission.scan_key in known:
             born.append({**row, **_SUCCEEDED, "manifest": known[submission.scan_key]})
             continue
-        start = turns[submission.queue, submission.owner]
+        flow = _Flow.of(submission)
+        start = turns[flow]
         finish = start + submission.estimated_cost / LANE_WEIGHTS[submission.lane]
-        turns[submission.queue, submission.owner] = finish
+        turns[flow] = finish
         queued.append({**row, **_WAITING, "virtual_start": start, "virtual_finish": finish})
     for statement, rows in ((statements.ADD, queued), (statements.ADD_FINISHED, born)):
         if rows:
@@ -216,21 +216,29 @@ def submit_many(
     return [recorded[index] for index in range(len(submissions))]
 
 
-def _clocks(session: Session, submissions: Sequence[Submission]) -> dict[tuple[str, str], float]:
+class _Flow(NamedTuple):
+    """Jobs that wait for one another: an owner's, of one lane and queue. Names are the statements'."""
+
+    name: str
+    who: str
+    in_lane: Lane
+
+    @classmethod
+    def of(cls, submission: Submission) -> "_Flow":
+        return cls(submission.queue, submission.owner, submission.lane)
+
+
+def _clocks(session: Session, submissions: Sequence[Submission]) -> dict[_Flow, float]:
     """The clock of each queue that is submitted to, locked."""
     locking = statements.lock_clock(session.get_bind().dialect.name)
     # In one order, so that two who do the same never wait for each other.
-    pairs = sorted({(each.queue, each.owner) for each in submissions})
-    return {pair: _run(session, locking, {"name": pair[0]}).scalar_one() for pair in pairs}
+    flows = sorted({_Flow.of(each) for each in submissions})
+    return {flow: _run(session, locking, {"name": flow.name}).scalar_one() for flow in flows}
 
 
-def _next_turn(
-    session: Session, queue: str, owner: str, clock: float, count: int, max_queued: int
-) -> float:
+def _next_turn(session: Session, flow: _Flow, clock: float, count: int, max_queued: int) -> float:
     """The virtual start of the owner's next job, where there is room for `count`. Raises `TooMany`."""
-    found = _run(
-        session, statements.UNFINISHED_AND_OWNER_FINISH, {"name": queue, "who": owner}
-    ).one()
+    found = _run(session, statements.UNFINISHED_AND_OWNER_FINISH, flow._asdict()).one()
     _check_queued(found.unfinished, count, max_queued)
     return clock if found.owner_finish is None else max(clock, found.owner_finish)
 
@@ -249,7 +257,8 @@ def check_room(
     session: Session, owner: str, count: int, *, max_queued: int, usual: Limits = NO_LIMITS
 ) -> None:
     """Whether the owner may submit so many jobs now. Raises `TooMany`."""
-    found = _run(session, statements.UNFINISHED_AND_OWNER_FINISH, {"name": "", "who": owner}).one()
+    nowhere = _Flow("", owner, Lane.INTERACTIVE)
+    found = _run(session, statements.UNFINISHED_AND_OWNER_FINISH, nowhere._asdict()).one()
     _check_queued(found.unfinished, count, max_queued)
     if count and usual is not NO_LIMITS:
         limits.check(session, owner, usual, count=count)
@@ -326,12 +335,10 @@ class _Turn(NamedTuple):
 
 def _turn(session: Session, submission: Submission, max_queued: int) -> _Turn:
     """The virtual start and finish of a new job. Raises `TooMany`."""
-    queue = {"name": submission.queue}
+    flow = _Flow.of(submission)
     locking = statements.lock_clock(session.get_bind().dialect.name)
-    clock: float = _run(session, locking, queue).scalar_one()
-    found = _run(
-        session, statements.UNFINISHED_AND_OWNER_FINISH, queue | {"who": submission.owner}
-    ).one()
+    clock: float = _run(session, locking, {"name": flow.name}).scalar_one()
+    found = _run(session, statements.UNFINISHED_AND_OWNER_FINISH, flow._asdict()).one()
     if found.unfinished >= max_queued:
         raise TooMany(
             f"{found.unfinished} jobs are unfinished, the limit is {max_queued}: try again when some "

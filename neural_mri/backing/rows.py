@@ -128,7 +128,7 @@ class JobRow(Base):
         ),
         Index("ix_jobs_leased", "lease_owner", sqlite_where=_LEASED, postgresql_where=_LEASED),
         Index("ix_jobs_followers", "leader", sqlite_where=_FOLLOWING, postgresql_where=_FOLLOWING),
-        Index("ix_jobs_share", "queue", "owner", "virtual_finish"),
+        Index("ix_jobs_flow", "queue", "owner", "lane", "virtual_finish"),
         Index(
             "ix_jobs_under_way",
             "owner",

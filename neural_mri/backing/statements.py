@@ -80,11 +80,18 @@ WITHDRAW_RESULT = update(JOBS).where(_job.manifest == bindparam("path")).values(
 UNFINISHED_AND_OWNER_FINISH = select(
     select(func.count()).select_from(JOBS).where(_UNFINISHED).scalar_subquery().label("unfinished"),
     select(func.max(_job.virtual_finish))
-    .where(_job.queue == bindparam("name"), _job.owner == bindparam("who"))
+    .where(
+        _job.queue == bindparam("name"),
+        _job.owner == bindparam("who"),
+        _job.lane == bindparam("in_lane"),
+    )
     .scalar_subquery()
     .label("owner_finish"),
 )
-"""Jobs unfinished in all, and where the owner's last job of a queue ends. Parameters: name, who."""
+"""Jobs unfinished in all, and where the owner's last job of a queue and lane ends.
+
+Parameters: name, who, in_lane.
+"""
 
 
 @cache

@@ -1,3 +1,4 @@
+from collections import Counter
 from uuid import uuid4
 
 import pytest
@@ -52,6 +53,15 @@ def test_one_owners_jobs_run_in_the_order_they_came(sessions: Sessions) -> None:
     sent = sessions.write(flood, "ada", 20)
     ran = [job.id for _ in range(20) for job in sessions.write(claim)]
     assert ran == [job.id for job in sent]
+
+
+def test_ones_own_batch_does_not_keep_one_waiting(sessions: Sessions) -> None:
+    sessions.write(flood, "ada", 500, lane=Lane.BATCH)
+    sessions.write(flood, "bob", 500)
+    sessions.write(owners_served, 100)
+    [asked] = sessions.write(flood, "ada", 1)
+    [first] = sessions.write(claim)
+    assert first.id == asked.id
 
 
 def test_lanes_share_a_queue_by_their_weights(sessions: Sessions) -> None:
@@ -161,13 +171,13 @@ def test_mates_taken_from_far_back_do_not_move_the_queues_clock(sessions: Sessio
 @settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_while_two_owners_wait_neither_gets_ahead_by_more_than_a_job(
+def test_while_two_wait_neither_gets_ahead_by_more_than_a_job(
     sessions: Sessions, arrivals: list[tuple[str, Lane, int]]
 ) -> None:
     """Start-time fair queueing's bound (Goyal, Vin and Cheng 1997, theorem 1).
 
-    Over any time in which both have jobs waiting, what two owners get, in cost over weight, differs by no
-    more than the largest job of each.
+    Each owner's jobs of a lane are a flow. Over any time in which two have jobs waiting, what they get, in
+    cost over weight, differs by no more than the largest job of each.
     """
     queue = f"scan.{uuid4().hex}"
     sent = [
@@ -177,16 +187,20 @@ def test_while_two_owners_wait_neither_gets_ahead_by_more_than_a_job(
         for who, lane, cost in arrivals
     ]
     share = {job.id: job.estimated_cost / LANE_WEIGHTS[job.lane] for job in sent}
-    largest = {
-        who: max((share[job.id] for job in sent if job.owner == who), default=0.0) for who in "abc"
-    }
-    waiting = {who: sum(job.owner == who for job in sent) for who in "abc"}
-    got = dict.fromkeys("abc", 0.0)
+    largest = dict[tuple[str, Lane], float]()
+    for job in sent:
+        largest[flow(job)] = max(share[job.id], largest.get(flow(job), 0.0))
+    waiting = Counter(map(flow, sent))
+    got = dict.fromkeys(waiting, 0.0)
     for _ in sent:
         [job] = sessions.write(claim, queue=queue)
-        got[job.owner] += share[job.id]
-        waiting[job.owner] -= 1
-        busy = [who for who in "abc" if waiting[who]]
+        got[flow(job)] += share[job.id]
+        waiting[flow(job)] -= 1
+        busy = [each for each, count in waiting.items() if count]
         for one in busy:
             for other in busy:
                 assert got[one] - got[other] <= largest[one] + largest[other] + 1e-9
+
+
+def flow(job: Job) -> tuple[str, Lane]:
+    return job.owner, job.lane

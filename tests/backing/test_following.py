@@ -215,8 +215,8 @@ def test_following_costs_nobody_a_turn(sessions: Sessions) -> None:
     for _ in range(20):
         sessions.write(submit, "bob")
     for _ in range(3):
-        sessions.write(jobs.submit, submission(owner="ada"))
-    sessions.write(jobs.submit, submission(owner="bob"))
+        sessions.write(jobs.submit, submission(owner="ada", lane=Lane.BATCH))
+    sessions.write(jobs.submit, submission(owner="bob", lane=Lane.BATCH))
     # ada led, and so has had her first turn: bob's own scan is next.
     assert sessions.write(owners, 2) == ["ada", "bob"]
 
@@ -225,7 +225,7 @@ def test_who_takes_over_a_place_is_charged_for_it(sessions: Sessions) -> None:
     [lead, _] = sessions.write(equal, "ada", "bob")
     sessions.write(jobs.request_cancel, lead.id)
     for who in ("bob", "ada"):
-        sessions.write(jobs.submit, submission(owner=who))
+        sessions.write(jobs.submit, submission(owner=who, lane=Lane.BATCH))
     assert sessions.write(owners, 3) == ["bob", "ada", "bob"]
 
 
