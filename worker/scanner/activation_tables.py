@@ -33,7 +33,7 @@ _METHOD = (
     "one plain forward; of each vector that is written to the residual stream (head: z W_O[head]; where "
     "a norm follows the sublayer, after that norm, frozen), and of the residual stream itself"
 )
-CACHED_BYTES = {"cpu": 1 << 18, "cuda": 1 << 28}
+CACHED_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Logits that are summed together: what stays in a cache, or keeps a GPU busy."""
 
 
@@ -50,6 +50,27 @@ def columns_of(components: tuple[Component, ...]) -> dict[str, pa.Array]:
 def _repeated(values: Sequence[int], *, each: int, times: int) -> Tensor:
     """`values`, each of them `each` times in a row, all of it `times` over."""
     return torch.tensor(values).repeat_interleave(each).repeat(times)
+
+
+@lru_cache(maxsize=8)
+def _ranks(positions: tuple[int, ...], n_ranks: int, *, times: int = 1) -> dict[str, pa.Array]:
+    """The columns of a ranking at each position, `times` over."""
+    n_rankings = len(positions) * times
+    return {
+        "position": _column(_repeated(positions, each=n_ranks, times=times), torch.int32),
+        "rank": _column(_repeated(range(n_ranks), each=1, times=n_rankings), torch.int16),
+    }
+
+
+@lru_cache(maxsize=8)
+def _mlps(layers: tuple[int, ...], *, each: int) -> dict[str, pa.Array]:
+    """The columns that name MLPs, each `each` times in a row."""
+    names = pa.array([str(Component(Kind.MLP, layer)) for layer in layers], pa.string())
+    which = _column(_repeated(range(len(layers)), each=each, times=1), torch.int32)
+    return {
+        "component": names.take(which),
+        "layer": _column(_repeated(layers, each=each, times=1), torch.int16),
+    }
 
 
 def tokens_table(tokens: Tokens, sinks: Bool[Tensor, " pos"]) -> pa.Table:
@@ -131,18 +152,9 @@ def vectors_table(vectors: Vectors, positions: tuple[int, ...]) -> pa.Table:
 def neurons_table(neurons: Neurons, positions: tuple[int, ...]) -> pa.Table:
     """The strongest neurons of each MLP and reported position, strongest first."""
     layers, indices, values = neurons
-    n_positions, n_ranks = indices.shape[1:]
-    n_rows = n_positions * n_ranks
-    names = pa.array([str(Component(Kind.MLP, layer)) for layer in layers], pa.string())
     columns = {
-        "component": names.take(
-            _column(_repeated(range(len(layers)), each=n_rows, times=1), torch.int32)
-        ),
-        "layer": _column(_repeated(layers, each=n_rows, times=1), torch.int16),
-        "position": _column(_repeated(positions, each=n_ranks, times=len(layers)), torch.int32),
-        "rank": _column(
-            _repeated(range(n_ranks), each=1, times=len(layers) * n_positions), torch.int16
-        ),
+        **_mlps(layers, each=indices.shape[1] * indices.shape[2]),
+        **_ranks(positions, indices.shape[2], times=len(layers)),
         "neuron": _column(indices, torch.int32),
         "value": _column(values, torch.float32),
     }
@@ -162,14 +174,20 @@ def predictions_table(
 ) -> pa.Table:
     """The likeliest next tokens after each reported position, likeliest first."""
     n_ranks = min(request.top_predictions, logits.shape[-1])
-    rows_at_once = max(1, CACHED_BYTES[logits.device.type] // (4 * logits.shape[-1]))
-    normalisers = [rows.float().logsumexp(-1) for rows in torch.split(logits, rows_at_once)]
     top = largest(logits, n_ranks)
+    rows_at_once = max(1, CACHED_BYTES[logits.device.type] // (4 * logits.shape[-1]))
+    # The fused softmax goes over a row once less than `logsumexp`, which makes room for what it subtracts.
+    log_probabilities = torch.cat(
+        [
+            rows.log_softmax(-1, torch.float32).gather(-1, ids)
+            for rows, ids in zip(
+                logits.split(rows_at_once), top.indices.split(rows_at_once), strict=True
+            )
+        ]
+    ).cpu()
     top_logits, token_ids = top.values.float().cpu(), top.indices.cpu()
-    log_probabilities = top_logits - torch.cat(normalisers).cpu().unsqueeze(-1)
     columns = {
-        "position": _column(_repeated(positions, each=n_ranks, times=1), torch.int32),
-        "rank": _column(_repeated(range(n_ranks), each=1, times=len(positions)), torch.int16),
+        **_ranks(positions, n_ranks),
         "token_id": _column(token_ids, torch.int32),
         "text": pa.array([model.text(token) for token in token_ids.view(-1).tolist()], pa.string()),
         "logit": _column(top_logits, torch.float32),

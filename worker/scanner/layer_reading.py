@@ -116,9 +116,8 @@ class Reading:
         return hold
 
     def _at_positions(self, value: Tensor) -> Tensor:
-        """The batch's prompts one after another, most often one, at reported positions."""
-        stream = value.flatten(0, 1)
-        return stream if self._kept is None else stream.index_select(0, self._kept)
+        """At reported positions: as it is, `[prompt pos width]`, where those are all."""
+        return value if self._kept is None else value.flatten(0, 1).index_select(0, self._kept)
 
     def _end_layer(self, layer: int, _m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         parts = self._running.copy()
@@ -127,7 +126,7 @@ class Reading:
             self.summaries.add_embedding(self._at_positions(tensor_in(args)))
         if self._reads_residuals and layer in self._layers:
             parts[Part.BEFORE] = self._at_positions(tensor_in(args))
-        parts[Part.AFTER] = tensor_out(output).flatten(0, 1)
+        parts[Part.AFTER] = tensor_out(output)
         if self._gathered and self._gathered[-1].parts.keys() != parts.keys():
             self._summarise()
         self._gathered.append(LayerTensors(layer, parts))

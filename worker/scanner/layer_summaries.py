@@ -45,7 +45,7 @@ class Part(StrEnum):
 
 
 class LayerTensors(NamedTuple):
-    """One block's tensors, `[pos width]` each: those that were asked for, at reported positions."""
+    """One block's tensors, `[prompt pos width]` each or `[pos width]`: what was asked for."""
 
     layer: int
     parts: Mapping[Part, Tensor]
@@ -104,15 +104,16 @@ class Summaries:
         self.vectors: dict[str, Vectors] = {}
         """By what they are of (`embed`, a layer's number); filled by `raw` alone."""
 
-    def add_embedding(self, value: Float[Tensor, "pos d_model"]) -> None:
+    def add_embedding(self, value: Float[Tensor, "*pos d_model"]) -> None:
         """The residual stream entering the first block, at reported positions."""
         self._add_end(0, value)
 
-    def add_unembedding(self, value: Float[Tensor, "pos d_model"]) -> None:
+    def add_unembedding(self, value: Float[Tensor, "*pos d_model"]) -> None:
         """The final norm's output, at reported positions."""
         self._add_end(-1, value)
 
-    def _add_end(self, row: int, value: Float[Tensor, "pos d_model"]) -> None:
+    def _add_end(self, row: int, vectors: Float[Tensor, "*pos d_model"]) -> None:
+        value = vectors.flatten(0, -2)
         self._values[row] = measure(value, self._aggregation)
         if self._aggregation is Aggregation.RAW:
             component = self._of_layer[None][row]
@@ -122,7 +123,9 @@ class Summaries:
         """Consecutive layers that show the same parts."""
         span = slice(layers[0].layer, layers[-1].layer + 1)
         seen = {
-            part: torch.stack([layer.parts[part] for layer in layers]) for part in layers[0].parts
+            # All prompts one after another. To flatten them once a layer would cost as much as to measure them.
+            part: torch.stack([layer.parts[part] for layer in layers]).flatten(1, -2)
+            for part in layers[0].parts
         }
         self._residual_norms.append(norm(seen[Part.AFTER]))
         if not self._of_layer[span.start]:
