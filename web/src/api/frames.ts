@@ -1,19 +1,11 @@
-/**
- * Arrow tables as plain typed arrays. The only file that names the Arrow library, so that it can be
- * replaced. Values are the service's float32, bit for bit; NaN means "not measured".
- */
-import { tableFromIPC } from "@uwdata/flechette";
-
+/** The service's tables as plain typed arrays: its float32, bit for bit; NaN means "not measured". */
+import { UnreadableTable, readTable, type Column, type Table } from "./arrow";
 import type { Provenance } from "./schema";
 
 /** The major schema version each table is read at; a newer one is refused, never guessed. */
 const KNOWN_MAJOR = 1;
 
-type Columns = ReturnType<typeof tableFromIPC>;
-
-export class UnreadableTable extends Error {
-  override readonly name = "UnreadableTable";
-}
+export { UnreadableTable };
 
 interface Stamped {
   readonly provenance: Provenance;
@@ -158,65 +150,57 @@ export interface Row {
 
 /** A table as columns of plain values. */
 export class ArrowTable {
-  readonly #columns: Columns;
-  readonly #read = new Map<string, ArrayLike<unknown>>();
+  readonly #table: Table;
 
   constructor(
-    columns: Columns,
+    table: Table,
     readonly provenance: Provenance,
   ) {
-    this.#columns = columns;
+    this.#table = table;
   }
 
   texts(name: string): readonly string[] {
-    return this.#values(name) as readonly string[];
+    return this.#column(name, "texts").values;
   }
 
   numbers(name: string): Float64Array {
-    return Float64Array.from(this.#values(name) as ArrayLike<number>);
+    return Float64Array.from(this.#column(name, "numbers").values);
   }
 
-  lists(name: string): ArrayLike<Iterable<number>> {
-    return this.#values(name) as ArrayLike<Iterable<number>>;
+  lists(name: string): readonly Iterable<number>[] {
+    return this.#column(name, "lists").values;
   }
 
   rows<T>(make: (row: Row) => T): readonly T[] {
-    const at = (name: string, index: number) => this.#values(name)[index];
-    return Array.from({ length: this.#columns.numRows }, (_, index) =>
+    return Array.from({ length: this.#table.rows }, (_, index) =>
       make({
         index,
-        text: (name) => at(name, index) as string,
-        number: (name) => Number(at(name, index)),
-        flag: (name) => at(name, index) === true,
+        text: (name) => this.#column(name, "texts").values[index] ?? "",
+        number: (name) => this.#column(name, "numbers").values[index] ?? NaN,
+        flag: (name) => this.#column(name, "flags").values[index] === true,
       }),
     );
   }
 
   /** A fixed-size-list column as one flat array. */
   matrix(name: string): { readonly values: Float32Array; readonly width: number } {
-    const rows = column(this.#columns, name);
-    if (rows.length === 0) return { values: new Float32Array(0), width: 0 };
-    const width = (rows.at(0) as ArrayLike<number>).length;
-    const values = new Float32Array(rows.length * width);
-    for (let row = 0; row < rows.length; row++) {
-      values.set(rows.at(row) as ArrayLike<number>, row * width);
-    }
-    return { values, width };
+    const { values, width } = this.#column(name, "matrix");
+    return { values: values instanceof Float32Array ? values : Float32Array.from(values), width };
   }
 
-  #values(name: string): ArrayLike<unknown> {
-    let values = this.#read.get(name);
-    if (values === undefined) {
-      values = [...(column(this.#columns, name).toArray() as Iterable<unknown>)];
-      this.#read.set(name, values);
+  #column<K extends Column["kind"]>(name: string, kind: K): Extract<Column, { kind: K }> {
+    const column = this.#table.columns.get(name);
+    if (column === undefined) throw new UnreadableTable(`The table has no column ${name}`);
+    if (column.kind !== kind) {
+      throw new UnreadableTable(`Column ${name} has ${column.kind}, not ${kind}`);
     }
-    return values;
+    return column as Extract<Column, { kind: K }>;
   }
 }
 
 export function openTable(bytes: ArrayBuffer, expected: string): ArrowTable {
-  const table = tableFromIPC(new Uint8Array(bytes));
-  const stamp = table.schema.metadata?.get("neural_mri");
+  const table = readTable(bytes);
+  const stamp = table.metadata.get("neural_mri");
   if (stamp === undefined) {
     throw new UnreadableTable("This Arrow table has no neural_mri metadata: it is not a scan's");
   }
@@ -229,11 +213,4 @@ export function openTable(bytes: ArrayBuffer, expected: string): ArrowTable {
     );
   }
   return new ArrowTable(table, provenance);
-}
-
-function column(table: Columns, name: string) {
-  // flechette's types promise a column for every name; an absent one is undefined all the same.
-  const found = table.getChild(name) as ReturnType<Columns["getChild"]> | undefined;
-  if (found === undefined) throw new UnreadableTable(`The table has no column ${name}`);
-  return found;
 }
