@@ -52,7 +52,6 @@ export const frame = {
   Pause: "일시 정지",
   "Play the tokens": "토큰 재생",
   "Play or pause the tokens": "토큰 재생 또는 일시 정지",
-  "tokens a second": "초당 토큰 수",
   "Tokens of the prompt": "프롬프트의 토큰",
   "attention sink": "어텐션 싱크",
   "attention sink, left out of the window": "어텐션 싱크, 윈도에서 제외됨",
