@@ -1,28 +1,37 @@
-import { fileURLToPath } from "node:url";
-
 import { svelte } from "@sveltejs/vite-plugin-svelte";
 import { defineConfig } from "vitest/config";
 
 import { colourMaps } from "./scripts/colour-maps.mjs";
+import { savedPage } from "./scripts/saved-page.mjs";
+import { standIns } from "./scripts/stand-ins.mjs";
 
 // The API that `npm run dev` talks to; the port is the service's default.
 const api = process.env["NEURAL_MRI_API"] ?? "http://127.0.0.1:8642";
 
+const FIRST =
+  /node_modules\/svelte\/|virtual:colour-maps|src\/(state|model|api|colour|words)\//;
+const LATER = /src\/(words\/ko|model\/modes)\/|comparison|difference|api\/events/;
+
+/** Whether a module belongs to what every visit loads at first. */
+function isFirst(id: string): boolean {
+  return FIRST.test(id) && !LATER.test(id);
+}
+
 export default defineConfig({
-  plugins: [colourMaps(), svelte()],
-  resolve: {
-    // d3-scale interpolates anything, colours included; ours map numbers to numbers, and the rest of
-    // d3-interpolate with d3-color would be a tenth of what the browser loads.
-    alias: {
-      "d3-interpolate": fileURLToPath(new URL("src/model/interpolate.ts", import.meta.url)),
-    },
-  },
+  plugins: [colourMaps(), svelte(), savedPage()],
+  resolve: { alias: standIns },
   build: {
     target: "es2022",
     // Nothing is inlined as a data: URL, so that the page runs under `default-src 'self'`.
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
     reportCompressedSize: false,
+    rolldownOptions: {
+      output: {
+        // What the first picture needs compresses better in one piece than in twenty.
+        codeSplitting: { groups: [{ name: "viewer", test: isFirst }] },
+      },
+    },
   },
   server: { proxy: { "/api": { target: api, changeOrigin: false } } },
   test: {

@@ -1,6 +1,7 @@
 /**
  * The sequential colour maps of d3-scale-chromatic as tables, made when the viewer is built: the browser
- * gets 256 colours a map instead of every map and the means to interpolate them.
+ * gets 64 colours a map, which lie so near each other that straight lines between them are the map, instead of
+ * every map and the means to interpolate them.
  */
 import {
   interpolateCividis,
@@ -10,7 +11,7 @@ import {
 } from "d3-scale-chromatic";
 
 const NAME = "virtual:colour-maps";
-const SIZE = 256;
+const SIZE = 64;
 
 const maps = {
   inferno: interpolateInferno,

@@ -2,8 +2,8 @@
  * The service's HTTP interface. Every refusal becomes a `Refusal` that carries one clear sentence.
  * Knows nothing of what is drawn.
  */
-import { Refusal, isAbort, problemOf } from "./refusals";
-import type { JobEvent, JobView, Manifest, ModelInfo, Tokens } from "./schema";
+import { Refusal, isAbort, refused } from "./refusals";
+import type { Identity, JobEvent, JobView, Manifest, ModelInfo, Tokens } from "./schema";
 import { t } from "../words/words.svelte";
 
 export const ARROW_FILE = "application/vnd.apache.arrow.file";
@@ -13,6 +13,8 @@ type Fetch = typeof fetch;
 export class Client {
   readonly #fetch: Fetch;
   readonly #base: string;
+  /** Told whenever the service does not know who asks: that is not the single request's matter. */
+  onStranger: () => void = () => undefined;
 
   /** `base` is where `/api` lives: empty for the page's own origin. */
   constructor(base = "", fetcher: Fetch = (input, init) => fetch(input, init)) {
@@ -29,6 +31,20 @@ export class Client {
 
   tokenize(model: string, prompt: string, signal?: AbortSignal): Promise<Tokens> {
     return this.#json("/api/tokenize", { ...post({ model, prompt }), ...given({ signal }) });
+  }
+
+  /** Who the service takes us for. */
+  whoAmI(): Promise<Identity> {
+    return this.#json("/api/login");
+  }
+
+  /** Exchanges a key for a cookie that no script can read. The key is not kept. */
+  logIn(key: string): Promise<Identity> {
+    return this.#json("/api/login", post({ key }));
+  }
+
+  async logOut(): Promise<void> {
+    await this.#request("/api/logout", { method: "POST" });
   }
 
   /** Asks for a scan; `wait` seconds are granted for it to finish before the answer comes. */
@@ -53,6 +69,14 @@ export class Client {
 
   manifest(id: string): Promise<Manifest> {
     return this.#json(`/api/jobs/${encodeURIComponent(id)}/manifest`);
+  }
+
+  /** An answer as it came, byte for byte. */
+  async answer(path: string): Promise<{ type: string; body: Uint8Array<ArrayBuffer> }> {
+    const headers = path.includes("/result/") ? { headers: { Accept: ARROW_FILE } } : {};
+    const answer = await this.#request(path, headers);
+    const type = answer.headers.get("Content-Type") ?? "";
+    return { type, body: new Uint8Array(await answer.arrayBuffer()) };
   }
 
   table(id: string, name: string): Promise<ArrayBuffer> {
@@ -84,11 +108,20 @@ export class Client {
   }
 
   /** A job's events from its beginning to its end, across broken connections. */
-  async *events(job: JobView, signal: AbortSignal): AsyncGenerator<JobEvent> {
+  async *events(
+    job: JobView,
+    signal: AbortSignal,
+    connected?: (yes: boolean) => void,
+  ): AsyncGenerator<JobEvent> {
     const path = job.links["events"] ?? `/api/jobs/${encodeURIComponent(job.id)}/events`;
     // Most of what is opened is finished, and has no use for a stream's reader.
     const { follow } = await import("./events");
-    yield* follow(this.#base + path, { signal, fetch: this.#fetch });
+    try {
+      yield* follow(this.#base + path, { signal, fetch: this.#fetch, ...given({ connected }) });
+    } catch (error) {
+      if (error instanceof Refusal && error.status === 401) this.onStranger();
+      throw error;
+    }
   }
 
   async #end(job: JobView, signal?: AbortSignal): Promise<Pick<JobView, "state" | "problem">> {
@@ -123,8 +156,10 @@ export class Client {
         { cause: error },
       );
     }
-    if (!answer.ok) throw new Refusal(await problemOf(answer));
-    return answer;
+    if (answer.ok) return answer;
+    // A wrong key is told where it was typed.
+    if (answer.status === 401 && path !== "/api/login") this.onStranger();
+    throw await refused(answer);
   }
 }
 

@@ -4,7 +4,7 @@
  */
 import { createParser, type EventSourceMessage } from "eventsource-parser";
 
-import { Refusal, isAbort, problemOf } from "./refusals";
+import { Refusal, isAbort, refused } from "./refusals";
 import type { JobEvent } from "./schema";
 import { t } from "../words/words.svelte";
 
@@ -15,6 +15,8 @@ export interface FollowOptions {
   readonly retryMilliseconds?: number;
   /** Connections in a row that bring no event before we give up. */
   readonly patience?: number;
+  /** Told when the connection is lost, and when it stands again. */
+  readonly connected?: (yes: boolean) => void;
 }
 
 const LONGEST_PAUSE = 10_000;
@@ -39,7 +41,8 @@ export async function* follow(url: string, options: FollowOptions): AsyncGenerat
       // 204: the stream had ended before we came back.
       if (answer.status === 204) return;
       if (answer.status >= 500) throw new TypeError(`HTTP ${answer.status}`);
-      if (!answer.ok) throw new Refusal(await problemOf(answer));
+      if (!answer.ok) throw await refused(answer);
+      if (fruitless > 0) options.connected?.(true);
       for await (const message of messages(answer, (milliseconds) => (pause = milliseconds))) {
         if (message.id !== undefined) lastId = message.id;
         fruitless = 0;
@@ -51,6 +54,7 @@ export async function* follow(url: string, options: FollowOptions): AsyncGenerat
       if (error instanceof Refusal || isAbort(error)) throw error;
       cause = error;
     }
+    options.connected?.(false);
     if (++fruitless > patience) {
       throw new Refusal(
         {

@@ -1,4 +1,5 @@
 /** Refusals of the service (RFC 9457 problem details) as errors that read like sentences. */
+import { counted } from "../words/words.svelte";
 import type { Problem } from "./schema";
 
 /** The service said no, or could not be reached (status 0). `message` is a sentence for a person. */
@@ -8,13 +9,27 @@ export class Refusal extends Error {
   constructor(
     readonly problem: Problem,
     options?: ErrorOptions,
+    /** Seconds after which it is worth trying again, where the service says so. */
+    readonly retryAfter: number | null = null,
   ) {
-    super(sentence(problem), options);
+    super(sentence(problem) + patience(retryAfter), options);
   }
 
   get status(): number {
     return this.problem.status ?? 0;
   }
+}
+
+function patience(seconds: number | null): string {
+  return seconds === null
+    ? ""
+    : ` ${counted(seconds, "Try again in {count} second.", "Try again in {count} seconds.")}`;
+}
+
+/** The refusal that an answer is. */
+export async function refused(answer: Response): Promise<Refusal> {
+  const seconds = Number(answer.headers.get("Retry-After") ?? NaN);
+  return new Refusal(await problemOf(answer), undefined, Number.isFinite(seconds) ? seconds : null);
 }
 
 /** What a problem says, in one or two sentences: its title, then its detail. */

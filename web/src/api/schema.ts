@@ -56,6 +56,23 @@ export type JobState =
   | "expired"
   | "quarantined";
 
+/** Where a waiting job stands, as things are. */
+export interface QueuePlace {
+  /** 1 for the next to be taken. */
+  readonly position: number;
+  /** From now; null where nobody can tell. */
+  readonly estimated_start_seconds: number | null;
+}
+
+/** Who a request comes from, as the service sees it. */
+export interface Identity {
+  readonly user: string;
+  readonly scopes: readonly string[];
+  /** The id of the key it came with; null where the service asks for none. */
+  readonly key: string | null;
+  readonly expires_at: string | null;
+}
+
 /** RFC 9457 problem details; other members may stand beside these. */
 export interface Problem {
   readonly type?: string;
@@ -72,10 +89,14 @@ export interface JobView {
   readonly revision: string;
   readonly request: Readonly<Record<string, unknown>>;
   readonly cached: boolean;
+  /** Whether an equal scan that was under way computes, or computed, this result. */
+  readonly coalesced?: boolean;
   readonly attempt: number;
   readonly created_at: string;
   readonly started_at: string | null;
   readonly finished_at: string | null;
+  /** While it waits. */
+  readonly queue?: QueuePlace | null;
   readonly problem: Problem | null;
   readonly links: Readonly<Record<string, string>>;
 }
@@ -129,6 +150,11 @@ export interface StateChanged {
   readonly type: "state";
   readonly state: JobState;
   readonly attempt: number;
+}
+
+/** Where the waiting job stands now; never repeated to who comes later. */
+export interface Queued extends QueuePlace {
+  readonly type: "queue";
 }
 
 export interface Progress {
@@ -194,4 +220,12 @@ export interface Ended {
 }
 
 export type JobEvent =
-  StateChanged | Progress | LayerFrame | ActivationFrame | EffectsFrame | Artifact | Reset | Ended;
+  | StateChanged
+  | Queued
+  | Progress
+  | LayerFrame
+  | ActivationFrame
+  | EffectsFrame
+  | Artifact
+  | Reset
+  | Ended;

@@ -125,8 +125,9 @@ function through(...stops: readonly Rgb[]): (t: number) => Rgb {
 
 function tabulated(base64: string): (t: number) => Rgb {
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-  return (t) => {
-    const at = lutIndex(t) * 3;
-    return [bytes[at] ?? 0, bytes[at + 1] ?? 0, bytes[at + 2] ?? 0];
-  };
+  const stops = Array.from({ length: bytes.length / 3 }, (_, stop): Rgb => {
+    const [red = 0, green = 0, blue = 0] = bytes.subarray(stop * 3, stop * 3 + 3);
+    return [red, green, blue];
+  });
+  return through(...stops);
 }

@@ -23,6 +23,8 @@ export interface Field {
   readonly tail: number;
   /** Whether values have a direction: then the window lies about 0. */
   readonly signed: boolean;
+  /** Whether the values of a layer's heads add up to their layer's. */
+  readonly adds: boolean;
   /** 1 where a component is marked as standing out; null where the quantity marks nothing. */
   readonly marks: Volume | null;
   /** What a mark says, in a few words. */
@@ -33,7 +35,15 @@ export interface Field {
 export function field(
   own: Pick<Field, "id" | "title" | "unit" | "method" | "volume" | "map"> & Partial<Field>,
 ): Field {
-  return { scales: ["linear"], tail: 0.02, signed: false, marks: null, marked: "", ...own };
+  return {
+    scales: ["linear"],
+    tail: 0.02,
+    signed: false,
+    adds: false,
+    marks: null,
+    marked: "",
+    ...own,
+  };
 }
 
 /**

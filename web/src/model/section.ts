@@ -3,7 +3,7 @@
  * tensors, the components of a layer). Pure: numbers and names, no pixels.
  */
 import type { Token } from "../api/frames";
-import type { Field } from "./field";
+import { source, type Field } from "./field";
 import type { Anomalies } from "./modes/anomalies";
 import type { Series } from "./series";
 import { columnAddresses, nodeAt, type Topology } from "./topology";
@@ -142,8 +142,7 @@ function components(topology: Topology, field: Field): Section {
   const values = new Float64Array(topology.nLayers * width);
   const names: string[] = [];
   for (let column = 0; column < width; column++) {
-    const head = topology.heads[nodeAt(topology, 0, column)] ?? -1;
-    names.push(head < 0 ? "MLP" : `H${head}`);
+    names.push(columnName(topology, column));
     for (let layer = 0; layer < topology.nLayers; layer++) {
       const address = topology.addresses[nodeAt(topology, layer, column)] ?? "";
       values[layer * width + column] = field.volume.at(address, 0);
@@ -161,6 +160,61 @@ function components(topology: Topology, field: Field): Section {
     marks: null,
     word: null,
   };
+}
+
+/** What stands in a column of each layer: `H3`, `Attn`, `MLP`. */
+function columnName(topology: Topology, column: number): string {
+  const node = nodeAt(topology, 0, column);
+  if (topology.kinds[node] === "attn") return "Attn";
+  const head = topology.heads[node] ?? -1;
+  return head < 0 ? "MLP" : `H${head}`;
+}
+
+/**
+ * The coronal plane's content: one layer's components against tokens. Where a layer's attention was taken
+ * as a whole it is one row; a still image has one column.
+ */
+export function coronalOf(
+  topology: Topology,
+  field: Field,
+  tokens: readonly Token[],
+  layer: number,
+): Coronal {
+  const width = Math.max(1, field.volume.width);
+  const rows: { name: string; node: number; source: string }[] = [];
+  for (let column = 0; column <= topology.nHeads; column++) {
+    const node = nodeAt(topology, layer, column);
+    const from = source(field.volume, topology.addresses[node] ?? "");
+    if (from === null || rows.some((row) => row.source === from)) continue;
+    const shared = from !== topology.addresses[node];
+    rows.push({ name: shared ? "Attn" : columnName(topology, column), node, source: from });
+  }
+  const values = new Float64Array(rows.length * width).fill(NaN);
+  rows.forEach((row, at) => {
+    values.set(field.volume.profile(row.source) ?? [], at * width);
+  });
+  return {
+    width,
+    height: rows.length,
+    values,
+    names: rows.map(({ name }) => name),
+    nodes: rows.map(({ node }) => node),
+    sources: rows.map((row) => row.source),
+    tokens: tokens.length > 0,
+  };
+}
+
+export interface Coronal {
+  readonly width: number;
+  readonly height: number;
+  /** Row-major, one row a component in picture order; NaN where not measured. */
+  readonly values: Float64Array;
+  readonly names: readonly string[];
+  /** The node each row stands for, and the component whose numbers it shows. */
+  readonly nodes: readonly number[];
+  readonly sources: readonly string[];
+  /** Whether its columns are tokens. */
+  readonly tokens: boolean;
 }
 
 /** The logit lens: what is predicted at the embedding and after each block, at each token. */

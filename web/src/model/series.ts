@@ -82,6 +82,7 @@ export const loadStructural: Loader = async (manifest, job, read) => {
         map: sequence("T1").map,
         scales: ["log", "linear"],
         tail: 0,
+        adds: true,
       }),
     ],
     parameters,

@@ -13,10 +13,14 @@ export interface SeriesView {
   readonly window: Window | null;
 }
 
-export type Views = Readonly<Record<SequenceId, SeriesView>>;
+/** What is looked at in a way of its own: each sequence, and the difference of two scans. */
+export type ViewId = SequenceId | "difference";
+export const VIEW_IDS: readonly ViewId[] = [...SEQUENCES.map(({ id }) => id), "difference"];
 
-export type PanelName = "inspect" | "stimulate" | "table" | "log";
-export const PANEL_NAMES: readonly PanelName[] = ["inspect", "stimulate", "table", "log"];
+export type Views = Readonly<Record<ViewId, SeriesView>>;
+
+export type PanelName = "inspect" | "stimulate" | "images" | "table" | "log";
+export const PANEL_NAMES: readonly PanelName[] = ["inspect", "stimulate", "images", "table", "log"];
 
 export const USUAL_VIEW: SeriesView = {
   field: null,
@@ -27,5 +31,5 @@ export const USUAL_VIEW: SeriesView = {
 };
 
 export function defaultViews(): Views {
-  return Object.fromEntries(SEQUENCES.map(({ id }) => [id, USUAL_VIEW])) as unknown as Views;
+  return Object.fromEntries(VIEW_IDS.map((id) => [id, USUAL_VIEW])) as unknown as Views;
 }

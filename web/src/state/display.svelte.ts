@@ -1,16 +1,26 @@
 /** How the picture is shown: sequence, layout, and each sequence's own window and colour map. */
 import { LAYOUT_NAMES, type LayoutName } from "../model/layout";
+import { WHOLE, type Zoom } from "../model/layout/zoom";
+import type { ProtocolId } from "../model/protocols";
 import { SEQUENCES, type SequenceId } from "../model/sequences";
 import {
   USUAL_VIEW,
   defaultViews,
   type PanelName,
   type SeriesView,
+  type ViewId,
   type Views,
 } from "../model/views";
 
 /** Which column of components the sagittal plane cuts. */
 export type SagittalColumn = "crosshair" | "attn" | "mlp" | "resid_post";
+
+/** What dragging over a picture does. */
+export type Tool = "window" | "region" | "pan";
+export const TOOLS: readonly Tool[] = ["window", "region", "pan"];
+
+/** What a cine goes through. */
+export type CineAxis = "tokens" | "layers";
 
 /** Few enough to be followed by eye. */
 export const USUAL_TRACTS = 60;
@@ -18,6 +28,12 @@ export const USUAL_TRACTS = 60;
 export class Display {
   sequence = $state<SequenceId>("T1");
   layout = $state<LayoutName>("brain");
+  protocol = $state<ProtocolId>("planes");
+  /** Whether heads are folded into their layer's attention. */
+  folded = $state(false);
+  zoom = $state.raw<Zoom>(WHOLE);
+  tool = $state<Tool>("window");
+  cineAxis = $state<CineAxis>("tokens");
   panel = $state<PanelName>("inspect");
   sagittal = $state<SagittalColumn>("crosshair");
   views = $state.raw<Views>(defaultViews());
@@ -30,12 +46,17 @@ export class Display {
 
   readonly view: SeriesView = $derived(this.views[this.sequence]);
 
-  change(change: Partial<SeriesView>): void {
-    this.views = { ...this.views, [this.sequence]: { ...this.view, ...change } };
+  change(change: Partial<SeriesView>, id: ViewId = this.sequence): void {
+    this.views = { ...this.views, [id]: { ...this.views[id], ...change } };
   }
 
   resetView(): void {
-    this.views = { ...this.views, [this.sequence]: { ...USUAL_VIEW, field: this.view.field } };
+    this.views = {
+      ...this.views,
+      [this.sequence]: { ...USUAL_VIEW, field: this.view.field },
+      difference: USUAL_VIEW,
+    };
+    this.zoom = WHOLE;
   }
 
   /** Another quantity has a range, a map and scales of its own. */

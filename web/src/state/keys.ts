@@ -1,6 +1,8 @@
 /** Every key the viewer hears, in one table; the help dialog prints it and the handler reads it. */
+import { PROTOCOLS, type ProtocolId } from "../model/protocols";
 import { SEQUENCES, type SequenceId } from "../model/sequences";
 import type { Message } from "../words/words.svelte";
+import type { Tool } from "./display.svelte";
 
 export type Action =
   | "up"
@@ -8,6 +10,9 @@ export type Action =
   | "left"
   | "right"
   | "hottest"
+  | "strongest-head"
+  | "export"
+  | "tour"
   | "previous-token"
   | "next-token"
   | "first-token"
@@ -35,6 +40,16 @@ export type Action =
   | "prompt"
   | "release"
   | "help"
+  | "fold"
+  | "closer"
+  | "farther"
+  | "region"
+  | "mark"
+  | "cine-axis"
+  | "previous-protocol"
+  | "next-protocol"
+  | `tool:${Tool}`
+  | `protocol:${ProtocolId}`
   | `sequence:${SequenceId}`;
 
 export interface Binding {
@@ -51,6 +66,12 @@ export const BINDINGS: readonly Binding[] = [
   { keys: ["ArrowLeft"], action: "left", about: "Component to the left", group: "Crosshair" },
   { keys: ["ArrowRight"], action: "right", about: "Component to the right", group: "Crosshair" },
   { keys: ["h"], action: "hottest", about: "Largest value in the layers", group: "Crosshair" },
+  {
+    keys: ["Shift+h"],
+    action: "strongest-head",
+    about: "Strongest attention head",
+    group: "Crosshair",
+  },
   { keys: ["n"], action: "next-mark", about: "Next strongest, downwards", group: "Crosshair" },
   { keys: ["b"], action: "previous-mark", about: "Back towards the strongest", group: "Crosshair" },
   { keys: ["Escape"], action: "release", about: "Let go of what is locked", group: "Crosshair" },
@@ -76,6 +97,23 @@ export const BINDINGS: readonly Binding[] = [
   { keys: ["s"], action: "scale", about: "Linear or log scale", group: "Window and level" },
   { keys: ["m"], action: "map", about: "Next colour map", group: "Window and level" },
   { keys: ["i"], action: "invert", about: "Invert the colour map", group: "Window and level" },
+  { keys: ["w"], action: "tool:window", about: "Drag: window and level", group: "Tools" },
+  { keys: ["d"], action: "tool:region", about: "Drag: measure a region", group: "Tools" },
+  { keys: ["g"], action: "tool:pan", about: "Drag: move the picture", group: "Tools" },
+  { keys: ["e"], action: "region", about: "Region: layer, column, all, none", group: "Tools" },
+  { keys: ["z"], action: "closer", about: "Closer", group: "Tools" },
+  { keys: ["Shift+z"], action: "farther", about: "Farther; then fold the heads", group: "Tools" },
+  { keys: ["x"], action: "fold", about: "Fold or unfold the heads", group: "Tools" },
+  { keys: ["k"], action: "mark", about: "Mark a key image", group: "Tools" },
+  { keys: ["c"], action: "cine-axis", about: "Play tokens or layers", group: "Tokens" },
+  ...PROTOCOLS.map(({ id, key, title }) => ({
+    keys: [key],
+    action: `protocol:${id}` as const,
+    about: title,
+    group: "Hanging" as const,
+  })),
+  { keys: ["<"], action: "previous-protocol", about: "Hanging before", group: "Hanging" },
+  { keys: [">"], action: "next-protocol", about: "Hanging after", group: "Hanging" },
   { keys: ["l"], action: "layout", about: "Next layout", group: "View" },
   { keys: ["p"], action: "stimulate", about: "Stimulate the component", group: "View" },
   { keys: ["t"], action: "table", about: "Table of the scan", group: "View" },
@@ -83,6 +121,8 @@ export const BINDINGS: readonly Binding[] = [
   { keys: ["Shift+o"], action: "hide-prompt", about: "Hide the prompt", group: "View" },
   { keys: ["r"], action: "reset", about: "Reset the view", group: "View" },
   { keys: ["/"], action: "prompt", about: "Go to the prompt", group: "View" },
+  { keys: ["Shift+e"], action: "export", about: "Export", group: "View" },
+  { keys: ["Shift+t"], action: "tour", about: "Guided tour", group: "View" },
   { keys: ["?"], action: "help", about: "This help", group: "View" },
 ];
 

@@ -3,18 +3,41 @@
 /**
  * What is on the screen now, derived: the series, its values at the token, their ranks, the window and
  * the focused component. Everything that shows a number or a colour reads it here, so that they agree.
+ * Pictures side by side have a reading each; all derive from the one crosshair.
  */
+import { createContext } from "svelte";
+
 import type { Token } from "../api/frames";
+import type { ModelInfo } from "../api/schema";
 import { lut, type Lut, type MapName } from "../colour/lut";
 import { automatic, coordinates, symmetric, type Scale, type Window } from "../colour/window";
+import { besides } from "../model/difference";
 import { source, type Field } from "../model/field";
+import { folded, foldingOf, type Folding } from "../model/fold";
 import type { Series } from "../model/series";
-import { sequence, type Sequence } from "../model/sequences";
-import type { Topology } from "../model/topology";
+import { sequence, type Sequence, type SequenceId } from "../model/sequences";
+import { nodeOf, topologyOf, type Topology } from "../model/topology";
+import { USUAL_VIEW, type SeriesView, type ViewId } from "../model/views";
 import { ranks, type Volume } from "../model/volume";
 import type { Crosshair } from "./crosshair.svelte";
 import type { Display } from "./display.svelte";
-import { shown, type SeriesState, type Study } from "./study.svelte";
+import { shown, type AllSeries, type SeriesState } from "./study.svelte";
+
+/** Where a reading's series come from: a study, or what has been made of one or two. */
+export interface Scene {
+  readonly model: ModelInfo | null;
+  readonly topology: Topology | null;
+  readonly series: AllSeries;
+}
+
+export interface Role {
+  /** The sequence it shows; without one, the chosen. */
+  readonly sequence?: SequenceId;
+  /** Whose window and map it has, where not its sequence's own. */
+  readonly view?: ViewId;
+  /** The reading whose quantity, window and token it goes along with. */
+  readonly leader?: Reading;
+}
 
 /** One way to look at a series. */
 interface Offer {
@@ -24,52 +47,78 @@ interface Offer {
 
 type Entries = [string | null, number][];
 
+/** The reading of the viewport that a component stands in. */
+export const [useReading, provideReading] = createContext<Reading>();
+
 export class Reading {
-  readonly #study: Study;
+  readonly #scene: Scene;
   readonly #display: Display;
   readonly #crosshair: Crosshair;
+  readonly #role: Role;
 
-  constructor(study: Study, display: Display, crosshair: Crosshair) {
-    this.#study = study;
+  constructor(scene: Scene, display: Display, crosshair: Crosshair, role: Role = {}) {
+    this.#scene = scene;
     this.#display = display;
     this.#crosshair = crosshair;
+    this.#role = role;
   }
 
-  readonly sequence: Sequence = $derived.by(() => sequence(this.#display.sequence));
-  readonly topology: Topology | null = $derived.by(() => this.#study.topology);
-  readonly state: SeriesState = $derived.by(() => this.#study.series[this.#display.sequence]);
+  readonly model: ModelInfo | null = $derived.by(() => this.#scene.model);
+  readonly sequence: Sequence = $derived.by(() =>
+    sequence(this.#role.sequence ?? this.#display.sequence),
+  );
+  readonly viewId: ViewId = $derived.by(() => this.#role.view ?? this.sequence.id);
+  readonly view: SeriesView = $derived.by(() => this.#display.views[this.viewId]);
+  readonly topology: Topology | null = $derived.by(() => {
+    const { model, topology } = this.#scene;
+    return this.#display.folded && model !== null ? topologyOf(model.architecture, true) : topology;
+  });
+  readonly state: SeriesState = $derived.by(() => this.#scene.series[this.sequence.id]);
   /** What the shown sequence can be looked at as; fMRI also as what a stimulation made of it. */
   readonly #offers: readonly Offer[] = $derived.by(() => {
     const own = shown(this.state);
-    const { stimulation, tracing } = this.#study.series;
-    const changed = this.#display.sequence === "fMRI" ? [shown(stimulation), shown(tracing)] : [];
+    const { stimulation, tracing } = this.#scene.series;
+    const changed = this.sequence.id === "fMRI" ? [shown(stimulation), shown(tracing)] : [];
     return [own, ...changed].flatMap((series) =>
       series === null ? [] : series.fields.map((field) => ({ series, field })),
     );
   });
   readonly fields: readonly Field[] = $derived.by(() => this.#offers.map(({ field }) => field));
   readonly #offer: Offer | null = $derived.by(() => {
-    const wanted = this.#display.view.field;
+    const wanted = this.#role.leader?.field?.id ?? this.view.field;
     return this.#offers.find(({ field }) => field.id === wanted) ?? this.#offers[0] ?? null;
   });
   readonly series: Series | null = $derived.by(() => this.#offer?.series ?? shown(this.state));
   readonly field: Field | null = $derived.by(() => this.#offer?.field ?? null);
-  readonly volume: Volume | null = $derived.by(() => this.field?.volume ?? null);
+  /** How the numbers of folded heads come about; null where none are folded. */
+  readonly folding: Folding | null = $derived.by(() =>
+    this.field !== null && this.topology?.folded === true ? foldingOf(this.field) : null,
+  );
+  readonly volume: Volume | null = $derived.by(() => this.#folded(this.field?.volume ?? null));
+  readonly #marks: Volume | null = $derived.by(() => this.#folded(this.field?.marks ?? null));
   readonly unit: string = $derived.by(() => this.field?.unit ?? "");
   readonly tokens: readonly Token[] = $derived.by(() => this.series?.tokens ?? []);
 
+  #folded(volume: Volume | null): Volume | null {
+    const { folding, topology } = this;
+    if (volume === null || folding === null || topology === null) return volume;
+    return folded(volume, folding, topology.nLayers, topology.headsInAll);
+  }
+
   readonly map: MapName = $derived.by(() => {
-    return this.#display.view.map ?? this.field?.map ?? this.sequence.map;
+    return this.#role.leader?.map ?? this.view.map ?? this.field?.map ?? this.sequence.map;
   });
   readonly scale: Scale = $derived.by(() => {
-    const { scale } = this.#display.view;
+    const scale = this.#role.leader?.scale ?? this.view.scale;
     const scales = this.field?.scales ?? ["linear"];
     return scale !== null && scales.includes(scale) ? scale : (scales[0] ?? "linear");
   });
 
-  /** Column of the volume that is shown, always one it has. */
+  /** Column of the volume that is shown: one it has, or -1 beside a longer prompt's first tokens. */
   readonly column: number = $derived.by(() => {
     const width = this.volume?.width ?? 0;
+    const leader = this.#role.leader;
+    if (leader?.volume != null) return besides(leader.column, leader.volume.width, width);
     return Math.max(0, Math.min(width - 1, this.#crosshair.token));
   });
   readonly token: Token | null = $derived.by(() => this.tokens[this.column] ?? null);
@@ -83,7 +132,7 @@ export class Reading {
   /** Each node's value at the token; NaN where nothing was measured. */
   readonly values: Float64Array = $derived.by(() => this.#sliced(this.volume));
   /** 1 where the scan marks the node at the token. */
-  readonly marks: Float64Array = $derived.by(() => this.#sliced(this.field?.marks ?? null));
+  readonly marks: Float64Array = $derived.by(() => this.#sliced(this.#marks));
   /** Ranks by size, whichever the sign; nodes that share a number share its rank. */
   readonly ranks: Uint32Array = $derived.by(() => {
     const { sources, values } = this;
@@ -114,8 +163,14 @@ export class Reading {
     return coordinates(nodeValues(places, volume, this.tokens), this.scale);
   });
   readonly automatic: Window = $derived.by(() => this.windowOf(this.distribution));
-  readonly window: Window = $derived.by(() => this.#display.view.window ?? this.automatic);
-  readonly lut: Lut = $derived.by(() => lut(this.map, this.#display.view.inverted));
+  readonly window: Window = $derived.by(() => {
+    const leader = this.#role.leader;
+    // One window for both, so that a colour means the same in either.
+    if (leader?.volume != null && leader.scale === this.scale) return leader.window;
+    return this.view.window ?? this.automatic;
+  });
+  readonly inverted: boolean = $derived.by(() => this.view.inverted);
+  readonly lut: Lut = $derived.by(() => lut(this.map, this.inverted));
 
   /** The automatic window of sorted coordinates. */
   windowOf(sorted: Float64Array): Window {
@@ -127,13 +182,44 @@ export class Reading {
     return this.field?.signed === true ? symmetric(sorted, tail) : automatic(sorted, tail);
   }
 
+  /** Changes how it is looked at. A picture that goes along with another changes that one. */
+  change(change: Partial<SeriesView>): void {
+    const leader = this.#role.leader;
+    if (leader === undefined) this.#display.change(change, this.viewId);
+    else leader.change(change);
+  }
+
+  resetWindow(): void {
+    this.change({ ...USUAL_VIEW, field: this.view.field });
+  }
+
   /** The node looked at: the one under the pointer, else the locked one; -1 for none. */
   readonly focus: number = $derived.by(() => this.#nodeOf(this.#crosshair.focus));
   readonly locked: number = $derived.by(() => this.#nodeOf(this.#crosshair.locked));
 
   #nodeOf(component: string | null): number {
-    return component === null ? -1 : (this.topology?.indexOf.get(component) ?? -1);
+    if (component === null || this.topology === null) return -1;
+    return nodeOf(this.topology, component, this.#role.leader?.topology ?? this.topology);
   }
+
+  /** The address that the crosshair has where a node of this picture is meant. */
+  addressOf(node: number): string | null {
+    const own = this.topology?.addresses[node];
+    const leader = this.#role.leader?.topology;
+    if (own === undefined || this.topology === null) return null;
+    if (leader == null) return own;
+    return leader.addresses[nodeOf(leader, own, this.topology)] ?? null;
+  }
+
+  /** Whether it goes along with another picture of a model of another shape. */
+  readonly isElsewhere: boolean = $derived.by(() => {
+    const leader = this.#role.leader?.topology;
+    return (
+      leader != null &&
+      this.topology !== null &&
+      (leader.nLayers !== this.topology.nLayers || leader.headsInAll !== this.topology.headsInAll)
+    );
+  });
 
   /**
    * Where the largest value stands among the layers; -1 for none. The ends are not compared with them:
@@ -143,9 +229,15 @@ export class Reading {
     return this.ordered().find((node) => this.#isInside(node)) ?? -1;
   }
 
+  /** The attention head with the largest value; -1 for none. */
+  strongestHead(): number {
+    const heads = new Set(["head", "attn"]);
+    return this.ordered().find((node) => heads.has(this.topology?.kinds[node] ?? "")) ?? -1;
+  }
+
   #isInside(node: number): boolean {
     const kind = this.topology?.kinds[node];
-    return kind === "head" || kind === "mlp";
+    return kind === "head" || kind === "attn" || kind === "mlp";
   }
 
   /** The nodes from the largest value down; of nodes that share a number the first. */

@@ -2,27 +2,43 @@
 import { createContext } from "svelte";
 
 import type { Client } from "../api/client";
+import type { Identity } from "../api/schema";
 import { DIVERGING_MAPS, SEQUENTIAL_MAPS } from "../colour/lut";
 import { moved, widened } from "../colour/window";
+import { WHOLE, following, zoomedAbout } from "../model/layout/zoom";
+import type { Layout } from "../model/layout";
+import {
+  NO_PRIOR,
+  PROTOCOL_IDS,
+  protocol,
+  type PriorPlace,
+  type ProtocolId,
+} from "../model/protocols";
 import { NO_QUESTION, asked, askedOfCircuit, type Question } from "../model/question";
-import { isSequence, sequence, type SequenceId } from "../model/sequences";
+import { statistics, valuesIn, type Region, type Statistics } from "../model/region";
+import { SEQUENCES, isSequence, sequence, type SequenceId } from "../model/sequences";
 import type { SeriesId } from "../model/series";
 import type { Stimulus } from "../model/stimulus";
-import { headsLeft, neighbour, nodeAt, type Direction } from "../model/topology";
+import { columnOf, headsLeft, neighbour, nodeAt, type Direction } from "../model/topology";
 import { spoken, value } from "../ui/format";
 import { Cine } from "./cine.svelte";
 import { Crosshair } from "./crosshair.svelte";
-import { Display, after } from "./display.svelte";
+import type { Comparison } from "./comparison.svelte";
+import { Desk } from "./desk.svelte";
+import { Display, after, type Tool } from "./display.svelte";
+import { KeyImages } from "./images.svelte";
 import type { Action } from "./keys";
 import { Log } from "./log.svelte";
 import { Reading } from "./reading.svelte";
 import { Study, titleOf } from "./study.svelte";
-import type { Place } from "./url";
+import { encode, type Place } from "./url";
 import { t } from "../words/words.svelte";
 
 /** One key press widens the window by this factor, or moves its level by this share. */
 const WIDEN = 1.2;
 const SHIFT = 0.08;
+/** And comes closer by this factor. */
+const CLOSER = 1.5;
 
 export const [useRoom, provideRoom] = createContext<Room>();
 
@@ -32,7 +48,23 @@ export class Room {
   readonly crosshair = new Crosshair();
   readonly study: Study;
   readonly reading: Reading;
+  /** Each sequence by itself, whichever is chosen: for thumbnails, and all five side by side. */
+  readonly readings: Readonly<Record<SequenceId, Reading>>;
   readonly cine: Cine;
+  readonly desk: Desk;
+  readonly images = new KeyImages();
+  /** What is compared with; made when something first is. */
+  comparison = $state.raw<Comparison | null>(null);
+  /** Where the axial picture's nodes stand, whole; null while there is no picture. */
+  layout = $state.raw<Layout | null>(null);
+  /** What is measured over. */
+  region = $state.raw<Region | null>(null);
+  /** Counts what has been run again with something changed: the picture is then swept once more. */
+  rescans = $state(0);
+  /** Whether the service has asked who we are, and nobody has said yet. */
+  isStranger = $state(false);
+  identity = $state.raw<Identity | null>(null);
+  readonly #client: Client;
   prompt = $state("");
   /** What DTI, FLAIR and stimulation are asked about. */
   question = $state.raw<Question>(NO_QUESTION);
@@ -49,8 +81,19 @@ export class Room {
   stimulationCalls = $state(0);
 
   constructor(client: Client) {
+    this.#client = client;
+    client.onStranger = () => {
+      this.isStranger = true;
+    };
+    this.desk = new Desk(client);
     this.study = new Study(client, this.log);
     this.reading = new Reading(this.study, this.display, this.crosshair);
+    this.readings = Object.fromEntries(
+      SEQUENCES.map(({ id }) => [
+        id,
+        new Reading(this.study, this.display, this.crosshair, { sequence: id }),
+      ]),
+    ) as unknown as Readonly<Record<SequenceId, Reading>>;
     this.cine = new Cine(() => this.#turn());
     this.study.listen({
       tokenReached: (id, column) => {
@@ -66,11 +109,32 @@ export class Room {
   async enter(place: Place): Promise<void> {
     this.#apply(place);
     this.study.chosen = place.model;
+    this.#wanted = place;
     this.#restoring = true;
     await this.study.begin(place.jobs, place.sequence);
     this.#suggest();
+    if (protocol(place.protocol).compares) await this.#compared(place.prior);
     this.#restoring = false;
+    if (!this.isStranger) this.identity ??= await this.#client.whoAmI().catch(() => null);
   }
+
+  /** Says who we are; what the address asks for is then shown. Throws the service's refusal. */
+  async logIn(key: string): Promise<void> {
+    this.identity = await this.#client.logIn(key);
+    this.isStranger = false;
+    const { study } = this;
+    if (study.models.status === "ready" && study.series.T1.status === "ready") return;
+    study.models = { status: "loading" };
+    await this.enter(this.#wanted ?? this.place());
+  }
+
+  /** Ends the session, and takes what it showed off the screen. */
+  async logOut(): Promise<void> {
+    await this.#client.logOut();
+    location.reload();
+  }
+
+  #wanted: Place | null = null;
 
   /** Goes where another address says. */
   async visit(place: Place): Promise<void> {
@@ -78,10 +142,50 @@ export class Room {
     if (place.model !== null) await this.study.choose(place.model);
     const there = this.study.jobs();
     const missing = place.jobs.filter((job) => !there.includes(job));
-    if (missing.length === 0) return;
     this.#restoring = true;
-    await this.study.openAll(missing, place.sequence);
+    if (missing.length > 0) await this.study.openAll(missing, place.sequence);
+    if (protocol(place.protocol).compares) await this.#compared(place.prior);
     this.#restoring = false;
+  }
+
+  /** The comparison, with what an address asks for. Its code comes with the first. */
+  async #compared(place: PriorPlace): Promise<Comparison> {
+    if (this.comparison === null) {
+      const { Comparison: Made } = await import("./comparison.svelte");
+      this.comparison ??= new Made(
+        this.#client,
+        this.log,
+        this.study,
+        this.display,
+        this.crosshair,
+      );
+    }
+    await this.comparison.restore(place, this.display.sequence);
+    return this.comparison;
+  }
+
+  /** Hangs the pictures in another way. */
+  async hang(id: ProtocolId): Promise<void> {
+    this.display.protocol = id;
+    this.region = null;
+    const { title, about, compares } = protocol(id);
+    this.#announce(`${t(title)}: ${t(about)}.`);
+    if (!compares) return;
+    const changed = this.study.series.stimulation.status === "ready";
+    const kind = id === "models" ? "model" : changed ? "stimulation" : "prompt";
+    if (id === "prior" && changed) this.display.sequence = "fMRI";
+    const comparison = this.comparison ?? (await this.#compared({ ...NO_PRIOR, kind }));
+    const fits = (comparison.kind === "model") === (id === "models");
+    if (!fits) await comparison.choose(kind);
+  }
+
+  /** Takes the scan that the shown one is compared with; the shown one as well where there is none yet. */
+  async scanPrior(): Promise<void> {
+    const { comparison } = this;
+    if (comparison === null) return;
+    const { id, endpoint } = this.reading.sequence;
+    if (this.reading.state.status === "absent" && id !== "T1") this.scan();
+    await comparison.scan(id, endpoint, this.#request(id));
   }
 
   place(): Place {
@@ -96,6 +200,10 @@ export class Room {
       token: this.crosshair.token,
       focus: this.crosshair.locked,
       layout: this.display.layout,
+      protocol: this.display.protocol,
+      folded: this.display.folded,
+      zoom: this.display.zoom,
+      prior: this.comparison?.place() ?? NO_PRIOR,
       panel: this.display.panel,
       views: this.display.views,
     };
@@ -190,6 +298,7 @@ export class Room {
   #finished(id: SeriesId, tokens: number): void {
     const changed = id === "stimulation" || id === "tracing";
     if (changed && !this.#restoring) {
+      if (id === "stimulation") this.rescans++;
       this.display.sequence = "fMRI";
       this.display.showField(id === "tracing" ? "trace" : "difference");
       // The states of the residual stream, layer by layer, are what a trace is read from first.
@@ -230,7 +339,118 @@ export class Room {
     const address = this.reading.topology?.addresses[node];
     if (address === undefined) return;
     this.crosshair.lock(address);
+    const { layout } = this;
+    if (layout !== null) {
+      const [x, y] = [layout.x[node] ?? NaN, layout.y[node] ?? NaN];
+      this.display.zoom = following(this.display.zoom, x / layout.width, y / layout.height);
+    }
     this.#announce(this.describe());
+  }
+
+  /** Locks what a node of any picture means. */
+  lockIn(reading: Reading, node: number): void {
+    const address = reading.addressOf(node);
+    const own = address === null ? undefined : this.reading.topology?.indexOf.get(address);
+    if (own !== undefined) this.lock(own);
+  }
+
+  /** Numbers over the region; null where none is measured. */
+  readonly statistics: Statistics | null = $derived.by(() => {
+    const { region } = this;
+    const { column, volume } = this.reading;
+    return region === null || volume === null ? null : statistics(valuesIn(region, volume, column));
+  });
+
+  measure(region: Region | null): void {
+    this.region = region;
+    const { statistics: found } = this;
+    if (found === null) return;
+    this.#announce(
+      t("Region of {n} values: mean {mean}, standard deviation {sd}, {min} to {max} {unit}.", {
+        n: found.n,
+        mean: value(found.mean),
+        sd: value(found.sd),
+        min: value(found.min),
+        max: value(found.max),
+        unit: this.reading.unit,
+      }),
+    );
+  }
+
+  /** Regions by key: the crosshair's layer, then its column, then everything, then none. */
+  #nextRegion(): void {
+    const { locked, topology } = this.reading;
+    if (topology === null || locked < 0) return;
+    const layer = topology.layers[locked] ?? -1;
+    const column = columnOf(topology, locked);
+    const those = (keep: (node: number) => boolean) =>
+      topology.addresses.filter((_, node) => this.#isInLayers(node) && keep(node));
+    const choices = [
+      those((node) => topology.layers[node] === layer),
+      those((node) => columnOf(topology, node) === column),
+      those(() => true),
+    ].filter((components) => components.length > 0);
+    const now = this.region?.components.join() ?? "";
+    const at = choices.findIndex((components) => components.join() === now);
+    const next = choices[at + 1];
+    if (next === undefined) {
+      this.measure(null);
+      this.#announce(t("No region."));
+    } else this.measure({ components: next, columns: null });
+  }
+
+  #isInLayers(node: number): boolean {
+    const { topology } = this.reading;
+    const layer = topology?.layers[node] ?? -1;
+    return layer >= 0 && layer < (topology?.nLayers ?? 0);
+  }
+
+  /** Keeps the view as it is now, to come back to. */
+  async markImage(): Promise<void> {
+    const { layout } = this;
+    const { locked, topology, sequence: shownNow, token } = this.reading;
+    const { thumbnailOf } = await import("../render/miniature");
+    const place = topology?.labels[locked] ?? "";
+    this.images.mark({
+      view: encode(this.place()),
+      title: [shownNow.id, place, token === null || !this.display.promptShown ? "" : token.text]
+        .filter((part) => part !== "")
+        .join(" · "),
+      thumbnail: layout === null ? "" : thumbnailOf(layout, this.reading),
+    });
+    this.#announce(t("Key image {n} marked.", { n: this.images.all.length }));
+  }
+
+  /** Closer or farther by a step, about the crosshair; as far out as it goes, heads are folded. */
+  #zoom(factor: number): void {
+    const { display, layout } = this;
+    const { locked } = this.reading;
+    if (factor < 1 && display.zoom.scale === 1) {
+      this.fold(true);
+      return;
+    }
+    if (factor > 1 && display.folded) {
+      this.fold(false);
+      return;
+    }
+    const x = layout === null || locked < 0 ? 0.5 : (layout.x[locked] ?? 0) / layout.width;
+    const y = layout === null || locked < 0 ? 0.5 : (layout.y[locked] ?? 0) / layout.height;
+    const { zoom } = display;
+    const at = (place: number, middle: number) => (place - middle) * zoom.scale + 0.5;
+    display.zoom = zoomedAbout(zoom, factor, at(x, zoom.x), at(y, zoom.y));
+  }
+
+  fold(yes: boolean): void {
+    if (yes === this.display.folded) return;
+    this.display.folded = yes;
+    this.display.zoom = WHOLE;
+    this.region = null;
+    // The crosshair stays on the same layer: on a head's attention, or that attention's first head.
+    const address = this.reading.topology?.addresses[this.reading.locked];
+    if (address !== undefined && this.crosshair.locked !== null) this.crosshair.locked = address;
+    this.#announce(
+      `${yes ? t("Heads folded into their layer's attention") : t("Every head by itself")}. ${this.describe()}`,
+    );
   }
 
   goToToken(column: number): void {
@@ -277,6 +497,7 @@ export class Room {
       }
       case "release":
         if (this.help) this.help = false;
+        else if (this.region !== null) this.region = null;
         else this.crosshair.locked = null;
         break;
       case "previous-token":
@@ -292,8 +513,36 @@ export class Room {
         this.goToToken(this.reading.tokens.length - 1);
         break;
       case "play":
-        if (this.reading.tokens.length > 1) this.cine.toggle();
+        // While a scan comes in, what can be paused is the scan.
+        if (this.reading.state.status === "acquiring") this.study.hold(!this.study.held);
+        else if (this.canPlay()) this.cine.toggle();
         break;
+      case "cine-axis":
+        this.display.cineAxis = this.display.cineAxis === "tokens" ? "layers" : "tokens";
+        break;
+      case "fold":
+        this.fold(!this.display.folded);
+        break;
+      case "closer":
+        this.#zoom(CLOSER);
+        break;
+      case "farther":
+        this.#zoom(1 / CLOSER);
+        break;
+      case "region":
+        this.#nextRegion();
+        break;
+      case "mark":
+        void this.markImage();
+        break;
+      case "previous-protocol":
+      case "next-protocol": {
+        const step = action === "next-protocol" ? 1 : -1;
+        const at = PROTOCOL_IDS.indexOf(this.display.protocol) + step;
+        const id = PROTOCOL_IDS[(at + PROTOCOL_IDS.length) % PROTOCOL_IDS.length];
+        if (id !== undefined) void this.hang(id);
+        break;
+      }
       case "previous-sequence":
       case "next-sequence":
         this.display.showSequence(action === "next-sequence" ? 1 : -1);
@@ -366,12 +615,25 @@ export class Room {
       case "prompt":
         this.callPrompt();
         break;
+      case "strongest-head": {
+        const strongest = this.reading.strongestHead();
+        if (strongest >= 0) this.lock(strongest);
+        break;
+      }
+      case "export":
+        this.desk.exporting = true;
+        break;
+      case "tour":
+        this.desk.touring = true;
+        break;
       case "help":
         this.help = !this.help;
         break;
       default: {
-        const id = action.slice("sequence:".length);
-        if (isSequence(id)) this.show(id);
+        const [kind, id = ""] = action.split(":");
+        if (kind === "tool") this.display.tool = id as Tool;
+        else if (kind === "protocol") void this.hang(id as ProtocolId);
+        else if (isSequence(id)) this.show(id);
       }
     }
   }
@@ -380,6 +642,7 @@ export class Room {
   reset(): void {
     this.cine.pause();
     this.display.resetView();
+    this.region = null;
     this.crosshair.chosen = false;
     this.crosshair.hovered = null;
     this.crosshair.token = Math.max(0, this.reading.tokens.length - 1);
@@ -400,13 +663,29 @@ export class Room {
     if (address !== undefined) this.crosshair.suggest(address);
   }
 
+  /** Whether there is more than one picture to go through. */
+  canPlay(): boolean {
+    const { reading } = this;
+    return this.display.cineAxis === "layers"
+      ? reading.series !== null && (reading.topology?.nLayers ?? 0) > 1
+      : reading.tokens.length > 1;
+  }
+
+  /** The next picture of the cine. */
   #turn(): void {
-    const count = this.reading.tokens.length;
-    if (count < 2) {
+    const { locked, topology, tokens, column } = this.reading;
+    if (!this.canPlay() || topology === null) {
       this.cine.pause();
       return;
     }
-    this.crosshair.token = (this.reading.column + 1) % count;
+    if (this.display.cineAxis === "tokens") {
+      this.crosshair.token = (column + 1) % tokens.length;
+      return;
+    }
+    const place = locked < 0 ? headsLeft(topology.nHeads) : columnOf(topology, locked);
+    const layer = ((topology.layers[locked] ?? -1) + 1) % topology.nLayers;
+    const address = topology.addresses[nodeAt(topology, layer, place)];
+    if (address !== undefined) this.crosshair.lock(address);
   }
 
   #announce(text: string): void {
@@ -416,6 +695,9 @@ export class Room {
   #apply(place: Place): void {
     this.display.sequence = place.sequence;
     this.display.layout = place.layout;
+    this.display.protocol = place.protocol;
+    this.display.folded = place.folded;
+    this.display.zoom = place.zoom;
     this.display.panel = place.panel;
     this.display.views = place.views;
     this.crosshair.token = place.token;

@@ -4,7 +4,7 @@
  */
 import type { Client } from "../api/client";
 import { Refusal, explain, isAbort, sentence } from "../api/refusals";
-import type { JobEvent, JobView, ModelInfo } from "../api/schema";
+import type { JobEvent, JobView, Manifest, ModelInfo, QueuePlace } from "../api/schema";
 import { loadStructural, type Loader, type Series, type SeriesId } from "../model/series";
 import { SEQUENCES, isSequence, sequence, type SequenceId } from "../model/sequences";
 import { topologyOf, type Topology } from "../model/topology";
@@ -23,6 +23,10 @@ export interface Acquiring {
   readonly stage: string;
   /** 0 to 1 where the service counts, null where it does not. */
   readonly share: number | null;
+  /** Where it stands while it waits. */
+  readonly queue: QueuePlace | null;
+  /** False while the connection to its events is lost, and being made again. */
+  readonly connected: boolean;
   /** The layer the sweep has reached; -1 before the first. */
   readonly layer: number;
   /** What has arrived of it, or the last finished scan until something has. */
@@ -91,6 +95,12 @@ export class Study {
   /** The chosen model's name; null means the service's default. */
   chosen = $state<string | null>(null);
   series = $state.raw<AllSeries>(none());
+  /** Whether what arrives is held back, so that the picture stands still. */
+  held = $state(false);
+  /** What is to be shown once nobody holds the picture any more. */
+  // eslint-disable-next-line svelte/prefer-svelte-reactivity
+  readonly #withheld = new Set<() => void>();
+
   /** A model being loaded or unloaded now, and how far that is. */
   loading = $state.raw<{ readonly model: string; readonly share: number | null } | null>(null);
 
@@ -226,6 +236,14 @@ export class Study {
     }
   }
 
+  /** Lets the picture stand still while the scan goes on; then shows all that has come. */
+  hold(yes: boolean): void {
+    this.held = yes;
+    if (yes) return;
+    for (const show of this.#withheld) show();
+    this.#withheld.clear();
+  }
+
   /** Takes a failure as read: what there was before stands again. */
   dismiss(id: SeriesId): void {
     const state = this.series[id];
@@ -253,6 +271,15 @@ export class Study {
     }
   }
 
+  /** A table of a finished scan as it is stored, and the list of them. */
+  table(job: string, name: string): Promise<ArrayBuffer> {
+    return this.#client.table(job, name);
+  }
+
+  manifest(job: string): Promise<Manifest> {
+    return this.#client.manifest(job);
+  }
+
   /** A layer's attention patterns for the prompt of a finished scan, as Arrow bytes. */
   attention(job: string, layer: number, signal: AbortSignal): Promise<ArrayBuffer> {
     return this.#client.attention(job, layer, signal);
@@ -278,6 +305,8 @@ export class Study {
       job: null,
       stage: "asking",
       share: null,
+      queue: null,
+      connected: true,
       layer: -1,
       series: before,
     });
@@ -310,13 +339,17 @@ export class Study {
   ): Promise<Series> {
     const loader = LOADERS[id]();
     if (job.state !== "succeeded") {
-      this.#update(id, { job: job.id, stage: job.state });
+      this.#update(id, { job: job.id, stage: job.state, queue: job.queue ?? null });
       const growing = await this.#growing(id, job, texts);
       const show = growing === null ? null : inNextPicture(() => this.#grown(id, growing, signal));
-      await this.#untilEnd(job, signal, (event) => {
+      const arrived = (event: JobEvent) => {
         this.#arrived(id, event);
-        if (growing?.take(event) === true) show?.();
-      });
+        if (growing?.take(event) !== true || show === null) return;
+        if (this.held) this.#withheld.add(show);
+        else show();
+      };
+      await this.#untilEnd(job, signal, arrived, (connected) => this.#update(id, { connected }));
+      await this.#released(signal);
     }
     if (signal.aborted) throw new DOMException("The scan was given up", "AbortError");
     this.#update(id, { job: job.id, stage: "fetching", share: null });
@@ -342,9 +375,22 @@ export class Study {
     return new GrowingEffects(job, [...topology.addresses, ...attention]);
   }
 
+  /** Waits until nobody holds the picture back. */
+  async #released(signal: AbortSignal): Promise<void> {
+    if (!this.held) return;
+    await new Promise<void>((resolve) => {
+      this.#withheld.add(resolve);
+      signal.addEventListener("abort", () => resolve(), { once: true });
+    });
+  }
+
   #arrived(id: SeriesId, event: JobEvent): void {
     if (event.type === "state" || event.type === "reset") {
-      this.#update(id, { stage: event.state, share: null });
+      const queue = event.state === "queued" ? {} : { queue: null };
+      this.#update(id, { stage: event.state, share: null, ...queue });
+    } else if (event.type === "queue") {
+      const { position, estimated_start_seconds } = event;
+      this.#update(id, { queue: { position, estimated_start_seconds } });
     } else if (event.type === "progress") {
       const share = event.total > 0 ? event.done / event.total : null;
       this.#update(id, { stage: event.stage, share });
@@ -362,10 +408,11 @@ export class Study {
     job: JobView,
     signal: AbortSignal,
     arrived: (event: JobEvent) => void,
+    connected?: (yes: boolean) => void,
   ): Promise<void> {
     let end: Pick<JobView, "state" | "problem"> | null = job.state === "succeeded" ? job : null;
     if (end === null) {
-      for await (const event of this.#client.events(job, signal)) {
+      for await (const event of this.#client.events(job, signal, connected)) {
         arrived(event);
         if (event.type === "ended") end = event;
       }

@@ -5,14 +5,25 @@
 import { MAP_NAMES, type MapName } from "../colour/lut";
 import type { Scale } from "../colour/window";
 import { LAYOUT_NAMES, type LayoutName } from "../model/layout";
-import { SEQUENCES, isSequence, type SequenceId } from "../model/sequences";
+import { WHOLE, clampZoom, type Zoom } from "../model/layout/zoom";
+import {
+  NO_PRIOR,
+  PRIOR_KINDS,
+  PROTOCOL_IDS,
+  type PriorKind,
+  type PriorPlace,
+  type ProtocolId,
+} from "../model/protocols";
+import { isSequence, type SequenceId } from "../model/sequences";
 import { METHODS, NO_QUESTION, type MethodId, type Question } from "../model/question";
 import { read, written, type Stimulus } from "../model/stimulus";
 import {
   PANEL_NAMES,
+  VIEW_IDS,
   defaultViews,
   type PanelName,
   type SeriesView,
+  type ViewId,
   type Views,
 } from "../model/views";
 import { USUAL_TRACTS } from "./display.svelte";
@@ -33,6 +44,11 @@ export interface Place {
   readonly token: number;
   readonly focus: string | null;
   readonly layout: LayoutName;
+  readonly protocol: ProtocolId;
+  readonly folded: boolean;
+  readonly zoom: Zoom;
+  /** What is compared with. */
+  readonly prior: PriorPlace;
   readonly panel: PanelName;
   readonly views: Views;
 }
@@ -48,6 +64,10 @@ export const START: Place = {
   token: 0,
   focus: null,
   layout: "brain",
+  protocol: "planes",
+  folded: false,
+  zoom: WHOLE,
+  prior: NO_PRIOR,
   panel: "inspect",
   views: defaultViews(),
 };
@@ -70,8 +90,16 @@ export function encode(place: Place): string {
   write("token", String(place.token), "0");
   write("focus", place.focus, null);
   write("layout", place.layout, START.layout);
+  write("hang", place.protocol, START.protocol);
+  write("fold", String(place.folded), "false");
+  const { scale, x, y } = place.zoom;
+  write("zoom", [scale, x, y].join(), [WHOLE.scale, WHOLE.x, WHOLE.y].join());
+  write("prior", place.prior.kind, NO_PRIOR.kind);
+  write("prior.prompt", place.prior.prompt, "");
+  write("prior.model", place.prior.model, null);
+  for (const job of place.prior.jobs) fields.append("prior.job", job);
   write("panel", place.panel, START.panel);
-  for (const { id } of SEQUENCES) {
+  for (const id of VIEW_IDS) {
     const view = place.views[id];
     write(`${id}.field`, view.field, null);
     write(`${id}.map`, view.map, null);
@@ -108,14 +136,28 @@ export function decode(fragment: string): Place {
     token: Number.isInteger(token) && token >= 0 ? token : 0,
     focus: fields.get("focus"),
     layout: oneOf<LayoutName>(LAYOUT_NAMES, fields.get("layout"), START.layout),
+    protocol: oneOf<ProtocolId>(PROTOCOL_IDS, fields.get("hang"), START.protocol),
+    folded: fields.get("fold") === "true",
+    zoom: decodeZoom(fields.get("zoom") ?? ""),
+    prior: {
+      kind: oneOf<PriorKind>(PRIOR_KINDS, fields.get("prior"), NO_PRIOR.kind),
+      prompt: fields.get("prior.prompt") ?? "",
+      model: fields.get("prior.model"),
+      jobs: fields.getAll("prior.job"),
+    },
     panel: oneOf<PanelName>(PANEL_NAMES, fields.get("panel"), START.panel),
     views: Object.fromEntries(
-      SEQUENCES.map(({ id }) => [id, decodeView(fields, id)]),
+      VIEW_IDS.map((id) => [id, decodeView(fields, id)]),
     ) as unknown as Views,
   };
 }
 
-function decodeView(fields: URLSearchParams, id: SequenceId): SeriesView {
+function decodeZoom(text: string): Zoom {
+  const [scale = NaN, x = NaN, y = NaN] = text.split(",").map(number);
+  return [scale, x, y].every(Number.isFinite) ? clampZoom({ scale, x, y }) : WHOLE;
+}
+
+function decodeView(fields: URLSearchParams, id: ViewId): SeriesView {
   const [width = NaN, level = NaN] = (fields.get(`${id}.wl`) ?? "").split(",").map(number);
   const isWindow = Number.isFinite(width) && width > 0 && Number.isFinite(level);
   return {

@@ -2,10 +2,12 @@ import { expect, test } from "vitest";
 
 import { MAP_NAMES } from "../../src/colour/lut";
 import { LAYOUT_NAMES } from "../../src/model/layout";
+import { WHOLE, clampZoom } from "../../src/model/layout/zoom";
+import { PRIOR_KINDS, PROTOCOL_IDS } from "../../src/model/protocols";
 import { METHODS } from "../../src/model/question";
 import { SEQUENCES } from "../../src/model/sequences";
 import type { Stimulus } from "../../src/model/stimulus";
-import { PANEL_NAMES, type Views } from "../../src/model/views";
+import { PANEL_NAMES, VIEW_IDS, type Views } from "../../src/model/views";
 import { START, decode, encode, type Place } from "../../src/state/url";
 import { chance } from "./fixtures";
 
@@ -41,9 +43,18 @@ function place(): Place {
     token: Math.floor(random() * 500),
     focus: pick([null, "embed", "blocks.3.attn.head_7", "blocks.29.mlp"]),
     layout: pick(LAYOUT_NAMES),
+    protocol: pick(PROTOCOL_IDS),
+    folded: random() < 0.3,
+    zoom: random() < 0.5 ? WHOLE : clampZoom({ scale: 1 + random() * 9, x: random(), y: random() }),
+    prior: {
+      kind: pick(PRIOR_KINDS),
+      prompt: pick(PROMPTS),
+      model: pick([null, "org/name.v1"]),
+      jobs: pick([[], ["01930000-0000-7000-8000-00000000000b"], ["d4", "e5"]]),
+    },
     panel: pick(PANEL_NAMES),
     views: Object.fromEntries(
-      SEQUENCES.map(({ id }) => [
+      VIEW_IDS.map((id) => [
         id,
         {
           field: pick([null, "z", "estimate"]),
@@ -72,7 +83,7 @@ test("the view a visitor begins with has an empty address", () => {
 
 test("an address that says nonsense shows the default, not an error", () => {
   const nonsense =
-    "do=explode~blocks.1.mlp&do=zero~unembed&method=magic&tracts=-1&seq=T9&token=-3&layout=cube&panel=x&fMRI.map=mud&fMRI.scale=cube&fMRI.wl=0,1";
+    "hang=upside-down&zoom=4,x&prior=oracle&do=explode~blocks.1.mlp&do=zero~unembed&method=magic&tracts=-1&seq=T9&token=-3&layout=cube&panel=x&fMRI.map=mud&fMRI.scale=cube&fMRI.wl=0,1";
   expect(decode(nonsense)).toEqual(START);
   expect(decode("fMRI.wl=,").views.fMRI.window).toBeNull();
 });

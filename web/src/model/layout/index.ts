@@ -11,6 +11,8 @@ export { radiiByParameters } from "./layout";
 /** Room for the corner texts beside the picture, where the viewport is wide enough to have both. */
 const CORNER_WIDTH = 168;
 const WIDE = 620;
+/** Room for the colour bar beside the picture's widest row. */
+const SCALE_WIDTH = 116;
 
 const stack: Outline = {
   halfWidth: ({ width }, height) => {
@@ -23,7 +25,7 @@ const stack: Outline = {
 /** An axial head: an ellipse whose rows stay level. */
 const brain: Outline = {
   halfWidth: ({ width }, height) => {
-    const side = width >= WIDE ? CORNER_WIDTH * 0.55 : INSET.side;
+    const side = width >= WIDE ? SCALE_WIDTH : INSET.side;
     return Math.max(10, Math.min(width / 2 - side, height * 0.46));
   },
   taper: (depth) => Math.sqrt(1 - ((depth - 0.5) / 0.58) ** 2),

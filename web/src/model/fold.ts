@@ -1,0 +1,34 @@
+/** Heads folded into their layer's attention: a number for each layer that was only measured head by head. */
+import type { Field } from "./field";
+import { Volume } from "./volume";
+
+/** How a folded layer's number comes about. */
+export type Folding = "own" | "sum" | "strongest";
+
+export function foldingOf(field: Field): Folding {
+  if (field.volume.has("blocks.0.attn")) return "own";
+  return field.adds ? "sum" : "strongest";
+}
+
+/** The volume with a row for every layer's attention. Where parts do not add up, the strongest stands for all. */
+export function folded(volume: Volume, folding: Folding, layers: number, heads: number): Volume {
+  if (folding === "own") return volume;
+  const { width } = volume;
+  const names = Array.from({ length: layers }, (_, layer) => `blocks.${layer}.attn`);
+  const data = new Float64Array(volume.data.length + layers * width).fill(NaN);
+  data.set(volume.data);
+  names.forEach((name, layer) => {
+    const at = volume.data.length + layer * width;
+    for (let column = 0; column < width; column++) {
+      for (let head = 0; head < heads; head++) {
+        const value = volume.at(`${name}.head_${head}`, column);
+        const before = data[at + column] ?? NaN;
+        if (Number.isNaN(value)) continue;
+        if (Number.isNaN(before)) data[at + column] = value;
+        else if (folding === "sum") data[at + column] = before + value;
+        else if (Math.abs(value) > Math.abs(before)) data[at + column] = value;
+      }
+    }
+  });
+  return new Volume([...volume.components, ...names], width, data);
+}
