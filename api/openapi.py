@@ -26,6 +26,8 @@ from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM
 __all__ = ("CONFIG", "PATHS", "Operation", "mended", "operations")
 
 METHODS = ("get", "post", "put", "patch", "delete")
+EMPTY = frozenset({"204", "304"})
+"""Statuses whose answers have no content (RFC 9110, section 6.4.1)."""
 
 
 class Operation(NamedTuple):
@@ -56,6 +58,8 @@ def mended(schema: Mapping[str, Any], handlers: Iterable[HTTPRouteHandler]) -> d
     for operation in operations(document):
         spec = operation.spec
         spec["responses"] = dict(sorted(spec["responses"].items()))
+        for status in EMPTY & spec["responses"].keys():
+            spec["responses"][status].pop("content", None)
         _name_unions(operation, by_name[spec["operationId"]])
         _name_arrow_forms(operation)
         _name_streamed_body(operation, by_name[spec["operationId"]])

@@ -9,6 +9,7 @@ from litestar.di import NamedDependency
 from api.access import needs
 from api.dependencies import Services
 from api.metrics import MEDIA_TYPE, Now
+from api.problems import refusals
 from api.residents import holdings
 from neural_mri import __version__
 from neural_mri.backing import loads
@@ -28,6 +29,7 @@ ANSWER_SECONDS = 2.0
     summary="Workers, what they hold, and what waits",
     description="What `neural-mri cluster` shows. 503 while the database is away.",
     tags=["service"],
+    responses=refusals(),
 )
 async def get_cluster(services: NamedDependency[Services]) -> Cluster:
     """Tell what the whole service does now."""
@@ -86,6 +88,7 @@ async def _redis_version(redis: AsyncRedis) -> str | None:
     tags=["service"],
     media_type="text/plain",
     opt=needs(Scope.SCAN_READ),
+    responses=refusals(),
 )
 async def get_metrics(services: NamedDependency[Services]) -> Response[bytes]:
     """Tell Prometheus how the service is."""
