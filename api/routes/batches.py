@@ -102,7 +102,10 @@ async def create_batch(
             ge=1, le=MOST_LINES, description="So many failed scans cancel those that are left."
         ),
     ] = None,
-    name: Annotated[str, QueryParameter(max_length=200, description="What it is for.")] = "",
+    name: Annotated[
+        str,
+        QueryParameter(max_length=200, pattern=r"^[^\x00]*$", description="What it is for."),
+    ] = "",
     idempotency_key: IdempotencyKey = None,
 ) -> Response[BatchView]:
     """Submit a batch."""
@@ -154,7 +157,7 @@ async def list_batch_lines(
         JobState | None,
         QueryParameter(name="state", description="Only lines whose scan is in a state."),
     ] = None,
-    after: Annotated[int, QueryParameter(ge=0, description="A line's number.")] = 0,
+    after: Annotated[int, QueryParameter(ge=0, le=MOST_LINES, description="A line's number.")] = 0,
     limit: Annotated[
         int, QueryParameter(ge=1, le=MOST_LINES, description="How many at most.")
     ] = 1000,
@@ -190,7 +193,7 @@ async def list_batch_lines(
 async def list_batch_results(
     batch_id: FromPath[UUID],
     services: NamedDependency[Services],
-    after: Annotated[int, QueryParameter(ge=0, description="A line's number.")] = 0,
+    after: Annotated[int, QueryParameter(ge=0, le=MOST_LINES, description="A line's number.")] = 0,
     table: Annotated[
         str | None, QueryParameter(description="Of Arrow: which table.", max_length=100)
     ] = None,
