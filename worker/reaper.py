@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import structlog
 
-from neural_mri.backing import batches, broker, database, jobs, logs
+from neural_mri.backing import batches, broker, database, jobs, keys, logs, storage
 from neural_mri.backing.broker import AWAY, SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import Publisher
@@ -20,7 +21,8 @@ from neural_mri.backing.faults import crash_point
 from neural_mri.backing.jobs import Job
 from neural_mri.backing.queue import send_tickets, waiting_tickets
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
-from neural_mri.contract.jobs import TERMINAL, JobState
+from neural_mri.backing.storage import Store
+from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
 from neural_mri.contract.problems import Unavailable
 
 __all__ = ("Reaper", "main")
@@ -28,6 +30,9 @@ __all__ = ("Reaper", "main")
 MOST_TICKETS = 64
 """Sent to a queue in one round: a flood of jobs needs no flood of tickets, workers claim batches."""
 EXPIRE_EVERY_SECONDS = 10.0
+SWEEP_EVERY_SECONDS = 600.0
+ABANDONED_SECONDS = 3600.0
+"""Nobody takes so long to write a file."""
 STOP_EVERY_SECONDS = 1.0
 """How often batches are looked at of which too many scans may have failed."""
 
@@ -37,14 +42,17 @@ log = structlog.get_logger(__name__)
 class Reaper:
     """Rounds of reaping and topping up."""
 
-    def __init__(self, settings: Settings, sessions: Sessions, redis: SyncRedis) -> None:
+    def __init__(
+        self, settings: Settings, sessions: Sessions, redis: SyncRedis, store: Store
+    ) -> None:
         self._settings = settings
         self._sessions = sessions
         self._redis = redis
+        self._store = store
         self._publisher = Publisher(redis, settings)
         self._missing: dict[str, int] = {}
         """Tickets that each queue lacked in the last round."""
-        self._expire_at = 0.0
+        self._expire_at = self._sweep_at = 0.0
         self._stop_at = 0.0
         self._away: set[str] = set()
         """What did not answer in the last round; said once."""
@@ -57,9 +65,11 @@ class Reaper:
 
     def round(self) -> None:
         """Look once. What does not answer is tried again next time."""
-        self._try("database", self._take_back)
-        self._try("database", self._stop_failing)
+        self._try("database", self._look_at_jobs)
         self._try("redis", self._top_up)
+        if time.monotonic() >= self._sweep_at:
+            self._sweep_at = time.monotonic() + SWEEP_EVERY_SECONDS
+            self._try("store", self._sweep)
 
     def _try(self, what: str, work: Callable[[], None]) -> None:
         try:
@@ -73,6 +83,10 @@ class Reaper:
                 log.info("round_succeeded_again", on=what)
             self._away.discard(what)
 
+    def _look_at_jobs(self) -> None:
+        self._take_back()
+        self._stop_failing()
+
     def _take_back(self) -> None:
         moved = self._sessions.write(jobs.reap, max_attempts=self._settings.max_attempts)
         if time.monotonic() >= self._expire_at:
@@ -83,6 +97,7 @@ class Reaper:
         if moved:
             crash_point("reaper.taken-back")
         for job in moved:
+            self._forget_result(job)
             self._announce(job)
 
     def _stop_failing(self) -> None:
@@ -94,6 +109,16 @@ class Reaper:
                 self._publisher.announce(asked.job)
             elif asked.job.state not in TERMINAL:
                 self._publisher.flag_cancel(asked.job.source)
+
+    def _forget_result(self, job: Job) -> None:
+        """Take away the manifest of a lost attempt, if it came so far: nobody can name it any more."""
+        if job.kind is JobKind.SCAN and job.attempt:
+            with suppress(Unavailable):
+                self._store.delete(keys.manifest_path(job.source, job.attempt))
+
+    def _sweep(self) -> None:
+        if count := self._store.sweep(ABANDONED_SECONDS):
+            log.info("half_written_files_removed", count=count)
 
     def _announce(self, job: Job) -> None:
         self._publisher.announce(job)
@@ -138,7 +163,8 @@ def main() -> int:
     sessions = database.sessions(settings)
     log.info("reaper_started", seconds=settings.reaper_interval_seconds)
     try:
-        Reaper(settings, sessions, broker.connect(settings)).run(stop)
+        store = storage.open_store(settings)
+        Reaper(settings, sessions, broker.connect(settings), store).run(stop)
     finally:
         sessions.close()
     log.info("reaper_stopped")

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -43,6 +44,7 @@ __all__ = (
 )
 
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}")
+_HALF_WRITTEN = re.compile(r"\..+\.\d+\.[0-9a-f]{8}")
 WRITERS = 8
 """Tables written at once: flushes that meet share one commit of the file system's journal."""
 
@@ -92,6 +94,9 @@ class Store(Protocol):
 
     def delete(self, path: str) -> None:
         """Forget the bytes; nothing happens where there are none."""
+
+    def sweep(self, older_seconds: float) -> int:
+        """Take away what somebody began to write, so long ago, and died; how many files that were."""
 
 
 def checked(path: str) -> str:
@@ -159,6 +164,22 @@ class FolderStore:
         """Forget the bytes; nothing happens where there are none."""
         with suppress(Missing), self._folder(path) as (folder, name):
             os.unlink(name, dir_fd=folder)
+
+    def sweep(self, older_seconds: float) -> int:
+        """Take away what somebody began to write, so long ago, and died; how many files that were."""
+        if not self._root.is_dir():
+            return 0
+        before, count = time.time() - older_seconds, 0
+        with _explained("half-written files"):
+            for _, _, names, folder in os.fwalk(self._root):
+                for name in names:
+                    if not _HALF_WRITTEN.fullmatch(name):
+                        continue
+                    with suppress(FileNotFoundError):
+                        if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime < before:
+                            os.unlink(name, dir_fd=folder)
+                            count += 1
+        return count
 
     @contextmanager
     def _folder(self, path: str, *, create: bool = False) -> Iterator["_Place"]:

@@ -110,6 +110,7 @@ def main() -> None:
     _answer("ready")
     for line in sys.stdin:
         _answer(str(_born(json.loads(line))))
+    os._exit(0)  # at once: the children go with us
 
 
 if __name__ == "__main__":

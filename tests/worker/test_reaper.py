@@ -14,7 +14,7 @@ import pytest
 import redis
 import structlog
 
-from neural_mri.backing import broker, database, jobs, keys, queue
+from neural_mri.backing import broker, database, jobs, keys, queue, storage
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import parse_entries
@@ -23,7 +23,7 @@ from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState
 from tests.servers import Valkey, database_copy, migrated_database, sqlite_only, valkey
-from worker.reaper import MOST_TICKETS, Reaper
+from worker.reaper import ABANDONED_SECONDS, MOST_TICKETS, Reaper
 
 QUEUE = "scan.0123456789abcdef"
 DEAD = LeaseOwner.here()._replace(start_ticks=1)
@@ -63,7 +63,7 @@ def client(settings: Settings) -> Iterator[SyncRedis]:
 
 @pytest.fixture
 def reaper(settings: Settings, sessions: Sessions, client: SyncRedis) -> Reaper:
-    return Reaper(settings, sessions, client)
+    return Reaper(settings, sessions, client, storage.open_store(settings))
 
 
 def submit(sessions: Sessions, count: int = 1) -> list[Job]:
@@ -111,6 +111,37 @@ def test_what_a_dead_worker_held_is_queued_again_and_said(
     reaper.round()
     assert state(sessions, job.id) is JobState.QUEUED
     assert told(client, job.id) == [StateChanged(state=JobState.QUEUED, attempt=1)]
+
+
+def test_a_lost_attempts_result_that_no_job_names_is_taken_away(
+    reaper: Reaper, settings: Settings, sessions: Sessions
+) -> None:
+    submit(sessions)
+    lost = claim(sessions)
+    store = storage.open_store(settings)
+    store.put(keys.manifest_path(lost.id, lost.attempt), b"{}")
+    store.put(keys.manifest_path(lost.id, lost.attempt + 1), b"{}")
+    reaper.round()
+    assert not store.exists(keys.manifest_path(lost.id, lost.attempt))
+    assert store.exists(keys.manifest_path(lost.id, lost.attempt + 1))
+
+
+def test_files_that_nobody_finishes_are_taken_away_in_the_end(
+    reaper: Reaper, settings: Settings
+) -> None:
+    folder = settings.store_dir / "chunks" / "ab"
+    folder.mkdir(parents=True)
+    abandoned, growing, whole = (
+        folder / name
+        for name in (".abc.arrow.4242.0123abcd", ".def.arrow.4243.0123abcd", "abc.arrow")
+    )
+    for file in (abandoned, growing, whole):
+        file.write_bytes(b"half")
+    long_ago = time.time() - 2 * ABANDONED_SECONDS
+    for file in (abandoned, whole):
+        os.utime(file, (long_ago, long_ago))
+    reaper.round()
+    assert sorted(folder.iterdir()) == sorted([growing, whole])
 
 
 def test_what_a_living_worker_holds_is_left_alone(
@@ -186,7 +217,7 @@ def test_a_job_that_waited_too_long_is_given_up(
     [job] = submit(sessions)
     time.sleep(0.02)
     impatient = msgspec.structs.replace(settings, queued_seconds=0.01)
-    Reaper(impatient, sessions, client).round()
+    Reaper(impatient, sessions, client, storage.open_store(settings)).round()
     assert state(sessions, job.id) is JobState.EXPIRED
     [end] = told(client, job.id)
     assert isinstance(end, Ended)
@@ -196,7 +227,7 @@ def test_without_redis_jobs_are_still_taken_back_and_the_outage_said_once(
     settings: Settings, sessions: Sessions, tmp_path: Path
 ) -> None:
     away = msgspec.structs.replace(settings, redis_url=f"unix://{tmp_path}/nobody.sock")
-    reaper = Reaper(away, sessions, broker.connect(away))
+    reaper = Reaper(away, sessions, broker.connect(away), storage.open_store(settings))
     [job] = submit(sessions)
     claim(sessions)
     with structlog.testing.capture_logs() as logged:
@@ -214,7 +245,7 @@ def test_a_database_that_is_away_is_tried_again(
     sessions = database.sessions(settings)
     [job] = submit(sessions)
     claim(sessions)
-    reaper = Reaper(settings, sessions, client)
+    reaper = Reaper(settings, sessions, client, storage.open_store(settings))
     other = database.sessions(settings)
     with structlog.testing.capture_logs() as logged:
         with other.writing():
@@ -230,7 +261,8 @@ def test_a_database_that_is_away_is_tried_again(
 
 def test_it_stops_when_told_to(settings: Settings, sessions: Sessions, client: SyncRedis) -> None:
     stop = threading.Event()
-    running = threading.Thread(target=Reaper(settings, sessions, client).run, args=(stop,))
+    reaper = Reaper(settings, sessions, client, storage.open_store(settings))
+    running = threading.Thread(target=reaper.run, args=(stop,))
     running.start()
     stop.set()
     running.join(5)
