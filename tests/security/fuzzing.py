@@ -40,7 +40,7 @@ from tests.api.specimens import PROMPT, TINY
 from tests.security.guarded import ROOT, Guarded, guarded
 from tests.servers import database_copy, migrated_database, valkey
 
-__all__ = ("Report", "Things", "furnished", "fuzz")
+__all__ = ("Report", "Things", "besieged", "furnished", "fuzz")
 
 PROMPTS = (PROMPT, "a", "The Eiffel Tower", "b")
 WORDS: Mapping[str, Sequence[Any]] = {
