@@ -10,6 +10,7 @@ from uuid import UUID
 import msgspec
 
 from neural_mri.client.batches import Batches
+from neural_mri.client.diagnosing import Progress, ServiceScans, diagnosed, silent
 from neural_mri.client.errors import ClientError
 from neural_mri.client.exchange import Exchange
 from neural_mri.client.result import Result
@@ -19,6 +20,7 @@ from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
 from neural_mri.contract.cluster import Cluster
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.events import Event
+from neural_mri.contract.findings import Diagnosis
 from neural_mri.contract.jobs import JobView, Lane
 from neural_mri.contract.models import ModelInfo, ModelRequest
 from neural_mri.contract.perturbations import Direction, PatchSite, Perturbation, TraceKind
@@ -40,7 +42,9 @@ from neural_mri.contract.scans import (
     encode_scan,
     kind_of,
 )
+from neural_mri.contract.suites import Suite
 from neural_mri.contract.tokens import Tokens
+from neural_mri.diagnostics import Records, load_suite
 
 __all__ = ("Client",)
 
@@ -451,6 +455,33 @@ class Client:
             with suppress(ClientError):
                 self.cancel(job)
             raise
+
+    def diagnose(
+        self,
+        suite: str | Suite = "quick",
+        *,
+        model: str | None = None,
+        baseline: str | None = None,
+        profile: str | None = None,
+        records: Records | None = None,
+        on_progress: Progress = silent,
+    ) -> Diagnosis:
+        """Examine a model with a suite of prompts, and gate it against a `baseline` where one is named.
+
+        What was measured is kept in `records` under its key, and never measured again;
+        `neural_mri.diagnostics.render` makes a report of the answer. Raises `NotComparable` where something
+        beside the weights differs.
+        """
+        asked = load_suite(suite) if isinstance(suite, str) else suite
+        there = None if baseline is None else ServiceScans(self, baseline)
+        return diagnosed(
+            asked,
+            ServiceScans(self, model),
+            there,
+            records or Records(),
+            profile=profile,
+            on_progress=on_progress,
+        )
 
     # Jobs
 

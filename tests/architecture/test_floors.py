@@ -19,6 +19,7 @@ BREACHES = {
         "import neural_mri.backing.settings",
     ),
     "no-torch-outside-the-worker": ("api/__init__.py", "import torch"),
+    "diagnostics-read-tables": ("neural_mri/diagnostics/__init__.py", "import httpx"),
     "client-stands-alone": ("neural_mri/client/__init__.py", "import neural_mri.backing.settings"),
 }
 """For each contract, one line that must break it."""

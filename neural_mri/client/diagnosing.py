@@ -1,0 +1,166 @@
+"""Diagnoses over a service: a suite's scans sent ahead in the batch lane, results taken as they come."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import msgspec
+
+from neural_mri.client.result import Result
+from neural_mri.contract.baselines import Subject, check_comparable, record_key
+from neural_mri.contract.findings import Diagnosis
+from neural_mri.contract.jobs import JobView, Lane
+from neural_mri.contract.models import ModelInfo, ModelName
+from neural_mri.contract.scans import Scan
+from neural_mri.contract.suites import Suite
+from neural_mri.contract.tokens import Tokens
+from neural_mri.diagnostics.diagnosis import diagnose
+from neural_mri.diagnostics.measuring import Scanned, Scans, measure
+from neural_mri.diagnostics.records import Record, Records
+
+__all__ = ("Progress", "ServiceScans", "diagnosed", "recorded", "silent")
+
+AHEAD = 24
+"""Scans under way at once: enough to keep workers busy, within what one user may have queued."""
+
+
+class Service(Protocol):
+    """What of a client is needed here."""
+
+    def model(self, name: str | None = None) -> ModelInfo:
+        """A registered model."""
+
+    def tokenize(self, prompt: str, *, model: str | None = None) -> Tokens:
+        """A prompt as the model reads it."""
+
+    def submit(self, scan: Scan, *, lane: Lane) -> JobView:
+        """Ask for a scan."""
+
+    def wait(self, job: JobView) -> JobView:
+        """The job, once it has succeeded."""
+
+    def result(self, job: JobView) -> Result:
+        """What it measured."""
+
+    def cancel(self, job: JobView) -> JobView:
+        """Ask for it to be stopped."""
+
+
+class ServiceScans:
+    """One of a service's models."""
+
+    def __init__(self, service: Service, model: ModelName | None) -> None:
+        self._service = service
+        self._name = model
+
+    @cached_property
+    def _info(self) -> ModelInfo:
+        return self._service.model(self._name)
+
+    @property
+    def subject(self) -> Subject:
+        """The checkpoint."""
+        info = self._info
+        return Subject(
+            model=info.name,
+            revision=info.revision,
+            tokenizer_digest=info.tokenizer_digest,
+            numerics=info.numerics,
+            family=info.architecture.family,
+            n_layers=info.architecture.n_layers,
+            n_heads=info.architecture.n_heads,
+            n_parameters=info.n_parameters,
+        )
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        """Texts as the checkpoint reads them."""
+        return [self._service.tokenize(text, model=self._info.name) for text in texts]
+
+    def scan(self, scans: Sequence[Scan]) -> Iterator[Scanned]:
+        """What each scan measured, in their order. Left before the end, it cancels what is under way."""
+        waiting = iter(scans)
+        under_way: deque[JobView] = deque()
+        submit: Callable[[Scan], JobView] = self._submit
+        try:
+            for scan in waiting:
+                under_way.append(submit(scan))
+                if len(under_way) >= AHEAD:
+                    yield self._finished(under_way.popleft())
+            while under_way:
+                yield self._finished(under_way.popleft())
+        finally:
+            for job in under_way:
+                self._service.cancel(job)
+
+    def _submit(self, scan: Scan) -> JobView:
+        named = msgspec.structs.replace(scan, model=self._info.name)
+        return self._service.submit(named, lane=Lane.BATCH)
+
+    def _finished(self, job: JobView) -> Scanned:
+        result = self._service.result(self._service.wait(job))
+        tables = {name: result.table(name) for name in result.table_names}
+        return Scanned(result.manifest.scan_key, tables)
+
+
+Progress = Callable[[str, int, int], None]
+"""Hears of a checkpoint, scans done and scans in all; both are 0 where its record was stored."""
+
+
+def silent(_model: str, _done: int, _total: int) -> None:
+    """Hears everything and says nothing."""
+
+
+def recorded(
+    suite: Suite,
+    scans: Scans,
+    records: Records,
+    *,
+    with_noise: bool,
+    on_progress: Progress = silent,
+) -> tuple[Record, float]:
+    """What the suite measures of a checkpoint, and the seconds it took now: 0 where it was stored."""
+    subject = scans.subject
+    for noisy in (with_noise, True):
+        found = records.get(record_key(subject, suite.digest, with_noise=noisy))
+        if found is not None:
+            on_progress(subject.model, 0, 0)
+            # The checkpoint may have been stored under another name.
+            return msgspec.structs.replace(found, subject=subject), 0.0
+    started = time.perf_counter()
+    record = measure(
+        suite,
+        scans,
+        with_noise=with_noise,
+        advance=lambda done, total: on_progress(subject.model, done, total),
+    )
+    records.put(record)
+    return record, time.perf_counter() - started
+
+
+def diagnosed(
+    suite: Suite,
+    candidate: Scans,
+    baseline: Scans | None,
+    records: Records,
+    *,
+    profile: str | None = None,
+    on_progress: Progress = silent,
+) -> Diagnosis:
+    """Measure what is not stored yet, compare, and say what was found.
+
+    What cannot be compared is refused before anything is measured.
+    """
+    suite.gate(suite.measures[0], profile)
+    seconds = {}
+    there = None
+    if baseline is not None:
+        check_comparable(candidate.subject, baseline.subject)
+        there, seconds["baseline"] = recorded(
+            suite, baseline, records, with_noise=True, on_progress=on_progress
+        )
+    here, seconds["candidate"] = recorded(
+        suite, candidate, records, with_noise=False, on_progress=on_progress
+    )
+    return diagnose(suite, here, there, profile=profile, seconds=seconds)

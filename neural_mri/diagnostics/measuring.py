@@ -1,0 +1,331 @@
+"""From a suite to a record: which scans are asked for, and what is read off their tables."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from neural_mri.contract.anomalies import AnomalyScan, CalibrationScan, Lens, Sublayers
+from neural_mri.contract.baselines import Subject
+from neural_mri.contract.circuits import Ablation, CircuitMethod, CircuitScan
+from neural_mri.contract.problems import Unprocessable
+from neural_mri.contract.scans import ActivationScan, AttentionScan, Scan, WeightScan
+from neural_mri.contract.suites import Item, Measure, Suite
+from neural_mri.contract.tokens import Tokens
+from neural_mri.diagnostics.reading import (
+    Numbers,
+    activation_norms,
+    attention_entropies,
+    attributions,
+    flair_channels,
+    lens_curves,
+    tensor_statistics,
+    weight_statistics,
+)
+from neural_mri.diagnostics.records import Block, Quantity, Record
+
+__all__ = ("Asked", "Scanned", "Scans", "ask", "measure", "n_scans")
+
+Advance = Callable[[int, int], None]
+"""Called with scans done and scans in all."""
+
+SUFFIX = "\n\nThat was the end of the text, and here is some more of it."
+"""What noise is measured with: a causal model's numbers at a token do not depend on what follows, so what
+does change is the order in which the machine added up."""
+
+
+class Scanned(NamedTuple):
+    """What a scan measured."""
+
+    scan_key: str
+    tables: Mapping[str, pa.Table]
+
+
+class Scans(Protocol):
+    """Whoever can scan one checkpoint: a service, or a process of our own."""
+
+    @property
+    def subject(self) -> Subject:
+        """The checkpoint."""
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        """Texts as the checkpoint reads them."""
+
+    def scan(self, scans: Sequence[Scan]) -> Iterator[Scanned]:
+        """What each scan measured, in their order. Raises where one fails."""
+
+
+class Asked(NamedTuple):
+    """A prompt that a tokenizer can be asked."""
+
+    name: str
+    """`case/number`."""
+    item: Item
+    answer_id: int
+    foil_id: int | None
+    n_tokens: int
+    corrupt: str | None
+    """The corrupt prompt, where it has as many tokens."""
+    longer: str | None
+    """The prompt with `SUFFIX`, where that leaves the prompt's own tokens as they are."""
+
+
+class _Wanted(NamedTuple):
+    """A scan, and where its numbers belong."""
+
+    scan: Scan
+    prompt: str
+    modality: str
+    replicate: int
+    n_tokens: int = 0
+    paired: int = -1
+    """Of a noise pair of attributions, which of the two it is."""
+
+
+def ask(suite: Suite, tokenize: Callable[[Sequence[str]], list[Tokens]]) -> list[Asked | str]:
+    """Every prompt of a suite, in order; where it cannot be asked, its name alone."""
+    named = [
+        (f"{case.id}/{number}", item)
+        for case in suite.cases
+        for number, item in enumerate(case.items)
+    ]
+    texts = list(dict.fromkeys(text for _, item in named for text in _texts(item)))
+    tokens = dict(zip(texts, tokenize(texts), strict=True))
+    return [_asked(name, item, tokens) or name for name, item in named]
+
+
+def _texts(item: Item) -> Iterator[str]:
+    yield item.prompt
+    yield item.prompt + item.answer
+    yield item.prompt + SUFFIX
+    if item.foil is not None:
+        yield item.prompt + item.foil
+    if item.corrupt is not None:
+        yield item.corrupt
+
+
+def _asked(name: str, item: Item, tokens: Mapping[str, Tokens]) -> Asked | None:
+    prompt = tokens[item.prompt]
+    answer_id = _next(prompt, tokens[item.prompt + item.answer])
+    foil_id = None
+    if item.foil is not None:
+        foil_id = _next(prompt, tokens[item.prompt + item.foil])
+        if foil_id is None or foil_id == answer_id:
+            return None
+    if answer_id is None or len(prompt) < 2:
+        return None
+    fits = item.corrupt is not None and len(tokens[item.corrupt]) == len(prompt)
+    longer = item.prompt + SUFFIX
+    return Asked(
+        name,
+        item,
+        answer_id,
+        foil_id,
+        len(prompt),
+        item.corrupt if fits else None,
+        longer if _next(prompt, tokens[longer]) is not None else None,
+    )
+
+
+def _next(prompt: Tokens, longer: Tokens) -> int | None:
+    """The token after the prompt; None where the longer text does not begin with the prompt's tokens."""
+    n = len(prompt)
+    if len(longer) <= n or longer.ids[:n] != prompt.ids:
+        return None
+    return longer.ids[n]
+
+
+def spread(names: Sequence[str], count: int) -> set[str]:
+    """`count` of the names, evenly over all."""
+    at = np.unique(np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int))
+    return {names[index] for index in at}
+
+
+def n_scans(suite: Suite) -> int:
+    """About how many scans a suite takes, noise left out."""
+    per_prompt = sum(measure is not Measure.WEIGHTS for measure in suite.measures)
+    return suite.n_items * min(per_prompt, 4)
+
+
+def measure(
+    suite: Suite,
+    scans: Scans,
+    *,
+    with_noise: bool,
+    advance: Advance = lambda _done, _total: None,
+) -> Record:
+    """Everything the suite measures of one checkpoint; with `with_noise`, numerical noise as well.
+
+    Raises `Unprocessable` where the tokenizer can be asked none of its prompts.
+    """
+    started = time.perf_counter()
+    everything = ask(suite, scans.tokenize)
+    asked = [each for each in everything if isinstance(each, Asked)]
+    if not asked:
+        raise Unprocessable(
+            f"suite {suite.name} has no prompt that {scans.subject.model} can be asked: answer and foil "
+            "begin with the same token in all of them"
+        )
+    calibration = _calibrate(suite, scans)
+    wanted = list(_wanted(suite, asked, scans.subject, calibration, with_noise=with_noise))
+    gathered: tuple[Numbers, Numbers] = (Numbers(), Numbers())
+    scan_keys: dict[str, str] = {}
+    pairs: dict[str, list[Numbers]] = {}
+    results = scans.scan([each.scan for each in wanted])
+    for done, (each, result) in enumerate(zip(wanted, results, strict=True), 1):
+        numbers = gathered[each.replicate]
+        if each.paired >= 0:
+            numbers = Numbers()
+            pairs.setdefault(each.prompt, []).append(numbers)
+        _read(each, result, numbers, suite)
+        if not each.replicate:
+            scan_keys[f"{each.modality}:{each.prompt}"] = result.scan_key
+        advance(done, len(wanted))
+    noise = gathered[1].blocks()
+    noise.update(_attribution_noise(pairs))
+    return Record(
+        subject=scans.subject,
+        suite=suite.name,
+        suite_version=suite.version,
+        suite_digest=suite.digest,
+        blocks=gathered[0].blocks(),
+        noise=noise,
+        set_aside=tuple(each for each in everything if isinstance(each, str)),
+        scan_keys=scan_keys,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _calibrate(suite: Suite, scans: Scans) -> str:
+    """Scan key of the calibration on the suite's own prompts: the same text for every checkpoint."""
+    texts = tuple(dict.fromkeys(item.prompt for case in suite.cases for item in case.items))
+    request = CalibrationScan(
+        texts=texts,
+        n_tokens=suite.reference.n_tokens,
+        n_ordinary=suite.reference.n_ordinary,
+        lenses=(Lens.RAW,),
+    )
+    [result] = scans.scan([request])
+    return result.scan_key
+
+
+def _wanted(
+    suite: Suite,
+    asked: Sequence[Asked],
+    subject: Subject,
+    calibration: str,
+    *,
+    with_noise: bool,
+) -> Iterator[_Wanted]:
+    names = [each.name for each in asked]
+    attended = spread(names, suite.attention_prompts)
+    longer = [each.name for each in asked if each.longer]
+    noisy = spread(longer, suite.noise_prompts) if with_noise and longer else set()
+    reading = _Reading(suite, attended, tuple(range(subject.n_layers)), calibration)
+    if Measure.WEIGHTS in suite.measures:
+        yield _Wanted(WeightScan(), "", "T2", 0)
+    for each in asked:
+        yield from reading.of(each, each.item.prompt, 0)
+        if Measure.ATTRIBUTION in suite.measures and each.corrupt is not None:
+            yield _Wanted(_circuit(suite, each), each.name, "DTI", 0)
+        if each.name in noisy:
+            yield from reading.of(each, each.longer or "", 1)
+            if Measure.ATTRIBUTION in suite.measures:
+                yield from _attribution_pair(each)
+
+
+class _Reading(NamedTuple):
+    """What is measured of every prompt."""
+
+    suite: Suite
+    attended: set[str]
+    layers: tuple[int, ...]
+    calibration: str
+
+    def of(self, each: Asked, text: str, replicate: int) -> Iterator[_Wanted]:
+        """Scans of a prompt, or of a text that begins with it."""
+        measures = set(self.suite.measures)
+        if Measure.NORMS in measures:
+            scan: Scan = ActivationScan(
+                prompt=text,
+                include_residual=False,
+                top_neurons=0,
+                top_predictions=1,
+                calibration=self.calibration,
+            )
+            yield _Wanted(scan, each.name, "fMRI", replicate, each.n_tokens)
+        if measures & {Measure.LENS, Measure.RISK, Measure.SCORES}:
+            scan = AnomalyScan(
+                prompt=text,
+                answer=each.answer_id,
+                foil=each.foil_id,
+                target_token_idx=each.n_tokens - 1,
+                lens=Lens.RAW,
+                token_positions="target",
+                sublayers=Sublayers.NONE,
+                calibration=self.calibration,
+            )
+            yield _Wanted(scan, each.name, "FLAIR", replicate, each.n_tokens)
+        if Measure.ATTENTION in measures and each.name in self.attended:
+            scan = AttentionScan(prompt=text, layers=self.layers)
+            yield _Wanted(scan, each.name, "attention", replicate, each.n_tokens)
+
+
+def _circuit(suite: Suite, each: Asked) -> CircuitScan:
+    return CircuitScan(
+        prompt=each.item.prompt,
+        corrupt_prompt=each.corrupt,
+        answer=each.answer_id,
+        foil=each.foil_id,
+        method=CircuitMethod.FAST if suite.exact else CircuitMethod.ATTRIBUTION_PATCHING,
+        exact=suite.exact,
+        edges=0,
+    )
+
+
+def _attribution_pair(each: Asked) -> Iterator[_Wanted]:
+    """With and without a companion in the batch: one question, added up in two orders."""
+    for which, companion in enumerate((None, each.item.prompt)):
+        circuit = CircuitScan(
+            prompt=each.item.prompt,
+            corrupt_prompt=companion,
+            answer=each.answer_id,
+            foil=each.foil_id,
+            method=CircuitMethod.ATTRIBUTION_PATCHING,
+            ablation=Ablation.ZERO,
+            edges=0,
+        )
+        yield _Wanted(circuit, each.name, "DTI", 1, paired=which)
+
+
+def _read(each: _Wanted, result: Scanned, numbers: Numbers, suite: Suite) -> None:
+    tables = result.tables
+    match each.modality:
+        case "T2":
+            weight_statistics(tables, numbers)
+            tensor_statistics(tables, numbers)
+        case "fMRI":
+            activation_norms(tables, each.prompt, each.n_tokens, numbers)
+        case "attention":
+            attention_entropies(tables, each.prompt, each.n_tokens, numbers)
+        case "FLAIR":
+            if Measure.LENS in suite.measures:
+                lens_curves(tables, each.prompt, numbers)
+            flair_channels(tables, each.prompt, numbers)
+        case _:
+            attributions(tables, each.prompt, numbers)
+
+
+def _attribution_noise(pairs: Mapping[str, Sequence[Numbers]]) -> dict[Quantity, Block]:
+    """Both halves of each pair of attributions, as two quantities of the noise."""
+    found: dict[Quantity, Block] = {}
+    for half, name in enumerate(("alone", "accompanied")):
+        together = Numbers()
+        for numbers in pairs.values():
+            if len(numbers) == 2:
+                together.take(numbers[half])
+        for block in together.blocks().values():
+            found[Quantity(Measure.ATTRIBUTION, name)] = block
+    return found

@@ -1,0 +1,155 @@
+"""What each case says of one checkpoint: a score with an interval, and what carried the answers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from neural_mri.contract.components import Component
+from neural_mri.contract.findings import Carrier, CaseOutcome, Score
+from neural_mri.contract.suites import Case, Expectation, Measure
+from neural_mri.diagnostics.records import Block, Record
+from neural_mri.diagnostics.statistics import (
+    auroc_score,
+    difference_score,
+    mean_score,
+    median_score,
+    proportion_score,
+)
+
+__all__ = ("case_outcome", "groups", "oriented", "rightly")
+
+CARRIERS = 6
+STRONGEST = 10
+_CONSIDERED = 24
+
+Bools = npt.NDArray[np.bool_]
+
+
+def rightly(case: Case, record: Record) -> Bools | None:
+    """Which prompts are answered as the case expects; None where a case is not about right and wrong."""
+    match case.expectation:
+        case Expectation.PREFER:
+            name, sign, bound = "margin", 1.0, 0.0
+        case Expectation.TOP:
+            name, sign, bound = "answer_rank", -1.0, -0.5
+        case _:
+            return None
+    block = record.block(Measure.SCORES, name)
+    if block is None:
+        return None
+    found: Bools = sign * block.of_case(case.id).values[:, 0] > bound
+    return found if len(found) else None
+
+
+def groups(case: Case, block: Block) -> tuple[Bools, Bools]:
+    """Which of a block's prompts, all of this case, belong to the first group named, and to the other."""
+    named = np.array([case.items[int(prompt.rpartition("/")[2])].group for prompt in block.prompts])
+    first = "known" if case.expectation is Expectation.AWARENESS else case.items[0].group
+    return named == first, named != first
+
+
+def case_outcome(case: Case, record: Record, baseline: Record | None = None) -> CaseOutcome:
+    """Everything about one case."""
+    asked = _asked(case, record)
+    carriers = record.block(Measure.ATTRIBUTION, "effect")
+    mine = None if carriers is None else carriers.of_case(case.id)
+    score = _score(case, record)
+    return CaseOutcome(
+        id=case.id,
+        expectation=case.expectation,
+        title=case.title,
+        about=case.about,
+        source=case.source,
+        licence=case.licence,
+        asked=asked,
+        set_aside=len(case.items) - asked,
+        score=score,
+        chance=0.0 if case.expectation is Expectation.BALANCE else case.chance,
+        baseline=None if baseline is None else _score(case, baseline),
+        change=None if baseline is None else _change(case, record, baseline),
+        margin=_over_prompts(case, record, Measure.SCORES, "margin"),
+        carriers=() if mine is None or not mine.prompts else tuple(_carriers(case, mine)),
+        attributed=0 if mine is None else len(mine.prompts),
+        settles=_over_prompts(case, record, Measure.RISK, "depth", median=True),
+        support=_over_prompts(case, record, Measure.RISK, "support"),
+        entropy=_over_prompts(case, record, Measure.RISK, "entropy"),
+    )
+
+
+def oriented(case: Case, block: Block) -> npt.NDArray[np.float64]:
+    """Effects of a case's prompts, all meaning the same: in a balance case the other group's are turned."""
+    values = block.values.astype(np.float64)
+    if case.expectation is Expectation.BALANCE:
+        _, other = groups(case, block)
+        values[other] *= -1
+    return values
+
+
+def _asked(case: Case, record: Record) -> int:
+    aside = sum(name.rpartition("/")[0] == case.id for name in record.set_aside)
+    return len(case.items) - aside
+
+
+def _values(case: Case, record: Record, measure: Measure, name: str) -> Block | None:
+    block = record.block(measure, name)
+    mine = None if block is None else block.of_case(case.id)
+    return mine if mine is not None and mine.prompts else None
+
+
+def _over_prompts(
+    case: Case, record: Record, measure: Measure, name: str, *, median: bool = False
+) -> Score | None:
+    block = _values(case, record, measure, name)
+    if block is None or not np.isfinite(block.values).any():
+        return None
+    return (median_score if median else mean_score)(block.values[:, 0])
+
+
+def _score(case: Case, record: Record) -> Score:
+    right = rightly(case, record)
+    if right is not None:
+        return proportion_score(int(right.sum()), len(right))
+    if case.expectation is Expectation.BALANCE:
+        block = _values(case, record, Measure.SCORES, "margin")
+        if block is not None:
+            first, second = groups(case, block)
+            return difference_score(block.values[first, 0], block.values[second, 0])
+    else:
+        block = _values(case, record, Measure.RISK, "support")
+        if block is not None:
+            known, unknown = groups(case, block)
+            return auroc_score(block.values[unknown, 0], block.values[known, 0])
+    return proportion_score(0, 0)
+
+
+def _change(case: Case, record: Record, baseline: Record) -> Score | None:
+    """Mean change over prompts: of the share of right ones, or else of the margin in nats."""
+    after, before = rightly(case, record), rightly(case, baseline)
+    if after is not None and before is not None and len(after) == len(before):
+        return mean_score(after.astype(np.float64) - before.astype(np.float64))
+    here, there = (_values(case, each, Measure.SCORES, "margin") for each in (record, baseline))
+    if here is None or there is None or here.prompts != there.prompts:
+        return None
+    change = here.values[:, 0] - there.values[:, 0]
+    return mean_score(change) if np.isfinite(change).any() else None
+
+
+def _carriers(case: Case, block: Block) -> Sequence[Carrier]:
+    """The components with the largest mean effect whose interval leaves 0 out, largest first."""
+    effects = oriented(case, block)
+    means = effects.mean(0)
+    strongest = np.argsort(-np.abs(effects), axis=1)[:, :STRONGEST]
+    found = []
+    for index in np.argsort(-np.abs(means), kind="stable")[:_CONSIDERED]:
+        score = mean_score(effects[:, index])
+        if score.interval.low <= 0 <= score.interval.high:
+            continue
+        name = block.components[index]
+        share = float((strongest == index).any(1).mean())
+        found.append(
+            Carrier(component=name, label=Component.parse(name).label, effect=score, share=share)
+        )
+        if len(found) == CARRIERS:
+            break
+    return found

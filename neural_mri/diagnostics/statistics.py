@@ -1,0 +1,219 @@
+"""Estimates, intervals and tests, each with its reference. Seeded: equal numbers give equal intervals."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from neural_mri.contract.findings import Interval, Score
+
+__all__ = (
+    "Tail",
+    "auroc",
+    "auroc_score",
+    "difference_score",
+    "holm",
+    "mcnemar",
+    "mean_score",
+    "median_score",
+    "proportion_score",
+    "rank_correlation",
+    "rms_score",
+)
+
+Floats = npt.NDArray[np.floating[Any]]
+
+CONFIDENCE = 0.95
+_Z = 1.959963984540054
+"""Standard normal quantile of 0.975."""
+RESAMPLES = 2000
+
+
+NOTHING = Score(value=0.0, interval=Interval(0.0, 0.0), n=0, method="none")
+"""The score of no prompts: JSON has no word for what is no number."""
+
+
+def proportion_score(right: int, n: int) -> Score:
+    """A share, with Wilson's interval (1927): it keeps its promise for small n and shares near 0 and 1."""
+    if n == 0:
+        return NOTHING
+    share, z2 = right / n, _Z**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return Score(
+        value=share,
+        interval=Interval(max(0.0, middle - half), min(1.0, middle + half)),
+        n=n,
+        method="wilson",
+    )
+
+
+def mean_score(values: Floats, *, seed: int = 0) -> Score:
+    """A mean, with its percentile bootstrap interval over prompts (Efron 1979)."""
+    return _bootstrapped(values[np.isfinite(values)], np.mean, seed)
+
+
+def median_score(values: Floats, *, seed: int = 0) -> Score:
+    """A median, with its bootstrap interval."""
+    return _bootstrapped(values[np.isfinite(values)], np.median, seed)
+
+
+def rms_score(values: Floats, *, seed: int = 0) -> Score:
+    """A root mean square, with its bootstrap interval."""
+    squares = mean_score(values.astype(np.float64) ** 2, seed=seed)
+    if not squares.n:
+        return NOTHING
+    low, high = squares.interval.low, squares.interval.high
+    return Score(
+        value=math.sqrt(squares.value),
+        interval=Interval(math.sqrt(low), math.sqrt(high)),
+        n=squares.n,
+        method="bootstrap",
+    )
+
+
+def _bootstrapped(values: Floats, statistic: Any, seed: int) -> Score:
+    n = len(values)
+    if n == 0:
+        return NOTHING
+    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    low, high = _ends(statistic(values[draws].astype(np.float64), axis=1))
+    value = float(statistic(values.astype(np.float64)))
+    return Score(value=value, interval=Interval(low, high), n=n, method="bootstrap")
+
+
+def difference_score(first: Floats, second: Floats, *, seed: int = 0) -> Score:
+    """Mean of the one group minus mean of the other, each resampled by itself."""
+    rng = np.random.default_rng(seed)
+    first, second = (each[np.isfinite(each)].astype(np.float64) for each in (first, second))
+    n = min(len(first), len(second))
+    if n == 0:
+        return NOTHING
+    means = [
+        each[rng.integers(0, len(each), (RESAMPLES, len(each)))].mean(1) for each in (first, second)
+    ]
+    low, high = _ends(means[0] - means[1])
+    value = float(first.mean() - second.mean())
+    return Score(
+        value=value, interval=Interval(low, high), n=len(first) + len(second), method="bootstrap"
+    )
+
+
+def auroc(negative: Floats, positive: Floats) -> float:
+    """Chance that a positive one is larger than a negative one, ties counted half (Mann-Whitney)."""
+    if not len(negative) or not len(positive):
+        return math.nan
+    above = positive[:, None] > negative[None, :]
+    equal = positive[:, None] == negative[None, :]
+    return float((above + 0.5 * equal).mean())
+
+
+def auroc_score(negative: Floats, positive: Floats, *, seed: int = 0) -> Score:
+    """AUROC, both groups resampled."""
+    negative, positive = (each[np.isfinite(each)] for each in (negative, positive))
+    rng = np.random.default_rng(seed)
+    n = len(negative) + len(positive)
+    if not len(negative) or not len(positive):
+        return NOTHING
+    drawn = [
+        auroc(
+            negative[rng.integers(0, len(negative), len(negative))],
+            positive[rng.integers(0, len(positive), len(positive))],
+        )
+        for _ in range(RESAMPLES // 4)
+    ]
+    low, high = _ends(np.array(drawn))
+    value = auroc(negative, positive)
+    return Score(value=value, interval=Interval(low, high), n=n, method="bootstrap")
+
+
+def _ends(drawn: Floats) -> tuple[float, float]:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(drawn, (tail, 100 - tail))
+    return float(low), float(high)
+
+
+def ranks(values: Floats) -> npt.NDArray[np.float64]:
+    """Ranks from 1 along the last axis, ties sharing their mean."""
+    flat = values.reshape(-1, values.shape[-1])
+    found = np.empty(flat.shape)
+    for row, line in enumerate(flat):
+        _, inverse, counts = np.unique(line, return_inverse=True, return_counts=True)
+        last = np.cumsum(counts)
+        found[row] = ((last - counts + 1 + last) / 2)[inverse]
+    return found.reshape(values.shape)
+
+
+def rank_correlation(first: Floats, second: Floats) -> npt.NDArray[np.float64]:
+    """Spearman's correlation along the last axis; 1 where neither side varies."""
+    a, b = ranks(first), ranks(second)
+    a = a - a.mean(-1, keepdims=True)
+    b = b - b.mean(-1, keepdims=True)
+    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    safe = np.where(scale > 0, scale, 1.0)
+    found: npt.NDArray[np.float64] = np.where(scale > 0, (a * b).sum(-1) / safe, 1.0)
+    return found
+
+
+def mcnemar(before: npt.NDArray[np.bool_], after: npt.NDArray[np.bool_]) -> float:
+    """Exact two-sided test that as many prompts were gained as lost (McNemar 1947)."""
+    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
+    n, k = lost + gained, min(lost, gained)
+    if n == 0:
+        return 1.0
+    return min(1.0, sum(math.comb(n, i) for i in range(k + 1)) / float(2 ** (n - 1)))
+
+
+def holm(p_values: Sequence[float] | Floats) -> npt.NDArray[np.float64]:
+    """p-values adjusted so that the chance of any false one among all stays below the level (Holm 1979)."""
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted
+
+
+class Tail(NamedTuple):
+    """The upper tail of noise: how likely is a value as large, also beyond the largest that was seen.
+
+    A generalised Pareto distribution above a high quantile (Pickands 1975), fitted by probability-weighted
+    moments (Hosking and Wallis 1987). Its shape is never taken below `LEAST_SHAPE`: a tail that ended would
+    call anything beyond the largest seen impossible.
+    """
+
+    threshold: float
+    share: float
+    """Of the values, those above the threshold."""
+    scale: float
+    shape: float
+
+    @classmethod
+    def of(cls, noise: Floats) -> "Tail":
+        """The tail of noise values, in any unit. Of none, or nothing but zeros, one of unit scale."""
+        values = np.sort(np.asarray(noise, np.float64)[np.isfinite(noise)])
+        if not len(values) or values[-1] <= 0:
+            return cls(1.0, 1.0, 1.0, LEAST_SHAPE)
+        threshold = float(np.quantile(values, _TAIL_FROM))
+        excess = values[values > threshold] - threshold
+        if len(excess) < _FEWEST_EXCESSES:
+            return cls(float(values[-1]), 1.0, float(values[-1]), LEAST_SHAPE)
+        n = len(excess)
+        mean = excess.mean()
+        weighted = float((excess * (n - np.arange(1, n + 1) + 0.35) / n).mean())
+        shape = max(LEAST_SHAPE, min(0.9, 2 - mean / max(mean - 2 * weighted, 1e-300)))
+        return cls(threshold, len(excess) / len(values), float(mean * (1 - shape)), shape)
+
+    def p_values(self, values: Floats) -> npt.NDArray[np.float64]:
+        """The chance of noise at least as large as each value; 1 below the threshold, at most its share above."""
+        above = np.maximum(np.asarray(values, np.float64) - self.threshold, 0.0)
+        survival = (1 + self.shape * above / self.scale) ** (-1 / self.shape)
+        found: npt.NDArray[np.float64] = np.where(above > 0, self.share * survival, 1.0)
+        return found
+
+
+LEAST_SHAPE = 0.1
+_TAIL_FROM = 0.9
+_FEWEST_EXCESSES = 12
