@@ -49,13 +49,32 @@ CONTENT_SECURITY_POLICY = "; ".join(
     )
 )
 
+GIVEN_UP = (
+    "accelerometer",
+    "bluetooth",
+    "camera",
+    "display-capture",
+    "geolocation",
+    "gyroscope",
+    "hid",
+    "magnetometer",
+    "microphone",
+    "midi",
+    "payment",
+    "serial",
+    "usb",
+    "xr-spatial-tracking",
+)
+"""Powers of browsers that no page here uses."""
+
 SECURITY_HEADERS = (
     (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
-    (b"permissions-policy", b"camera=(), geolocation=(), microphone=()"),
+    (b"permissions-policy", ", ".join(f"{power}=()" for power in GIVEN_UP).encode()),
+    (b"x-frame-options", b"DENY"),  # as frame-ancestors says, for who does not know that
 )
 
 JSON = frozenset({"application/json"})
