@@ -8,13 +8,16 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from types import MappingProxyType
 from typing import TypeVar
+from uuid import UUID
 
 import structlog
 import torch
+from sqlalchemy.orm import Session
 
 from neural_mri.backing import events, jobs, keys, models, storage
 from neural_mri.backing.database import Sessions
@@ -22,7 +25,7 @@ from neural_mri.backing.faults import crash_point
 from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
-from neural_mri.backing.storage import Store
+from neural_mri.backing.storage import SavedResult, Store, Unsaved
 from neural_mri.backing.tracing import Span
 from neural_mri.contract.events import Artifact
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
@@ -45,6 +48,7 @@ from worker.traces import Traces
 __all__ = ("Attempts", "Intake", "InternalError", "OutOfMemory")
 
 DATABASE_PAUSE_SECONDS = 0.5
+NO_MANIFESTS: Mapping[UUID, str] = MappingProxyType({})
 
 T = TypeVar("T")
 
@@ -141,8 +145,7 @@ class Attempts:
         """Bring jobs that share a pass to their ends."""
         started = time.perf_counter()
         metrics.PASS_JOBS.observe(len(together))
-        begun = [holding for holding in together if self._guarded(holding, self._begin)]
-        self._share(begun)
+        self._share(self._begun(together))
         seconds = round(time.perf_counter() - started, 4)
         for holding in together:
             with _logged(holding.job):
@@ -166,8 +169,7 @@ class Attempts:
             self._share(holdings[:middle])
             self._share(holdings[middle:])
             return
-        for holding, result in zip(holdings, scanned, strict=True):
-            self._guarded(holding, partial(self._publish, scanned=result))
+        self._publish(holdings, scanned)
 
     def _guarded(self, holding: Holding, work: Callable[[Holding], None]) -> bool:
         """Do one job's part, and end the job where that fails; whether it went well.
@@ -192,18 +194,17 @@ class Attempts:
                 return True
             return False
 
-    def _begin(self, holding: Holding) -> None:
-        self._tell(holding.job)
-        self._move(
-            holding,
-            JobState.LOADING if holding.job.kind is JobKind.LOAD else JobState.RUNNING,
-        )
+    def _begun(self, together: Sequence[Holding]) -> list[Holding]:
+        """Those that are still ours, set to work."""
+        for holding in together:
+            self._tell(holding.job)
+        loads = together[0].job.kind is JobKind.LOAD
+        return self._moved(together, JobState.LOADING if loads else JobState.RUNNING)
 
     def _perform(self, holding: Holding) -> None:
         match holding.job.kind:
             case JobKind.SCAN:
-                [scanned] = halving(lambda: self._scanned([holding]))
-                self._publish(holding, scanned)
+                self._publish([holding], halving(lambda: self._scanned([holding])))
             case JobKind.LOAD:
                 self._load(holding)
             case JobKind.UNLOAD:
@@ -260,34 +261,49 @@ class Attempts:
             return Reporter(self._outbox, holding.job.id, holding.check)
         return Reporter(self._outbox, holding.job.id, holding.check, interludes.pause)
 
-    def _publish(self, holding: Holding, scanned: Scanned) -> None:
-        """Store what a job has measured, and say that it is there."""
-        job, reporter = holding.job, self._reporter(holding)
-        metrics.FORWARD_SECONDS.labels(job.model, scanned.manifest.kind.value).observe(
-            scanned.manifest.forward_seconds
-        )
+    def _publish(self, holdings: Sequence[Holding], scanned: Sequence[Scanned]) -> None:
+        """Store what jobs have measured, and say that it is there: what keeps one from it is its own."""
+        results = {
+            holding.job.id: result for holding, result in zip(holdings, scanned, strict=True)
+        }
+        for holding in holdings:
+            manifest = results[holding.job.id].manifest
+            metrics.FORWARD_SECONDS.labels(holding.job.model, manifest.kind.value).observe(
+                manifest.forward_seconds
+            )
         crash_point("worker.computed")
-        holding.check()
-        self._move(holding, JobState.STORING)
-        with self._traces.part("store", [job]):
-            result = storage.save_result(
-                self._store,
-                keys.manifest_path(job.id, job.attempt),
-                scanned.manifest,
-                scanned.tables,
-                stored=_counting(reporter, len(scanned.tables)),
+        wanted = [each for each in holdings if self._guarded(each, Holding.check)]
+        storing = self._moved(wanted, JobState.STORING)
+        with self._traces.part("store", [holding.job for holding in storing]):
+            stored = storage.save_results(
+                self._store, [self._unsaved(each, results[each.job.id]) for each in storing]
             )
         crash_point("worker.named")
-        try:
-            ended = self._advance(holding, JobState.SUCCEEDED, manifest=result.path)
-        except LeaseLost:
-            self._store.delete(result.path)
-            raise
+        saved = {}
+        for holding, result in zip(storing, stored, strict=True):
+            if self._guarded(holding, partial(_raise, result)) and isinstance(result, SavedResult):
+                saved[holding.job.id] = result
+        whole = [holding for holding in storing if holding.job.id in saved]
+        paths = {job_id: result.path for job_id, result in saved.items()}
+        for holding, ended in self._advanced(whole, JobState.SUCCEEDED, manifests=paths):
+            result = saved[holding.job.id]
+            if ended is None:
+                self._store.delete(result.path)
+                continue
+            for ref in result.manifest.tables:
+                url = f"{ended.view().links['result']}/{ref.name}"
+                self._outbox.post(ended.id, Artifact(table=ref.name, url=url, bytes=ref.bytes))
+            self._tell(ended)
         crash_point("worker.succeeded")
-        for ref in result.manifest.tables:
-            url = f"{ended.view().links['result']}/{ref.name}"
-            self._outbox.post(job.id, Artifact(table=ref.name, url=url, bytes=ref.bytes))
-        self._tell(ended)
+
+    def _unsaved(self, holding: Holding, scanned: Scanned) -> Unsaved:
+        job = holding.job
+        return Unsaved(
+            keys.manifest_path(job.id, job.attempt),
+            scanned.manifest,
+            scanned.tables,
+            _counting(self._reporter(holding), len(scanned.tables)),
+        )
 
     def _baseline(self, job: Job) -> RegisteredModel | None:
         """The model that the job's scan compares with."""
@@ -337,38 +353,62 @@ class Attempts:
         """Move the job and say so. Raises `LeaseLost` where it is no longer ours to move."""
         self._tell(self._advance(holding, to))
 
-    def _end(self, holding: Holding, to: JobState, problem: ProblemDocument | None = None) -> None:
-        try:
-            self._tell(self._advance(holding, to, problem=problem))
-        except LeaseLost:
-            log.warning("lease_lost")
+    def _moved(self, holdings: Sequence[Holding], to: JobState) -> list[Holding]:
+        """Move jobs and say so: those that were still ours to move."""
+        ours = []
+        for holding, moved in self._advanced(holdings, to):
+            if moved is not None:
+                self._tell(moved)
+                ours.append(holding)
+        return ours
 
-    def _advance(
+    def _end(self, holding: Holding, to: JobState, problem: ProblemDocument | None = None) -> None:
+        [(_, ended)] = self._advanced([holding], to, problem=problem)
+        if ended is not None:
+            self._tell(ended)
+
+    def _advance(self, holding: Holding, to: JobState) -> Job:
+        """The moved job. Raises `LeaseLost`."""
+        [(_, moved)] = self._advanced([holding], to)
+        if moved is None:
+            raise LeaseLost(f"job {holding.job.id} is no longer held by its attempt")
+        return moved
+
+    def _advanced(
         self,
-        holding: Holding,
+        holdings: Sequence[Holding],
         to: JobState,
         *,
-        manifest: str | None = None,
+        manifests: Mapping[UUID, str] = NO_MANIFESTS,
         problem: ProblemDocument | None = None,
-    ) -> Job:
-        """The moved job. Raises `LeaseLost`."""
-        job = holding.job
-        moved = self._insisting(
-            lambda: self._sessions.write(
-                jobs.advance,
-                job.id,
-                to,
-                attempt=job.attempt,
-                manifest=manifest,
-                problem=problem,
-            )
-        )
-        if moved is None:
-            raise LeaseLost(f"job {job.id} is no longer held by attempt {job.attempt}")
-        if to in TERMINAL:
-            metrics.ENDED.labels(job.model, to.value).inc()
-        self._traces.moved(moved)
-        return moved
+    ) -> list[tuple[Holding, Job | None]]:
+        """Move jobs in one transaction; None for those that are no longer ours to move."""
+
+        def advance(session: Session) -> dict[UUID, Job | None]:
+            # In one order, so that two who move some of the same jobs never wait for each other.
+            return {
+                job.id: jobs.advance(
+                    session,
+                    job.id,
+                    to,
+                    attempt=job.attempt,
+                    manifest=manifests.get(job.id),
+                    problem=problem,
+                )
+                for job in sorted((holding.job for holding in holdings), key=lambda job: job.id)
+            }
+
+        moved = self._insisting(lambda: self._sessions.write(advance)) if holdings else {}
+        for holding in holdings:
+            job = moved[holding.job.id]
+            if job is None:
+                with _logged(holding.job):
+                    log.warning("lease_lost")
+                continue
+            if to in TERMINAL:
+                metrics.ENDED.labels(job.model, to.value).inc()
+            self._traces.moved(job)
+        return [(holding, moved[holding.job.id]) for holding in holdings]
 
     def _tell(self, job: Job) -> None:
         self._outbox.post(job.id, events.change_of(job))
@@ -384,6 +424,12 @@ class Attempts:
             except Unavailable as error:
                 log.warning("database_awaited", error=str(error))
                 time.sleep(DATABASE_PAUSE_SECONDS)
+
+
+def _raise(result: SavedResult | Exception, _holding: Holding) -> None:
+    """Raise what kept a result from being stored."""
+    if isinstance(result, Exception):
+        raise result
 
 
 def _logged(job: Job) -> AbstractContextManager[None]:

@@ -11,12 +11,12 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -36,17 +36,24 @@ __all__ = (
     "Store",
     "StoreFull",
     "StoreUnavailable",
+    "Unsaved",
     "checked",
     "load_manifest",
     "open_store",
     "read_table",
     "save_result",
+    "save_results",
 )
 
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}")
 _HALF_WRITTEN = re.compile(r"\..+\.\d+\.[0-9a-f]{8}")
+
+T = TypeVar("T")
+
 WRITERS = 8
 """Tables written at once: flushes that meet share one commit of the file system's journal."""
+_WRITERS = ThreadPoolExecutor(WRITERS, thread_name_prefix="store-writer")
+"""Kept: to start as many threads takes longer than a scan's tables do. None starts before it is needed."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -285,6 +292,19 @@ class SavedResult(NamedTuple):
     manifest: Manifest
 
 
+class Unsaved(NamedTuple):
+    """A result that is in memory only."""
+
+    path: str
+    """Where its manifest will stand."""
+    manifest: Manifest
+    """Everything but the tables."""
+    tables: Mapping[str, pa.Table]
+    """Each bears its provenance."""
+    stored: Callable[[TableRef], None] = lambda _ref: None
+    """Told of each table as it is written; may raise to stop."""
+
+
 def save_result(
     store: Store,
     path: str,
@@ -293,20 +313,50 @@ def save_result(
     *,
     stored: Callable[[TableRef], None] = lambda _ref: None,
 ) -> SavedResult:
-    """Write a result's tables, then, under the path, the manifest that names them.
+    """Write a result's tables, then, under the path, the manifest that names them."""
+    [saved] = save_results(store, [Unsaved(path, manifest, tables, stored)])
+    if isinstance(saved, Exception):
+        raise saved
+    return saved
 
-    `manifest` says everything but the tables. Each of `tables` bears its provenance; `stored` is told of
-    each as it is written, and may raise to stop.
-    """
+
+def save_results(store: Store, results: Sequence[Unsaved]) -> list[SavedResult | Exception]:
+    """Write several results at once, each as `save_result` does; what one of them raises is its own."""
+    writing = [
+        [_WRITERS.submit(_save_table, store, name, table) for name, table in result.tables.items()]
+        for result in results
+    ]
+    naming = [
+        _tried(partial(_name_tables, store, result, tables))
+        for result, tables in zip(results, writing, strict=True)
+    ]
+    return [named if isinstance(named, Exception) else _tried(named.result) for named in naming]
+
+
+def _name_tables(
+    store: Store, result: Unsaved, tables: Sequence[Future[TableRef]]
+) -> Future[SavedResult]:
+    """Begin to write the manifest, once all that it names is there."""
     refs = []
-    with ThreadPoolExecutor(WRITERS, thread_name_prefix="store-writer") as writers:
-        for ref in writers.map(partial(_save_table, store), tables.keys(), tables.values()):
-            refs.append(ref)
-            stored(ref)
+    for table in tables:
+        ref = table.result()
+        refs.append(ref)
+        result.stored(ref)
     crash_point("worker.stored")
-    whole = msgspec.structs.replace(manifest, tables=tuple(refs))
-    store.put(path, msgspec.json.encode(whole))
-    return SavedResult(path, whole)
+    whole = msgspec.structs.replace(result.manifest, tables=tuple(refs))
+    return _WRITERS.submit(_save_manifest, store, result.path, whole)
+
+
+def _save_manifest(store: Store, path: str, manifest: Manifest) -> SavedResult:
+    store.put(path, msgspec.json.encode(manifest))
+    return SavedResult(path, manifest)
+
+
+def _tried(work: Callable[[], T]) -> T | Exception:
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 (handed to whose result it is)
+        return error
 
 
 def _save_table(store: Store, name: str, table: pa.Table) -> TableRef:

@@ -10,7 +10,7 @@ import structlog
 from neural_mri.backing import jobs, keys, models, storage
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job, LeaseOwner
-from neural_mri.backing.storage import Store
+from neural_mri.backing.storage import Store, StoreFull
 from neural_mri.contract.events import (
     ActivationFrame,
     Artifact,
@@ -26,6 +26,7 @@ from neural_mri.contract.scans import (
     AttentionScan,
     StructuralScan,
 )
+from tests.models import prompt as models_prompt
 from tests.worker.bench import Bench
 from worker import attempts as module
 from worker import scans
@@ -278,3 +279,41 @@ def test_a_model_that_cannot_be_loaded_says_why(bench: Bench) -> None:
     assert done.problem is not None
     assert done.problem["type"] == "urn:neural-mri:problem:unsupported-model"
     assert bench.residency.held() == ()
+
+
+class FullFor:
+    """A store that has room for everything but one job's manifest."""
+
+    def __init__(self, store: Store, job: Job) -> None:
+        self._store = store
+        self._path = keys.manifest_path(job.id, 1)
+
+    def put(self, path: str, body: bytes) -> None:
+        if path == self._path:
+            raise StoreFull(f"{path} was not stored: no room")
+        self._store.put(path, body)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_of_jobs_that_share_a_pass_one_that_cannot_be_stored_fails_alone(
+    holding_tiny: Bench,
+) -> None:
+    scans_of_one_length = [
+        holding_tiny.submit(PROMPT, n_tokens=5, tokens=models_prompt(5, seed=seed))
+        for seed in range(3)
+    ]
+    attempts = holding_tiny.attempts(FullFor(holding_tiny.store, scans_of_one_length[1]))
+    assert attempts.take(holding_tiny.queue) == 3
+    ended = [holding_tiny.now(job) for job in scans_of_one_length]
+    assert [job.state for job in ended] == [
+        JobState.SUCCEEDED,
+        JobState.FAILED,
+        JobState.SUCCEEDED,
+    ]
+    assert (ended[1].problem or {})["type"].endswith("store-full")
+    for job in (ended[0], ended[2]):
+        manifest = storage.load_manifest(holding_tiny.store, job.manifest or "")
+        assert all(storage.read_table(holding_tiny.store, ref).num_rows for ref in manifest.tables)
+        assert isinstance(holding_tiny.told(job.id)[-1], Ended)
