@@ -31,7 +31,7 @@ a { color: LinkText; }
 a:focus-visible { outline: 2px solid; outline-offset: 2px; }
 """
 
-METHODS = ("get", "post", "put", "delete")
+METHODS = ("get", "post", "put", "patch", "delete")
 
 
 def page(document: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, Manifest, Tabl
 from neural_mri.contract.summaries import Summary, main_table, summarise, tables_needed
 
 __all__ = (
+    "IMMUTABLE",
     "FinishedJob",
     "is_whole",
     "kept_table_answer",

@@ -62,6 +62,7 @@ __all__ = (
     "page",
     "revisions",
     "save",
+    "unknown",
 )
 
 MOST_SESSIONS = 10_000
@@ -171,7 +172,7 @@ def _words(name: str, document: SessionDocument) -> str:
         texts += [scan.label, scan.model, scan.kind.value, *_texts(scan.request)]
     texts += [note.text for note in document.notes]
     texts += [image.caption for image in document.key_images]
-    return "\n".join(text for text in texts if text).casefold()
+    return "\n".join(text for text in texts if text).replace("\0", "").casefold()
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -175,6 +175,8 @@ class AuditAction(StrEnum):
     """Asked for: the job in the details tells what became of it."""
     MODEL_UNLOADED = "model_unloaded"
     JOB_CANCELLED = "job_cancelled"
+    SESSION_SHARED = "session_shared"
+    SESSION_UNSHARED = "session_unshared"
 
 
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):

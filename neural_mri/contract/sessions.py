@@ -69,8 +69,8 @@ ScanName = Annotated[
     str,
     Meta(pattern=r"^([0-9a-f]{64}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$", max_length=64),
 ]
-Name = Annotated[str, Meta(min_length=1, max_length=200)]
-Label = Annotated[str, Meta(max_length=200)]
+Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
+Label = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00]*$")]
 Text = Annotated[str, Meta(max_length=20_000)]
 
 

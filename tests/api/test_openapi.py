@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import msgspec
@@ -13,11 +13,13 @@ from api.openapi import METHODS, operations, references
 from api.routes import ROUTES
 from neural_mri import __version__
 from neural_mri.backing import keys
+from neural_mri.contract.archives import SESSION_FILE
 from neural_mri.contract.scans import ScanKind
 from tests.api.specimens import PROMPT, TINY, tiny_tokenizer
 from tests.api.world import World
 
 STIMULI = ("zero", "amplify", "invert", "noise", "ablate")
+EVENTS = "text/event-stream"
 NOBODYS = "01a208e5-620a-7f6d-98da-3f510d18b436"
 
 
@@ -87,9 +89,19 @@ def test_every_documented_route_answers_as_documented(
     done = world.perform(world.claim(world.queue()))
     key = api.post("/api/keys", json={}).json()
     batch = api.post("/api/batches", json={"scans": [{"scan_mode": "fMRI", "prompt": PROMPT}]})
+    session = api.post("/api/sessions", json={"name": "a", "scans": [{"job": str(done.id)}]}).json()
+    home = session["links"]["self"]
+    file = api.get(f"{home}/export").content
+    links = [
+        api.post(f"{home}/shares", json={"access": access}).json()
+        for access in ("read", "contribute")
+    ]
     fill = {
         "job_id": str(done.id),
         "batch_id": batch.json()["id"],
+        "session_id": session["id"],
+        "share_id": links[0]["id"],
+        "result": session["document"]["scans"][0]["result"],
         "table": "activations",
         "layer": "0",
         "key_id": key["id"],
@@ -99,6 +111,13 @@ def test_every_documented_route_answers_as_documented(
     bodies: dict[str, dict[str, Any]] = {
         "/api/keys": {},
         "/api/batches": {"scans": [{"scan_mode": "T1"}]},
+        "/api/sessions": {"name": "b"},
+        home: {},
+        f"{home}/fork": {},
+        f"{home}/shares": {},
+        f"{home}/scans": {"job": str(done.id)},
+        "/api/shared/fork": {},
+        "/api/shared/scans": {"job": str(done.id)},
         "/api/login": {"key": key["key"]},
         "/api/users/ada/limits": {"max_jobs": 7},
         "/api/model/load": {"model": "tiny"},
@@ -116,15 +135,29 @@ def test_every_documented_route_answers_as_documented(
     summed_up = set()
     with world.working(world.queue(), keys.CPU_QUEUE):
         # What takes away comes last.
-        for operation in sorted(operations(document), key=lambda op: op.method == "delete"):
+        for operation in sorted(
+            operations(document), key=lambda op: (op.method == "delete", -len(op.path))
+        ):
             path = operation.path.format(**fill)
-            if path == "/api/events":
-                path += f"?jobs={done.id}"
-            has_body = operation.method in ("post", "put")
+            has_body = operation.method in ("post", "put", "patch")
             body = bodies.get(path, {"prompt": "a"}) if has_body else None
             is_scan = operation.spec["operationId"].startswith(("scan", "perturb", "calibrate"))
             headers = {"prefer": "wait=10"} if is_scan else {}
-            answer = api.request(operation.method.upper(), path, json=body, headers=headers)
+            said = {"if-match": "*", "share-token": links[1]["token"], **headers}
+            if path == "/api/events":
+                path += f"?jobs={done.id}"
+            if path.endswith("/difference"):
+                path += f"?other={session['id']}"
+            method = operation.method.upper()
+            if "/sessions/import" in path:
+                said["content-type"] = SESSION_FILE
+                request = api.build_request(method, path, content=file, headers=said)
+            else:
+                request = api.build_request(method, path, json=body, headers=said)
+            answer = api.send(request, stream=True)
+            if answer.headers["content-type" if answer.status_code != 204 else "date"] != EVENTS:
+                answer.read()
+            answer.close()  # some streams of events have no end
             place = f"{operation.method} {path}: {answer.status_code}"
             assert answer.status_code < 400 or (answer.status_code, path) == (
                 409,
@@ -158,12 +191,21 @@ def test_refusals_are_documented_in_the_shape_they_have(
     assert set(schema["required"]) <= set(problem)
 
 
-def bodies(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What can be sent where: the schema of each request."""
+class Body(NamedTuple):
+    """What can be sent where: the schema of a request."""
+
+    method: str
+    path: str
+    schema: dict[str, Any]
+
+
+def bodies(document: dict[str, Any]) -> Iterator[Body]:
+    """Of every request."""
     for operation in operations(document):
         content = operation.spec.get("requestBody", {}).get("content", {})
         if "application/json" in content:
-            yield operation.path, content["application/json"]["schema"]
+            schema = content["application/json"]["schema"]
+            yield Body(operation.method.upper(), operation.path, schema)
 
 
 def test_the_examples_are_accepted_as_they_stand(
@@ -171,7 +213,7 @@ def test_the_examples_are_accepted_as_they_stand(
 ) -> None:
     """By a model of SmolLM2's shape, whose tokenizer knows the words in them."""
     examples = [
-        (path, value) for path, body in bodies(document) for value in body.get("examples", [])
+        (body, value) for body in bodies(document) for value in body.schema.get("examples", [])
     ]
     words = [value for _, example in examples for value in example.values()]
     large = msgspec.structs.replace(
@@ -179,11 +221,14 @@ def test_the_examples_are_accepted_as_they_stand(
     )
     tokenizer = tiny_tokenizer([word for word in words if isinstance(word, str)], n_tokens=500)
     world.register(weights="large", architecture=large, tokenizer=tokenizer)
-    for path, value in examples:
-        answer = api.post(path, json=value)
-        assert answer.status_code in (200, 202), f"{path} {value}: {answer.text}"
-    kinds = {path for path, _ in examples}
-    assert kinds >= {path for path, _ in bodies(document) if "scan" in path or "perturb" in path}
+    session = api.post("/api/sessions", json={"name": "a"}).json()["id"]
+    for body, value in examples:
+        path = body.path.format(session_id=session)
+        answer = api.request(body.method, path, json=value, headers={"if-match": "*"})
+        assert answer.status_code in (200, 201, 202), f"{path} {value}: {answer.text}"
+    kinds = {body.path for body, _ in examples}
+    scans = ("/api/scan/", "/api/perturb", "/api/batches")
+    assert kinds >= {body.path for body in bodies(document) if body.path.startswith(scans)}
 
 
 def test_what_a_request_may_hold_is_said_exactly(document: dict[str, Any]) -> None:
@@ -228,7 +273,7 @@ def test_unknown_fields_are_refused_at_every_depth_as_the_document_says(
     api: httpx.Client, document: dict[str, Any], world: World
 ) -> None:
     schemas = document["components"]["schemas"]
-    waiting = [name for _, body in bodies(document) for name in references(body)]
+    waiting = [name for body in bodies(document) for name in references(body.schema)]
     seen = set()
     while waiting:
         name = waiting.pop()

@@ -1,0 +1,122 @@
+"""Sessions as files: what a reader opens, what is exported, and what is taken in."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
+from typing import IO
+
+import msgspec
+
+from api.dependencies import Services
+from api.session_contents import Kept, kept
+from neural_mri.backing import keys, sessions
+from neural_mri.backing.sessions import Made
+from neural_mri.backing.storage import Missing, Store
+from neural_mri.contract.archives import (
+    Archive,
+    Entry,
+    InvalidArchive,
+    chunk_entry,
+    open_archive,
+    result_entry,
+)
+from neural_mri.contract.sessions import MOST_SCANS, Origin, SessionDocument, SessionView
+
+__all__ = ("entries_of", "take_in", "taken_in")
+
+SPOOLED_BYTES = 8 << 20
+"""A file up to so large is held in memory."""
+
+
+def entries_of(store: Store, document: SessionDocument) -> list[Entry]:
+    """What an archive of a session's results holds. Raises `Gone` where some of it is missing.
+
+    Looks for every byte first: an answer that has begun can only be broken off.
+    """
+    entries = []
+    for scan in document.scans:
+        found = kept(store, scan.result)
+        entries.append(result_entry(found.body))
+        entries += _chunks(store, found)
+    return entries
+
+
+def _chunks(store: Store, found: Kept) -> Iterator[Entry]:
+    for ref in found.manifest.tables:
+        path = keys.chunk_path(ref.chunk)
+        if store.size(path) != ref.bytes:
+            raise Missing(f"the store has not all bytes of table {ref.name}", path=path)
+        yield chunk_entry(ref.chunk, ref.bytes, partial(store.get, path))
+
+
+async def take_in(services: Services, chunks: AsyncIterator[bytes]) -> SessionView:
+    """The session that a file holds, as the caller's own. Raises `InvalidArchive`, naming what is wrong."""
+    with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as file:
+        async for chunk in chunks:
+            await asyncio.to_thread(file.write, chunk)
+        made = await asyncio.to_thread(taken_in, services, file)
+    return await services.sessions.write(sessions.create, made)
+
+
+def taken_in(services: Services, file: IO[bytes]) -> Made:
+    """Keep a file's results, once each byte is seen to be what it is named for."""
+    file.seek(0)
+    archive = open_archive(file, largest=services.settings.max_session_bytes)
+    body = archive.document()
+    _check(archive, body)
+    # Chunks first: a result that is there is whole.
+    for chunk in archive.chunks():
+        services.store.put(keys.chunk_path(chunk), archive.chunk(chunk))
+    for digest in archive.results:
+        services.store.put(keys.kept_result_path(digest), archive.result(digest))
+    return Made(
+        owner=services.caller.user,
+        name=archive.name.replace("\0", "")[:200] or "Imported",
+        document=body,
+        author=services.caller.user,
+        message="Imported",
+        origin=Origin.IMPORTED,
+    )
+
+
+def _check(archive: Archive, body: bytes) -> None:
+    """The document is one, and the file has the results that it names, and no others."""
+    try:
+        document = sessions.decode_document(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidArchive(
+            f"session.json cannot be read: {error}", entry="session.json"
+        ) from error
+    if document.version > SessionDocument().version:
+        raise InvalidArchive(
+            f"session.json is of version {document.version}: upgrade neural_mri",
+            entry="session.json",
+        )
+    if len(document.scans) > MOST_SCANS:
+        raise InvalidArchive(
+            f"session.json has {len(document.scans)} scans, a session has {MOST_SCANS} at most",
+            entry="session.json",
+        )
+    named = [scan.result for scan in document.scans]
+    _refuse_unlike("results/{}.json", sorted(set(named) - archive.results.keys()), "missing")
+    _refuse_unlike(
+        "results/{}.json", sorted(archive.results.keys() - set(named)), "no scan's of session.json"
+    )
+    for scan in document.scans:
+        manifest = archive.results[scan.result]
+        if (scan.kind, scan.revision, scan.scan_key) != (
+            manifest.kind,
+            manifest.revision,
+            manifest.scan_key,
+        ):
+            raise InvalidArchive(
+                f"session.json says another thing of result {scan.result} than the result itself",
+                entry="session.json",
+            )
+
+
+def _refuse_unlike(pattern: str, digests: Sequence[str], what: str) -> None:
+    for digest in digests:
+        entry = pattern.format(digest)
+        raise InvalidArchive(f"{entry} is {what}", entry=entry)
