@@ -68,7 +68,9 @@ async def prepare(services: Services, scan: Scan) -> Prepared:
     `ModelNotLoaded`.
     """
     model = await services.model(scan.model)
-    if scan.needs_loaded_model and not (model.wanted or model.name in services.settings.pinned):
+    settings = services.settings
+    is_kept = model.wanted or model.name in settings.pinned or settings.load_on_demand
+    if scan.needs_loaded_model and not is_kept:
         raise ModelNotLoaded(
             f"no worker is asked to hold {model.name}: POST /api/model/load first",
             model=model.name,

@@ -221,9 +221,18 @@ def test_a_field_is_called_what_the_caller_calls_it(api: httpx.Client) -> None:
     assert (error["field"], error["location"]) == ("state", "query")
 
 
-def test_a_model_that_no_worker_should_hold_is_not_scanned(api: httpx.Client, world: World) -> None:
+def test_a_scan_may_ask_for_any_registered_model(api: httpx.Client, world: World) -> None:
     world.register("shelved", weights="shelved", wanted=False)
     answer = api.post("/api/scan/activation", json={"prompt": "a", "model": "shelved"})
+    assert answer.status_code == 202
+
+
+def test_without_loading_on_demand_only_models_that_are_to_be_held_are_scanned(
+    world: World,
+) -> None:
+    world.register("shelved", weights="shelved", wanted=False)
+    with serving(msgspec.structs.replace(world.settings, load_on_demand=False)) as api:
+        answer = api.post("/api/scan/activation", json={"prompt": "a", "model": "shelved"})
     assert answer.status_code == 409
     assert answer.json()["type"] == "urn:neural-mri:problem:model-not-loaded"
     assert "/api/model/load" in answer.json()["detail"]
