@@ -8,8 +8,7 @@ import { standIns } from "./scripts/stand-ins.mjs";
 // The API that `npm run dev` talks to; the port is the service's default.
 const api = process.env["NEURAL_MRI_API"] ?? "http://127.0.0.1:8642";
 
-const FIRST =
-  /node_modules\/svelte\/|virtual:colour-maps|src\/(state|model|api|colour|words)\//;
+const FIRST = /node_modules\/svelte\/|virtual:colour-maps|src\/(state|model|api|colour|words)\//;
 const LATER = /src\/(words\/ko|model\/modes)\/|comparison|difference|api\/events/;
 
 /** Whether a module belongs to what every visit loads at first. */

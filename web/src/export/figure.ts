@@ -68,6 +68,9 @@ const EDGE = 18;
 const HEAD = 22;
 const LINE = 16;
 const NOTE = 13;
+/** Mean width of a character of a note. */
+const NOTE_CHARACTER = 5.2;
+const LONGEST_NAME = 14;
 const LEGEND = 148;
 const BAR = 14;
 const BAR_HEIGHT = 240;
@@ -80,7 +83,8 @@ export function axialFigure(figure: AxialFigure, ground: Ground): string {
   const lut = onGround(colours.lut, colours.signed, ground);
   const top = EDGE + HEAD + caption.lines.length * LINE + 6;
   const width = EDGE * 2 + layout.width + LEGEND;
-  const height = top + layout.height + caption.notes.length * NOTE + EDGE;
+  const said = wrapped(caption.notes, width);
+  const height = top + layout.height + said.length * NOTE + EDGE;
   const picture = [
     anatomy(layout, ink),
     figure.tracts.map((tract) => tractPath(tract, ground)).join(""),
@@ -96,7 +100,7 @@ export function axialFigure(figure: AxialFigure, ground: Ground): string {
     element("g", { transform: `translate(${EDGE} ${round(top)})` }, picture),
     colourBar(colours, lut, legendX, barTop, ink),
     tractLegend(figure, legendX, barTop + BAR_HEIGHT + 34, ink),
-    notes(caption.notes, height, ink),
+    notes(said, height, ink),
   ].join("");
   return document(width, height, caption.title, inside);
 }
@@ -106,14 +110,17 @@ export function sectionFigure(figure: SectionFigure, ground: Ground): string {
   const { caption, panels } = figure;
   const ink = INKS[ground];
   const top = EDGE + HEAD + caption.lines.length * LINE + 30;
-  const labels = 96;
+  const names = panels.flatMap(({ section }) => section.names.map((name) => name.length));
+  // Names stand aslant below the map: their height goes with the longest.
+  const labels = 34 + Math.min(LONGEST_NAME, Math.max(...names)) * 5;
   const heightOfCells = 300;
   const left = 46;
   const gap = 96;
   const columns = Math.max(1, ...panels.map(({ section }) => section.width));
   const panelWidth = Math.min(420, Math.max(180, columns * 22));
   const width = EDGE * 2 + left + panels.length * panelWidth + (panels.length - 1) * gap + LEGEND;
-  const height = top + heightOfCells + labels + caption.notes.length * NOTE + EDGE;
+  const said = wrapped(caption.notes, width);
+  const height = top + heightOfCells + labels + said.length * NOTE + EDGE;
   const drawn = panels.map(({ title, section, colours }, at) => {
     const x = EDGE + left + at * (panelWidth + gap);
     const lut = onGround(colours.lut, colours.signed, ground);
@@ -145,7 +152,7 @@ export function sectionFigure(figure: SectionFigure, ground: Ground): string {
       "font-size": 12,
       fill: ink.text,
     }),
-    notes(caption.notes, height, ink),
+    notes(said, height, ink),
   ].join("");
   return document(width, height, caption.title, inside);
 }
@@ -160,6 +167,20 @@ function headings(caption: Caption, ink: Ink): string {
     text(EDGE, EDGE + HEAD + 12 + at * LINE, line, { "font-size": 12.5, fill: ink.quiet }),
   );
   return title + lines.join("");
+}
+
+/** Lines no longer than the figure is wide, broken between words. */
+function wrapped(lines: readonly string[], width: number): readonly string[] {
+  const most = Math.floor((width - 2 * EDGE) / NOTE_CHARACTER);
+  return lines.flatMap((line) => {
+    const broken: string[] = [];
+    for (const word of line.split(" ")) {
+      const last = broken.at(-1);
+      if (last === undefined || last.length + 1 + word.length > most) broken.push(word);
+      else broken[broken.length - 1] = `${last} ${word}`;
+    }
+    return broken;
+  });
 }
 
 function notes(lines: readonly string[], height: number, ink: Ink): string {
@@ -254,26 +275,31 @@ function nodes({ colours, layout, paint, values }: AxialFigure, lut: Lut, ink: I
 
 /** Names beside the nodes that matter, on a plate of the ground so that tracts do not run through them. */
 function names({ layout, named, topology }: AxialFigure, ink: Ink): string {
-  const taken: { x: number; y: number; width: number }[] = [];
+  const taken: Box[] = layout.margins.map(({ label, x, y }) => {
+    const width = label.length * 6.3 + 4;
+    return { x: x - layout.maxRadius - 7 - width, y: y - 6, width, height: 12 };
+  });
   return named
     .map((node) => {
       const label = topology.labels[node] ?? "";
-      const width = label.length * 6.3 + 6;
-      const x = layout.x[node] ?? 0;
-      const y = layout.y[node] ?? 0;
-      const right = x >= layout.midline.x;
-      const at = right ? x + layout.maxRadius + 3 : x - layout.maxRadius - 3 - width;
-      const clear = !taken.some(
-        (other) => Math.abs(other.y - y) < 13 && at < other.x + other.width && other.x < at + width,
-      );
-      if (!clear) return "";
-      taken.push({ x: at, y, width });
+      const [x, y] = [layout.x[node] ?? 0, layout.y[node] ?? 0];
+      const size = { y: y - 7, width: label.length * 6.3 + 6, height: 14 };
+      const right = { ...size, x: x + layout.maxRadius + 3 };
+      const left = { ...size, x: x - layout.maxRadius - 3 - size.width };
+      const sides = x >= layout.midline.x ? [right, left] : [left, right];
+      const plate = sides.find((side) => !taken.some((other) => overlaps(side, other)));
+      if (plate === undefined) return "";
+      taken.push(plate);
       return (
-        element("rect", { x: at, y: y - 7, width, height: 14, fill: ink.ground, opacity: 0.82 }) +
-        text(at + 3, y + 4, label, { "font-size": 11, "font-weight": 600, fill: ink.text })
+        element("rect", { ...plate, fill: ink.ground, opacity: 0.82 }) +
+        text(plate.x + 3, y + 4, label, { "font-size": 11, "font-weight": 600, fill: ink.text })
       );
     })
     .join("");
+}
+
+function overlaps(a: Box, b: Box): boolean {
+  return a.x < b.x + b.width && b.x < a.x + a.width && a.y < b.y + b.height && b.y < a.y + a.height;
 }
 
 function axes(layout: Layout, topology: Topology, ink: Ink): string {
@@ -486,7 +512,7 @@ function tokenAxis(section: Section, box: Box, promptShown: boolean, ink: Ink): 
           "font-size": 10.5,
           fill: ink.text,
         },
-        words.slice(0, 14).replaceAll("&", "&amp;").replaceAll("<", "&lt;"),
+        words.slice(0, LONGEST_NAME).replaceAll("&", "&amp;").replaceAll("<", "&lt;"),
       );
     })
     .join("");

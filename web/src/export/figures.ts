@@ -209,7 +209,7 @@ function captionOf(room: Room): Caption {
   const lines = [
     acquisition === null ? "" : `${acquisition.model} @ ${brief(acquisition.revision)}`,
     prompt !== null && display.promptShown ? `“${prompt}”` : "",
-    [asked, probabilities, metric === null ? at : ""].filter((part) => part !== "").join("   "),
+    [asked, probabilities, metric === null ? at : ""].filter((part) => part !== "").join(" · "),
   ];
   const notes = [
     field?.method ?? "",

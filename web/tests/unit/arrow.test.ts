@@ -11,6 +11,7 @@ import {
   Struct,
   Table,
   Utf8,
+  type Vector,
   makeData,
   tableFromArrays,
   tableFromIPC,
@@ -76,7 +77,7 @@ test("batches that follow each other are one table", () => {
   expect(ours(bytes, "small")).toEqual([1, -1, 7, -7]);
 });
 
-function file(column: string, vector: ReturnType<typeof vectorFromArray>): ArrayBuffer {
+function file(column: string, vector: Vector): ArrayBuffer {
   return bufferOf(tableToIPC(new Table({ [column]: vector }), "file"));
 }
 

@@ -38,12 +38,25 @@ function place(): Place {
         { operation: "amplify", component: "blocks.0.attn.head_11", factor: -2.5 },
         { operation: "noise", component: "embed", sigma: 0.5, token_positions: [0, 7] },
       ],
+      [
+        { operation: "noise", component: "blocks.2.resid_mid", sigma: 2, draws: 4, seed: 11 },
+        { operation: "inject", component: "blocks.3.mlp.neuron_7", mode: "add", values: [-1.5e-7] },
+        {
+          operation: "inject",
+          component: "blocks.3.attn.head_7",
+          mode: "replace",
+          values: [0.25, -3, 1e21],
+          token_positions: [4],
+        },
+        { operation: "patch", component: "blocks.1.attn", source_prompt: "a ~ b & c = 에펠" },
+      ],
     ]),
     tracts: Math.ceil(random() * 300),
     token: Math.floor(random() * 500),
     focus: pick([null, "embed", "blocks.3.attn.head_7", "blocks.29.mlp"]),
     layout: pick(LAYOUT_NAMES),
     protocol: pick(PROTOCOL_IDS),
+    swapped: random() < 0.3,
     folded: random() < 0.3,
     zoom: random() < 0.5 ? WHOLE : clampZoom({ scale: 1 + random() * 9, x: random(), y: random() }),
     prior: {
@@ -83,7 +96,7 @@ test("the view a visitor begins with has an empty address", () => {
 
 test("an address that says nonsense shows the default, not an error", () => {
   const nonsense =
-    "hang=upside-down&zoom=4,x&prior=oracle&do=explode~blocks.1.mlp&do=zero~unembed&method=magic&tracts=-1&seq=T9&token=-3&layout=cube&panel=x&fMRI.map=mud&fMRI.scale=cube&fMRI.wl=0,1";
+    "hang=upside-down&zoom=4,x&prior=oracle&do=explode~blocks.1.mlp&do=zero~unembed&do=inject~blocks.1.mlp~add~~x&do=patch~embed&method=magic&tracts=-1&seq=T9&token=-3&layout=cube&panel=x&fMRI.map=mud&fMRI.scale=cube&fMRI.wl=0,1";
   expect(decode(nonsense)).toEqual(START);
   expect(decode("fMRI.wl=,").views.fMRI.window).toBeNull();
 });

@@ -22,7 +22,7 @@ export const leaving = {
   Page: "페이지",
   "One HTML file with the viewer and these scans in it. It opens from a disk, without a network.":
     "뷰어와 이 스캔들이 들어 있는 HTML 파일 하나. 네트워크 없이 디스크에서 열립니다.",
-  "This is such a page.": "지금 보는 것이 그런 페이지입니다.",
+  "This is a saved page.": "저장된 페이지입니다.",
   "Open a saved page": "저장한 페이지 열기",
   Recording: "녹화",
   "Records what you look at, step by step, to be played again; a saved page takes it along.":
@@ -39,5 +39,4 @@ export const leaving = {
   token: "토큰",
   layer: "레이어",
   "This page was saved without it": "이 페이지는 그것 없이 저장되었습니다",
-  "Saved page, no service": "저장된 페이지, 서비스 없음",
 } as const;

@@ -1,0 +1,117 @@
+import { createHash, randomBytes } from "node:crypto";
+
+import { expect, test } from "vitest";
+
+import { dense, densely } from "../../scripts/dense.mjs";
+import { UnreadableArchive, pack, stateHash, unpack, type Archive } from "../../src/export/archive";
+import { csvOf } from "../../src/export/csv";
+import { fileName } from "../../src/export/download";
+import { INKS, onGround } from "../../src/export/ink";
+import { sha256 } from "../../src/export/sha256";
+import { storedFetch } from "../../src/export/stored";
+import { document } from "../../src/export/svg";
+import { lut } from "../../src/colour/lut";
+import { field } from "../../src/model/field";
+import { Volume } from "../../src/model/volume";
+
+test("the digest is SHA-256's, at every length about a block", () => {
+  for (let length = 0; length < 200; length++) {
+    const bytes = randomBytes(length);
+    expect(sha256(bytes), String(length)).toBe(createHash("sha256").update(bytes).digest("hex"));
+  }
+});
+
+test("bytes come back out of a page's text, which HTML reads as it stands", () => {
+  for (let length = 0; length < 500; length++) {
+    const bytes = new Uint8Array(randomBytes(length));
+    const text = densely(bytes);
+    expect(dense(text)).toEqual(bytes);
+    expect(text).not.toMatch(/[\0\r<]/);
+    expect(Buffer.byteLength(text)).toBe(text.length);
+  }
+});
+
+const ARCHIVE: Archive = {
+  fragment: "seq=fMRI&prompt=%ED%95%9C%EA%B5%AD%EC%96%B4",
+  savedAt: "2026-11-23T14:32:05.120Z",
+  recording: [{ milliseconds: 0, fragment: "seq=T1" }],
+  answers: [
+    { request: "GET /api/models", type: "application/json", body: new TextEncoder().encode("[]") },
+    {
+      request: "GET /api/jobs/1/result/tokens",
+      type: "application/vnd.apache.arrow.file",
+      body: new Uint8Array(randomBytes(100_000)),
+    },
+  ],
+};
+
+test("a viewing comes back as it was packed, byte for byte", async () => {
+  expect(await unpack(await pack(ARCHIVE))).toEqual(ARCHIVE);
+});
+
+test("what was cut short is refused in words", async () => {
+  const text = await pack(ARCHIVE);
+  await expect(unpack(text.slice(0, 2000))).rejects.toThrow(UnreadableArchive);
+  await expect(unpack("")).rejects.toThrow(/not a page that was saved here/);
+});
+
+test("the state's hash knows the numbers and the view, and not who saved it when", () => {
+  const hash = stateHash(ARCHIVE);
+  expect(stateHash({ ...ARCHIVE, answers: ARCHIVE.answers.toReversed() })).toBe(hash);
+  expect(stateHash({ ...ARCHIVE, fragment: "seq=T2" })).not.toBe(hash);
+  const changed = ARCHIVE.answers.map((answer) => ({ ...answer, body: answer.body.slice() }));
+  const table = changed[1];
+  if (table !== undefined) table.body[77] = (table.body[77] ?? 0) ^ 1;
+  expect(stateHash({ ...ARCHIVE, answers: changed })).not.toBe(hash);
+});
+
+test("a saved page answers what it holds, and refuses the rest as the service would", async () => {
+  const stored = storedFetch(ARCHIVE, "This page was saved without it");
+  const answer = await stored("/api/models");
+  expect([answer.status, await answer.text()]).toEqual([200, "[]"]);
+  const refused = await stored("/api/scan/activation", { method: "POST" });
+  expect(refused.status).toBe(404);
+  expect(await refused.json()).toMatchObject({ title: "This page was saved without it" });
+});
+
+test("rows keep every digit, and leave empty what was not measured", () => {
+  const values = Float32Array.of(Math.PI, NaN, -0.1, 1e-30);
+  const quantity = field({
+    id: "activity",
+    title: "Activity",
+    unit: "L2 norm",
+    method: "",
+    volume: new Volume(["blocks.3.attn.head_7", "embed"], 2, values),
+    map: "inferno",
+  });
+  const tokens = [" a,b", '"'].map((text, position) => ({ position, id: 0, text, sink: false }));
+  const rows = csvOf(quantity, tokens).trimEnd().split("\r\n");
+  expect(rows[0]).toBe("component,kind,layer,head,position,token,value,unit");
+  expect(rows[1]).toBe(`blocks.3.attn.head_7,head,3,7,0," a,b",${Math.fround(Math.PI)},L2 norm`);
+  expect(rows[2]).toBe('blocks.3.attn.head_7,head,3,7,1,"""",,L2 norm');
+  expect(Math.fround(Number(rows[4]?.split(",").at(-2)))).toBe(values[3]);
+});
+
+test("on paper nothing stays white, and either direction darkens evenly from it", () => {
+  const paper = onGround(lut("green-violet"), true, "paper");
+  const light = (index: number) =>
+    0.2126 * (paper[index * 3] ?? 0) +
+    0.7152 * (paper[index * 3 + 1] ?? 0) +
+    0.0722 * (paper[index * 3 + 2] ?? 0);
+  expect(light(127)).toBeGreaterThan(240);
+  for (let index = 128; index < 255; index++)
+    expect(light(index + 1)).toBeLessThanOrEqual(light(index));
+  for (let index = 127; index > 0; index--)
+    expect(light(index - 1)).toBeLessThanOrEqual(light(index));
+  expect(onGround(lut("inferno"), false, "paper")).toBe(lut("inferno"));
+  expect(INKS.paper.ground).toBe("#ffffff");
+});
+
+test("a figure's words are escaped, whatever the prompt was", () => {
+  const svg = document(10, 10, `</title><script>"&`, "");
+  expect(svg).toContain("<title>&lt;/title&gt;&lt;script&gt;&quot;&amp;</title>");
+});
+
+test("a file's name says what is in it, in any script", () => {
+  expect(fileName(["fMRI", "L3H7 · 토큰/4"], "svg")).toBe("neural-mri-fMRI-L3H7-토큰-4.svg");
+});
