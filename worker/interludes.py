@@ -1,10 +1,10 @@
 """Short scans between the chunks of a long one.
 
-A long scan pauses many times a second, between chunks, with nothing of its own on the model. Then what waits
-may be let in: scans of a person who is looking, each at most a quarter of the work of the one they
-interrupt. They run on the same thread, as jobs of their own, before the pause returns. How much of its time
-a scan lends is its lane's to say: it takes back its share before it lends again, so that no flood of short
-scans keeps it from its end.
+A long scan pauses many times a second, between chunks or between two layers of a forward, with nothing of
+its own listening to the model. Then what waits may be let in: scans of a person who is looking, each at most
+a quarter of the work of the pass they interrupt. They run on the same thread, as jobs of their own, before
+the pause returns. How much of its time a scan lends is its lane's to say: it takes back its share before it
+lends again, so that no flood of short scans keeps it from its end.
 """
 
 import math
@@ -34,6 +34,17 @@ SHORT = 0.25
 log = structlog.get_logger(__name__)
 
 
+def _most_cost(together: Sequence[Job]) -> float:
+    """Work of the longest scan that may interrupt a pass of these jobs."""
+    if not all(job.tokens for job in together):
+        return (
+            math.inf
+        )  # a load, a calibration: what reads no prompt does not say how long it takes
+    if len(together) > 1 and any(job.lane is Lane.INTERACTIVE for job in together):
+        return 0.0  # who comes meanwhile shares the next pass, which is cheaper for all
+    return SHORT * sum(job.estimated_cost for job in together)
+
+
 class Interludes:
     """What one pass lends of its time."""
 
@@ -56,15 +67,15 @@ class Interludes:
         self._owner = owner
         self._residency = residency
         self._run = run
-        job = holdings[0].job
-        # What reads no prompt (a load, a calibration) says nothing of how long it takes.
-        self._most = SHORT * job.estimated_cost if job.tokens else math.inf
-        self._own_share = LANE_WEIGHTS[job.lane] / LANE_WEIGHTS[Lane.INTERACTIVE]
+        together = [holding.job for holding in holdings]
+        self._most = _most_cost(together)
+        weight = max(LANE_WEIGHTS[job.lane] for job in together)
+        self._own_share = weight / LANE_WEIGHTS[Lane.INTERACTIVE]
         self._look_at = time.monotonic() + LOOK_SECONDS
 
     def pause(self) -> None:
         """Let in what waits, if it is time to look. Raises what the holdings' `check` does."""
-        if time.monotonic() < self._look_at:
+        if not self._most or time.monotonic() < self._look_at:
             return
         lent, began = 0.0, time.time()
         if claimed := self._claimed():

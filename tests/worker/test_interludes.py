@@ -76,6 +76,7 @@ LONG: dict[str, tuple[Scan, Operands]] = {
         Operands(prompts={"text": read(*(3 + 7 * place % 50 for place in range(1200)))}),
     ),
     "weights": (WeightScan(model="tiny"), Operands()),
+    "forward": (ActivationScan(prompt=WORDS, model="tiny"), Operands()),
 }
 
 
@@ -280,6 +281,28 @@ def test_only_what_is_short_and_waited_for_is_let_in(
         bench.attempts().take(bench.queue)
     assert bench.now(long).state is S.SUCCEEDED
     assert [bench.now(job).state for job in refused] == [S.QUEUED] * 4
+
+
+@pytest.mark.parametrize(("lane", "lends"), [(Lane.BATCH, True), (Lane.INTERACTIVE, False)])
+def test_a_forward_that_many_share_is_interrupted_where_nobody_waits_for_it(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch, lane: Lane, *, lends: bool
+) -> None:
+    """Who waits like those who share it shares the next one with others: that costs all less."""
+    bench = holding_tiny
+    mates = [
+        bench.submit(SHORT, tokens=read(*range(3 + number, 9 + number)), lane=lane, owner="bob")
+        for number in range(8)
+    ]
+    short: list[Job] = []
+
+    def somebody_asks(pause: int) -> None:
+        if pause == 0:
+            short.append(bench.submit(SHORT, n_tokens=5))
+
+    with at_each_pause(monkeypatch, somebody_asks):
+        assert bench.attempts().take(bench.queue) == len(mates)
+    assert {bench.now(job).state for job in mates} == {S.SUCCEEDED}
+    assert bench.now(short[0]).state is (S.SUCCEEDED if lends else S.QUEUED)
 
 
 def test_a_short_one_that_fails_takes_no_other_along(

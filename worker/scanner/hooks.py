@@ -2,23 +2,45 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ("Reader", "hooked", "tensor_in", "tensor_out")
+__all__ = ("Reader", "hooked", "set_aside", "tensor_in", "tensor_out")
 
 Reader = Callable[[nn.Module, tuple[Any, ...], Any], None]
 """Called with a module, its positional arguments and its output."""
 
 
+class _Awake:
+    """Whose readers are called now. Models run on one thread alone."""
+
+    now: object = None
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """While the block runs no reader that is in place is called: another's forward may run on its model."""
+    before, _Awake.now = _Awake.now, object()
+    try:
+        yield
+    finally:
+        _Awake.now = before
+
+
 @contextmanager
 def hooked(*readers: tuple[nn.Module, Reader]) -> Iterator[None]:
     """Call each reader whenever its module has run. All are gone afterwards, whatever happened."""
-    handles = []
+    mine, handles = _Awake.now, []
+
+    def call(reader: Reader, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if _Awake.now is mine:
+            reader(module, args, output)
+
     try:
         for module, reader in readers:
-            handles.append(module.register_forward_hook(reader))
+            handles.append(module.register_forward_hook(partial(call, reader)))
         yield
     finally:
         for handle in handles:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.events import LayerFrame
 from neural_mri.contract.scans import ActivationScan
-from worker.scanner.hooks import Reader, hooked, tensor_in, tensor_out
+from worker.scanner.hooks import Reader, hooked, set_aside, tensor_in, tensor_out
 from worker.scanner.layer_summaries import LayerTensors, Part, Summaries
 from worker.scanner.listening import Cancelled, Listener
 from worker.scanner.loading import LoadedModel
@@ -150,13 +150,14 @@ class Reading:
     def _stop_where_all_should(self) -> None:
         """A forward that several prompts share goes on while anybody waits for it."""
         stopped = None
-        for listener in self._listeners:
-            try:
-                listener.checkpoint()
-            except Cancelled as cancelled:
-                stopped = cancelled
-            else:
-                return
+        with set_aside():
+            for listener in self._listeners:
+                try:
+                    listener.pause()
+                except Cancelled as cancelled:
+                    stopped = cancelled
+                else:
+                    return
         if stopped is not None:
             raise stopped
 

@@ -31,7 +31,7 @@ class Listener(Protocol):
         """Raises `Cancelled` when the scan should go no further."""
 
     def pause(self) -> None:
-        """The same between two steps, when no hook of the scan's is on any model.
+        """The same between two steps, when no hook of the scan's is on any model, or none is heeded.
 
         Another scan may run before it returns, of this model too.
         """
