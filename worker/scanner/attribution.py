@@ -8,7 +8,6 @@ straight line from the corrupt prompt's embeddings to the clean one's, where a s
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,8 @@ from worker.scanner.runs import Run, embedded, record
 
 __all__ = ("Differentiated", "StraightPath", "differentiate", "estimates", "in_metric", "slope")
 
+_LARGE_MAP = 1 << 19
+"""Weights of a linear map whose gradient is worth a function of its own."""
 _PATH_TOKENS = 4096
 """Tokens of a path that are differentiated together."""
 
@@ -156,8 +157,8 @@ class _LeadingRows(torch.autograd.Function):
 def _going_back_along(model: LoadedModel, rows: int | None, *, of: int) -> Iterator[None]:
     """The next forward's graph leads back along the first rows alone, where that is less than all.
 
-    Most of a backward pass is spent in the blocks' linear maps; what lies between them goes back along
-    zeros.
+    Most of a backward pass is spent in the blocks' large linear maps; what lies between them goes back along
+    zeros, and so do small maps, where a few more rows cost less than a call into Python.
     """
     if rows is None or rows == of:
         yield
@@ -166,7 +167,7 @@ def _going_back_along(model: LoadedModel, rows: int | None, *, of: int) -> Itera
         module
         for block in model.modules.blocks
         for module in block.block.modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and module.weight.numel() >= _LARGE_MAP
     ]
 
     def forward_of(module: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -286,52 +287,56 @@ def estimates(
     The gradient is the mean over the rows of `path`: the clean run alone, or a `StraightPath`. The effect is
     one on what was differentiated.
     """
-    places = [_Place(component.kind, component.layer or 0) for component in components]
-    distinct = list(dict.fromkeys(places))
+    layers = {
+        kind: sorted({c.layer or 0 for c in components if c.kind is kind})
+        for kind in dict.fromkeys(component.kind for component in components)
+    }
     n_rows = 0
     summed = torch.zeros(())
     for part in path:
         n_rows += len(part.gradients.embed)
         # Brought to the processor together: on a GPU each transfer waits for what was queued before it.
-        found = [_at(place, clean, replacements, part.gradients) for place in distinct]
+        found = [
+            _of_kind(kind, of_kind, clean, replacements, part.gradients)
+            for kind, of_kind in layers.items()
+        ]
         summed = summed + torch.cat(found).cpu()
-    sizes = [
-        len(clean.z[0][0, 0]) // replacements.d_head if place.kind is Kind.HEAD else 1
-        for place in distinct
-    ]
-    begins = dict(zip(distinct, accumulate(sizes, initial=0), strict=False))
-    rows = [
-        begins[place] + (component.index or 0)
-        for place, component in zip(places, components, strict=True)
-    ]
-    return summed[rows] / n_rows
+    n_heads = clean.z[0].shape[-1] // replacements.d_head
+    rows: dict[Component, int] = {}
+    for kind, of_kind in layers.items():
+        indices = range(n_heads) if kind is Kind.HEAD else (None,)
+        for layer in of_kind:
+            for index in indices:
+                rows[Component(kind, None if kind is Kind.EMBED else layer, index)] = len(rows)
+    return summed[[rows[component] for component in components]] / n_rows
 
 
-class _Place(NamedTuple):
-    """A layer's heads, or the one component of that kind and layer."""
+def _of_kind(
+    kind: Kind,
+    layers: Sequence[int],
+    clean: Run,
+    replacements: Replacements,
+    gradients: Gradients,
+) -> Float[Tensor, " layer_by_index"]:
+    """Estimates of all components of a kind in some layers, summed over the rows of the gradients.
 
-    kind: Kind
-    layer: int
-
-
-def _at(
-    place: _Place, clean: Run, replacements: Replacements, gradients: Gradients
-) -> Float[Tensor, " index"]:
-    """Estimates at one place, summed over the rows of the gradients."""
-    layer = place.layer
-    match place.kind:
+    Stacked first: a small model has so many layers that their operations are what takes time.
+    """
+    match kind:
         case Kind.HEAD:
-            old, new, found = clean.z[layer], replacements.z[layer], gradients.z[layer]
+            old, new, found = clean.z, replacements.z, gradients.z
         case Kind.ATTN:
-            old, new, found = clean.attn[layer], replacements.attn[layer], gradients.attn[layer]
+            old, new, found = clean.attn, replacements.attn, gradients.attn
         case Kind.MLP:
-            old, new, found = clean.mlp[layer], replacements.mlp[layer], gradients.mlp[layer]
+            old, new, found = clean.mlp, replacements.mlp, gradients.mlp
         case Kind.EMBED:
-            old, new, found = clean.resid_pre[0], replacements.embed, gradients.embed
+            old, new, found = clean.resid_pre[:1], (replacements.embed,), (gradients.embed,)
         case _:
-            raise ValueError(f"{place.kind} is no component that a circuit is made of")
+            raise ValueError(f"{kind} is no component that a circuit is made of")
     kept = slice(replacements.start, None)
-    difference = new.float() - old[0, kept].float()
-    product = (difference * found[:, kept].float().sum(0)).sum(0)
-    width = replacements.d_head if place.kind is Kind.HEAD else len(product)
-    return product.view(-1, width).sum(-1)
+    difference = torch.stack([new[layer] for layer in layers]).float()
+    difference -= torch.stack([old[layer][0, kept] for layer in layers]).float()
+    slopes = torch.stack([found[layer][:, kept] for layer in layers]).float().sum(1)
+    products = (difference * slopes).sum(1)
+    width = replacements.d_head if kind is Kind.HEAD else products.shape[-1]
+    return products.view(len(layers), -1, width).sum(-1).flatten()
