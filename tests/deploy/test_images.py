@@ -73,7 +73,7 @@ def test_packages_are_installed_under_the_versions_that_were_tried_together() ->
 def test_the_apis_image_has_no_torch() -> None:
     recipe = next(path for path in RECIPES if path.stem == "api")
     (extras,) = re.findall(r"'\.\[([\w,]+)\]'", recipe.read_text())
-    assert extras == "api,postgresql,s3"
+    assert extras == "api,postgresql,s3,traces"
 
 
 def test_services_are_built_by_recipes_that_exist() -> None:
