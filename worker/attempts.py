@@ -25,7 +25,7 @@ from neural_mri.backing.faults import crash_point
 from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
-from neural_mri.backing.storage import SavedResult, Store, Unsaved
+from neural_mri.backing.storage import SavedResult, Store, StoreUnavailable, Unsaved
 from neural_mri.backing.tracing import Span
 from neural_mri.contract.events import Artifact
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
@@ -48,6 +48,9 @@ from worker.traces import Traces
 __all__ = ("Attempts", "Intake", "InternalError", "OutOfMemory")
 
 DATABASE_PAUSE_SECONDS = 0.5
+STORE_PAUSE_SECONDS = 0.5
+STORE_SECONDS = 60.0
+"""How long a result may wait for a store that does not take it."""
 NO_MANIFESTS: Mapping[UUID, str] = MappingProxyType({})
 
 T = TypeVar("T")
@@ -275,9 +278,7 @@ class Attempts:
         wanted = [each for each in holdings if self._guarded(each, Holding.check)]
         storing = self._moved(wanted, JobState.STORING)
         with self._traces.part("store", [holding.job for holding in storing]):
-            stored = storage.save_results(
-                self._store, [self._unsaved(each, results[each.job.id]) for each in storing]
-            )
+            stored = self._stored(storing, results)
         crash_point("worker.named")
         saved = {}
         for holding, result in zip(storing, stored, strict=True):
@@ -295,6 +296,33 @@ class Attempts:
                 self._outbox.post(ended.id, Artifact(table=ref.name, url=url, bytes=ref.bytes))
             self._tell(ended)
         crash_point("worker.succeeded")
+
+    def _stored(
+        self, holdings: Sequence[Holding], results: Mapping[UUID, Scanned]
+    ) -> list[SavedResult | Exception]:
+        """What became of storing each job's result, if the store takes it within `STORE_SECONDS`.
+
+        A disk that is full for a moment, or a bucket that is away, costs no scan what it has measured.
+        """
+        stored: dict[UUID, SavedResult | Exception] = {}
+        left, give_up_at = list(holdings), time.monotonic() + STORE_SECONDS
+        while left:
+            saved = storage.save_results(
+                self._store, [self._unsaved(each, results[each.job.id]) for each in left]
+            )
+            stored |= {each.job.id: one for each, one in zip(left, saved, strict=True)}
+            left = [each for each in left if isinstance(stored[each.job.id], StoreUnavailable)]
+            if not left or time.monotonic() > give_up_at:
+                break
+            log.warning("store_awaited", jobs=len(left), error=str(stored[left[0].job.id]))
+            time.sleep(STORE_PAUSE_SECONDS)
+            for holding in tuple(left):
+                try:
+                    holding.check()
+                except Cancelled as stopped:
+                    stored[holding.job.id] = stopped
+                    left.remove(holding)
+        return [stored[each.job.id] for each in holdings]
 
     def _unsaved(self, holding: Holding, scanned: Scanned) -> Unsaved:
         job = holding.job

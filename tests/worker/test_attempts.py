@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import structlog
@@ -234,6 +234,62 @@ def test_a_database_that_is_away_for_a_moment_costs_no_result(
     holding_tiny.attempts().take(holding_tiny.queue)
     assert holding_tiny.now(job).state is JobState.SUCCEEDED
     assert list(refusals) == []
+
+
+class Full:
+    """A store that has no room for some writes."""
+
+    def __init__(self, store: Store, refusals: int) -> None:
+        self._store = store
+        self.refusals = refusals
+
+    def put(self, path: str, body: bytes) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise storage.StoreFull(f"{path} was not stored: no room", path=path)
+        self._store.put(path, body)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_store_that_is_full_for_a_moment_costs_no_result(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STORE_PAUSE_SECONDS", 0.05)
+    store = Full(holding_tiny.store, refusals=5)
+    job = holding_tiny.submit(PROMPT)
+    holding_tiny.attempts(store).take(holding_tiny.queue)
+    assert holding_tiny.now(job).state is JobState.SUCCEEDED
+    assert store.refusals == 0
+
+
+def test_a_store_that_stays_full_fails_the_job_and_says_why(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STORE_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "STORE_SECONDS", 0.2)
+    job = holding_tiny.submit(PROMPT)
+    holding_tiny.attempts(Full(holding_tiny.store, refusals=10**6)).take(holding_tiny.queue)
+    done = holding_tiny.now(job)
+    assert (done.state, done.manifest) == (JobState.FAILED, None)
+    assert done.problem is not None
+    assert done.problem["type"] == "urn:neural-mri:problem:store-full"
+
+
+def test_a_job_that_waits_for_the_store_can_be_cancelled(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STORE_PAUSE_SECONDS", 0.05)
+    job = holding_tiny.submit(PROMPT)
+
+    def ask() -> None:
+        holding_tiny.sessions.write(jobs.request_cancel, job.id)
+        Publisher(holding_tiny.redis, holding_tiny.settings).flag_cancel(job.id)
+
+    full = Full(holding_tiny.store, refusals=10**6)
+    holding_tiny.attempts(Interrupting(cast("Store", full), ask)).take(holding_tiny.queue)
+    assert holding_tiny.now(job).state is JobState.CANCELLED
 
 
 def test_loading_makes_a_model_ready_wanted_and_heard_of(bench: Bench) -> None:
