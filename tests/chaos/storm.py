@@ -36,6 +36,7 @@ class Storm(NamedTuple):
     hosts: int = 1
     workers: int = 2
     seed: int = 0
+    lease_seconds: float = LEASE_SECONDS
     quiet_seconds: float = 180.0
     """How long the calm may last before a job counts as lost."""
 
@@ -119,7 +120,7 @@ def staged(storm: Storm) -> Iterator[Stage]:
             pinned_models="tiny",
             device="cpu",
             threads=1,
-            lease_seconds=LEASE_SECONDS,
+            lease_seconds=storm.lease_seconds,
             reaper_interval_seconds=0.1,
             max_queued_jobs=1_000_000,
             log_format="json",
