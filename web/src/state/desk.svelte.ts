@@ -2,10 +2,16 @@
 import type { Client } from "../api/client";
 import type { Archive } from "../export/archive";
 import type { Recorder } from "../export/recording.svelte";
+import type { KeyMap } from "./keymaps";
+import type { Action } from "./keys";
+
+const KEYS_REMEMBERED = "neural-mri.keys";
 
 export class Desk {
   readonly #client: Client;
   exporting = $state(false);
+  /** What keys mean beside their own meaning, where somebody chose other ones. */
+  keys = $state.raw<ReadonlyMap<string, Action>>(new Map());
   touring = $state(false);
   /** Made when something is first recorded, or comes with a saved page. */
   recorder = $state.raw<Recorder | null>(null);
@@ -22,9 +28,32 @@ export class Desk {
   async open(saved: Archive | null, reopen: (archive: Archive) => void): Promise<void> {
     this.saved = saved;
     this.reopen = reopen;
+    void this.#rememberKeys();
     if (saved !== null && saved.recording.length > 0) {
       const recorder = await this.recording();
       recorder.steps = saved.recording;
+    }
+  }
+
+  /** The keys somebody chose before. Few did, so the maps are fetched for them alone. */
+  async #rememberKeys(): Promise<void> {
+    let chosen: string | null = null;
+    try {
+      chosen = localStorage.getItem(KEYS_REMEMBERED);
+    } catch {
+      // A browser may forbid storage: the keys are then the viewer's own.
+    }
+    if (chosen === null) return;
+    const { keyMap } = await import("./keymaps");
+    this.keys = keyMap(chosen).differs;
+  }
+
+  chooseKeys({ id, differs }: KeyMap): void {
+    this.keys = differs;
+    try {
+      localStorage.setItem(KEYS_REMEMBERED, id);
+    } catch {
+      // As when remembering.
     }
   }
 

@@ -45,6 +45,7 @@ export type Action =
   | "farther"
   | "region"
   | "mark"
+  | "swap"
   | "cine-axis"
   | "previous-protocol"
   | "next-protocol"
@@ -112,6 +113,7 @@ export const BINDINGS: readonly Binding[] = [
     about: title,
     group: "Hanging" as const,
   })),
+  { keys: ["v"], action: "swap", about: "Larger planes, or a larger picture", group: "Hanging" },
   { keys: ["<"], action: "previous-protocol", about: "Hanging before", group: "Hanging" },
   { keys: [">"], action: "next-protocol", about: "Hanging after", group: "Hanging" },
   { keys: ["l"], action: "layout", about: "Next layout", group: "View" },
@@ -139,11 +141,17 @@ export interface Pressed {
 }
 
 /** What a key press means, or null. Chords with Ctrl, Alt or Meta belong to the browser. */
-export function actionOf(press: Pressed): Action | null {
+export function actionOf(
+  press: Pressed,
+  differs: ReadonlyMap<string, Action> = new Map(),
+): Action | null {
   if (press.ctrlKey || press.altKey || press.metaKey) return null;
+  const meaning = (key: string) => differs.get(key) ?? byKey.get(key) ?? null;
   const letter = /^[a-z]$/i.test(press.key);
-  if (!letter) return byKey.get(press.key) ?? null;
-  return byKey.get((press.shiftKey ? "Shift+" : "") + press.key.toLowerCase()) ?? null;
+  const shift = press.shiftKey ? "Shift+" : "";
+  if (letter) return meaning(shift + press.key.toLowerCase());
+  // Shift makes another sign of a sign; with an arrow it means something only where it is asked for.
+  return (press.shiftKey ? differs.get(shift + press.key) : null) ?? meaning(press.key);
 }
 
 /** A key as a person reads it. */

@@ -1,6 +1,7 @@
 import { expect, test } from "vitest";
 
 import { SEQUENCES } from "../../src/model/sequences";
+import { KEY_MAPS, keyMap, keysOf, unreachable } from "../../src/state/keymaps";
 import { BINDINGS, actionOf, keyCap, type Pressed } from "../../src/state/keys";
 
 function press(key: string, modifiers: Partial<Pressed> = {}): Pressed {
@@ -41,4 +42,22 @@ test("keys are shown as they are printed", () => {
   expect(keyCap(" ")).toBe("Space");
   expect(keyCap("Shift+o")).toBe("Shift O");
   expect(keyCap("ArrowUp")).toBe("↑");
+});
+
+test("every action has a key in every key map, and no key two meanings", () => {
+  for (const map of KEY_MAPS) {
+    expect(unreachable(map), map.id).toEqual([]);
+    const keys = BINDINGS.flatMap((binding) => keysOf(binding, map));
+    expect(new Set(keys).size, map.id).toBe(keys.length);
+  }
+});
+
+test("a reading room's keys: up and down scroll the stack, c plays, Shift moves the crosshair", () => {
+  const { differs } = keyMap("ohif");
+  const press = (key: string, shiftKey = false) =>
+    actionOf({ key, shiftKey, ctrlKey: false, altKey: false, metaKey: false }, differs);
+  expect(press("ArrowDown")).toBe("next-token");
+  expect(press("ArrowDown", true)).toBe("down");
+  expect(press("c")).toBe("play");
+  expect(press("1")).toBe("sequence:T1");
 });

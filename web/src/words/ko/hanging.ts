@@ -34,7 +34,7 @@ export const hanging = {
   Layout: "레이아웃",
   Zoom: "확대 배율",
   "The whole picture": "전체 영상",
-  folded: "접힘",
+  fold: "접힘",
   Coronal: "관상면",
   "layer {n}": "레이어 {n}",
   "head {n}": "헤드 {n}",

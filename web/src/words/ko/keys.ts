@@ -1,5 +1,12 @@
 /** What each key does. */
 export const keys = {
+  "The viewer's own keys": "뷰어 기본 단축키",
+  "Keys of OHIF, a reading room's": "판독실 뷰어 OHIF의 단축키",
+  Keys: "단축키",
+  "Reading a scan": "스캔 읽기",
+  "Drag over the picture for window and level: sideways for contrast, up and down for brightness. Double-click for the automatic window, which leaves attention sinks out. Hover reads the nearest component, a click locks it, Shift holds what is hovered, the wheel steps through the tokens.":
+    "그림 위에서 끌면 윈도와 레벨이 바뀝니다. 좌우는 대비, 상하는 밝기입니다. 두 번 클릭하면 어텐션 싱크를 제외한 자동 윈도가 됩니다. 가리키면 가장 가까운 컴포넌트를 읽고, 클릭하면 고정하며, Shift는 가리킨 것을 붙잡고, 휠은 토큰을 옮깁니다.",
+  "Single letters and signs are shortcuts": "글자와 기호 하나로 된 단축키 사용",
   Crosshair: "십자선",
   "Window and level": "윈도와 레벨",
   View: "보기",
