@@ -1,6 +1,7 @@
 """What handlers are given: the services of this process, and whose request it is."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Concatenate, ParamSpec, Self, TypeVar
@@ -18,7 +19,7 @@ from neural_mri.backing.access import LOCAL, load_pepper
 from neural_mri.backing.audit import Deed
 from neural_mri.backing.broker import AsyncRedis, connect_async
 from neural_mri.backing.database import AsyncSessions, async_sessions
-from neural_mri.backing.events import AsyncPublisher
+from neural_mri.backing.events import AsyncPublisher, change_of
 from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.queue import TicketSender
@@ -55,6 +56,8 @@ class Services:
     """Whose request it is: whatever is read by its id must be theirs."""
     errands: set[asyncio.Task[None]] = field(default_factory=set)
     """What is being told while its request has been answered already."""
+    untold: list[Job] = field(default_factory=list)
+    """Jobs that are to be told of next."""
     under_way: dict[tuple[str, str], UUID] = field(default_factory=dict)
     """Jobs that requests which only read have made, by owner and scan key."""
 
@@ -120,18 +123,28 @@ class Services:
 
     def announce(self, job: Job) -> None:
         """Tell of a job's state, and of work where it waits; nobody waits for it to be told."""
-        task = asyncio.create_task(self._tell(job))
-        self.errands.add(task)
-        task.add_done_callback(self.errands.discard)
+        self.untold.append(job)
+        if all(errand.done() for errand in self.errands):
+            errand = asyncio.create_task(self._tell())
+            self.errands.add(errand)
+            errand.add_done_callback(self.errands.discard)
 
-    async def _tell(self, job: Job) -> None:
-        if job.leader is not None and job.state is JobState.QUEUED:
-            return  # its leader has a ticket, and events
-        # Neither raises; what is lost here the reaper makes good. In this order, so that no worker can
-        # tell of the job before its first event stands.
-        await self.publisher.announce(job)
-        if job.state is JobState.QUEUED:
-            await self.tickets.send(job.queue)
+    async def _tell(self) -> None:
+        """Tell of what is untold, and by the next round trips of what gathers meanwhile."""
+        while self.untold:
+            told = [
+                job
+                for job in self.untold
+                # A follower's leader has a ticket, and events.
+                if job.leader is None or job.state is not JobState.QUEUED
+            ]
+            self.untold.clear()
+            # Neither raises; what is lost here the reaper makes good. In this order, so that no worker can
+            # tell of a job before its first event stands.
+            await self.publisher.publish_all([(job.id, change_of(job)) for job in told])
+            waiting = Counter(job.queue for job in told if job.state is JobState.QUEUED)
+            for queue, count in waiting.items():
+                await self.tickets.send(queue, count)
 
     async def close(self) -> None:
         """Finish the errands and close every connection."""

@@ -30,7 +30,12 @@ CONNECT_SECONDS = 1.0
 ANSWER_SECONDS = 1.0
 
 _OPTIONS: Mapping[str, Any] = MappingProxyType(
-    {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": ANSWER_SECONDS}
+    {
+        "socket_connect_timeout": CONNECT_SECONDS,
+        "socket_timeout": ANSWER_SECONDS,
+        # Whose name and version nobody reads there: to look them up takes a millisecond a connection.
+        "driver_info": None,
+    }
 )
 
 

@@ -64,7 +64,7 @@ class Told(NamedTuple):
     """An event, and whose it is."""
 
     job_id: UUID
-    event: Event | SessionEvent
+    event: Event
 
 
 class _Outage:
@@ -143,15 +143,18 @@ class AsyncPublisher:
 
     async def publish(self, job_id: UUID, event: Event | SessionEvent) -> None:
         """Append an event, of a session's stream under the session's id. Never raises for Redis."""
-        if self._outage.is_now():
+        await self.publish_all(((job_id, event),))
+
+    async def publish_all(self, told: Sequence[tuple[UUID, Event | SessionEvent]]) -> None:
+        """Append events, in order, by one round trip. Never raises for Redis."""
+        if not told or self._outage.is_now(len(told)):
             return
         pipeline = self._redis.pipeline(transaction=False)
-        told = (Told(job_id, event),)
         _append(pipeline, told, length=self._length, seconds=self._seconds)
         try:
             await pipeline.execute()
         except AWAY as error:
-            self._outage.begin(error)
+            self._outage.begin(error, len(told))
         else:
             self._outage.end()
 
@@ -167,7 +170,9 @@ class AsyncPublisher:
             self._outage.begin(error)
 
 
-def _append(pipeline: Any, told: Sequence[Told], *, length: int, seconds: int) -> None:
+def _append(
+    pipeline: Any, told: Sequence[tuple[UUID, Event | SessionEvent]], *, length: int, seconds: int
+) -> None:
     for job_id, event in told:
         fields = {"k": event_name(event), "d": encode_event(event)}
         pipeline.xadd(keys.event_stream(job_id), fields, maxlen=length, approximate=True)
