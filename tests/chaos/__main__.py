@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--quiet-seconds", type=float, default=180.0)
+    parser.add_argument("--minutes", type=float, default=600.0, help="ask no more after so long")
     asked = parser.parse_args()
     storm = Storm(
         jobs=asked.jobs,
@@ -31,6 +32,7 @@ def main() -> int:
         workers=asked.workers,
         seed=asked.seed,
         quiet_seconds=asked.quiet_seconds,
+        minutes=asked.minutes,
     )
     print(f"seed {asked.seed}: {storm}", flush=True)  # noqa: T201
     report = weather(storm, tell=lambda line: print(line, flush=True))  # noqa: T201

@@ -39,6 +39,8 @@ class Storm(NamedTuple):
     lease_seconds: float = LEASE_SECONDS
     quiet_seconds: float = 180.0
     """How long the calm may last before a job counts as lost."""
+    minutes: float = 600.0
+    """How long the storm may last: what has not been asked by then is not asked."""
 
 
 class Stage(NamedTuple):
@@ -172,6 +174,9 @@ def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Repor
         load.start()
         told = 0.0
         while not load.is_over():
+            if time.monotonic() - began > 60 * storm.minutes:
+                tell("the time is up")
+                break
             under_way = _unfinished(witness)
             if under_way is not None:
                 load.hold_back(under_way)
@@ -186,9 +191,10 @@ def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Repor
                     f"{sum(faults.done.values())} faults"
                 )
             time.sleep(0.02)
-        while sum(faults.done.values()) < storm.faults:
+        while load.is_over() and sum(faults.done.values()) < storm.faults:
             faults.one()
             time.sleep(0.1)
+        load.stop()
         faults.settle()
         calm = time.monotonic()
         while _unfinished(witness) != 0 and time.monotonic() - calm < storm.quiet_seconds:
