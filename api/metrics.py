@@ -3,6 +3,7 @@
 Labels are routes by their template, models, kinds, lanes: never an id, a user or a text.
 """
 
+from collections import Counter as Counted
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from neural_mri.backing.events import WorkerBeat
 from neural_mri.backing.records import Job
 from neural_mri.contract.cluster import QueueLoad
 from neural_mri.contract.jobs import JobState
@@ -88,7 +90,8 @@ class Now(NamedTuple):
     """What is looked up when the metrics are asked for; None is what could not be."""
 
     loads: Sequence[QueueLoad] | None
-    workers: int | None
+    workers: Sequence[WorkerBeat] | None
+    """Those heard of lately."""
     readers: int
 
     def collect(self) -> Iterator[Metric]:
@@ -102,8 +105,9 @@ class Now(NamedTuple):
         )
         if self.workers is not None:
             yield GaugeMetricFamily(
-                "neural_mri_workers", "Workers heard of lately", value=self.workers
+                "neural_mri_workers", "Workers heard of lately", value=len(self.workers)
             )
+            yield _copies(self.workers)
         yield from self._of_lanes()
 
     def _of_lanes(self) -> Iterator[Metric]:
@@ -128,6 +132,18 @@ class Now(NamedTuple):
             oldest.add_metric(lane, max(load.oldest_seconds for load in loads))
             running.add_metric(lane, sum(load.running for load in loads))
         yield from (waiting, oldest, running)
+
+
+def _copies(workers: Sequence[WorkerBeat]) -> Metric:
+    copies = GaugeMetricFamily(
+        "neural_mri_model_copies",
+        "Workers that hold a model, are loading it or letting it go",
+        labels=("model", "state"),
+    )
+    states = Counted((held.name, held.state.value) for beat in workers for held in beat.models)
+    for labels, count in states.items():
+        copies.add_metric(labels, count)
+    return copies
 
 
 class _Together(CollectorRegistry):

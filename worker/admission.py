@@ -45,7 +45,7 @@ FLOAT_BYTES = 4
 SWEEP_BYTES = 1 << 30
 """Rows that a sweep, or a grid of patches, holds at once at the most (`sweep`, `patched_runs`)."""
 CALIBRATION_TOKENS = 512
-MARGIN = 1.25
+MARGIN = 1.5
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ def _needed(scan: Scan, sizes: _Sizes, prompts: int) -> int:
         case PerturbationScan():
             draws = max((p.draws for p in scan.perturbations if isinstance(p, Noise)), default=1)
             rows = 1 + draws + len(scan.other_prompts)
-            return rows * (sizes.forward + 2 * sizes.logits(n_tokens)) + 4 * sizes.nodes
+            return rows * (sizes.forward + 3 * sizes.logits(n_tokens)) + 4 * sizes.nodes
         case CircuitScan():
             return _circuits(scan, sizes)
         case PatchingScan():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -21,6 +21,7 @@ __all__ = (
     "EVICTED",
     "FORWARD_SECONDS",
     "LOAD_SECONDS",
+    "MEMORY",
     "OUT_OF_MEMORY",
     "PASS_JOBS",
     "REGISTRY",
@@ -73,6 +74,12 @@ EVICTED = Counter(
     "neural_mri_worker_models_evicted",
     "Models whose memory was given back because others needed it",
     ("model",),
+    registry=REGISTRY,
+)
+MEMORY = Gauge(
+    "neural_mri_worker_memory_bytes",
+    "Bytes that this worker's models may take in all, and what of them is free",
+    ("part",),
     registry=REGISTRY,
 )
 OUT_OF_MEMORY = Counter(

@@ -40,6 +40,8 @@ def run(settings: Settings) -> int:
     def describe() -> events.WorkerBeat:
         held = residency.held()
         room = memory.for_models(sum(model.memory_bytes or 0 for model in held))
+        metrics.MEMORY.labels("budget").set(room.total)
+        metrics.MEMORY.labels("free").set(room.available)
         return events.WorkerBeat(
             worker=name,
             device=residency.device,

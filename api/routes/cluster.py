@@ -95,7 +95,7 @@ async def get_metrics(services: NamedDependency[Services]) -> Response[bytes]:
     held = await holdings(services.redis)
     now = Now(
         loads=await _loads(services),
-        workers=len(held.beats) if held.is_known else None,
+        workers=held.beats if held.is_known else None,
         readers=services.hub.readers,
     )
     return Response(services.metrics.exposition(now), media_type=MEDIA_TYPE)

@@ -70,23 +70,33 @@ def _workers(workers: tuple[WorkerSeen, ...] | None) -> Table | Text:
         return Text("Redis is away: what workers do is not known.", style="yellow")
     if not workers:
         return Text("No worker has been heard of.", style="yellow")
-    table = _table("worker", "device", "version", "model", "state", "memory", "loaded in")
+    table = _table(
+        "worker", "device", "version", "free", "model", "state", "memory", "loaded in", "held for"
+    )
     for worker in workers:
-        head = (worker.worker, worker.device, worker.version or "?")
+        head = (worker.worker, worker.device, worker.version or "?", _room(worker))
         for model in worker.models or (None,):
             table.add_row(*head, *_held(model))
-            head = ("", "", "")
+            head = ("", "", "", "")
     return table
 
 
-def _held(model: ModelHeld | None) -> tuple[str, str, str, str]:
+def _room(worker: WorkerSeen) -> str:
+    """What it could load now, of what its models may take in all."""
+    if worker.free_bytes is None or worker.budget_bytes is None:
+        return ""
+    return f"{decimal(worker.free_bytes)} of {decimal(worker.budget_bytes)}"
+
+
+def _held(model: ModelHeld | None) -> tuple[str, str, str, str, str]:
     if model is None:
-        return ("nothing", "", "", "")
+        return ("nothing", "", "", "", "")
     return (
         model.name,
-        model.state.value,
+        model.state.value + (", pinned" if model.pinned else ""),
         "" if model.memory_bytes is None else decimal(model.memory_bytes),
         "" if model.load_seconds is None else f"{model.load_seconds:.1f} s",
+        "" if model.held_seconds is None else f"{model.held_seconds:.0f} s",
     )
 
 
@@ -104,6 +114,14 @@ def _queues(queues: tuple[QueueLoad, ...]) -> Table | Text:
 def _table(*headings: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in headings:
-        numbers = heading in {"memory", "loaded in", "waiting", "oldest", "running"}
+        numbers = heading in {
+            "free",
+            "memory",
+            "loaded in",
+            "held for",
+            "waiting",
+            "oldest",
+            "running",
+        }
         table.add_column(heading, justify="right" if numbers else "left")
     return table

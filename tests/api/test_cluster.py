@@ -80,6 +80,9 @@ def test_workers_tell_what_they_hold(api: httpx.Client, world: World) -> None:
     assert re.fullmatch(r"(sqlite|postgresql) \d+(\.\d+)+", told.versions.database)
     assert re.fullmatch(r"\d+\.\d+\.\d+", told.versions.redis or "")
     assert value(api, "workers") == 1
+    assert value(api, "model_copies", model="tiny", state="resident") == 1
+    assert (worker.budget_bytes, worker.free_bytes) == (9000, 4000)
+    assert [(held.pinned, held.held_seconds) for held in worker.models] == [(True, 12.5)]
 
 
 def test_while_redis_is_away_workers_are_unknown_rather_than_none(lone_world: World) -> None:

@@ -29,7 +29,7 @@ from neural_mri.backing.storage import load_manifest, open_store, save_result
 from neural_mri.contract.events import ActivationFrame, FrameLayer
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.models import Architecture, ModelState, Numerics
-from neural_mri.contract.results import Manifest
+from neural_mri.contract.results import Manifest, signed
 from neural_mri.contract.scans import ScanKind, decode_scan, kind_of
 from tests.api.specimens import TINY, tables_of, tiny_tokenizer
 from tests.servers import Valkey
@@ -89,9 +89,24 @@ class World:
         self, model: models.RegisteredModel, *, state: ModelState = ModelState.RESIDENT
     ) -> None:
         """A worker says that it holds the model."""
-        held = HeldModel(name=model.name, revision=model.revision, state=state, memory_bytes=5000)
+        held = HeldModel(
+            name=model.name,
+            revision=model.revision,
+            state=state,
+            memory_bytes=5000,
+            pinned=True,
+            held_seconds=12.5,
+        )
         beat(
-            self.redis, WorkerBeat(worker="worker-1", device="cpu", models=(held,), at=time.time())
+            self.redis,
+            WorkerBeat(
+                worker="worker-1",
+                device="cpu",
+                models=(held,),
+                budget_bytes=9000,
+                free_bytes=4000,
+                at=time.time(),
+            ),
         )
 
     def job(self, job_id: str) -> Job:
@@ -169,7 +184,7 @@ class World:
             compute_seconds=0.02,
             memory_bytes=5000,
         )
-        tables = tables_of(scan, job.n_tokens)
+        tables = signed(tables_of(scan, job.n_tokens), manifest)
         if manifest.kind is ScanKind.CALIBRATION:
             save_result(self.store, keys.calibration_path(manifest.scan_key), manifest, tables)
         path = keys.manifest_path(job.id, job.attempt)

@@ -164,7 +164,7 @@ def test_workers_are_scaled_by_a_figure_that_the_api_tells() -> None:
 
     (scaled,) = render("autoscaling.yaml", everything_on())
     (trigger,) = scaled["spec"]["triggers"]
-    told = {family.name for family in Now([], 0, 0).collect()}
+    told = {family.name for family in Now([], [], 0).collect()}
     assert set(re.findall(r"neural_mri_\w+", trigger["metadata"]["query"])) <= told
     assert scaled["spec"]["scaleTargetRef"]["name"] in {name for name, _ in pods()}
 

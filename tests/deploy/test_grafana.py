@@ -10,9 +10,11 @@ import yaml
 from prometheus_client.core import Metric
 
 from api.metrics import Metrics, Now
+from neural_mri.backing.events import HeldModel, WorkerBeat
 from neural_mri.backing.settings import PREFIX, Settings
 from neural_mri.contract.cluster import QueueLoad
 from neural_mri.contract.jobs import Lane
+from neural_mri.contract.models import ModelState
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = DEPLOY / "grafana/neural-mri.json"
@@ -54,18 +56,23 @@ def served() -> dict[str, set[str]]:
     load = QueueLoad(
         queue="scan.a", model="tiny", lane=Lane.BATCH, waiting=1, oldest_seconds=1.0, running=0
     )
+    held = HeldModel(name="tiny", revision="0" * 64, state=ModelState.RESIDENT)
+    beat = WorkerBeat(worker="worker-1", device="cpu", models=(held,), at=0.0)
     for family, labels in (
         (worker.CLAIMS, ("jobs",)),
         (worker.FORWARD_SECONDS, ("tiny", "fMRI")),
         (worker.ENDED, ("tiny", "failed")),
         (worker.LOAD_SECONDS, ("tiny",)),
         (worker.RELEASED, ("tiny",)),
+        (worker.EVICTED, ("tiny",)),
+        (worker.MEMORY, ("free",)),
+        (worker.OUT_OF_MEMORY, ("halved",)),
     ):
         family.labels(*labels)
     return names(
         [
             *api._registry.collect(),
-            *Now([load], 1, 0).collect(),
+            *Now([load], [beat], 0).collect(),
             *worker.REGISTRY.collect(),
             *worker.Held(lambda: ()).collect(),
         ]
