@@ -8,7 +8,18 @@ import typer
 from rich.table import Table
 
 from neural_mri import __version__
-from neural_mri.cli import cluster, diagnose, jobs, keys, models, options, scans, stimulation
+from neural_mri.cli import (
+    batch,
+    cluster,
+    diagnose,
+    jobs,
+    keys,
+    models,
+    options,
+    scans,
+    sessions,
+    stimulation,
+)
 from neural_mri.cli.exits import EXIT_CODES, ExitCode, exit_code_of
 from neural_mri.cli.terminal import complain, print_json, standard_output
 from neural_mri.client import ClientError
@@ -37,6 +48,8 @@ app.command()(models.tokenize)
 app.command()(cluster.cluster)
 app.command()(diagnose.diagnose)
 app.command()(diagnose.report)
+app.add_typer(batch.commands, name="batch")
+app.add_typer(sessions.commands, name="sessions")
 app.add_typer(keys.commands, name="keys")
 
 

@@ -8,7 +8,7 @@ mri.batches.table(batch, "predictions").to_pandas()
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 import msgspec
@@ -35,7 +35,7 @@ from neural_mri.contract.scans import Scan, encode_scan
 
 __all__ = ("BatchReference", "Batches", "Outcome")
 
-BatchReference = BatchView | UUID | str
+BatchReference: TypeAlias = BatchView | UUID | str
 OnBatchEvent = Callable[[BatchEvent], None]
 
 _NAMES = frozenset({"progress", "line", "ended"})

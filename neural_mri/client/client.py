@@ -14,6 +14,7 @@ from neural_mri.client.diagnosing import Progress, ServiceScans, diagnosed, sile
 from neural_mri.client.errors import ClientError
 from neural_mri.client.exchange import Exchange
 from neural_mri.client.result import Result
+from neural_mri.client.sessions import Sessions
 from neural_mri.client.watching import follow, wait_for
 from neural_mri.contract.anomalies import Lens, Sublayers
 from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
@@ -105,6 +106,11 @@ class Client:
     def batches(self) -> Batches:
         """Many scans in one request."""
         return Batches(self._exchange)
+
+    @property
+    def sessions(self) -> Sessions:
+        """Scans kept together, opened again, compared and shared."""
+        return Sessions(self._exchange)
 
     @property
     def base_url(self) -> str:

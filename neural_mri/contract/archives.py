@@ -16,6 +16,7 @@ import io
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -230,13 +231,10 @@ def open_archive(file: IO[bytes], *, largest: int) -> Archive:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise InvalidArchive(f"this is no .nmri file: {error}") from error
     infos = _checked_entries(opened, largest)
-    try:
-        manifest = _read_manifest(opened, infos)
-        _check_files(opened, infos, manifest)
-        archive = Archive(opened, manifest)
-        _check_tables(archive)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        raise InvalidArchive(f"the file is damaged: {error}") from error
+    manifest = _read_manifest(opened, infos)
+    _check_files(opened, infos, manifest)
+    archive = Archive(opened, manifest)
+    _check_tables(archive)
     return archive
 
 
@@ -318,10 +316,18 @@ def _check_files(
 
 def _sha256(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
     digest = hashlib.sha256()
-    with file.open(info) as entry:
+    with _reading(info.filename), file.open(info) as entry:
         while part := entry.read(_READ_BYTES):
             digest.update(part)
     return digest.hexdigest()
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        raise InvalidArchive(f"{name} is damaged: {error}", entry=name) from error
 
 
 def _small(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -330,7 +336,8 @@ def _small(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
             f"{info.filename} has {info.file_size} bytes, {LARGEST_JSON_BYTES} at most are read",
             entry=info.filename,
         )
-    return file.read(info)
+    with _reading(info.filename):
+        return file.read(info)
 
 
 def _manifest_of(file: zipfile.ZipFile, name: str) -> Manifest:
