@@ -1,0 +1,87 @@
+"""Records: what was measured, under a key that says of what."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from neural_mri.contract.baselines import record_key
+from neural_mri.contract.models import Numerics
+from neural_mri.contract.problems import Gone
+from neural_mri.contract.suites import Measure, Suite
+from neural_mri.diagnostics import Record, Records
+from neural_mri.diagnostics.records import Quantity, default_folder
+
+
+def test_a_record_is_read_as_it_was_written(baseline: Record) -> None:
+    again = Record.from_bytes(baseline.to_bytes())
+    assert again.subject == baseline.subject
+    assert again.scan_keys == baseline.scan_keys
+    for blocks, others in ((baseline.blocks, again.blocks), (baseline.noise, again.noise)):
+        assert list(blocks) == list(others)
+        for quantity, block in blocks.items():
+            assert (block.prompts, block.components) == others[quantity][:2]
+            assert np.array_equal(block.values, others[quantity].values, equal_nan=True)
+
+
+def test_every_measure_is_there_for_every_prompt(suite: Suite, baseline: Record) -> None:
+    assert {quantity.measure for quantity in baseline.blocks} == set(Measure)
+    norms = baseline.blocks[Quantity(Measure.NORMS, "l2_norm")]
+    assert len(norms.prompts) == suite.n_items
+    assert norms.components[:2] == ("embed", "blocks.0.attn.head_0")
+    assert norms.components[-1] == "unembed"
+    assert np.isfinite(norms.values).all()
+    again = baseline.noise[Quantity(Measure.NORMS, "l2_norm")]
+    assert len(again.prompts) == suite.noise_prompts
+    # What follows a prompt does not change what is computed at it, but for rounding.
+    assert again.values == pytest.approx(norms.rows(again.prompts), rel=1e-5)
+
+
+def test_the_key_changes_with_everything_that_changes_a_number_and_not_with_the_name(
+    baseline: Record,
+) -> None:
+    subject = baseline.subject
+    key = record_key(subject, baseline.suite_digest, with_noise=True)
+    assert key == baseline.key
+    renamed = msgspec.structs.replace(subject, model="another")
+    assert record_key(renamed, baseline.suite_digest, with_noise=True) == key
+    for field, value in (
+        ("revision", "0" * 64),
+        ("tokenizer_digest", "0" * 64),
+        ("numerics", Numerics(dtype="bfloat16")),
+        ("scanner_version", "0"),
+    ):
+        other = msgspec.structs.replace(subject, **{field: value})
+        assert record_key(other, baseline.suite_digest, with_noise=True) != key
+    assert record_key(subject, "0" * 64, with_noise=True) != key
+    assert record_key(subject, baseline.suite_digest, with_noise=False) != key
+
+
+def test_records_are_kept_whole_and_damaged_ones_are_refused(
+    baseline: Record, tmp_path: Path
+) -> None:
+    records = Records(tmp_path / "new" / "folder")
+    assert records.get(baseline.key) is None
+    key = records.put(baseline)
+    assert key == baseline.key
+    found = records.get(key)
+    assert found is not None
+    assert found.key == key
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [f"{key}.arrow"]
+    records.path("f" * 64).write_bytes(records.path(key).read_bytes())
+    with pytest.raises(Gone, match="another record"):
+        records.get("f" * 64)
+    records.path(key).write_bytes(records.path(key).read_bytes()[:-100])
+    with pytest.raises(Gone, match="damaged"):
+        records.get(key)
+
+
+def test_where_records_are_kept_is_the_callers_to_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NMRI_BASELINES", str(tmp_path))
+    assert default_folder() == tmp_path
+    monkeypatch.delenv("NMRI_BASELINES")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "neural-mri" / "baselines"

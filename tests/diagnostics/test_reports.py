@@ -1,0 +1,158 @@
+"""Reports: one diagnosis, told to people, to CI systems and to programs, in two languages."""
+
+import re
+import string
+import tomllib
+from importlib import resources
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import msgspec
+import pytest
+
+from neural_mri.contract.findings import Diagnosis, Rule, Severity
+from neural_mri.contract.problems import InvalidRequest
+from neural_mri.contract.suites import Language, Suite
+from neural_mri.diagnostics import FORMATS, Record, diagnose, render
+from neural_mri.diagnostics.phrasing import number
+from neural_mri.diagnostics.reports import read_diagnosis
+
+
+@pytest.fixture(scope="module")
+def failed(suite: Suite, candidate: Record, baseline: Record) -> Diagnosis:
+    return diagnose(suite, candidate, baseline)
+
+
+@pytest.fixture(scope="module")
+def alone(suite: Suite, candidate: Record) -> Diagnosis:
+    return diagnose(suite, candidate)
+
+
+def phrases(language: Language) -> dict[str, Any]:
+    file = resources.files("neural_mri.diagnostics") / "phrases" / f"{language.value}.toml"
+    return tomllib.loads(file.read_text("utf-8"))
+
+
+def placeholders(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name}
+
+
+def test_both_languages_say_the_same_things_with_the_same_numbers() -> None:
+    english, korean = phrases(Language.EN), phrases(Language.KO)
+    assert english.keys() == korean.keys()
+    assert set(english["rules"]) == set(korean["rules"]) == {rule.value for rule in Rule}
+    for section in ("report", "measures", "units"):
+        assert english[section].keys() == korean[section].keys()
+        for name, text in english[section].items():
+            assert placeholders(text) == placeholders(korean[section][name]), name
+    for rule, words in english["rules"].items():
+        assert words.keys() == korean["rules"][rule].keys()
+        for name, text in words.items():
+            assert placeholders(text) == placeholders(korean["rules"][rule][name]), (rule, name)
+
+
+@pytest.mark.parametrize("language", Language)
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_form_tells_every_diagnosis(
+    form: str, language: Language, failed: Diagnosis, alone: Diagnosis
+) -> None:
+    for diagnosis in (failed, alone):
+        text = render(diagnosis, form, language)
+        assert diagnosis.candidate.model in text
+        assert not re.search(r"\{[a-z_]+\}", text) or form in ("html", "json", "sarif")
+        assert "nan" not in re.findall(r"[\w.]+", text)
+
+
+def test_a_diagnosis_comes_back_from_its_json(failed: Diagnosis, alone: Diagnosis) -> None:
+    for diagnosis in (failed, alone):
+        body = render(diagnosis, "json").encode()
+        assert read_diagnosis(body) == diagnosis
+        said = msgspec.json.decode(body)["findings"][0]["said"]
+        assert said["title"]
+        assert said["means_not"]
+    with pytest.raises(InvalidRequest, match="not a diagnosis"):
+        read_diagnosis(b"{}")
+
+
+def test_junit_has_a_red_test_for_each_failed_gate_and_names_the_place(failed: Diagnosis) -> None:
+    root = ET.fromstring(render(failed, "junit").encode())  # noqa: S314 -- our own
+    gates, cases = root.findall("testsuite")
+    red = {
+        test.get("name") for test in gates.findall("testcase") if test.find("failure") is not None
+    }
+    assert red == {gate.measure.value for gate in failed.gates if gate.severity is Severity.FAILURE}
+    assert len(red) == int(root.get("failures", "")) == int(gates.get("failures", ""))
+    assert len(cases.findall("testcase")) == len(failed.cases)
+    norms = next(test for test in gates if test.get("name") == "norms")
+    failure = norms.find("failure")
+    assert failure is not None
+    assert "Embed is where the change begins" in (failure.get("message") or "")
+
+
+def test_a_diagnosis_without_a_baseline_fails_no_test(alone: Diagnosis) -> None:
+    root = ET.fromstring(render(alone, "junit").encode())  # noqa: S314
+    assert root.get("failures") == "0"
+    assert alone.passed
+    assert not alone.gates
+
+
+def test_sarif_has_a_result_a_finding_with_the_component_as_its_place(failed: Diagnosis) -> None:
+    document = msgspec.json.decode(render(failed, "sarif"))
+    assert document["version"] == "2.1.0"
+    [run] = document["runs"]
+    rules = run["tool"]["driver"]["rules"]
+    assert len(run["results"]) == len(failed.findings)
+    for result, finding in zip(run["results"], failed.findings, strict=True):
+        assert rules[result["ruleIndex"]]["id"] == result["ruleId"] == finding.rule.value
+        [location] = result["locations"]
+        [place] = location["logicalLocations"]
+        assert place["name"] == (finding.evidence.component or finding.case or "model")
+    levels = [result["level"] for result in run["results"]]
+    assert levels.count("error") == sum(f.severity is Severity.FAILURE for f in failed.findings)
+
+
+def test_the_page_needs_nothing_beside_itself_and_shows_what_a_suite_says_as_text(
+    failed: Diagnosis,
+) -> None:
+    page = render(failed, "html")
+    assert "About preference &amp; &lt;others&gt;." in page
+    assert "<others>" not in page
+    assert not re.search(r"(src|href|@import|url)\s*[=(]", page)
+    assert "<script" not in page
+    assert "default-src 'none'" in page
+    for picture in ET.fromstring(f"<all>{''.join(re.findall('<svg.*?</svg>', page))}</all>"):  # noqa: S314
+        assert picture.get("aria-label")
+
+
+def test_markdown_escapes_what_a_suite_says(failed: Diagnosis) -> None:
+    text = render(failed, "md")
+    assert text.startswith("## 🔴 Neural MRI")
+    assert "<others>" not in text
+
+
+def test_findings_are_ranked_failures_first_and_where_it_began_before_what_followed(
+    failed: Diagnosis,
+) -> None:
+    order = [list(Severity).index(finding.severity) for finding in failed.findings]
+    assert order == sorted(order)
+    assert failed.findings[0].rule is Rule.CHANGED_AT
+
+
+def test_a_form_that_is_none_is_refused(alone: Diagnosis) -> None:
+    with pytest.raises(InvalidRequest, match="'pdf' is no form"):
+        render(alone, "pdf")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"),
+        (0.04567, "0.0457"),
+        (-2.5, "−2.5"),
+        (1234.5, "1,234"),
+        (3e-9, "3e−09"),
+        (1e30, "∞"),
+    ],
+)
+def test_numbers_are_written_with_the_digits_that_count(value: float, shown: str) -> None:
+    assert number(value) == shown

@@ -1,0 +1,100 @@
+"""Estimates against values worked out elsewhere, and intervals against what they promise."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neural_mri.diagnostics.statistics import (
+    Tail,
+    auroc,
+    auroc_score,
+    difference_score,
+    holm,
+    mcnemar,
+    mean_score,
+    proportion_score,
+    rank_correlation,
+)
+
+
+def test_a_share_has_wilsons_interval() -> None:
+    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20.
+    for right, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+    ):
+        interval = proportion_score(right, n).interval
+        assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        interval = mean_score(draw.standard_normal(30) + 3.0, seed=seed).interval
+        covered += interval.low <= 3.0 <= interval.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_intervals_are_seeded() -> None:
+    values = np.random.default_rng(1).standard_normal(20)
+    assert mean_score(values, seed=4) == mean_score(values, seed=4)
+    assert mean_score(values, seed=4) != mean_score(values, seed=5)
+
+
+def test_what_was_not_measured_counts_for_nothing() -> None:
+    assert mean_score(np.array([1.0, np.nan, 3.0])).n == 2
+    assert mean_score(np.array([np.nan])).n == proportion_score(0, 0).n == 0
+    assert auroc_score(np.array([]), np.array([1.0])).n == 0
+
+
+def test_groups_that_differ_are_told_apart() -> None:
+    draw = np.random.default_rng(2)
+    low, high = draw.standard_normal(40), draw.standard_normal(40) + 2
+    assert difference_score(high, low).interval.low > 1
+    assert auroc_score(low, high).interval.low > 0.8
+    assert auroc(np.array([1.0, 2.0]), np.array([2.0, 3.0])) == 0.875
+
+
+def test_holm_adjusts_as_in_his_paper() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_an_adjusted_p_value_is_never_smaller_and_keeps_the_order(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert (adjusted >= np.array(p_values) - 1e-12).all()
+    order = np.argsort(p_values, kind="stable")
+    assert (np.diff(adjusted[order]) >= -1e-12).all()
+
+
+def test_mcnemar_is_the_binomial_test_of_what_changed_sides() -> None:
+    before = np.array([True] * 10 + [False] * 10)
+    after = np.array([False] * 8 + [True] * 2 + [True] * 1 + [False] * 9)
+    assert mcnemar(before, after) == pytest.approx(0.0390625)  # 2 * P(X <= 1), X ~ B(9, 1/2)
+    assert mcnemar(before, before) == 1.0
+
+
+def test_rank_correlation_is_pearsons_of_ranks_ties_shared() -> None:
+    a = np.array([[1.0, 2.0, 2.0, 9.0], [1.0, 1.0, 1.0, 1.0]])
+    b = np.array([[10.0, 20.0, 30.0, 25.0], [4.0, 3.0, 2.0, 1.0]])
+    ranks = np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 4, 3])[0, 1]
+    assert rank_correlation(a, b) == pytest.approx([ranks, 1.0])
+
+
+def test_a_tail_tells_how_rare_a_value_is_beyond_all_that_were_seen() -> None:
+    noise = np.random.default_rng(3).exponential(size=4000)
+    tail = Tail.of(noise)
+    p = tail.p_values(np.array([0.0, 3.0, 12.0, 40.0]))
+    assert p[0] == 1.0
+    assert p[1] == pytest.approx(np.exp(-3.0), rel=0.25)
+    # An exponential ends sooner than the tail that is assumed: never too sure.
+    assert np.exp(-12.0) < p[2] < 1e-3
+    assert 0 < p[3] < p[2]
+
+
+def test_the_tail_of_silence_calls_nothing_impossible() -> None:
+    assert (Tail.of(np.zeros(100)).p_values(np.array([0.0, 1.0])) == 1.0).all()
+    assert 0 < Tail.of(np.array([])).p_values(np.array([1e6]))[0] < 1e-6
