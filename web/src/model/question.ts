@@ -55,6 +55,30 @@ export const METHODS: readonly Method[] = [
   },
 ];
 
+/** Which run is patched with the other's values. */
+export type Direction = "denoising" | "noising";
+
+/** What is patched, for every layer and position. */
+export type PatchSite = "resid_pre" | "attn" | "mlp" | "head";
+export const PATCH_SITES: readonly { readonly id: PatchSite; readonly title: Message }[] = [
+  { id: "resid_pre", title: "residual stream" },
+  { id: "attn", title: "attention" },
+  { id: "mlp", title: "MLPs" },
+  { id: "head", title: "every head" },
+];
+
+/** How the subject is drowned, and how many layers are put back at once. */
+export interface Tracing {
+  readonly sigma: number;
+  readonly draws: number;
+  readonly window: number;
+}
+
+export interface Patching {
+  readonly direction: Direction;
+  readonly sites: readonly PatchSite[];
+}
+
 /** What is typed as the token it most likely means: a word follows a space. */
 export function asToken(typed: string): string {
   return /^[\p{L}\p{N}]/u.test(typed) ? ` ${typed}` : typed;

@@ -31,6 +31,8 @@ export class Display {
   protocol = $state<ProtocolId>("planes");
   /** Whether heads are folded into their layer's attention. */
   folded = $state(false);
+  /** Whether the planes across have the larger part of the screen, as a map is read. */
+  swapped = $state(false);
   zoom = $state.raw<Zoom>(WHOLE);
   tool = $state<Tool>("window");
   cineAxis = $state<CineAxis>("tokens");

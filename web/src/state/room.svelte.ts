@@ -14,7 +14,14 @@ import {
   type PriorPlace,
   type ProtocolId,
 } from "../model/protocols";
-import { NO_QUESTION, asked, askedOfCircuit, type Question } from "../model/question";
+import {
+  NO_QUESTION,
+  asked,
+  askedOfCircuit,
+  type Patching,
+  type Question,
+  type Tracing,
+} from "../model/question";
 import { statistics, valuesIn, type Region, type Statistics } from "../model/region";
 import { SEQUENCES, isSequence, sequence, type SequenceId } from "../model/sequences";
 import type { SeriesId } from "../model/series";
@@ -200,6 +207,7 @@ export class Room {
       token: this.crosshair.token,
       focus: this.crosshair.locked,
       layout: this.display.layout,
+      swapped: this.display.swapped,
       protocol: this.display.protocol,
       folded: this.display.folded,
       zoom: this.display.zoom,
@@ -279,19 +287,19 @@ export class Room {
   }
 
   /** Drowns the subject in noise, then puts clean values back one place and token at a time. */
-  trace(subject: string): void {
+  trace(subject: string, settings: Partial<Tracing> = {}): void {
     const { prompt, question } = this;
     if (subject === "" || !prompt.includes(subject)) return;
     this.cine.pause();
-    const request = { prompt, subject, ...asked(question) };
+    const request = { prompt, subject, ...settings, ...asked(question) };
     void this.study.scan("tracing", "/api/perturb/trace", request);
   }
 
   /** Puts values of the clean run into the corrupt prompt's, one place and token at a time. */
-  patch(): void {
+  patch(settings: Partial<Patching> = {}): void {
     const { prompt, question } = this;
     this.cine.pause();
-    const request = { prompt, corrupt_prompt: question.corrupt, ...asked(question) };
+    const request = { prompt, corrupt_prompt: question.corrupt, ...settings, ...asked(question) };
     void this.study.scan("tracing", "/api/perturb/patching", request);
   }
 
@@ -302,7 +310,11 @@ export class Room {
       this.display.sequence = "fMRI";
       this.display.showField(id === "tracing" ? "trace" : "difference");
       // The states of the residual stream, layer by layer, are what a trace is read from first.
-      if (id === "tracing") this.display.sagittal = "resid_post";
+      if (id === "tracing") {
+        this.display.sagittal = "resid_post";
+        this.display.protocol = "planes";
+        this.display.swapped = true;
+      }
     }
     if (id !== this.display.sequence && !changed) return;
     if (!this.#restoring && tokens > 0) this.crosshair.token = tokens - 1;
@@ -532,6 +544,10 @@ export class Room {
       case "region":
         this.#nextRegion();
         break;
+      case "swap":
+        this.display.protocol = "planes";
+        this.display.swapped = !this.display.swapped;
+        break;
       case "mark":
         void this.markImage();
         break;
@@ -695,6 +711,7 @@ export class Room {
   #apply(place: Place): void {
     this.display.sequence = place.sequence;
     this.display.layout = place.layout;
+    this.display.swapped = place.swapped;
     this.display.protocol = place.protocol;
     this.display.folded = place.folded;
     this.display.zoom = place.zoom;

@@ -44,6 +44,7 @@ export interface Place {
   readonly token: number;
   readonly focus: string | null;
   readonly layout: LayoutName;
+  readonly swapped: boolean;
   readonly protocol: ProtocolId;
   readonly folded: boolean;
   readonly zoom: Zoom;
@@ -64,6 +65,7 @@ export const START: Place = {
   token: 0,
   focus: null,
   layout: "brain",
+  swapped: false,
   protocol: "planes",
   folded: false,
   zoom: WHOLE,
@@ -91,6 +93,7 @@ export function encode(place: Place): string {
   write("focus", place.focus, null);
   write("layout", place.layout, START.layout);
   write("hang", place.protocol, START.protocol);
+  write("swap", String(place.swapped), "false");
   write("fold", String(place.folded), "false");
   const { scale, x, y } = place.zoom;
   write("zoom", [scale, x, y].join(), [WHOLE.scale, WHOLE.x, WHOLE.y].join());
@@ -137,6 +140,7 @@ export function decode(fragment: string): Place {
     focus: fields.get("focus"),
     layout: oneOf<LayoutName>(LAYOUT_NAMES, fields.get("layout"), START.layout),
     protocol: oneOf<ProtocolId>(PROTOCOL_IDS, fields.get("hang"), START.protocol),
+    swapped: fields.get("swap") === "true",
     folded: fields.get("fold") === "true",
     zoom: decodeZoom(fields.get("zoom") ?? ""),
     prior: {

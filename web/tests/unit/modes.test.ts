@@ -11,7 +11,15 @@ import { load as loadWeights, outlying } from "../../src/model/modes/weights";
 import { asToken, askedOfCircuit, NO_QUESTION } from "../../src/model/question";
 import { sectionOf } from "../../src/model/section";
 import type { Loader, Series } from "../../src/model/series";
-import { named, read, written, type Stimulus } from "../../src/model/stimulus";
+import {
+  injected,
+  named,
+  numbers,
+  positions,
+  read,
+  written,
+  type Stimulus,
+} from "../../src/model/stimulus";
 import { columnOf, topologyOf } from "../../src/model/topology";
 import { Volume } from "../../src/model/volume";
 import { directionOf, shareOf, tractsOf } from "../../src/render/tracts";
@@ -282,7 +290,7 @@ test("stimuli read as they are written, in words and in addresses", () => {
     { operation: "ablate", component: "blocks.2.mlp", token_positions: [4] },
   ];
   for (const stimulus of stimuli) expect(read(written(stimulus))).toEqual(stimulus);
-  expect(stimuli.map(named)).toEqual(["× 3", "noise 0.25 σ", "ablate"]);
+  expect(stimuli.map(named)).toEqual(["× 3", "noise 0.25 σ", "mean"]);
   expect(read("zero~unembed~~")).toBeNull();
   expect(read("zero~blocks.1.mlp~~x")).toBeNull();
 });
@@ -295,4 +303,24 @@ test("a word is asked about with the space before it, and what is empty is not a
     answer: " Paris",
     corrupt_prompt: "x",
   });
+});
+
+test("tokens are counted from 1 by people and from 0 by the service", () => {
+  expect(positions("", 9)).toBe("all");
+  expect(positions("1-3, 7", 9)).toEqual([0, 1, 2, 6]);
+  expect(positions("9 2 2", 9)).toEqual([1, 8]);
+  for (const wrong of ["0", "10", "3-1", "x", "1-", "-1"]) expect(positions(wrong, 9)).toBeNull();
+});
+
+test("numbers are read as somebody pastes them, and nothing else is", () => {
+  expect(numbers("[0.5, -1e-3,\n 7]")).toEqual([0.5, -1e-3, 7]);
+  expect(numbers("1 2 x")).toBeNull();
+  expect(numbers("  ")).toEqual([]);
+});
+
+test("an injection has as many values as the service expects", () => {
+  expect(injected("blocks.3.mlp.neuron_8", "replace", SMOLLM2)).toBe(1);
+  expect(injected("blocks.3.attn.head_8", "replace", SMOLLM2)).toBe(64);
+  expect(injected("blocks.3.attn.head_8", "add", SMOLLM2)).toBe(576);
+  expect(injected("blocks.3.resid_mid", "replace", SMOLLM2)).toBe(576);
 });

@@ -42,6 +42,40 @@ export type LayoutName = "stack" | "brain" | "network" | "radial";
 /** Room kept free of nodes, for orientation letters and labels. */
 export const INSET = { top: 44, bottom: 30, side: 34 } as const;
 
+/** One of several pictures that is tall enough: its texts stand above and below it. */
+const SEVERAL_WIDTH = 460;
+const TALL = 420;
+/** Where there is room for corner texts and the colour bar beside a picture that has no round shape. */
+const ROOMY_WIDTH = 560;
+
+export interface Box {
+  readonly left: number;
+  readonly top: number;
+  readonly right: number;
+  readonly bottom: number;
+}
+
+/** The part of a viewport for nodes, between labels above and below. */
+export function upright({ width, height }: Viewport): Pick<Box, "top" | "bottom"> {
+  const several = width < SEVERAL_WIDTH && height > TALL;
+  const top = several ? 92 : INSET.top;
+  return { top, bottom: Math.max(top + 1, height - (several ? 64 : INSET.bottom)) };
+}
+
+/** The part of a viewport for nodes that may stand anywhere: clear of corners and colour bar. */
+export function clear(viewport: Viewport): Box {
+  const { width } = viewport;
+  const { top, bottom } = upright(viewport);
+  const roomy = width >= ROOMY_WIDTH;
+  const over = roomy ? top + 56 : top;
+  return {
+    left: INSET.side,
+    top: over,
+    right: Math.max(INSET.side + 1, width - (roomy ? 118 : INSET.side)),
+    bottom: Math.max(over + 1, bottom - (roomy ? 86 : 0)),
+  };
+}
+
 /** The seed's largest node. */
 const LARGEST_RADIUS = 10;
 const SMALLEST_RADIUS = 4;

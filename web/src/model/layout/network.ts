@@ -4,7 +4,7 @@
  * lot, so a model always looks the same.
  */
 import { headsLeft, nodeAt, type Topology } from "../topology";
-import { INSET, clampRadius, closest, type Layout, type Viewport } from "./layout";
+import { clampRadius, clear, closest, type Box, type Layout, type Viewport } from "./layout";
 import { joined } from "./tracts";
 
 const ROUNDS = 60;
@@ -18,12 +18,7 @@ const BULGE = 0.35;
 
 export function network(topology: Topology, viewport: Viewport): Layout {
   const { nLayers, nHeads, size } = topology;
-  const box = {
-    left: INSET.side,
-    top: INSET.top,
-    right: Math.max(INSET.side + 1, viewport.width - INSET.side),
-    bottom: Math.max(INSET.top + 1, viewport.height - INSET.bottom),
-  };
+  const box = clear(viewport);
   const [x, y] = folded(topology, box);
   const gap = spacing(topology, box);
   settle(topology, x, y, gap, box);
@@ -58,13 +53,6 @@ export function network(topology: Topology, viewport: Viewport): Layout {
   };
 }
 
-interface Box {
-  readonly left: number;
-  readonly top: number;
-  readonly right: number;
-  readonly bottom: number;
-}
-
 /** How many lines the chain of layers is folded into: the number that leaves nodes the most room. */
 function lines({ nLayers, nHeads }: Topology, { left, top, right, bottom }: Box): number {
   const stations = nLayers + 2;
@@ -81,7 +69,7 @@ function lines({ nLayers, nHeads }: Topology, { left, top, right, bottom }: Box)
 
 function spacing(topology: Topology, box: Box): number {
   const area = (box.right - box.left) * (box.bottom - box.top);
-  return Math.min(LONGEST_GAP, Math.sqrt(area / topology.size) * 0.8);
+  return Math.min(LONGEST_GAP, Math.sqrt(area / topology.size) * 0.9);
 }
 
 /** Where the chain begins: back and forth in level lines, each layer's heads across it. */
@@ -128,7 +116,7 @@ function settle(topology: Topology, x: Float32Array, y: Float32Array, gap: numbe
     springs.push([before, hub, 2 * gap]);
     if (layer === nLayers) continue;
     for (let column = 0; column <= nHeads; column++) {
-      if (column !== middle) springs.push([nodeAt(topology, layer, column), hub, 1.2 * gap]);
+      if (column !== middle) springs.push([nodeAt(topology, layer, column), hub, 1.8 * gap]);
     }
   }
   for (let round = 0; round < ROUNDS; round++) {
@@ -136,6 +124,8 @@ function settle(topology: Topology, x: Float32Array, y: Float32Array, gap: numbe
     for (const [a, b, length] of springs) pull(x, y, a, b, length, STIFFNESS * heat);
     for (let pass = 0; pass < 2; pass++) push(x, y, gap, box);
   }
+  // In the end nothing pulls any more: what is still too near has room made for it.
+  for (let pass = 0; pass < ROUNDS / 2; pass++) push(x, y, gap, box);
 }
 
 /** Draws two points together where they are farther apart than the spring is long. */

@@ -5,10 +5,10 @@
  */
 import { headsLeft, nodeAt, type Topology } from "../topology";
 import {
-  INSET,
   clampRadius,
   closest,
   labelled,
+  upright,
   type Layout,
   type Mark,
   type Viewport,
@@ -30,11 +30,11 @@ const MLP_FALL = 0.22;
 /** Extra room between groups of heads that share a key-value head, in columns. */
 const GROUP_GAP = 0.35;
 const COLUMN_LABEL_ROOM = 24;
+const FOLDED_WIDTH = 0.6;
 
 export function place(topology: Topology, viewport: Viewport, outline: Outline): Layout {
   const { nLayers, nHeads } = topology;
-  const top = INSET.top;
-  const bottom = Math.max(top + 1, viewport.height - INSET.bottom);
+  const { top, bottom } = upright(viewport);
   const spans = Math.max(nLayers - 1, 0) + 2 * END_GAP;
   const half = outline.halfWidth(viewport, bottom - top);
   const pitch = (bottom - top) / spans;
@@ -80,8 +80,8 @@ export function place(topology: Topology, viewport: Viewport, outline: Outline):
     spine: Float32Array.of(middle, top, middle, bottom),
     midline: { x: middle, top, bottom },
     ends: [
-      { label: "E", x: middle, y: 17 },
-      { label: "U", x: middle, y: viewport.height - 7 },
+      { label: "E", x: middle, y: top - 27 },
+      { label: "U", x: middle, y: bottom + 23 },
     ],
     columns: columnLabels(topology, x, y),
     margins: margins(topology, x, y),
@@ -89,8 +89,9 @@ export function place(topology: Topology, viewport: Viewport, outline: Outline):
   };
 }
 
-/** Column positions from -1 to 1; the MLP at 0. */
-export function columnOffsets({ nHeads, nKvHeads }: Topology): Float32Array {
+/** Column positions from -1 to 1; the MLP at 0, or across the stream from the attention it is folded with. */
+export function columnOffsets({ nHeads, nKvHeads, folded }: Topology): Float32Array {
+  if (folded) return Float32Array.of(-FOLDED_WIDTH, FOLDED_WIDTH);
   const left = headsLeft(nHeads);
   const group = nKvHeads > 0 ? Math.max(1, Math.floor(nHeads / nKvHeads)) : 1;
   // Marks only groups that are real: neither one head each nor all heads together.
