@@ -14,6 +14,7 @@ and hash before any of it is used, and nothing is ever unpacked to a path that t
 import hashlib
 import io
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,8 @@ _NAMES = re.compile(
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _READ_BYTES = 1 << 20
 _ENCRYPTED = 0x1
+_DAMAGE = (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, struct.error)
+"""What zipfile raises over bytes that make no sense."""
 
 
 class InvalidArchive(Unprocessable):
@@ -228,7 +231,7 @@ def open_archive(file: IO[bytes], *, largest: int) -> Archive:
     """An archive, checked throughout. Raises `InvalidArchive`, which names what is wrong with it."""
     try:
         opened = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise InvalidArchive(f"this is no .nmri file: {error}") from error
     infos = _checked_entries(opened, largest)
     manifest = _read_manifest(opened, infos)
@@ -326,7 +329,7 @@ def _sha256(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
 def _reading(name: str) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise InvalidArchive(f"{name} is damaged: {error}", entry=name) from error
 
 
