@@ -1,5 +1,7 @@
 """A storm: load and faults together, then a calm in which everything must come right."""
 
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from neural_mri.backing import database as databases
-from neural_mri.backing import keys
+from neural_mri.backing import keys, storage
 from neural_mri.backing.database import Sessions
 from neural_mri.contract.problems import Unavailable
 from tests.chaos.faults import Faults
@@ -55,6 +57,15 @@ class Stage(NamedTuple):
     host: Host | None
 
 
+class Litter(NamedTuple):
+    """What killed processes have left in the store."""
+
+    halves: int
+    """Files begun and not finished: the reaper takes them away when they are an hour old."""
+    orphans: int
+    """Manifests that no job names: of workers killed between the two, after others had their job."""
+
+
 class Report(NamedTuple):
     """What came of it."""
 
@@ -66,6 +77,7 @@ class Report(NamedTuple):
     """From the last fault until the last job had ended."""
     done: dict[str, int]
     births: int
+    litter: Litter
     verdict: Verdict
     wrong: list[str]
 
@@ -79,6 +91,7 @@ class Report(NamedTuple):
             f"{self.accepted} accepted, {self.repeats} requests sent again; {states}",
             f"{sum(self.done.values())} faults in {self.seconds:.0f} s: {faults}",
             f"{self.births} processes started; {attempts}; calm after {self.calm_seconds:.1f} s",
+            f"left: {self.litter.halves} halves of files, {self.litter.orphans} manifests nobody names",
             f"wrong: {len(self.wrong)}",
             *self.wrong[:40],
         ]
@@ -91,6 +104,9 @@ def staged(storm: Storm) -> Iterator[Stage]:
     from worker import modelstore
 
     with ExitStack() as undo:
+        # Asked to end, it ends what it has begun.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        undo.callback(signal.signal, signal.SIGTERM, before)
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="nmri-chaos-")))
         data = folder / "data"
         data.mkdir()
@@ -154,16 +170,15 @@ def _places(storm: Storm, host: Host | None) -> list[Place]:
 def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Report:
     """Have the storm pass over a service, and see what is left."""
     with staged(storm) as stage:
-        service, witness = stage.service, stage.witness
         load = Load(
-            service.url,
+            stage.service.url,
             seed=storm.seed,
             count=storm.jobs,
             clients=8,
             waiting=max(50, min(400, storm.jobs // 4)),
         )
         faults = Faults(
-            service,
+            stage.service,
             stage.database,
             seed=storm.seed,
             queue=stage.queue,
@@ -171,66 +186,82 @@ def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Repor
             host=stage.host,
         )
         began = time.monotonic()
-        load.start()
-        told = 0.0
-        while not load.is_over():
-            if time.monotonic() - began > 60 * storm.minutes:
-                tell("the time is up")
-                break
-            under_way = _unfinished(witness)
-            if under_way is not None:
-                load.hold_back(under_way)
-            # Faults keep step with the jobs that have been taken in.
-            due = storm.faults * min(1.0, (len(load.accepted) + 1) / storm.jobs)
-            if sum(faults.done.values()) < due:
-                faults.one()
-            if time.monotonic() - told > 20:
-                told = time.monotonic()
-                tell(
-                    f"{told - began:7.0f} s  {len(load.accepted)} accepted, {under_way} under way, "
-                    f"{sum(faults.done.values())} faults"
-                )
-            time.sleep(0.02)
-        while load.is_over() and sum(faults.done.values()) < storm.faults:
-            faults.one()
-            time.sleep(0.1)
-        load.stop()
-        faults.settle()
+        _rage(storm, stage, load, faults, tell)
         calm = time.monotonic()
-        while _unfinished(witness) != 0 and time.monotonic() - calm < storm.quiet_seconds:
+        while _unfinished(stage.witness) != 0 and time.monotonic() - calm < storm.quiet_seconds:
             time.sleep(0.1)
-        calm_seconds = time.monotonic() - calm
-        seconds = time.monotonic() - began
-        wrong = [*load.contradictions]
-        with service.broker.client() as redis:
-            # Strays are taken and found to mean nothing.
-            deadline = time.monotonic() + 20
-            while (leaks := witness.leaks(redis)) and time.monotonic() < deadline:
-                time.sleep(0.2)
-            wrong += leaks
-            wrong += witness.told_wrongly(redis, load.accepted)
-        verdict = witness.verdict(load.accepted)
-        wrong += verdict.wrong
-        service.stop()
-        wrong += [f"process {pid} had to be killed" for pid in service.left_over]
-        wrong += [f"half a file: {path}" for path in witness.half_written()]
+        ended = time.monotonic()
+        verdict, wrong, litter = _look_round(stage, load)
         if wrong:
-            kept = Path(tempfile.mkdtemp(prefix="nmri-storm-"))
-            for name, text in service.logs().items():
-                (kept / f"{name}.log").write_text(text)
-            (kept / "faults.log").write_text("\n".join(faults.log))
-            tell(f"logs are in {kept}")
+            tell(f"logs are in {_kept_logs(stage.service, faults)}")
         return Report(
-            storm,
-            len(load.accepted),
-            load.repeats,
-            seconds,
-            calm_seconds,
-            dict(faults.done),
-            service.births,
-            verdict,
-            wrong,
+            storm=storm,
+            accepted=len(load.accepted),
+            repeats=load.repeats,
+            seconds=ended - began,
+            calm_seconds=ended - calm,
+            done=dict(faults.done),
+            births=stage.service.births,
+            litter=litter,
+            verdict=verdict,
+            wrong=wrong,
         )
+
+
+def _rage(
+    storm: Storm, stage: Stage, load: Load, faults: Faults, tell: Callable[[str], None]
+) -> None:
+    """Load and faults, which keep step with the jobs that have been taken in."""
+    began = told = time.monotonic()
+    load.start()
+    while not load.is_over() and time.monotonic() - began < 60 * storm.minutes:
+        under_way = _unfinished(stage.witness)
+        if under_way is not None:
+            load.hold_back(under_way)
+        done = sum(faults.done.values())
+        if done < storm.faults * min(1.0, (len(load.accepted) + 1) / storm.jobs):
+            faults.one()
+        if time.monotonic() - told > 20:
+            told = time.monotonic()
+            tell(
+                f"{told - began:7.0f} s  {len(load.accepted)} accepted, {under_way} under way, "
+                f"{done} faults"
+            )
+        time.sleep(0.02)
+    while load.is_over() and sum(faults.done.values()) < storm.faults:
+        faults.one()
+        time.sleep(0.1)
+    load.stop()
+    faults.settle()
+
+
+def _look_round(stage: Stage, load: Load) -> tuple[Verdict, list[str], Litter]:
+    """Stop everything, and see what is wrong."""
+    service, witness = stage.service, stage.witness
+    wrong = [*load.contradictions]
+    with service.broker.client() as redis:
+        # Strays are taken and found to mean nothing.
+        deadline = time.monotonic() + 20
+        while (leaks := witness.leaks(redis)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        wrong += leaks
+        wrong += witness.told_wrongly(redis, load.accepted)
+    verdict = witness.verdict(load.accepted)
+    wrong += verdict.wrong
+    service.stop()
+    wrong += [f"process {pid} had to be killed" for pid in service.left_over]
+    halves = len(witness.half_written())
+    storage.open_store(service.settings).sweep(older_seconds=0.0)
+    wrong += [f"half a file stays: {path}" for path in witness.half_written()]
+    return verdict, wrong, Litter(halves, witness.orphans())
+
+
+def _kept_logs(service: Service, faults: Faults) -> Path:
+    kept = Path(tempfile.mkdtemp(prefix="nmri-storm-"))
+    for name, text in service.logs().items():
+        (kept / f"{name}.log").write_text(text)
+    (kept / "faults.log").write_text("\n".join(faults.log))
+    return kept
 
 
 def _unfinished(witness: Witness) -> int | None:

@@ -186,6 +186,14 @@ class Witness:
         """Files that somebody began to write and did not finish."""
         return [path for path in self._settings.store_dir.rglob(".*") if path.is_file()]
 
+    def orphans(self) -> int:
+        """Manifests in the store that no job names."""
+        folder = self._settings.store_dir / "manifests"
+        stored = {f"manifests/{path.name}" for path in folder.glob("*.json")}
+        with self._sessions.reading() as session:
+            named = session.execute(text("SELECT manifest FROM jobs WHERE manifest IS NOT NULL"))
+            return len(stored - set(named.scalars()))
+
     def told_wrongly(self, redis: SyncRedis, jobs: Iterable[UUID]) -> list[str]:
         """Streams that tell another end than the database, or tell on after it."""
         with self._sessions.reading() as session:
