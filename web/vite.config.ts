@@ -9,7 +9,8 @@ import { standIns } from "./scripts/stand-ins.mjs";
 const api = process.env["NEURAL_MRI_API"] ?? "http://127.0.0.1:8642";
 
 const FIRST = /node_modules\/svelte\/|virtual:colour-maps|src\/(state|model|api|colour|words)\//;
-const LATER = /src\/(words\/ko|model\/modes)\/|comparison|difference|api\/events/;
+const LATER =
+  /src\/(words\/ko|model\/modes)\/|comparison|difference|api\/events|model\/cards|keymaps|number-format/;
 
 /** Whether a module belongs to what every visit loads at first. */
 function isFirst(id: string): boolean {

@@ -1,13 +1,14 @@
 /**
- * Fails when the JavaScript that a build loads at first, compressed, is over a budget: `size.mjs FOLDER
- * KILOBYTES`. What is fetched later, with the first scan that needs it, is told beside it.
+ * Fails when the JavaScript that a build loads at first, compressed, is over a budget, or the empty page that
+ * saved pages are made of over another: `size.mjs FOLDER KILOBYTES KILOBYTES`. What is fetched later, with
+ * the first scan that needs it, is told beside it.
  */
-import { readFile, readdir } from "node:fs/promises";
+import { readFile, readdir, stat } from "node:fs/promises";
 import { basename, join } from "node:path";
 import process from "node:process";
 import { gzipSync } from "node:zlib";
 
-const [folder = "dist", budget = "70"] = process.argv.slice(2);
+const [folder = "dist", budget = "70", pageBudget = "150"] = process.argv.slice(2);
 const assets = join(folder, "assets");
 /** @type {Map<string, {size: number, imports: string[]}>} */
 const scripts = new Map();
@@ -43,4 +44,8 @@ console.log(
   `JavaScript, compressed: ${loaded.toFixed(1)} kB at first of ${budget} kB allowed, ` +
     `${(all - loaded).toFixed(1)} kB in ${scripts.size - first.size} parts when needed`,
 );
-if (loaded > Number(budget)) process.exit(1);
+const saved = (await stat(join(folder, "page.html"))).size / 1000;
+console.log(
+  `The page that opens from a disk: ${saved.toFixed(1)} kB of ${pageBudget} kB allowed, and its data`,
+);
+if (loaded > Number(budget) || saved > Number(pageBudget)) process.exit(1);

@@ -26,6 +26,8 @@ export interface Archive {
   readonly fragment: string;
   readonly savedAt: string;
   readonly recording: readonly Step[];
+  /** The words of another language than English, where it was saved in one. */
+  readonly words: Readonly<Record<string, string>> | null;
   readonly answers: readonly Answer[];
 }
 
@@ -38,6 +40,7 @@ interface Head {
   readonly fragment: string;
   readonly savedAt: string;
   readonly recording: readonly Step[];
+  readonly words: Readonly<Record<string, string>> | null;
   readonly answers: readonly { request: string; type: string; bytes: number }[];
 }
 
@@ -48,6 +51,7 @@ export async function pack(archive: Archive): Promise<string> {
     fragment: archive.fragment,
     savedAt: archive.savedAt,
     recording: archive.recording,
+    words: archive.words,
     answers: archive.answers.map(({ request, type, body }) => ({
       request,
       type,
@@ -80,8 +84,8 @@ export async function unpack(text: string): Promise<Archive> {
   if (at !== bytes.length) {
     throw new UnreadableArchive(`The saved answers end at byte ${at} of ${bytes.length}`);
   }
-  const { fragment, savedAt, recording } = head;
-  return { fragment, savedAt, recording, answers };
+  const { fragment, savedAt, recording, words } = head;
+  return { fragment, savedAt, recording, words, answers };
 }
 
 async function decompressed(text: string): Promise<Uint8Array<ArrayBuffer>> {

@@ -2,15 +2,16 @@
 import { mount, unmount } from "svelte";
 
 import App from "../App.svelte";
-import { preferred, speak } from "../words/words.svelte";
+import { bring, speak } from "../words/words.svelte";
 import { unpack, type Archive } from "./archive";
 import { savedProps } from "./saved";
 import "../theme/base.css";
 
 async function begin(target: Element): Promise<void> {
   const archive = await unpack(document.getElementById("viewing")?.textContent ?? "");
-  const language = preferred();
-  if (language !== "en") await speak(language);
+  bring(archive.words);
+  // It speaks as it was saved, whoever opens it.
+  if (archive.words !== null) await speak("ko");
   let app = mount(App, { target, props: { ...savedProps(archive, true), reopen } });
 
   async function reopen(other: Archive): Promise<void> {

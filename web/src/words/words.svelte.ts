@@ -28,6 +28,22 @@ const TABLES: Readonly<Record<Exclude<Language, "en">, () => Promise<Table>>> = 
   ko: () => import("./ko").then(({ korean }) => korean),
 };
 
+/** A saved page has no table to fetch: it brings the one it was saved with, or speaks English alone. */
+let brought: Table | null | undefined;
+
+export function bring(table: Readonly<Record<string, string>> | null): void {
+  brought = table as Table | null;
+}
+
+/** The table that is spoken now, to be taken along; null for English. */
+export function spokenTable(): Readonly<Record<string, string>> | null {
+  return words.table;
+}
+
+export function canSpeak(language: Language): boolean {
+  return language === "en" || brought !== null;
+}
+
 class Words {
   language = $state<Language>("en");
   table = $state.raw<Table | null>(null);
@@ -63,7 +79,7 @@ export function language(): Language {
 
 /** Speaks a language from now on, and the next time the viewer is opened. */
 export async function speak(chosen: Language): Promise<void> {
-  const table = chosen === "en" ? null : await TABLES[chosen]();
+  const table = chosen === "en" ? null : (brought ?? (await TABLES[chosen]()));
   words.table = table;
   words.language = chosen;
   document.documentElement.lang = chosen;

@@ -35,6 +35,7 @@ const ARCHIVE: Archive = {
   fragment: "seq=fMRI&prompt=%ED%95%9C%EA%B5%AD%EC%96%B4",
   savedAt: "2026-11-23T14:32:05.120Z",
   recording: [{ milliseconds: 0, fragment: "seq=T1" }],
+  words: { Export: "내보내기" },
   answers: [
     { request: "GET /api/models", type: "application/json", body: new TextEncoder().encode("[]") },
     {

@@ -125,6 +125,9 @@ export const hanging = {
   "pictures a second": "초당 영상 수",
   layers: "레이어",
   tokens: "토큰",
+  "For {answer}, by the DTI scan:": "DTI 스캔에서 {answer}에 대해:",
+  "What it is joined to most strongly stands here after a DTI scan.":
+    "DTI 스캔 뒤 가장 강하게 연결된 컴포넌트가 여기 표시됩니다.",
   "Try again in {count} second.": "{count}초 뒤에 다시 시도하세요.",
   "Try again in {count} seconds.": "{count}초 뒤에 다시 시도하세요.",
 } as const;
