@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import hypothesis
 import msgspec
 import requests
@@ -34,6 +35,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from neural_mri.backing import models
+from neural_mri.contract.archives import SESSION_FILE
 from neural_mri.contract.auth import ALL_SCOPES
 from neural_mri.contract.jobs import JobState
 from tests.api.specimens import PROMPT, TINY
@@ -59,10 +61,14 @@ WORDS: Mapping[str, Sequence[Any]] = {
     "positions": ("all", [0]),
     "user": ("fuzz", None),
     "texts": (list(PROMPTS),),
+    "job": ("01a208e5-620a-7f6d-98da-3f510d18b436",),
+    "name": ("fuzz", "a session"),
+    "revision": (None,),
     "values": ([0.5] * TINY.d_model,),
     "scans": (
         [{"scan_mode": "fMRI", "prompt": PROMPT}],
         [{"scan_mode": "T1"}, {"scan_mode": "FLAIR", "prompt": "a"}],
+        [],
     ),
 }
 """What the tiny model and the service know."""
@@ -75,8 +81,22 @@ CHECKS = [
     response_headers_conformance,
 ]
 
-READS_FOR_EVER = frozenset({"followJob", "followJobs", "followBatch"})
-"""Operations that answer until their job ends: only such as have ended are followed."""
+
+@schemathesis.serializer(SESSION_FILE)
+def _as_bytes(_: Any, value: Any) -> bytes:
+    """A file is its bytes; what was made up in their place is sent as text."""
+    return (
+        value if isinstance(value, bytes) else getattr(value, "data", None) or str(value).encode()
+    )
+
+
+READS_FOR_EVER = frozenset(
+    {"followJob", "followJobs", "followBatch", "followSession", "followShared"}
+)
+"""Operations that answer until what they tell of ends: only what has ended is followed."""
+
+SESSIONS = 60
+"""So many, because some are deleted on the way."""
 
 
 class Things(NamedTuple):
@@ -85,6 +105,8 @@ class Things(NamedTuple):
     named: Mapping[str, Sequence[str]]
     ended: Mapping[str, Sequence[str]]
     """Those of them that change no more."""
+    file: bytes
+    """An exported session."""
 
 
 class Finding(NamedTuple):
@@ -195,6 +217,8 @@ class _Caller:
         name = case.operation.definition.raw["operationId"]
         if luck.random() < (0.5 if is_wild else 0.85):
             _furnish(case, luck, things.ended if name in READS_FOR_EVER else things.named)
+            if name == "importSession":
+                case.body = _nibbled(things.file, luck)
             if name == "logIn" and isinstance(case.body, dict):
                 case.body["key"] = luck.choice(self._keys)
         headers = {"Prefer": "wait=0"} if name == "getAttention" else {}
@@ -227,42 +251,51 @@ class _Caller:
                 )
 
 
+def _nibbled(file: bytes, luck: random.Random) -> bytes:
+    """A file that has been through much."""
+    damaged = bytearray(file)
+    for _ in range(luck.choice((0, 1, 1, 5, 50))):
+        damaged[luck.randrange(len(damaged))] = luck.randrange(256)
+    return bytes(damaged[: luck.randrange(len(damaged)) if luck.random() < 0.2 else None])
+
+
 def _furnish(case: Any, luck: random.Random, names: Mapping[str, Sequence[str]]) -> None:
     """Put what exists in place of what was made up, here and there."""
-    for where in (case.path_parameters, case.query):
+    for where in (case.path_parameters, case.query, case.headers):
         for parameter in list(where or {}):
             if parameter in names and luck.random() < 0.9:
                 where[parameter] = luck.choice(names[parameter])
             elif parameter in WORDS and luck.random() < 0.7:
                 where[parameter] = luck.choice(WORDS[parameter]) or "tiny"
-    _furnish_body(case.body, luck)
+    _furnish_body(case.body, luck, names)
 
 
-def _furnish_body(part: Any, luck: random.Random) -> None:
+def _furnish_body(part: Any, luck: random.Random, names: Mapping[str, Sequence[str]]) -> None:
     if isinstance(part, dict):
         for field in part:
-            if field in WORDS and luck.random() < 0.9:
+            if field in names and luck.random() < 0.9:
+                part[field] = luck.choice(names[field])
+            elif field in WORDS and luck.random() < 0.9:
                 part[field] = luck.choice(WORDS[field])
             else:
-                _furnish_body(part[field], luck)
+                _furnish_body(part[field], luck, names)
     elif isinstance(part, list):
         for each in part:
-            _furnish_body(each, luck)
+            _furnish_body(each, luck, names)
 
 
 def furnished(service: Guarded) -> Things:
-    """Jobs in every state, their batch and a key, all of one user."""
+    """Jobs in every state, their batch, sessions with links, and a key: all of one user."""
     world = service.world
     world.register()
     user = service.key("fuzz", ALL_SCOPES)
     with service.client(user) as api:
         done, failed, cancelled, waiting = (
-            str(api.post("/api/scan/activation", json={"prompt": prompt}).json()["id"])
-            for prompt in PROMPTS
+            str(_made(api, "/api/scan/activation", {"prompt": prompt})["id"]) for prompt in PROMPTS
         )
-        batch = api.post(
-            "/api/batches", json={"scans": [{"scan_mode": "fMRI", "prompt": PROMPT}]}
-        ).json()["id"]
+        batch = _made(api, "/api/batches", {"scans": [{"scan_mode": "fMRI", "prompt": PROMPT}]})[
+            "id"
+        ]
         api.delete(f"/api/jobs/{cancelled}")
         taken = {str(job.id): job for job in (world.claim(world.queue()) for _ in range(2))}
         world.perform(taken[done])
@@ -273,18 +306,47 @@ def furnished(service: Guarded) -> Things:
             "detail": "x",
         }
         world.move(world.move(taken[failed], JobState.RUNNING), JobState.FAILED, problem=problem)
-    ended = [done, failed, cancelled]
-    tables = ["activations", "predictions", "norms"]
-    common = {"table": tables, "layer": ["0", "1"], "key_id": [user.id], "user": ["fuzz"]}
+        kept = {"name": "fuzz", "scans": [{"job": done}], "notes": [{"text": "here"}]}
+        sessions = [_made(api, "/api/sessions", kept) for _ in range(SESSIONS)]
+        access = ("read", "fork", "contribute")
+        links = [
+            _made(api, f"/api/sessions/{each['id']}/shares", {"access": access[at % 3]})
+            for at, each in enumerate(sessions)
+        ]
+        file = api.get(f"/api/sessions/{sessions[0]['id']}/export").content
+    jobs = [done, failed, cancelled, waiting]
+    common = {
+        "layer": ["0", "1"],
+        "key_id": [user.id],
+        "table": ["activations", "predictions", "norms"],
+        "user": ["fuzz"],
+        "jobs": jobs[:3],
+        "job_id": jobs[:3],
+        "batch_id": [batch],
+    }
+    ids = [each["id"] for each in sessions]
     return Things(
         named={
-            "job_id": [*ended, waiting],
-            "batch_id": [batch],
-            "jobs": [*ended, waiting],
             **common,
+            "jobs": jobs,
+            "job_id": jobs,
+            "job": jobs,
+            "session_id": ids,
+            "other": ids,
+            "share_id": [each["id"] for each in links],
+            "Share-Token": [each["token"] for each in links],
+            "If-Match": ["*", sessions[0]["head"]],
+            "result": [each["result"] for each in sessions[0]["document"]["scans"]],
         },
-        ended={"job_id": ended, "batch_id": [batch], "jobs": [*ended, ",".join(ended)], **common},
+        ended=common,
+        file=file,
     )
+
+
+def _made(api: httpx.Client, path: str, body: dict[str, Any]) -> Any:
+    answer = api.post(path, json=body)
+    assert answer.status_code in (201, 202), answer.text
+    return answer.json()
 
 
 @contextmanager
