@@ -1,0 +1,197 @@
+"""Sessions and links in both databases."""
+
+import hashlib
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from uuid import UUID
+
+import msgspec
+import pytest
+from sqlalchemy import update
+
+from neural_mri.backing import sessions as saved
+from neural_mri.backing import shares
+from neural_mri.backing.database import Sessions
+from neural_mri.backing.rows import SESSIONS, SHARES
+from neural_mri.backing.sessions import Made, Waiting, encode_document
+from neural_mri.contract.problems import InvalidRequest, TooMany
+from neural_mri.contract.scans import ScanKind
+from neural_mri.contract.sessions import (
+    NewShare,
+    Note,
+    PreconditionFailed,
+    SavedScan,
+    SessionDocument,
+    SessionView,
+    UnknownRevision,
+    UnknownSession,
+)
+
+PEPPER = b"pepper pepper pepper"
+EMPTY = SessionDocument()
+
+
+def scan(number: int, model: str = "tiny") -> SavedScan:
+    return SavedScan(
+        result=f"{number:064x}",
+        scan_key=f"{number:064x}",
+        kind=ScanKind.FMRI,
+        model=model,
+        revision="0" * 64,
+        request={"prompt": f"The Eiffel Tower {number}"},
+    )
+
+
+def made(
+    sessions: Sessions, name: str = "Eiffel", document: SessionDocument = EMPTY, owner: str = "ada"
+) -> SessionView:
+    return sessions.write(saved.create, Made(owner, name, encode_document(document), owner))
+
+
+def test_of_many_saves_over_one_revision_one_is_written(sessions: Sessions) -> None:
+    view = made(sessions)
+
+    def save(number: int) -> bool:
+        document = msgspec.structs.replace(EMPTY, view={"layer": number})
+        try:
+            sessions.write(saved.save, view.id, document, over=view.head, author="ada")
+        except PreconditionFailed:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(save, range(12))) == 1
+    after = sessions.read(saved.find, view.id)
+    assert after is not None
+    assert after.revision == 2
+    with pytest.raises(PreconditionFailed) as refused:
+        sessions.write(saved.save, view.id, EMPTY, over=view.head, author="ada")
+    assert refused.value.members["head"] == after.head
+
+
+def test_scans_added_at_once_are_all_there_in_one_chain(sessions: Sessions) -> None:
+    view = made(sessions)
+
+    def add(number: int) -> None:
+        sessions.write(saved.append, view.id, scan(number), author=f"user {number}")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(add, range(12)))
+    opened = sessions.read(saved.opened, view.id)
+    document = saved.decode_document(opened.document)
+    assert {each.result for each in document.scans} == {scan(n).result for n in range(12)}
+    listed = sessions.read(saved.revisions, view.id)
+    assert [each.number for each in listed] == list(range(13, 0, -1))
+    for newer, older in itertools.pairwise(listed):
+        assert newer.parent == older.revision
+    again = sessions.write(saved.append, view.id, scan(3), author="ada")
+    assert (again.is_new, again.view.revision) == (False, 13)
+
+
+def test_every_revision_is_named_by_the_hash_of_its_bytes(sessions: Sessions) -> None:
+    view = made(sessions, document=msgspec.structs.replace(EMPTY, scans=(scan(1),)))
+    kept = msgspec.structs.replace(EMPTY, notes=(Note(text="a\0b"),))
+    sessions.write(saved.save, view.id, kept, over=view.head, author="ada")
+    for each in sessions.read(saved.revisions, view.id):
+        opened = sessions.read(saved.opened, view.id, each.revision)
+        assert hashlib.sha256(opened.document).hexdigest() == each.revision
+    with pytest.raises(UnknownRevision):
+        sessions.read(saved.opened, view.id, "0" * 64)
+    # What an earlier revision held is still held, and goes with the session.
+    assert sessions.read(saved.holds, view.id, scan(1).result)
+    fork = sessions.read(saved.opened, view.id, view.head)
+    sessions.write(saved.fork, fork, owner="bob", name=None, author="bob")
+    assert sessions.read(saved.kept_results) == {scan(1).result}
+    assert sessions.write(saved.delete_session, view.id)
+    assert sessions.read(saved.kept_results) == {scan(1).result}, "the fork holds it as well"
+    assert not sessions.write(saved.delete_session, view.id)
+    with pytest.raises(UnknownSession):
+        sessions.write(saved.append, view.id, scan(2), author="ada")
+
+
+def test_pages_leave_out_nothing_and_tell_nothing_twice(sessions: Sessions) -> None:
+    views = [made(sessions, f"n{number}") for number in range(7)]
+    made(sessions, "theirs", owner="bob")
+    sessions.write(saved.change, views[2].id, pinned=True)
+    with sessions.writing() as session:
+        # Saved in one moment: ids decide.
+        session.execute(update(SESSIONS).where(SESSIONS.c.owner == "ada").values(updated_at=5.25))
+    seen: list[str] = []
+    after = None
+    while True:
+        page = sessions.read(saved.page, "ada", limit=2, after=after)
+        seen += [view.name for view in page.sessions]
+        after = page.next
+        if after is None:
+            break
+    assert seen == ["n2", "n6", "n5", "n4", "n3", "n1", "n0"]
+    for wrong in ("", "1_2", "x_1.0_" + str(views[0].id), f"1_y_{views[0].id}", "1_1.0_z"):
+        with pytest.raises(InvalidRequest, match="expected"):
+            sessions.read(saved.page, "ada", limit=2, after=wrong)
+
+
+def test_words_and_models_are_found_and_wildcards_are_only_letters(sessions: Sessions) -> None:
+    made(sessions, "Größe", msgspec.structs.replace(EMPTY, scans=(scan(1, "gpt2"),)))
+    made(sessions, "50% off_", msgspec.structs.replace(EMPTY, scans=(scan(2, "gpt2-medium"),)))
+
+    def found(query: str = "", model: str | None = None) -> list[str]:
+        page = sessions.read(saved.page, "ada", limit=9, query=query, model=model)
+        return [view.name for view in page.sessions]
+
+    assert found("GRÖSSE") == ["Größe"]
+    assert found("eiffel 1") == ["Größe"]
+    assert found("50%") == found("f_") == ["50% off_"]
+    assert found("5%0") == found("g_") == []
+    assert found(model="gpt2") == ["Größe"]
+    sessions.write(saved.change, sessions.read(saved.page, "ada", limit=1).sessions[0].id, name="x")
+    assert found("50%") == []
+    assert found("tower medium") == ["x"]
+
+
+def test_a_scan_on_its_way_is_waited_for_once(sessions: Sessions) -> None:
+    view = made(sessions)
+    waiting = Waiting(view.id, UUID(int=7), "ada", "mine")
+    for _ in range(2):
+        sessions.write(saved.add_arrival, waiting)
+    assert sessions.read(saved.arrivals, view.id) == [waiting]
+    with ThreadPoolExecutor(4) as pool:
+        dropped = list(pool.map(lambda _: sessions.write(saved.drop_arrival, waiting), range(4)))
+    assert sum(dropped) == 1
+
+
+def test_nobody_has_sessions_or_links_without_end(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved, "MOST_SESSIONS", 2)
+    monkeypatch.setattr(shares, "MOST_SHARES", 2)
+    view = made(sessions)
+    made(sessions)
+    with pytest.raises(TooMany, match="delete some"):
+        made(sessions)
+    made(sessions, owner="bob")
+    links = [sessions.write(shares.create, PEPPER, view.id, NewShare()) for _ in range(2)]
+    with pytest.raises(TooMany, match="revoke some"):
+        sessions.write(shares.create, PEPPER, view.id, NewShare())
+    sessions.write(shares.revoke, view.id, links[0].id)
+    sessions.write(shares.create, PEPPER, view.id, NewShare())
+
+
+def test_a_link_is_followed_while_it_is_good_by_who_has_its_token(sessions: Sessions) -> None:
+    view, other = made(sessions), made(sessions)
+    wanted = NewShare(label="Grace", expires_in_seconds=60)
+    link = sessions.write(shares.create, PEPPER, view.id, wanted)
+    assert link.token not in repr(link)
+    found = sessions.read(shares.followed, PEPPER, link.token)
+    assert found is not None
+    assert (found.id, found.session, found.label) == (link.id, view.id, "Grace")
+    assert sessions.read(shares.followed, b"another pepper", link.token) is None
+    assert sessions.read(shares.followed, PEPPER, link.token[:-1] + "A") is None
+    assert sessions.write(shares.revoke, other.id, link.id) is None, "another session's link"
+    with sessions.writing() as session:
+        session.execute(update(SHARES).values(expires_at=1.0))
+    assert sessions.read(shares.followed, PEPPER, link.token) is None
+    lasting = sessions.write(shares.create, PEPPER, view.id, NewShare())
+    sessions.write(shares.revoke, view.id, lasting.id)
+    assert sessions.read(shares.followed, PEPPER, lasting.token) is None
+    listed = sessions.read(shares.of_session, view.id)
+    assert [each.revoked_at is None for each in listed] == [False, True]
