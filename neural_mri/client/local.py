@@ -29,8 +29,9 @@ __all__ = ("LocalScans", "WorkerEnded", "WorkerMissing")
 
 AHEAD = 2
 """Scans sent to each process before the first of them is answered: it never waits for the next."""
-SMALL_BYTES = 1 << 30
-"""A model whose weights take no more is held twice."""
+TINY_BYTES, SMALL_BYTES = 1 << 25, 1 << 30
+"""A model whose weights take from the one to the other is held twice; for a smaller one starting a process
+costs more than it saves, for a larger one memory does."""
 
 
 class WorkerMissing(ClientError):
@@ -196,7 +197,7 @@ def _processes(model: str) -> int:
     if (os.cpu_count() or 1) < 2:
         return 1
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return 2 if 0 < size <= SMALL_BYTES else 1
+    return 2 if TINY_BYTES < size <= SMALL_BYTES else 1
 
 
 def _absolute(model: str) -> str:

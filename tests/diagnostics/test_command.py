@@ -22,7 +22,6 @@ class World(NamedTuple):
     folder: Path
     main: Path
     broken: Path
-    foreign: Path
     suite: Path
 
     def environment(self, **further: str) -> dict[str, str]:
@@ -45,9 +44,6 @@ class World(NamedTuple):
 def world(tmp_path_factory: pytest.TempPathFactory, suite: Suite) -> World:
     folder = tmp_path_factory.mktemp("world")
     main = saved("llama", folder / "main")
-    foreign = saved("llama", folder / "foreign")
-    tokenizer = foreign / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text().replace("w60", "w99"))
 
     def zeroed(weights: Any) -> None:
         weights[:, :8] = 0
@@ -55,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, suite: Suite) -> World:
     broken = edited(main, folder / "broken", "model.layers.1.self_attn.o_proj.weight", zeroed)
     path = folder / "tiny.toml"
     path.write_bytes(msgspec.toml.encode(suite))
-    return World(folder, main, broken, foreign, path)
+    return World(folder, main, broken, path)
 
 
 def test_a_gate_fails_and_passes_and_a_baseline_is_measured_once(world: World) -> None:
@@ -81,7 +77,6 @@ def test_a_gate_fails_and_passes_and_a_baseline_is_measured_once(world: World) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--model", "main", "--baseline", "foreign"), "the tokenizer is"),
         (("--model", "nowhere"), "neither a folder of safetensors nor a model of the store"),
         ((), "--local needs --model"),
         (("--model", "main", "--baseline", "broken", "--profile", "loose"), "no profile 'loose'"),
@@ -136,7 +131,6 @@ def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(world: World) -
     ]
     variables = {name: str(value) for name, value in job["variables"].items()} | {
         "NMRI_MODEL": "main",
-        "NMRI_BASELINE": "main",
         "NMRI_SUITE": "tiny.toml",
         "NMRI_PYTHON": sys.executable,
         "NMRI_TREE": str(ROOT),
