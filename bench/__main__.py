@@ -25,6 +25,7 @@ from bench import (
     fidelity,
     growth,
     memory,
+    page,
     stimulation,
     weights,
 )
@@ -35,6 +36,8 @@ from worker.scanner.loading import LoadedModel
 _MEMORY_BAR = 0.25
 """Most that an fMRI scan of 512 tokens may rise above the model, as a share of it."""
 _MIB = 1 << 20
+_OTHERS = ("What a person waits for", "Cluster")
+"""Sections of the page that other commands measure: they stay."""
 
 
 def main() -> None:
@@ -58,7 +61,8 @@ def main() -> None:
         print(part, flush=True)
         parts.append(part)
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
-    arguments.page.write_text("\n".join(parts), encoding="utf-8")
+    others = page.sections(arguments.page, *_OTHERS)
+    arguments.page.write_text("\n".join([*parts, *others]), encoding="utf-8")
 
 
 def _parts(model: LoadedModel, folder: Path, *, rounds: int, quick: bool) -> Iterator[str]:

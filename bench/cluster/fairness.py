@@ -1,0 +1,215 @@
+"""Who floods the queue delays nobody else, and loads of a hundred to one get equal shares.
+
+The flood is written to the database, as the API would have written it; whoever is measured asks by HTTP.
+"""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from bench.cluster.caller import Caller
+from bench.cluster.figures import Figure, at_least, at_most, percentile, plain
+from bench.cluster.service import Cluster
+from neural_mri.backing import jobs, keys, models
+from neural_mri.backing.database import epoch
+from neural_mri.backing.records import Submission
+from neural_mri.backing.rows import JOBS
+from neural_mri.contract.jobs import JobKind
+from neural_mri.contract.scan_keys import scan_key
+from neural_mri.contract.scans import ActivationScan, encode_scan
+from neural_mri.contract.tokens import Operands, Span, Tokens
+
+__all__ = ("figures", "jain")
+
+FLOOD = 10_000
+HEAVY, LIGHT = 100, 1
+LIGHT_JOBS = 12
+N_USERS = 8
+LENGTHS = (8, 13, 10, 16, 11, 9, 14, 12, 15)
+
+
+def jain(shares: Sequence[float]) -> float:
+    """Jain's index: 1 where all shares are equal, 1/n where one has everything (Jain, Chiu and Hawe 1984)."""
+    return sum(shares) ** 2 / (len(shares) * sum(share * share for share in shares))
+
+
+def submissions(
+    cluster: Cluster, owner: str, count: int, *, lengths: Sequence[int], seed: int
+) -> list[Submission]:
+    """Different scans of one user, of those lengths in tokens in turn."""
+    model = cluster.sessions.read(models.get, cluster.settings.default_model)
+    if model is None:
+        raise LookupError(cluster.settings.default_model)
+    chance = random.Random(seed)  # noqa: S311 (loads are no secrets)
+    made = []
+    for number in range(count):
+        length = lengths[number % len(lengths)]
+        ids = tuple(chance.randrange(3, model.architecture.d_vocab) for _ in range(length))
+        scan = ActivationScan(prompt=f"{owner} {number}", model=model.name)
+        tokens = Tokens(
+            ids=ids,
+            texts=("x",) * length,
+            spans=tuple(Span(at, at + 1) for at in range(length)),
+        )
+        made.append(
+            Submission(
+                owner=owner,
+                kind=JobKind.SCAN,
+                model=model.name,
+                revision=model.revision,
+                queue=keys.scan_queue(model.revision),
+                request=encode_scan(scan),
+                tokens=tokens,
+                scan_key=scan_key(
+                    scan,
+                    token_ids=ids,
+                    revision=model.revision,
+                    tokenizer_digest=model.tokenizer_digest,
+                    numerics=model.numerics,
+                    operands=Operands(),
+                ),
+            )
+        )
+    return made
+
+
+def _send(cluster: Cluster, wanted: Sequence[Submission]) -> None:
+    """Record jobs, a few hundred a transaction: others want to write too."""
+
+    def record(session: Session, some: Sequence[Submission]) -> None:
+        for submission in some:
+            jobs.submit(session, submission, max_queued=10**6)
+
+    for at in range(0, len(wanted), 200):
+        cluster.sessions.write(record, wanted[at : at + 200])
+
+
+def _forget_waiting(session: Session) -> None:
+    session.execute(delete(JOBS).where(JOBS.c.finished_at.is_(None), JOBS.c.lease_owner.is_(None)))
+
+
+class _Wait(NamedTuple):
+    """One job's wait, in seconds."""
+
+    waited: float
+    passes: float
+    """The same in passes of those that wait behind it."""
+
+
+async def _waits(cluster: Cluster, count: int) -> list[_Wait]:
+    """What users wait who ask for one scan each while the flood is served."""
+    waits = []
+    for number in range(count):
+        user = f"user-{number + 1:02}"
+        async with Caller(cluster.settings, cluster.keys[user]) as caller:
+            prompt = f"Ask number {number}: the Eiffel Tower stands in"
+            answer = await caller.post("/api/scan/activation", {"prompt": prompt}, wait=60)
+        job = cluster.job(answer.json()["id"])
+        if job.started_at is None:
+            raise RuntimeError(f"job {job.id} is {job.state}")
+        waited = (job.started_at - job.created_at).total_seconds()
+        waits.append(_Wait(waited, waited / _pass_seconds(cluster)))
+    return waits
+
+
+def _pass_seconds(cluster: Cluster) -> float:
+    """How long the flood's jobs have held the worker of late, in the median."""
+    lasted = (
+        select((JOBS.c.finished_at - JOBS.c.started_at).label("seconds"))
+        .where(
+            JOBS.c.owner == "user-00",
+            JOBS.c.finished_at.is_not(None),
+            JOBS.c.started_at.is_not(None),
+        )
+        .order_by(JOBS.c.finished_at.desc())
+        .limit(64)
+    )
+    with cluster.sessions.reading() as session:
+        return percentile(list(session.execute(lasted).scalars()), 0.5)
+
+
+def _flood(cluster: Cluster) -> list[Figure]:
+    began = time.monotonic()
+    _send(cluster, submissions(cluster, "user-00", FLOOD, lengths=range(8, 17), seed=1))
+    took = time.monotonic() - began
+    waits = asyncio.run(_waits(cluster, 7))
+    with cluster.sessions.reading() as session:
+        left = len(session.execute(select(JOBS.c.id).where(JOBS.c.finished_at.is_(None))).all())
+    cluster.sessions.write(_forget_waiting)
+    return [
+        at_most(
+            f"wait of a second user's job behind {FLOOD:,} of a first's, the longest of {len(waits)}",
+            max(wait.passes for wait in waits),
+            2.0,
+            " job-times",
+            digits=2,
+        ),
+        plain(
+            f"the same in seconds; {left:,} jobs were still waiting, recorded in {took:.0f} s",
+            f"{max(wait.waited for wait in waits):.2f} s",
+        ),
+    ]
+
+
+def _shares(cluster: Cluster) -> dict[str, int]:
+    """Tokens computed for each of eight users, from when all had asked until the small loads were done."""
+    loads = {
+        f"user-{number:02}": LIGHT_JOBS * (HEAVY if number < N_USERS // 2 else LIGHT)
+        for number in range(N_USERS)
+    }
+    owners: list[Submission] = []
+    # Nine lengths in an order that repeats after all of them: every user's work is alike in the mean.
+    for seed, (user, count) in enumerate(loads.items()):
+        owners += submissions(cluster, user, count, lengths=LENGTHS, seed=seed)
+    began = _now(cluster)
+    _send(cluster, owners)
+    asked = _now(cluster)
+    small = [user for user, count in loads.items() if count == LIGHT_JOBS]
+    last = None
+    while last is None:
+        time.sleep(0.5)
+        last = _last_start(cluster, small, began)
+    served: Counter[str] = Counter(dict.fromkeys(loads, 0))
+    shares = select(JOBS.c.owner, JOBS.c.n_tokens).where(
+        JOBS.c.started_at >= asked, JOBS.c.started_at <= last, JOBS.c.owner.in_(loads)
+    )
+    with cluster.sessions.reading() as session:
+        for row in session.execute(shares):
+            served[row.owner] += row.n_tokens
+    cluster.sessions.write(_forget_waiting)
+    return dict(served)
+
+
+def _now(cluster: Cluster) -> float:
+    with cluster.sessions.reading() as session:
+        return float(session.execute(select(epoch())).scalar_one())
+
+
+def _last_start(cluster: Cluster, users: Sequence[str], since: float) -> float | None:
+    """When the last of the users' jobs was taken; None while some wait."""
+    started = select(JOBS.c.started_at).where(JOBS.c.owner.in_(users), JOBS.c.created_at >= since)
+    with cluster.sessions.reading() as session:
+        found = list(session.execute(started).scalars())
+    return None if None in found else max(found)
+
+
+def figures(cluster: Cluster) -> list[Figure]:
+    """A flood, then unequal loads."""
+    flood = _flood(cluster)
+    shares = _shares(cluster)
+    return [
+        *flood,
+        at_least(
+            f"Jain's index of tokens computed for {N_USERS} users, loads {HEAVY}:{LIGHT}",
+            jain(list(shares.values())),
+            0.95,
+            digits=3,
+        ),
+        plain("of which, tokens by user", ", ".join(map(str, shares.values()))),
+    ]

@@ -1,0 +1,97 @@
+"""What the queue costs a job: from the request to its recorded end, the scanner's own time taken off.
+
+A model of three layers, so that there is little else. Where the time goes is read from the job's row.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bench.cluster.caller import Caller
+from bench.cluster.figures import Figure, at_most, percentile, plain
+from bench.cluster.service import Cluster
+from neural_mri.backing import storage
+
+__all__ = ("figures",)
+
+BAR_MILLISECONDS = 5.0
+WARM_UP = 30
+
+
+class Timing(NamedTuple):
+    """One job, in milliseconds."""
+
+    recorded: float
+    """From the request to the row."""
+    waited: float
+    """Until a worker held it."""
+    held: float
+    """Until its end stood in the database, the scanner's time taken off."""
+    answered: float
+    """From the request to the answer that waited for the end, the scanner's time taken off."""
+
+    @property
+    def overhead(self) -> float:
+        """From the request to the end's standing in the database."""
+        return self.recorded + self.waited + self.held
+
+
+async def _timings(cluster: Cluster, n_jobs: int) -> list[Timing]:
+    store = storage.open_store(cluster.settings)
+    timings = []
+    async with Caller(cluster.settings, cluster.keys["user-00"]) as caller:
+        for number in range(WARM_UP + n_jobs):
+            words = " ".join(f"w{(number // 40**place) % 40}" for place in range(8))
+            began, wall = time.perf_counter(), time.time()
+            answer = await caller.post("/api/scan/activation", {"prompt": words}, wait=20)
+            answered = time.perf_counter() - began
+            if number < WARM_UP:
+                continue
+            job = cluster.job(answer.json()["id"])
+            if job.manifest is None or job.started_at is None or job.finished_at is None:
+                raise RuntimeError(f"job {job.id} is {job.state}")
+            own = storage.load_manifest(store, job.manifest).compute_seconds
+            created, started = job.created_at.timestamp(), job.started_at.timestamp()
+            finished = job.finished_at.timestamp()
+            timings.append(
+                Timing(
+                    1e3 * (created - wall),
+                    1e3 * (started - created),
+                    1e3 * (finished - started - own),
+                    1e3 * (answered - own),
+                )
+            )
+    return timings
+
+
+def figures(cluster: Cluster, *, n_jobs: int = 400) -> list[Figure]:
+    """Jobs one after another."""
+    before = cluster.spent()
+    timings = asyncio.run(_timings(cluster, n_jobs))
+    spent = cluster.spent().since(before)
+
+    def median(values: Sequence[float]) -> float:
+        return percentile(values, 0.5)
+
+    parts = (
+        f"{median([t.recorded for t in timings]):.1f} until its row stands, "
+        f"{median([t.waited for t in timings]):.1f} until a worker holds it, "
+        f"{median([t.held for t in timings]):.1f} until its end stands"
+    )
+    overhead = [timing.overhead for timing in timings]
+    return [
+        at_most(
+            "a job's way through the queue, nothing to compute, median",
+            median(overhead),
+            BAR_MILLISECONDS,
+            " ms",
+        ),
+        plain("the same, 95th percentile", f"{percentile(overhead, 0.95):.1f} ms"),
+        plain("of which, milliseconds", parts),
+        plain(
+            "until the answer that waited for the end, median",
+            f"{median([timing.answered for timing in timings]):.1f} ms",
+        ),
+        plain("processor milliseconds a job, the scanner's own included", spent.each(n_jobs)),
+    ]
