@@ -22,6 +22,7 @@ from litestar.exceptions import (
 )
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ExceptionHandlersMap, Send
+from sqlalchemy.exc import DataError
 
 from neural_mri.contract.auth import Unauthenticated
 from neural_mri.contract.problems import (
@@ -264,6 +265,18 @@ def _fault(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]
     return _problem(request, incident(error, method=request.method, path=request.url.path))
 
 
+def _beyond(request: Request[Any, Any, Any], error: DataError | OverflowError) -> Response[bytes]:
+    """What no column can hold, NUL characters and numbers of many digits, only a caller brings here."""
+    # Not the error's own words: SQLAlchemy's quote every value of the statement.
+    log.warning("value_refused_by_database", path=request.url.path, error=type(error).__name__)
+    return _problem(
+        request,
+        InvalidRequest(
+            "a value cannot be looked up or kept: it holds a NUL character, or a number beyond 64 bits"
+        ),
+    )
+
+
 class JsonRequest(Request[Any, Any, Any]):
     """Refuses bodies that Litestar would break on: they are the caller's fault, not ours."""
 
@@ -287,6 +300,8 @@ class JsonRequest(Request[Any, Any, Any]):
 HANDLERS: ExceptionHandlersMap = {
     Problem: _problem,
     HTTPException: _refused,
+    DataError: _beyond,
+    OverflowError: _beyond,
     Exception: _fault,
 }
 """For Litestar."""

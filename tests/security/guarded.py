@@ -80,7 +80,7 @@ class Guarded:
 
     def wait_until_ready(self) -> None:
         """Until it answers."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         with self.client() as nobody:
             while True:
                 assert self.process.poll() is None, self.said()
