@@ -95,6 +95,9 @@ READS_FOR_EVER = frozenset(
 )
 """Operations that answer until what they tell of ends: only what has ended is followed."""
 
+ROUND = 24
+"""Requests to each operation, before it is the next round's turn."""
+
 SESSIONS = 60
 """So many, because some are deleted on the way."""
 
@@ -143,26 +146,32 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def fuzz(service: Guarded, things: Things, cases: int, *, seed: int) -> Report:
-    """Send so many requests, an equal share to each operation."""
+def fuzz(
+    service: Guarded, things: Things, cases: int, *, seed: int, seconds: float = float("inf")
+) -> Report:
+    """Send so many requests, an equal share to each operation, round by round until the time is over."""
     schema = schemathesis.openapi.from_dict(service.document())
     found = [result.ok() for result in schema.get_all_operations()]
     caller = _Caller(service)
     began = time.monotonic()
-    for number, operation in enumerate(found):
-        share = cases * (number + 1) // len(found) - cases * number // len(found)
-        for mode, part in (
-            (GenerationMode.POSITIVE, share - share // 3),
-            (GenerationMode.NEGATIVE, share // 3),
-        ):
-            _run(operation, mode, part, caller, things, seed)
-        service.world.sessions.write(models.set_wanted, "tiny", True)
+    while (left := cases - caller.sent) > 0 and time.monotonic() - began < seconds:
+        share = max(1, min(ROUND, -(-left // len(found))))
+        for operation in found:
+            for mode, part in (
+                (GenerationMode.POSITIVE, share - share // 3),
+                (GenerationMode.NEGATIVE, share // 3),
+            ):
+                _run(operation, mode, part, caller, things, seed + caller.sent)
+            service.world.sessions.write(models.set_wanted, "tiny", True)
+            if time.monotonic() - began > seconds:
+                break
     findings = list(caller.findings.values())
     findings += [
         Finding(str(line.get("path")), "logged as a fault", str(line)[:2000])
         for line in service.faults()
     ]
-    return Report(caller.sent, caller.statuses, caller.reached, findings, time.monotonic() - began)
+    took = time.monotonic() - began
+    return Report(caller.sent, caller.statuses, caller.reached, findings, took)
 
 
 def _run(
@@ -185,12 +194,7 @@ def _run(
         def once(case: Any, luck: int) -> None:
             caller.ask(case, random.Random(luck), things, is_wild=mode is GenerationMode.NEGATIVE)
 
-        for _ in range(20):  # what has few forms runs out of them early
-            before = caller.reached_in(operation)
-            once()
-            cases -= caller.reached_in(operation) - before
-            if cases <= 0 or caller.reached_in(operation) == before:
-                break
+        once()
     except hypothesis.errors.Unsatisfiable:
         pass  # nothing in it can be wrong
 
@@ -207,10 +211,6 @@ class _Caller:
         self.statuses: Counter[int] = Counter()
         self.reached: dict[str, Counter[int]] = {}
         self.findings: dict[tuple[str, str], Finding] = {}
-
-    def reached_in(self, operation: Any) -> int:
-        """How many requests an operation has had."""
-        return self.reached.get(operation.label, Counter()).total()
 
     def ask(self, case: Any, luck: random.Random, things: Things, *, is_wild: bool) -> None:
         """Send a case, as it is or with names that mean something."""
@@ -371,9 +371,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", type=int, nargs="?", default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no longer than so")
     given = parser.parse_args()
     with besieged() as service:
-        report = fuzz(service, furnished(service), given.cases, seed=given.seed)
+        report = fuzz(
+            service, furnished(service), given.cases, seed=given.seed, seconds=given.seconds
+        )
     sys.stdout.write(f"{report}\n")
     return 1 if report.findings or report.sent < given.cases else 0
 
