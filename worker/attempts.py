@@ -20,10 +20,12 @@ import torch
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import events, jobs, keys, models, storage
+from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.faults import crash_point
 from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.models import RegisteredModel
+from neural_mri.backing.queue import take_back_tickets
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import SavedResult, Store, StoreUnavailable, Unsaved
 from neural_mri.backing.tracing import Span
@@ -80,6 +82,7 @@ class Attempts:
         calibrations: Calibrations,
         intake: Intake,
         placing: Placing,
+        redis: SyncRedis,
     ) -> None:
         self._settings = settings
         self._sessions = sessions
@@ -91,6 +94,7 @@ class Attempts:
         self._calibrations = calibrations
         self._intake = intake
         self._placing = placing
+        self._redis = redis
         self._traces = Traces()
 
     def take(self, queue: str) -> int:
@@ -122,6 +126,9 @@ class Attempts:
             return 0
         metrics.CLAIMS.labels("jobs" if claimed else "nothing").inc()
         crash_point("worker.claimed")
+        if (mates := len(claimed) - 1) > 0:
+            # They have a ticket each, on which nothing would be found any more.
+            take_back_tickets(self._redis, queue, mates)
         self._run(claimed, began)
         return len(claimed)
 

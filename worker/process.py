@@ -90,6 +90,7 @@ def run(settings: Settings) -> int:
             calibrations=calibrations,
             intake=intake,
             placing=placing,
+            redis=broker.connect(settings),
         )
         queues = {*residency.queues(), placing.queue}
         return serve(queue.celery_app(settings), attempts, intake, name=name, queues=queues)

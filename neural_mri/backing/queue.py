@@ -26,6 +26,7 @@ __all__ = (
     "TicketSender",
     "celery_app",
     "send_tickets",
+    "take_back_tickets",
     "ticket_message",
     "waiting_tickets",
 )
@@ -100,6 +101,17 @@ def send_tickets(redis: SyncRedis, queue: str, count: int = 1) -> bool:
         log.warning("tickets_not_sent", queue=queue, count=count, error=str(error))
         return False
     return True
+
+
+def take_back_tickets(redis: SyncRedis, queue: str, count: int) -> None:
+    """Take tickets off the queue, of work that another ticket's claim has brought along.
+
+    Never raises for Redis. One too many is no matter: the reaper sends what is missing.
+    """
+    try:
+        redis.rpop(queue, count)
+    except AWAY as error:
+        log.debug("tickets_not_taken_back", queue=queue, count=count, error=str(error))
 
 
 def waiting_tickets(redis: SyncRedis, queue: str) -> int:

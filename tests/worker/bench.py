@@ -88,6 +88,7 @@ class Bench:
             calibrations=self.calibrations,
             intake=self.intake,
             placing=self.placing,
+            redis=self.redis,
         )
 
     def submit(

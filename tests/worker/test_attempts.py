@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import structlog
 
-from neural_mri.backing import jobs, keys, models, storage
+from neural_mri.backing import jobs, keys, models, queue, storage
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.storage import Store, StoreFull
@@ -373,3 +373,18 @@ def test_of_jobs_that_share_a_pass_one_that_cannot_be_stored_fails_alone(
         manifest = storage.load_manifest(holding_tiny.store, job.manifest or "")
         assert all(storage.read_table(holding_tiny.store, ref).num_rows for ref in manifest.tables)
         assert isinstance(holding_tiny.told(job.id)[-1], Ended)
+
+
+def test_mates_of_a_claim_leave_no_ticket_behind_and_others_keep_theirs(
+    holding_tiny: Bench,
+) -> None:
+    for seed in range(4):
+        holding_tiny.submit(PROMPT, tokens=models_prompt(5, seed=seed))
+    for seed in range(2):
+        holding_tiny.submit(PROMPT, tokens=models_prompt(7, seed=seed))
+    # As a worker finds them, the first one taken: one for each of the jobs.
+    queue.send_tickets(holding_tiny.redis, holding_tiny.queue, 5)
+    assert holding_tiny.attempts().take(holding_tiny.queue) == 4
+    assert queue.waiting_tickets(holding_tiny.redis, holding_tiny.queue) == 2
+    assert holding_tiny.attempts().take(holding_tiny.queue) == 2
+    assert queue.waiting_tickets(holding_tiny.redis, holding_tiny.queue) == 1
