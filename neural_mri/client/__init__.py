@@ -8,6 +8,7 @@ Knows the contract and HTTP; needs nothing of the service's side installed.
 """
 
 from neural_mri.client.activation_map import ActivationMap, Grid, Reading
+from neural_mri.client.asynchronous import AsyncClient
 from neural_mri.client.circuit_map import CircuitMap
 from neural_mri.client.client import Client
 from neural_mri.client.comparison import Comparison
@@ -32,6 +33,7 @@ __all__ = (
     "DEFAULT_URL",
     "URL_VARIABLE",
     "ActivationMap",
+    "AsyncClient",
     "CircuitMap",
     "Client",
     "ClientError",

@@ -1,0 +1,237 @@
+"""The client for programs that run an event loop: the same methods, awaited.
+
+Every call is made by the plain client in a thread of a pool, which waits for the network there; arguments,
+answers, errors and their types are the plain client's. A call whose task is cancelled goes on in its thread to
+its end, and its answer is dropped: a scan that should stop is stopped with `cancel`.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, update_wrapper
+from types import MethodType, TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+
+from neural_mri.client.batches import Batches
+from neural_mri.client.client import Client
+from neural_mri.client.sessions import Sessions
+
+__all__ = ("AsyncBatches", "AsyncClient", "AsyncSessions")
+
+P = ParamSpec("P")
+Plain = TypeVar("Plain")
+Answer = TypeVar("Answer")
+
+_MOST_CALLS = 64
+"""Calls and streams of one client that wait at the same time; more wait for their turn."""
+
+
+class _InThreads(Generic[Plain]):
+    """Something of the plain client's, and the threads in which its methods run."""
+
+    def __init__(self, plain: Plain, threads: ThreadPoolExecutor) -> None:
+        self.plain = plain
+        self.threads = threads
+
+
+class _Called(Generic[Plain, P, Answer]):
+    """A plain method, to be awaited."""
+
+    def __init__(self, method: Callable[Concatenate[Plain, P], Answer]) -> None:
+        self._method = method
+        update_wrapper(self, method)  # type: ignore[arg-type]
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> Self: ...
+    @overload
+    def __get__(self, owner: _InThreads[Plain], kind: type) -> Callable[P, Awaitable[Answer]]: ...
+
+    def __get__(self, owner: _InThreads[Plain] | None, kind: type) -> Any:
+        if owner is None:
+            return self
+
+        bound = MethodType(self._method, owner.plain)
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> Awaitable[Answer]:
+            loop = asyncio.get_running_loop()
+            return loop.run_in_executor(owner.threads, partial(bound, *args, **kwargs))
+
+        return update_wrapper(call, bound)
+
+
+class _Streamed(Generic[Plain, P, Answer]):
+    """A plain method that gives one thing after another, for `async for`."""
+
+    def __init__(self, method: Callable[Concatenate[Plain, P], Iterator[Answer]]) -> None:
+        self._method = method
+        update_wrapper(self, method)  # type: ignore[arg-type]
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> Self: ...
+    @overload
+    def __get__(
+        self, owner: _InThreads[Plain], kind: type
+    ) -> Callable[P, AsyncGenerator[Answer]]: ...
+
+    def __get__(self, owner: _InThreads[Plain] | None, kind: type) -> Any:
+        if owner is None:
+            return self
+
+        bound = MethodType(self._method, owner.plain)
+
+        def stream(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Answer]:
+            return _stream(owner.threads, partial(bound, *args, **kwargs))
+
+        return update_wrapper(stream, bound)
+
+
+async def _stream(
+    threads: ThreadPoolExecutor, start: Callable[[], Iterator[Answer]]
+) -> AsyncGenerator[Answer]:
+    loop = asyncio.get_running_loop()
+    iterator = await loop.run_in_executor(threads, start)
+    end = object()
+    coming: asyncio.Future[Any] | None = None
+    try:
+        while True:
+            coming = loop.run_in_executor(threads, next, iterator, end)
+            item = await asyncio.shield(coming)
+            if item is end:
+                return
+            yield item
+    finally:
+        close = getattr(iterator, "close", None)
+        if close is not None:
+            # A generator can't be closed while a thread is in it: whoever leaves does not wait for that.
+            if coming is None or coming.done():
+                threads.submit(close)
+            else:
+                coming.add_done_callback(lambda _: threads.submit(close))
+
+
+class AsyncBatches(_InThreads[Batches]):
+    """`Batches`, awaited."""
+
+    submit = _Called(Batches.submit)
+    run = _Called(Batches.run)  # type: ignore[arg-type]  # its options have no names
+    list = _Called(Batches.list)
+    get = _Called(Batches.get)
+    cancel = _Called(Batches.cancel)
+    wait = _Called(Batches.wait)
+    lines = _Streamed(Batches.lines)
+    outcomes = _Streamed(Batches.outcomes)
+    summaries = _Streamed(Batches.summaries)
+    watch = _Streamed(Batches.watch)
+    table = _Called(Batches.table)
+    save = _Called(Batches.save)
+
+
+class AsyncSessions(_InThreads[Sessions]):
+    """`Sessions`, awaited."""
+
+    create = _Called(Sessions.create)
+    save = _Called(Sessions.save)
+    add = _Called(Sessions.add)
+    get = _Called(Sessions.get)
+    open = _Called(Sessions.open)
+    revisions = _Called(Sessions.revisions)
+    rename = _Called(Sessions.rename)
+    pin = _Called(Sessions.pin)
+    fork = _Called(Sessions.fork)
+    delete = _Called(Sessions.delete)
+    difference = _Called(Sessions.difference)
+    export = _Called(Sessions.export)
+    import_file = _Called(Sessions.import_file)
+    watch = _Streamed(Sessions.watch)
+    share = _Called(Sessions.share)
+    shares = _Called(Sessions.shares)
+    revoke = _Called(Sessions.revoke)
+    shared = _Called(Sessions.shared)
+    list = _Called(Sessions.list)
+
+
+class AsyncClient(_InThreads[Client]):
+    """A `Client` whose methods are awaited. Use it as an asynchronous context manager, or `close` it.
+
+        async with AsyncClient() as mri:
+            scans = await asyncio.gather(*(mri.scan_activation(prompt) for prompt in prompts))
+
+    `watch` is for `async for`. Results are plain `Result` objects.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        timeout_seconds: float = 30.0,
+        patience_seconds: float = 60.0,
+        headers: Mapping[str, str] | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        """Make a client; nothing is sent yet. Arguments and errors are `Client`'s."""
+        client = Client(
+            base_url,
+            timeout_seconds=timeout_seconds,
+            patience_seconds=patience_seconds,
+            headers=headers,
+            api_key=api_key,
+        )
+        super().__init__(client, ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="neural-mri"))
+
+    @property
+    def batches(self) -> AsyncBatches:
+        """Many scans in one request."""
+        return AsyncBatches(self.plain.batches, self.threads)
+
+    @property
+    def sessions(self) -> AsyncSessions:
+        """Scans kept together, opened again, compared and shared."""
+        return AsyncSessions(self.plain.sessions, self.threads)
+
+    @property
+    def base_url(self) -> str:
+        """Where the service is."""
+        return self.plain.base_url
+
+    async def close(self) -> None:
+        """Close the connections. What still waits ends with `Unreachable`."""
+        await asyncio.to_thread(self.plain.close)
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    health = _Called(Client.health)
+    cluster = _Called(Client.cluster)
+    models = _Called(Client.models)
+    model = _Called(Client.model)
+    load = _Called(Client.load)
+    unload = _Called(Client.unload)
+    tokenize = _Called(Client.tokenize)
+    scan_structural = _Called(Client.scan_structural)
+    scan_activation = _Called(Client.scan_activation)
+    scan_attention = _Called(Client.scan_attention)
+    scan_weights = _Called(Client.scan_weights)
+    scan_circuits = _Called(Client.scan_circuits)
+    scan_anomaly = _Called(Client.scan_anomaly)
+    perturb = _Called(Client.perturb)
+    patching = _Called(Client.patching)
+    trace = _Called(Client.trace)
+    calibrate = _Called(Client.calibrate)
+    run = _Called(Client.run)
+    diagnose = _Called(Client.diagnose)
+    submit = _Called(Client.submit)
+    job = _Called(Client.job)
+    jobs = _Called(Client.jobs)
+    cancel = _Called(Client.cancel)
+    watch = _Streamed(Client.watch)
+    wait = _Called(Client.wait)
+    result = _Called(Client.result)
