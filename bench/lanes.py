@@ -235,10 +235,10 @@ def main() -> None:
             service.wait_until_ready()
             sessions = database.sessions(settings)
             caller = Caller(service, sessions)
-            if scans:
-                lanes(caller, scans)
             if count:
                 cancels(caller, service.child("worker"), count)
+            if scans:
+                lanes(caller, scans)
             sessions.close()
 
 

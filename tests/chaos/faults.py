@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import redis
@@ -97,9 +98,7 @@ class Faults:
         }
         for how in self._database.faults:
             longest = 7.0 if how == "lock" and self._database.kind == "sqlite" else 2.5
-            kinds[f"{how} database"] = Fault(
-                4, lambda how=how, longest=longest: self._disturb(how, seconds(0.1, longest))
-            )
+            kinds[f"{how} database"] = Fault(4, partial(self._disturb, how, longest))
         if self._disk is not None:
             disk = self._disk
             kinds["fill disk"] = Fault(4, lambda: disk.fill(seconds(0.2, 3.0)))
@@ -132,8 +131,8 @@ class Faults:
         with frozen([self._service.broker.pid]):
             time.sleep(seconds)
 
-    def _disturb(self, how: str, seconds: float) -> None:
-        self._database.disturb(how, seconds)
+    def _disturb(self, how: str, longest: float) -> None:
+        self._database.disturb(how, self._chance.uniform(0.1, longest))
 
     def _flush(self) -> None:
         with suppress(redis.RedisError), self._service.broker.client() as client:

@@ -162,15 +162,17 @@ class Postgresql:
         self._data.chmod(0o700)
         command = [str(self._bin / "initdb"), "--auth=trust", "--encoding=utf8", "-U", "postgres"]
         subprocess.run(
-            [*command, "-D", str(self._data)], check=True, capture_output=True, **self._as_user()
+            [*command, "-D", str(self._data)], check=True, capture_output=True, user=self._user
         )
         with (self._data / "pg_hba.conf").open("a") as rules:
             rules.write("host all all 0.0.0.0/0 trust\n")
         self._run()
         database.migrate(self.settings)
 
-    def _as_user(self) -> dict[str, str]:
-        return {"user": self.USER} if os.getuid() == 0 else {}
+    @property
+    def _user(self) -> str | None:
+        """Whom it runs as: nobody lets root run it."""
+        return self.USER if os.getuid() == 0 else None
 
     def _run(self) -> None:
         options = {
@@ -183,7 +185,7 @@ class Postgresql:
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]
         with self._log.open("ab") as log:
-            self._server = subprocess.Popen(command, stdout=log, stderr=log, **self._as_user())
+            self._server = subprocess.Popen(command, stdout=log, stderr=log, user=self._user)
         import psycopg
 
         for _ in range(600):
