@@ -105,7 +105,9 @@ class Launcher:
         self._supervisor.start(self._python("worker", "worker"))
         self._wait("api", self._api_answers)
         self._tell("api", "answers")
-        self._tell("worker", f"loading {settings.pinned_models}, calibrating it the first time")
+        first = not (settings.store_dir / "calibrations").is_dir() and not settings.store_url
+        once = ", and measuring what is ordinary for it (once)" if first else ""
+        self._tell("worker", f"loading {settings.pinned_models}{once}")
         with broker.connect(settings) as redis:
             revisions = {model.revision for model in self._pinned().values() if model}
             self._wait("worker", lambda: self._worker_holds(redis, revisions))
