@@ -70,9 +70,14 @@ def _telling(comparison: Comparison) -> list[Tested]:
         if not len(tested.changed):
             continue
         kind = (tested.quantity.measure, tested.quantity.name == "ranks")
-        if kind not in found or _ratio(tested) > _ratio(found[kind]):
+        if kind not in found or _tells(tested) > _tells(found[kind]):
             found[kind] = tested
     return list(found.values())
+
+
+def _tells(tested: Tested) -> tuple[bool, float]:
+    """How well a quantity says where the change is: a divergence from the end changes with the end."""
+    return tested.quantity.name != "kl", _ratio(tested)
 
 
 def _ratio(tested: Tested) -> float:

@@ -158,11 +158,10 @@ def _tests(
             )
         measured = _finite(_distances(quantity, here.rows(there.prompts), there.values))
         noise = np.abs(_finite(_distances(quantity, again.second, again.first)))
-        scale = _scale(quantity, noise, there.values) * suite.noise_margin
+        floor = _floor(quantity, there.values, baseline.subject.n_layers)
+        scale = _scale(noise, floor) * suite.noise_margin
         # Each prompt's noise is judged by the others': a scale that knew it would call it small.
-        known = np.concatenate(
-            [_left_out(quantity, noise, row, there.values) for row in range(len(noise))]
-        )
+        known = np.concatenate([_left_out(noise, row, floor) for row in range(len(noise))])
         effect = np.sqrt((measured * measured).mean(0))
         tail = Tail.of(known)
         yield Tested(
@@ -231,22 +230,28 @@ def _finite(values: Doubles) -> Doubles:
     return np.nan_to_num(values, nan=0.0, posinf=1e30, neginf=-1e30)
 
 
-def _scale(quantity: Quantity, noise: Doubles, values: npt.NDArray[np.float32]) -> Doubles:
+def _floor(quantity: Quantity, values: npt.NDArray[np.float32], n_layers: int) -> float:
+    """What rounding may do at the least, whatever a noise run of a few prompts has seen."""
+    if quantity.name == "estimate":
+        # A gradient is added up through every layer, and back.
+        return RESOLUTION * n_layers
+    if quantity.measure in (Measure.NORMS, Measure.ATTRIBUTION):
+        return RESOLUTION
+    finite = np.abs(values[np.isfinite(values)])
+    return RESOLUTION * (max(1.0, float(np.median(finite))) if len(finite) else 1.0)
+
+
+def _scale(noise: Doubles, floor: float) -> Doubles:
     """RMS of each component's noise, and never less than that of a component in the middle."""
     own = np.sqrt((noise * noise).mean(0))
-    floor = RESOLUTION
-    if quantity.measure not in (Measure.NORMS, Measure.ATTRIBUTION):
-        finite = np.abs(values[np.isfinite(values)])
-        floor *= max(1.0, float(np.median(finite))) if len(finite) else 1.0
     scale: Doubles = np.maximum(np.maximum(own, np.median(own)), floor)
     return scale
 
 
-def _left_out(
-    quantity: Quantity, noise: Doubles, row: int, values: npt.NDArray[np.float32]
-) -> Doubles:
+def _left_out(noise: Doubles, row: int, floor: float) -> Doubles:
+    """A prompt's noise over the scale of the others'."""
     others = np.delete(noise, row, axis=0)
-    found: Doubles = noise[row] / _scale(quantity, others if len(others) else noise, values)
+    found: Doubles = np.maximum(noise[row], floor) / _scale(others if len(others) else noise, floor)
     return found
 
 

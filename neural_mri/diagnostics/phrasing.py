@@ -96,9 +96,8 @@ class Phrases:
         """A score with its interval."""
         if score is None or not score.n:
             return "–"
-        shown = (
-            number(100 * score.value) + " %" if unit == "share of prompts" else number(score.value)
-        )
+        in_percent = unit in ("share of prompts", "share of layers")
+        shown = f"{number(100 * score.value)} %" if in_percent else number(score.value)
         return f"{shown} ({self.interval(score.interval, unit)})"
 
     def say(self, finding: Finding, diagnosis: Diagnosis) -> Said:

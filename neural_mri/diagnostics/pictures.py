@@ -15,6 +15,7 @@ from neural_mri.diagnostics.phrasing import Phrases, number
 __all__ = ("curves", "heat_map", "intervals")
 
 _WIDTH = 1040
+_BOUNDLESS = 1e20
 _LEFT = 58
 _RIGHT = 96
 
@@ -213,7 +214,7 @@ def _balance_range(cases: Sequence[CaseOutcome]) -> tuple[float, float]:
     ends = [
         abs(end) for case in cases for end in (case.score.interval.low, case.score.interval.high)
     ]
-    largest = max((end for end in ends if math.isfinite(end)), default=1.0) or 1.0
+    largest = max((end for end in ends if end < _BOUNDLESS), default=1.0) or 1.0
     return (-largest * 1.05, largest * 1.05)
 
 

@@ -29,6 +29,10 @@ CONFIDENCE = 0.95
 _Z = 1.959963984540054
 """Standard normal quantile of 0.975."""
 RESAMPLES = 2000
+FEWEST = 3
+"""Of fewer values no interval can be drawn: resampling one or two of them says nothing."""
+UNKNOWN = Interval(-1e30, 1e30)
+"""Beyond all numbers that are measured: JSON has no word for infinity."""
 
 
 NOTHING = Score(value=0.0, interval=Interval(0.0, 0.0), n=0, method="none")
@@ -68,9 +72,9 @@ def rms_score(values: Floats, *, seed: int = 0) -> Score:
     low, high = squares.interval.low, squares.interval.high
     return Score(
         value=math.sqrt(squares.value),
-        interval=Interval(math.sqrt(low), math.sqrt(high)),
+        interval=Interval(math.sqrt(max(low, 0.0)), math.sqrt(high) if high < 1e30 else high),
         n=squares.n,
-        method="bootstrap",
+        method=squares.method,
     )
 
 
@@ -78,9 +82,11 @@ def _bootstrapped(values: Floats, statistic: Any, seed: int) -> Score:
     n = len(values)
     if n == 0:
         return NOTHING
+    value = float(statistic(values.astype(np.float64)))
+    if n < FEWEST:
+        return Score(value=value, interval=UNKNOWN, n=n, method="none")
     draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
     low, high = _ends(statistic(values[draws].astype(np.float64), axis=1))
-    value = float(statistic(values.astype(np.float64)))
     return Score(value=value, interval=Interval(low, high), n=n, method="bootstrap")
 
 
@@ -91,11 +97,13 @@ def difference_score(first: Floats, second: Floats, *, seed: int = 0) -> Score:
     n = min(len(first), len(second))
     if n == 0:
         return NOTHING
+    value = float(first.mean() - second.mean())
+    if n < FEWEST:
+        return Score(value=value, interval=UNKNOWN, n=len(first) + len(second), method="none")
     means = [
         each[rng.integers(0, len(each), (RESAMPLES, len(each)))].mean(1) for each in (first, second)
     ]
     low, high = _ends(means[0] - means[1])
-    value = float(first.mean() - second.mean())
     return Score(
         value=value, interval=Interval(low, high), n=len(first) + len(second), method="bootstrap"
     )
@@ -117,6 +125,9 @@ def auroc_score(negative: Floats, positive: Floats, *, seed: int = 0) -> Score:
     n = len(negative) + len(positive)
     if not len(negative) or not len(positive):
         return NOTHING
+    value = auroc(negative, positive)
+    if min(len(negative), len(positive)) < FEWEST:
+        return Score(value=value, interval=Interval(0.0, 1.0), n=n, method="none")
     drawn = [
         auroc(
             negative[rng.integers(0, len(negative), len(negative))],
@@ -125,7 +136,6 @@ def auroc_score(negative: Floats, positive: Floats, *, seed: int = 0) -> Score:
         for _ in range(RESAMPLES // 4)
     ]
     low, high = _ends(np.array(drawn))
-    value = auroc(negative, positive)
     return Score(value=value, interval=Interval(low, high), n=n, method="bootstrap")
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
@@ -30,7 +31,7 @@ from neural_mri.diagnostics import Record, Scanned, measure
 from tests import models
 from worker.local import LocalScanner, registered_folder
 
-__all__ = ("InProcess", "edited", "measured", "saved", "tiny_suite")
+__all__ = ("InProcess", "as_toml", "edited", "measured", "saved", "tiny_suite")
 
 Weights = npt.NDArray[np.float32]
 
@@ -87,6 +88,25 @@ def tiny_suite(*, prompts: int = 8, noise: int = 6) -> Suite:
             case("awareness", Expectation.AWARENESS, ("known", "unknown")),
         ),
     )
+
+
+def as_toml(suite: Suite) -> str:
+    """The suite as a person would have written it, gates left out."""
+
+    def inline(value: object) -> str:
+        if isinstance(value, dict):
+            pairs = (f"{key} = {inline(each)}" for key, each in value.items() if each is not None)
+            return f"{{ {', '.join(pairs)} }}"
+        return json.dumps(value, ensure_ascii=False)
+
+    lines = [f"{name} = {inline(getattr(suite, name))}" for name in ("name", "version", "title")]
+    lines.append(f"noise_prompts = {suite.noise_prompts}")
+    for case in suite.cases:
+        fields = msgspec.to_builtins(case)
+        items = fields.pop("items")
+        lines += ["[[cases]]", *(f"{name} = {inline(value)}" for name, value in fields.items())]
+        lines += ["items = [", *(f"  {inline(item)}," for item in items), "]"]
+    return "\n".join(lines)
 
 
 class InProcess:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from neural_mri.contract.suites import Suite
-from tests.diagnostics.making import edited, saved
+from tests.diagnostics.making import as_toml, edited, saved
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, suite: Suite) -> World:
 
     broken = edited(main, folder / "broken", "model.layers.1.self_attn.o_proj.weight", zeroed)
     path = folder / "tiny.toml"
-    path.write_bytes(msgspec.toml.encode(suite))
+    path.write_text(as_toml(suite))
     return World(folder, main, broken, path)
 
 
