@@ -151,7 +151,8 @@ def fuzz(
 ) -> Report:
     """Send so many requests, an equal share to each operation, round by round until the time is over."""
     schema = schemathesis.openapi.from_dict(service.document())
-    found = [result.ok() for result in schema.get_all_operations()]
+    results: list[Any] = list(schema.get_all_operations())
+    found = [result.ok() for result in results]
     caller = _Caller(service)
     began = time.monotonic()
     while (left := cases - caller.sent) > 0 and time.monotonic() - began < seconds:
