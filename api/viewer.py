@@ -53,7 +53,7 @@ NOT_BUILT = b"""<!doctype html>
 <meta charset="utf-8">
 <title>Neural MRI: no viewer here yet</title>
 <h1>The viewer is not built</h1>
-<p>The API answers; its pages are missing. Build them with <code>make web</code>, or set
+<p>The API answers; its pages are missing. Build them with <code>npm run build</code> in <code>web/</code>, or set
 <code>NEURAL_MRI_VIEWER_DIR</code> to a built folder, and load this page again.</p>
 <p><a href="/schema">What the API can do</a></p>
 """
