@@ -66,6 +66,9 @@ __all__ = (
     "save_session",
 )
 
+MOST_REVISIONS = 2**31 - 1
+"""No number is larger than a column holds."""
+
 IfMatch = Annotated[
     str | None,
     HeaderParameter(
@@ -382,16 +385,22 @@ async def add_session_scan(
 @get(
     "/api/sessions/{session_id:uuid}/revisions",
     operation_id="listRevisions",
-    summary="Every save, the latest first",
+    summary="The saves of a session, the latest first",
+    description="`before` the last number of one page begins the next.",
     tags=["sessions"],
     responses=refusals(404),
 )
 async def list_revisions(
-    session_id: FromPath[UUID], services: NamedDependency[Services]
+    session_id: FromPath[UUID],
+    services: NamedDependency[Services],
+    before: Annotated[
+        int | None, QueryParameter(ge=1, le=MOST_REVISIONS, description="A revision's number.")
+    ] = None,
+    limit: Annotated[int, QueryParameter(ge=1, le=1000, description="How many at most.")] = 100,
 ) -> list[RevisionView]:
     """List revisions."""
     await own_session(services, session_id)
-    return await services.sessions.read(sessions.revisions, session_id)
+    return await services.sessions.read(sessions.revisions, session_id, limit=limit, before=before)
 
 
 @get(

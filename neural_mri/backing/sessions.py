@@ -5,7 +5,7 @@ latest. Who saves says which revision they had read: where another has been save
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -418,28 +418,32 @@ def _place_of(text: str) -> Any:
     return tuple_(*(literal(value, kind) for value, kind in zip(place, types, strict=True)))
 
 
-def revisions(session: Session, session_id: UUID) -> list[RevisionView]:
-    """Every save of a session, the latest first."""
-    wanted = (
-        select(*_revision)
-        .where(_revision.session_id == session_id)
-        .order_by(_revision.number.desc())
-    )
-    listed = []
-    for row in _run(session, wanted):
-        document = decode_document(row.document)
-        listed.append(
-            RevisionView(
-                number=row.number,
-                revision=row.digest,
-                parent=document.parent,
-                author=row.author,
-                message=row.message,
-                scans=len(document.scans),
-                created_at=_moment(row.created_at),
-            )
+def revisions(
+    session: Session, session_id: UUID, *, limit: int, before: int | None = None
+) -> list[RevisionView]:
+    """Saves of a session, the latest first, of those before a number. Reads no document but the first."""
+    columns = (_revision.number, _revision.digest, _revision.author, _revision.message)
+    wanted = select(*columns, _revision.created_at).where(_revision.session_id == session_id)
+    if before is not None:
+        wanted = wanted.where(_revision.number < before)
+    # One more, to know what the last of them was saved over.
+    ordered = wanted.order_by(_revision.number.desc()).limit(limit + 1)
+    rows: Sequence[AnyRow] = _run(session, ordered).all()
+    parents = [row.digest for row in rows[1:]]
+    if rows and len(rows) <= limit:
+        first = opened(session, session_id, rows[-1].digest)
+        parents.append(decode_document(first.document).parent)
+    return [
+        RevisionView(
+            number=row.number,
+            revision=row.digest,
+            parent=parent,
+            author=row.author,
+            message=row.message,
+            created_at=_moment(row.created_at),
         )
-    return listed
+        for row, parent in zip(rows, parents, strict=False)
+    ]
 
 
 def holds(session: Session, session_id: UUID, result: str) -> bool:

@@ -237,9 +237,10 @@ class Sessions:
         file = self._download(f"{_path(session)}/results", {"revision": detail.opened})
         return OpenedSession(self._exchange, file, detail.document, detail.name)
 
-    def revisions(self, session: SessionReference) -> list[RevisionView]:
-        """Every save, the latest first."""
-        return self._exchange.ask(list[RevisionView], "GET", f"{_path(session)}/revisions")
+    def revisions(self, session: SessionReference, limit: int = 100) -> list[RevisionView]:
+        """The saves, the latest first."""
+        path, query = f"{_path(session)}/revisions", {"limit": str(limit)}
+        return self._exchange.ask(list[RevisionView], "GET", path, query=query)
 
     def rename(self, session: SessionReference, name: str) -> SessionView:
         """Give it another name."""

@@ -290,7 +290,6 @@ class RevisionView(msgspec.Struct, frozen=True, kw_only=True):
     parent: str | None = None
     author: str
     message: str = ""
-    scans: int
     created_at: datetime
 
 

@@ -80,10 +80,13 @@ def test_scans_added_at_once_are_all_there_in_one_chain(sessions: Sessions) -> N
     opened = sessions.read(saved.opened, view.id)
     document = saved.decode_document(opened.document)
     assert {each.result for each in document.scans} == {scan(n).result for n in range(12)}
-    listed = sessions.read(saved.revisions, view.id)
+    listed = sessions.read(saved.revisions, view.id, limit=5)
+    while len(listed) < 13:
+        listed += sessions.read(saved.revisions, view.id, limit=5, before=listed[-1].number)
     assert [each.number for each in listed] == list(range(13, 0, -1))
     for newer, older in itertools.pairwise(listed):
         assert newer.parent == older.revision
+    assert (listed[-1].parent, listed[-1].revision) == (None, view.head)
     again = sessions.write(saved.append, view.id, scan(3), author="ada")
     assert (again.is_new, again.view.revision) == (False, 13)
 
@@ -92,7 +95,7 @@ def test_every_revision_is_named_by_the_hash_of_its_bytes(sessions: Sessions) ->
     view = made(sessions, document=msgspec.structs.replace(EMPTY, scans=(scan(1),)))
     kept = msgspec.structs.replace(EMPTY, notes=(Note(text="a\0b"),))
     sessions.write(saved.save, view.id, kept, over=view.head, author="ada")
-    for each in sessions.read(saved.revisions, view.id):
+    for each in sessions.read(saved.revisions, view.id, limit=9):
         opened = sessions.read(saved.opened, view.id, each.revision)
         assert hashlib.sha256(opened.document).hexdigest() == each.revision
     with pytest.raises(UnknownRevision):
