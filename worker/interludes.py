@@ -30,6 +30,8 @@ LOOK_SECONDS = 0.05
 """Least time between two looks at the queue."""
 SHORT = 0.25
 """Share of a scan's own work that whoever interrupts it may take."""
+LEAST_COST = 8.0
+"""A pass that would lend less, in tokens, is soon over: it does not look."""
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +44,8 @@ def _most_cost(together: Sequence[Job]) -> float:
         )  # a load, a calibration: what reads no prompt does not say how long it takes
     if len(together) > 1 and any(job.lane is Lane.INTERACTIVE for job in together):
         return 0.0  # who comes meanwhile shares the next pass, which is cheaper for all
-    return SHORT * sum(job.estimated_cost for job in together)
+    most = SHORT * sum(job.estimated_cost for job in together)
+    return most if most >= LEAST_COST else 0.0
 
 
 class Interludes:
