@@ -22,7 +22,7 @@ __all__ = ("Faults",)
 
 class Fault(NamedTuple):
     weight: float
-    do: Callable[[], None]
+    do: Callable[[random.Random], None]
 
 
 class Faults:
@@ -52,20 +52,26 @@ class Faults:
         self._kinds = self._known()
 
     def one(self) -> str:
-        """Do a fault; those that last go on by themselves. Its name."""
+        """Do a fault; one that lasts goes on by itself, and what befalls its victim next waits for it.
+
+        One seed gives one sequence of faults, each with its own length and victim.
+        """
         names = list(self._kinds)
-        while True:
-            [name] = self._chance.choices(names, [self._kinds[name].weight for name in names])
-            target = name.split()[-1]
-            busy = self._busy.get(target)
-            if busy is None or not busy.is_alive():
-                break
+        [name] = self._chance.choices(names, [self._kinds[name].weight for name in names])
+        target, own = name.split()[-1], random.Random(self._chance.random())
         self.done[name] += 1
         self.log.append(f"{time.monotonic() - self._began:9.3f} {name}")
-        lasting = threading.Thread(target=self._kinds[name].do, daemon=True)
+        lasting = threading.Thread(
+            target=self._do, args=(name, own, self._busy.get(target)), daemon=True
+        )
         self._busy[target] = lasting
         lasting.start()
         return name
+
+    def _do(self, name: str, chance: random.Random, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
+        self._kinds[name].do(chance)
 
     def settle(self) -> None:
         """Wait until nothing is being done any more, and disarm what nobody came to."""
@@ -75,23 +81,23 @@ class Faults:
             (self._service.crash_points / point).unlink(missing_ok=True)
 
     def _known(self) -> Mapping[str, Fault]:
-        service, seconds = self._service, self._chance.uniform
+        service = self._service
         lease = service.settings.lease_seconds
         kinds = {
-            "kill worker": Fault(14, lambda: self._signal("worker", signal.SIGKILL)),
-            "end worker": Fault(3, lambda: self._signal("worker", signal.SIGTERM)),
-            "freeze worker": Fault(6, lambda: self._freeze("worker", seconds(0.2, 2.5 * lease))),
-            "crash in worker": Fault(14, lambda: self._crash("worker", seconds(0.5, 3.0))),
-            "kill api": Fault(8, lambda: self._signal("api", signal.SIGKILL)),
-            "end api": Fault(2, lambda: self._signal("api", signal.SIGTERM)),
-            "freeze api": Fault(4, lambda: self._freeze("api", seconds(0.1, 2.0))),
-            "crash in api": Fault(6, lambda: self._crash("api", seconds(0.5, 3.0))),
-            "kill reaper": Fault(8, lambda: self._signal("reaper", signal.SIGKILL)),
-            "freeze reaper": Fault(4, lambda: self._freeze("reaper", seconds(0.1, 3.0))),
-            "crash in reaper": Fault(4, lambda: self._crash("reaper", seconds(0.5, 3.0))),
-            "double reaper": Fault(2, lambda: service.one_more(self._extra(), seconds(0.5, 3.0))),
-            "kill broker": Fault(5, service.broker.kill),
-            "freeze broker": Fault(4, lambda: self._freeze_broker(seconds(0.2, 3.0))),
+            "kill worker": Fault(14, partial(self._signal, "worker", signal.SIGKILL)),
+            "end worker": Fault(3, partial(self._signal, "worker", signal.SIGTERM)),
+            "freeze worker": Fault(6, partial(self._freeze, "worker", 2.5 * lease)),
+            "crash in worker": Fault(14, partial(self._crash, "worker")),
+            "kill api": Fault(8, partial(self._signal, "api", signal.SIGKILL)),
+            "end api": Fault(2, partial(self._signal, "api", signal.SIGTERM)),
+            "freeze api": Fault(4, partial(self._freeze, "api", 2.0)),
+            "crash in api": Fault(6, partial(self._crash, "api")),
+            "kill reaper": Fault(8, partial(self._signal, "reaper", signal.SIGKILL)),
+            "freeze reaper": Fault(4, partial(self._freeze, "reaper", 3.0)),
+            "crash in reaper": Fault(4, partial(self._crash, "reaper")),
+            "double reaper": Fault(2, self._double_reaper),
+            "kill broker": Fault(5, lambda _: service.broker.kill()),
+            "freeze broker": Fault(4, self._freeze_broker),
             "empty broker": Fault(6, self._flush),
             "cut connections of broker": Fault(3, self._cut_connections),
             "stray tickets in broker": Fault(3, self._stray_tickets),
@@ -101,50 +107,50 @@ class Faults:
             kinds[f"{how} database"] = Fault(4, partial(self._disturb, how, longest))
         if self._disk is not None:
             disk = self._disk
-            kinds["fill disk"] = Fault(4, lambda: disk.fill(seconds(0.2, 3.0)))
+            kinds["fill disk"] = Fault(4, lambda chance: disk.fill(chance.uniform(0.2, 3.0)))
         if self._host is not None:
             host = self._host
-            kinds["cut cable"] = Fault(6, lambda: host.cut(seconds(0.2, 3.0 * lease)))
+            kinds["cut cable"] = Fault(6, lambda chance: host.cut(chance.uniform(0.2, 3 * lease)))
         return kinds
 
-    def _one(self, program: str) -> str:
-        return self._chance.choice(self._service.names(program))
+    def _one(self, program: str, chance: random.Random) -> str:
+        return chance.choice(self._service.names(program))
 
-    def _signal(self, program: str, signum: signal.Signals) -> None:
-        self._service.signal(self._one(program), signum)
+    def _signal(self, program: str, signum: signal.Signals, chance: random.Random) -> None:
+        self._service.signal(self._one(program, chance), signum)
 
-    def _freeze(self, program: str, seconds: float) -> None:
-        self._service.frozen(self._one(program), seconds)
+    def _freeze(self, program: str, longest: float, chance: random.Random) -> None:
+        self._service.frozen(self._one(program, chance), chance.uniform(0.1, longest))
 
-    def _crash(self, program: str, seconds: float) -> None:
-        point = self._chance.choice([each for each in faults.POINTS if each.startswith(program)])
+    def _crash(self, program: str, chance: random.Random) -> None:
+        point = chance.choice([each for each in faults.POINTS if each.startswith(program)])
         place = self._service.arm(point)
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + chance.uniform(0.5, 3.0)
         while place.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         place.unlink(missing_ok=True)
 
-    def _extra(self) -> Place:
-        return Place("reaper-extra", "reaper")
+    def _double_reaper(self, chance: random.Random) -> None:
+        self._service.one_more(Place("reaper-extra", "reaper"), chance.uniform(0.5, 3.0))
 
-    def _freeze_broker(self, seconds: float) -> None:
+    def _freeze_broker(self, chance: random.Random) -> None:
         with frozen([self._service.broker.pid]):
-            time.sleep(seconds)
+            time.sleep(chance.uniform(0.2, 3.0))
 
-    def _disturb(self, how: str, longest: float) -> None:
-        self._database.disturb(how, self._chance.uniform(0.1, longest))
+    def _disturb(self, how: str, longest: float, chance: random.Random) -> None:
+        self._database.disturb(how, chance.uniform(0.1, longest))
 
-    def _flush(self) -> None:
+    def _flush(self, _chance: random.Random) -> None:
         with suppress(redis.RedisError), self._service.broker.client() as client:
             client.flushall()
 
-    def _cut_connections(self) -> None:
+    def _cut_connections(self, _chance: random.Random) -> None:
         with suppress(redis.RedisError), self._service.broker.client() as client:
             client.client_kill_filter(_type="normal", skipme=True)
 
-    def _stray_tickets(self) -> None:
+    def _stray_tickets(self, chance: random.Random) -> None:
         """Many more than there are jobs, and some that say nothing anybody knows."""
-        queue = self._chance.choice([self._queue, keys.CPU_QUEUE])
+        queue = chance.choice([self._queue, keys.CPU_QUEUE])
         strange = ticket_message(queue).replace(b"neural_mri.ticket", b"neural_mri.riddle")
         with suppress(redis.RedisError), self._service.broker.client() as client:
             client.lpush(queue, *(ticket_message(queue) for _ in range(50)), strange)
