@@ -20,7 +20,7 @@ from tests.tiny import save_tiny_model
 from worker.scanner import loading
 from worker.scanner.loading import LoadedModel
 
-PARTS = ("sharing", "fairness", "streams", "throughput", "sameness", "overhead")
+PARTS = ("sharing", "flood", "streams", "throughput", "sameness", "overhead", "shares")
 ROUNDS = 2
 
 INTRODUCTION = """`python -m bench.cluster`: whole services (API, worker, reaper, Valkey, SQLite) on this machine, with users who
@@ -50,7 +50,7 @@ def main() -> None:
 def _measured(parts: Sequence[str]) -> Iterator[list[Figure]]:
     of_service: dict[str, Callable[[Cluster], list[Figure]]] = {
         "sharing": sharing.figures,
-        "fairness": fairness.figures,
+        "flood": fairness.flood,
         "streams": streams.figures,
     }
     with ExitStack() as running:
@@ -68,8 +68,8 @@ def _measured(parts: Sequence[str]) -> Iterator[list[Figure]]:
                 yield throughput.figures(cluster, alone, _model(), rounds=ROUNDS)
     if "sameness" in parts:
         yield sameness.figures(_model())
-    if "overhead" in parts:
-        yield _overhead()
+    if {"overhead", "shares"} & {*parts}:
+        yield from _of_a_tiny_model(parts)
 
 
 def _model() -> LoadedModel:
@@ -77,11 +77,15 @@ def _model() -> LoadedModel:
     return loading.load(folder, loading.published_numerics(folder))
 
 
-def _overhead() -> list[Figure]:
+def _of_a_tiny_model(parts: Sequence[str]) -> Iterator[list[Figure]]:
+    """What is about the queue alone: a model of three layers, so that there is little else."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = save_tiny_model(Path(folder) / "tiny")
         with prepared("tiny", tiny, threads=1) as settings, serving(settings) as cluster:
-            return overhead.figures(cluster)
+            if "shares" in parts:
+                yield fairness.shares(cluster)
+            if "overhead" in parts:
+                yield overhead.figures(cluster)
 
 
 if __name__ == "__main__":
