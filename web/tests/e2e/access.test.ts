@@ -1,6 +1,7 @@
 import type { Browser } from "playwright-core";
 import { afterAll, beforeAll, expect, test } from "vitest";
 
+import { SEQUENCES, type SequenceId } from "../../src/model/sequences";
 import {
   FRAMES,
   PROMPT,
@@ -29,48 +30,80 @@ interface Case {
   readonly reach: (open: Visit) => Promise<unknown>;
 }
 
-const CASES: readonly Case[] = [
+/** Presses the sequence's key and takes its scan. */
+async function take({ page }: Visit, id: SequenceId): Promise<void> {
+  await settled(page);
+  await page.getByTestId("axial").focus();
+  await page.keyboard.press(String(SEQUENCES.findIndex((sequence) => sequence.id === id) + 1));
+  if (id === "T1") return;
+  await page.fill("#prompt", PROMPT);
+  await page.getByRole("button", { name: `SCAN ${id}` }).click();
+}
+
+async function complete(open: Visit, id: SequenceId): Promise<void> {
+  await take(open, id);
+  await open.page.locator(".status", { hasText: `${id} scan complete` }).waitFor();
+}
+
+/** Every sequence, where there is nothing, while it comes, with its scan, refused, and beside a prior. */
+const STATES: readonly Case[] = SEQUENCES.flatMap(({ id }): Case[] => [
+  id === "T1"
+    ? {
+        name: "T1, empty",
+        options: { behaviour: { bare: true } },
+        reach: ({ page }) => page.getByText("no model is registered").waitFor(),
+      }
+    : {
+        name: `${id}, empty`,
+        options: { fragment: `seq=${id}` },
+        reach: ({ page }) => page.getByText(`No ${id} scan yet`).waitFor(),
+      },
+  id === "T1"
+    ? {
+        name: "T1, loading",
+        options: { behaviour: { silent: true } },
+        reach: ({ page }) => page.getByText("Asking the service").waitFor(),
+      }
+    : {
+        name: `${id}, loading`,
+        options: { behaviour: { pause: 200 } },
+        reach: async (open) => {
+          await take(open, id);
+          await open.page.getByRole("button", { name: "CANCEL" }).waitFor();
+        },
+      },
+  { name: `${id}, scan`, options: {}, reach: (open) => complete(open, id) },
+  id === "T1"
+    ? {
+        name: "T1, error",
+        options: { behaviour: { down: true } },
+        reach: ({ page }) => page.getByText("The service cannot be reached").first().waitFor(),
+      }
+    : {
+        name: `${id}, error`,
+        options: { behaviour: { problem: PROBLEM } },
+        reach: async (open) => {
+          await take(open, id);
+          await open.page.getByTestId("problem").waitFor();
+        },
+      },
   {
-    name: "T1, loading",
-    options: { behaviour: { silent: true } },
-    reach: ({ page }) => page.getByText("Asking the service").waitFor(),
+    name: `${id}, compare`,
+    options: {},
+    reach: async (open) => {
+      await complete(open, id);
+      await open.page.getByTestId("axial").focus();
+      await open.page.keyboard.press("9");
+      await open.page.getByTestId("compare").waitFor();
+    },
   },
-  { name: "T1, scan", options: {}, reach: ({ page }) => settled(page) },
-  {
-    name: "T1, error",
-    options: { behaviour: { down: true } },
-    reach: ({ page }) => page.getByText("The service cannot be reached").first().waitFor(),
-  },
-  {
-    name: "fMRI, empty",
-    options: { fragment: "seq=fMRI" },
-    reach: ({ page }) => page.getByText("No fMRI scan yet").waitFor(),
-  },
+]);
+
+const OTHERS: readonly Case[] = [
   {
     name: "fMRI, no worker holds the model",
     options: { fragment: "seq=fMRI", behaviour: { modelState: "available" } },
     reach: ({ page }) => page.getByRole("button", { name: "Load" }).waitFor(),
-  },
-  {
-    name: "fMRI, loading",
-    options: { behaviour: { pause: 60 } },
-    reach: async ({ page }) => {
-      await settled(page);
-      await page.fill("#prompt", PROMPT);
-      await page.press("#prompt", "Enter");
-      await page.locator(".sweep").waitFor();
-    },
-  },
-  { name: "fMRI, scan", options: {}, reach: ({ page }) => scan(page) },
-  {
-    name: "fMRI, error",
-    options: { behaviour: { problem: PROBLEM } },
-    reach: async ({ page }) => {
-      await settled(page);
-      await page.fill("#prompt", PROMPT);
-      await page.press("#prompt", "Enter");
-      await page.getByTestId("problem").waitFor();
-    },
   },
   {
     name: "fMRI, table",
@@ -111,7 +144,11 @@ const CASES: readonly Case[] = [
   },
 ];
 
-test.each(CASES)("axe finds nothing: $name", async ({ options, reach }) => {
+test("there are 25 states", () => {
+  expect(new Set(STATES.map(({ name }) => name)).size).toBe(25);
+});
+
+test.each([...STATES, ...OTHERS])("axe finds nothing: $name", async ({ options, reach }) => {
   const open = await visit(browser, options);
   await reach(open);
   expect(await violations(open.page)).toEqual([]);
