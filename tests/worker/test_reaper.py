@@ -14,14 +14,15 @@ import pytest
 import redis
 import structlog
 
-from neural_mri.backing import broker, database, jobs, keys, queue, storage
+from neural_mri.backing import batches, broker, database, jobs, keys, queue, storage
+from neural_mri.backing.batches import Line, NewBatch
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.jobs import Job, LeaseOwner, Submission
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
-from neural_mri.contract.jobs import JobKind, JobState
+from neural_mri.contract.jobs import JobKind, JobState, Lane
 from tests.servers import Valkey, database_copy, migrated_database, sqlite_only, valkey
 from worker.reaper import ABANDONED_SECONDS, MOST_TICKETS, Reaper
 
@@ -318,3 +319,27 @@ def test_the_process_never_loads_torch() -> None:
 def test_redis_errors_are_what_the_reaper_expects() -> None:
     assert issubclass(redis.ConnectionError, broker.AWAY)
     assert issubclass(redis.TimeoutError, broker.AWAY)
+
+
+def test_a_batch_of_which_too_many_scans_fail_is_stopped_with_nobody_watching(
+    sessions: Sessions, client: SyncRedis, reaper: Reaper
+) -> None:
+    asked = Submission(
+        owner="ada",
+        kind=JobKind.SCAN,
+        model="tiny",
+        revision="0123456789abcdef" * 4,
+        queue=QUEUE,
+        request=b"{}",
+    )
+    keyed = [msgspec.structs.replace(asked, scan_key=f"{number:064x}") for number in range(4)]
+    wanted = NewBatch("ada", "", Lane.BATCH, 4, "0" * 64, max_failures=1)
+    batch = sessions.write(batches.begin, wanted).batch
+    lines = [Line(number, scan) for number, scan in enumerate(keyed, 1)]
+    made = sessions.write(batches.fill, batch.id, lines, {}, max_queued=9)
+    failing, held = (claim(sessions, LeaseOwner.here()) for _ in range(2))
+    sessions.write(jobs.advance, failing.id, JobState.FAILED, attempt=1, problem={"detail": "no"})
+    reaper.round()
+    states = [state(sessions, made[number]).value for number in (1, 2, 3, 4)]
+    assert states == ["failed", "claimed", "cancelled", "cancelled"]
+    assert client.exists(keys.cancel_flag(held.id)), "what runs is asked to stop"
