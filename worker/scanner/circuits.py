@@ -190,7 +190,7 @@ class _Circuit:
         )
 
     def _direct_terms(self, components: Sequence[Component]) -> Float[Tensor, " component"]:
-        return torch.stack([self._direct.of(component) for component in components[:-1]]).cpu()
+        return self._direct.of(components[:-1]).cpu()
 
     def _estimates(self, components: Sequence[Component]) -> Float[Tensor, " component"]:
         """First-order estimates, told as soon as they are known; NaN where the method takes none."""

@@ -4,6 +4,7 @@ No estimate but a sum: the final norm's scale frozen, a logit is linear in what 
 last position. It is blind to what components do to each other.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,20 +30,26 @@ class DirectAttribution(NamedTuple):
     biases: Float[Tensor, ""]
     """Of attention outputs, the final norm and the unembedding: no component's."""
 
-    def of(self, component: Component) -> Float[Tensor, ""]:
-        """A component's term."""
-        layer, index = component.layer or 0, component.index or 0
-        match component.kind:
-            case Kind.EMBED:
-                return self.embed
-            case Kind.HEAD:
-                return self.heads[layer, index]
-            case Kind.ATTN:
-                return self.attn[layer]
-            case Kind.MLP:
-                return self.mlp[layer]
-            case _:
+    def of(self, components: Sequence[Component]) -> Float[Tensor, " component"]:
+        """The terms of some components."""
+        n_layers, n_heads = self.heads.shape
+        begins = {
+            Kind.EMBED: 0,
+            Kind.HEAD: 1,
+            Kind.ATTN: 1 + n_layers * n_heads,
+            Kind.MLP: 1 + n_layers * n_heads + n_layers,
+        }
+
+        def place(component: Component) -> int:
+            if component.kind not in begins:
                 raise ValueError(f"{component} is no component that a circuit is made of")
+            layer, index = component.layer or 0, component.index or 0
+            by_head = component.kind is Kind.HEAD
+            return begins[component.kind] + (layer * n_heads + index if by_head else layer)
+
+        # All terms side by side: hundreds of small tensors would take longer than what they hold.
+        terms = torch.cat([self.embed.view(1), self.heads.flatten(), self.attn, self.mlp])
+        return terms[[place(component) for component in components]]
 
 
 class _Reader(NamedTuple):

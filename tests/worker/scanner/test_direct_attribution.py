@@ -66,7 +66,7 @@ def test_a_term_is_what_the_unembedding_reads_of_a_components_write(
         normed = frozen(norm, read, writes[component][-1], family)
         expected = normed @ (unembed[5] - unembed[9])
         torch.testing.assert_close(
-            found.of(component), expected.detach(), rtol=1e-3, atol=1e-3, msg=str(component)
+            found.of([component])[0], expected.detach(), rtol=1e-3, atol=1e-3, msg=str(component)
         )
 
 
@@ -89,11 +89,11 @@ def test_a_head_has_the_part_of_its_layer_that_goes_through_its_rows_of_w_o(
     unembed = tiny_model.modules.unembed.get_parameter("weight")
     normed = frozen(tiny_model.modules.final_norm, read, whole - without, family)
     expected = normed @ (unembed[5] - unembed[9])
-    torch.testing.assert_close(found.of(head), expected.detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.of([head])[0], expected.detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_only_what_writes_to_the_stream_has_a_term(tiny_model: LoadedModel) -> None:
     found = attributed(tiny_model, Metric(5, 9))
-    assert torch.equal(found.of(EMBED), found.embed)
+    assert torch.equal(found.of([EMBED])[0], found.embed)
     with pytest.raises(ValueError, match="unembed is no component that a circuit is made of"):
-        found.of(UNEMBED)
+        found.of([UNEMBED])
