@@ -1,5 +1,6 @@
 """`python -m api`: serve until SIGTERM or SIGINT."""
 
+import resource
 import signal
 import socket
 import sys
@@ -17,6 +18,9 @@ from neural_mri.backing.settings import InvalidSettings, load_settings
 
 GRACE_SECONDS = 5
 """How long answers under way may take to end once the process has been asked to."""
+
+CONNECTIONS = 10_240
+"""The most that any system takes for a limit (macOS)."""
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +65,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     logs.configure(settings, process="api")
+    _allow_connections()
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -82,6 +87,14 @@ def main() -> int:
     with tracing.exported(settings, process="api"):
         server.run()
     return 0 if server.started else 1
+
+
+def _allow_connections() -> None:
+    """Take as many connections as may be: the usual limit is 1024, and every reader of events is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, CONNECTIONS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 if __name__ == "__main__":

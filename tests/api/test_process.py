@@ -1,6 +1,7 @@
 """The process itself: what it loads, how soon it serves, how it ends."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import msgspec
+import psutil
 import pytest
 
 from neural_mri.backing.settings import Settings
@@ -136,3 +138,15 @@ def test_a_setting_that_does_not_exist_is_named(own_port: Settings) -> None:
     assert report.returncode == 2
     assert "NEURAL_MRI_PROT is not a setting" in report.stderr
     assert "Traceback" not in report.stderr
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="Linux shows another's limits")
+def test_more_readers_are_taken_than_a_shell_allows_files(own_port: Settings) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        with process(own_port) as started, client_of(own_port):
+            allowed, _ = psutil.Process(started.pid).rlimit(psutil.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert allowed == min(hard, 10_240)
