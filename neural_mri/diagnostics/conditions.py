@@ -16,6 +16,8 @@ __all__ = ("conditions",)
 SILENT = 1e-3
 """A head is silent where what it writes is less than this share of its layer's median head, on every prompt."""
 OUTLYING_KURTOSIS = 100.0
+FEWEST_PROMPTS = 8
+"""Of fewer prompts a case's score is told, and nothing is concluded from it."""
 LATE = 0.95
 """Share of the layers after which an answer counts as decided late."""
 
@@ -26,6 +28,7 @@ def conditions(suite: Suite, record: Record, cases: Sequence[CaseOutcome]) -> It
         yield from _of_score(case, outcome, record)
         yield from _of_inside(outcome, record)
         yield from _confident_errors(case, record)
+    yield from _settles_late(cases, record)
     yield from _silent_heads(record)
     yield from _tensors(record)
 
@@ -46,7 +49,7 @@ def _score_evidence(score: Score, unit: str, case: Case, record: Record) -> Evid
 
 def _of_score(case: Case, outcome: CaseOutcome, record: Record) -> Iterator[Finding]:
     score = outcome.score
-    if not score.n:
+    if score.n < FEWEST_PROMPTS:
         return
     low, high = score.interval.low, score.interval.high
     match case.expectation:
@@ -95,7 +98,10 @@ def _of_score(case: Case, outcome: CaseOutcome, record: Record) -> Iterator[Find
 
 def _of_inside(outcome: CaseOutcome, record: Record) -> Iterator[Finding]:
     if outcome.carriers:
-        first = outcome.carriers[0]
+        # What the first MLP writes is the word itself: it leads wherever a word makes the difference.
+        later = [each for each in outcome.carriers if Component.parse(each.component).layer]
+        helping = [each for each in later if each.effect.value < 0]
+        first = (helping or later or list(outcome.carriers))[0]
         place = Component.parse(first.component)
         yield Finding(
             rule=Rule.CARRIED_BY,
@@ -118,27 +124,39 @@ def _of_inside(outcome: CaseOutcome, record: Record) -> Iterator[Finding]:
             numbers={
                 "label": first.label,
                 "share": first.share,
-                "others": ", ".join(each.label for each in outcome.carriers[1:4]) or "-",
+                "others": ", ".join(each.label for each in outcome.carriers if each is not first)
+                or "-",
             },
         )
-    if outcome.settles is not None and outcome.settles.interval.low >= LATE:
-        yield Finding(
-            rule=Rule.SETTLES_LATE,
-            severity=Severity.NOTE,
-            case=outcome.id,
-            strength=outcome.settles.value,
-            evidence=Evidence(
-                measure=Measure.LENS,
-                quantity="depth",
-                scan="FLAIR",
-                value=outcome.settles.value,
-                unit="share of layers",
-                interval=outcome.settles.interval,
-                n=outcome.settles.n,
-                scan_keys=record.scan_key("FLAIR", f"{outcome.id}/0"),
-            ),
-            numbers={"label": outcome.id},
-        )
+
+
+def _settles_late(cases: Sequence[CaseOutcome], record: Record) -> Iterator[Finding]:
+    """One finding for all cases whose answers are decided at the end, told of the latest."""
+    late = [
+        (outcome.settles, outcome.id)
+        for outcome in cases
+        if outcome.settles is not None and outcome.settles.interval.low >= LATE
+    ]
+    if not late:
+        return
+    latest, case = max(late, key=lambda each: (each[0].value, each[0].n))
+    yield Finding(
+        rule=Rule.SETTLES_LATE,
+        severity=Severity.NOTE,
+        case=case,
+        strength=latest.value,
+        evidence=Evidence(
+            measure=Measure.LENS,
+            quantity="depth",
+            scan="FLAIR",
+            value=latest.value,
+            unit="share of layers",
+            interval=latest.interval,
+            n=latest.n,
+            scan_keys=record.scan_key("FLAIR", f"{case}/0"),
+        ),
+        numbers={"label": case, "changed": len(late), "tested": len(cases)},
+    )
 
 
 def _confident_errors(case: Case, record: Record) -> Iterator[Finding]:
@@ -148,7 +166,7 @@ def _confident_errors(case: Case, record: Record) -> Iterator[Finding]:
         return
     values = support.of_case(case.id)
     confident = ~right & (values.values[:, 0] > 0)
-    if not confident.any():
+    if not confident.any() or len(right) < FEWEST_PROMPTS:
         return
     score = proportion_score(int(confident.sum()), len(right))
     which = int(np.argmax(np.where(confident, values.values[:, 0], -np.inf)))

@@ -256,8 +256,12 @@ def _forest(cases: Sequence[CaseOutcome], phrases: Phrases, bounds: tuple[float,
                 f"{number(case.baseline.value)}</title></path>"
             )
         ends = case.score.interval
-        clear = ends.low > case.chance or ends.high < case.chance
-        kind = "clear" if clear else "unclear"
+        # As expected, beyond doubt: better than chance, or of a balance, none that leans.
+        if case.expectation is Expectation.BALANCE:
+            as_expected = ends.low <= 0 <= ends.high
+        else:
+            as_expected = ends.low > (case.chance or 0.5)
+        kind = "clear" if as_expected else "unclear"
         parts.append(
             f'<line class="span {kind}" x1="{x(ends.low):.1f}" x2="{x(ends.high):.1f}" y1="{y}" y2="{y}"/>'
         )
