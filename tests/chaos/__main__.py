@@ -7,6 +7,7 @@ import argparse
 import sys
 import time
 
+from tests.chaos.premises import may_network
 from tests.chaos.storm import Storm, weather
 
 __all__ = ()
@@ -24,6 +25,9 @@ def main() -> int:
     parser.add_argument("--quiet-seconds", type=float, default=180.0)
     parser.add_argument("--minutes", type=float, default=600.0, help="ask no more after so long")
     asked = parser.parse_args()
+    if asked.hosts == 2 and not may_network():
+        print("left out: this process may make no network namespaces, so there is one host")  # noqa: T201
+        return 0
     storm = Storm(
         jobs=asked.jobs,
         faults=asked.faults,

@@ -39,8 +39,9 @@ def may_mount() -> bool:
 def may_network() -> bool:
     """Whether this process may make network namespaces."""
     name = f"nmri-{uuid4().hex[:6]}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
-    if made.returncode:
+    try:
+        subprocess.run(["ip", "netns", "add", name], capture_output=True, check=True)
+    except (OSError, subprocess.SubprocessError):
         return False
     subprocess.run(["ip", "netns", "del", name], check=True)
     return True
