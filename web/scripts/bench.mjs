@@ -95,6 +95,13 @@ async function measure() {
   if (wanted(1, 19)) await bundle();
   if (wanted(5, 7)) await drawing();
   if (wanted(2)) await firstPicture();
+  if (wanted(15)) await cropping();
+  if (wanted(3, 4, 6, 8, 9, 10, 12, 13, 14, 16, 18, 20, 21, 22)) await reading();
+  if (wanted(11, 17, 19, 23, 24)) await asserted();
+}
+
+/** What needs a scan of each kind. */
+async function reading() {
   const page = await watched(SCREENS[0]);
   await page.goto(origin);
   await page.getByTestId("corner-value").waitFor();
@@ -107,14 +114,12 @@ async function measure() {
   if (wanted(10)) await linked(page);
   if (wanted(12, 13)) await walking(page);
   if (wanted(14)) await sampling(page);
-  if (wanted(15)) await cropping();
   if (wanted(16)) await legibility(page);
   if (wanted(18)) await idling(page);
   if (wanted(20)) origins();
   if (wanted(21)) await restoring(page);
   if (wanted(22)) await growing(page);
   await page.close();
-  if (wanted(11, 17, 19, 23, 24)) await asserted();
 }
 
 /** A page that notes when its nodes are drawn, and when parts of an event stream arrive. */
