@@ -5,7 +5,7 @@ count of its own. A line is a row, so that what was refused, and what was asked 
 """
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -50,6 +50,9 @@ _line = BATCH_LINES.c
 _job = JOBS.c
 
 FAILURES = frozenset({JobState.FAILED, JobState.EXPIRED, JobState.QUARANTINED})
+
+LONGEST_FILLING = timedelta(minutes=10)
+"""Recording a batch takes seconds."""
 
 CALLER, FAILED = "caller", "failures"
 """Who stops a batch."""
@@ -238,7 +241,7 @@ def view(session: Session, batch: Batch) -> BatchView:
     return BatchView(
         id=batch.id,
         name=batch.name,
-        state=_state_of(batch, counts, is_filled=report.recorded == batch.lines),
+        state=_state_of(batch, counts, is_filled=_is_filled(batch, report.recorded)),
         lane=batch.lane,
         lines=batch.lines,
         refused=report.refused,
@@ -253,6 +256,11 @@ def view(session: Session, batch: Batch) -> BatchView:
             "results": f"{home}/results",
         },
     )
+
+
+def _is_filled(batch: Batch, recorded: int) -> bool:
+    """Whether no line will come any more: all are there, or whoever recorded them is gone since long."""
+    return recorded == batch.lines or datetime.now(UTC) - batch.created_at > LONGEST_FILLING
 
 
 def _counts(session: Session, batch_id: UUID) -> BatchCounts:

@@ -3,11 +3,13 @@
 from uuid import UUID, uuid4
 
 import pytest
+from sqlalchemy import update
 
 from neural_mri.backing import batches, jobs
 from neural_mri.backing.batches import Line, NewBatch
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.limits import Limits
+from neural_mri.backing.rows import BATCHES
 from neural_mri.contract.batches import BatchState
 from neural_mri.contract.jobs import JobState, Lane
 from neural_mri.contract.problems import TooMany
@@ -93,6 +95,12 @@ def test_a_batch_that_is_not_filled_has_not_ended(sessions: Sessions) -> None:
     assert found is not None
     assert sessions.read(batches.view, found).state is BatchState.RUNNING
     assert sessions.write(batches.stop_failing) == []
+    with sessions.writing() as session:
+        late = BATCHES.c.created_at - batches.LONGEST_FILLING.total_seconds()
+        session.execute(update(BATCHES).values(created_at=late))
+    abandoned = sessions.read(batches.find, batch_id)
+    assert abandoned is not None
+    assert sessions.read(batches.view, abandoned).state is BatchState.ENDED
     sessions.write(batches.fill, batch_id, [Line(2, repeats=1)], {1: uuid4()}, max_queued=10)
     assert sessions.read(batches.view, found).state is BatchState.ENDED
 
