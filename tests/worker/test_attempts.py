@@ -375,16 +375,18 @@ def test_of_jobs_that_share_a_pass_one_that_cannot_be_stored_fails_alone(
         assert isinstance(holding_tiny.told(job.id)[-1], Ended)
 
 
-def test_mates_of_a_claim_leave_no_ticket_behind_and_others_keep_theirs(
+def test_mates_of_a_claim_leave_no_ticket_behind_but_a_few_always_stay(
     holding_tiny: Bench,
 ) -> None:
-    for seed in range(4):
-        holding_tiny.submit(PROMPT, tokens=models_prompt(5, seed=seed))
-    for seed in range(2):
-        holding_tiny.submit(PROMPT, tokens=models_prompt(7, seed=seed))
-    # As a worker finds them, the first one taken: one for each of the jobs.
-    queue.send_tickets(holding_tiny.redis, holding_tiny.queue, 5)
-    assert holding_tiny.attempts().take(holding_tiny.queue) == 4
-    assert queue.waiting_tickets(holding_tiny.redis, holding_tiny.queue) == 2
-    assert holding_tiny.attempts().take(holding_tiny.queue) == 2
-    assert queue.waiting_tickets(holding_tiny.redis, holding_tiny.queue) == 1
+    def take_with(tickets: int, n_jobs: int) -> int:
+        for seed in range(n_jobs):
+            holding_tiny.submit(PROMPT, tokens=models_prompt(tickets, seed=seed))
+        holding_tiny.redis.delete(holding_tiny.queue)
+        queue.send_tickets(holding_tiny.redis, holding_tiny.queue, tickets)
+        assert holding_tiny.attempts().take(holding_tiny.queue) == n_jobs
+        return queue.waiting_tickets(holding_tiny.redis, holding_tiny.queue)
+
+    assert take_with(tickets=20, n_jobs=4) == 17
+    assert take_with(tickets=10, n_jobs=4) == queue.KEPT_TICKETS
+    assert take_with(tickets=5, n_jobs=4) == 5
+    assert take_with(tickets=21, n_jobs=1) == 21
