@@ -17,6 +17,7 @@ from bench.cluster.caller import Caller
 from bench.cluster.figures import Figure, at_least, plain
 from bench.cluster.service import USERS, Cluster, Spent
 from bench.timing import prompt
+from neural_mri.contract.jobs import TERMINAL, JobState
 from neural_mri.contract.scans import ActivationScan
 from worker.scanner.activations import scan_activations_together
 from worker.scanner.listening import Silent
@@ -77,6 +78,9 @@ WORDS = [
 """Each is one token of the bundled model, with the blank before it."""
 
 
+UNDER_WAY = frozenset(JobState) - TERMINAL
+
+
 class Load(NamedTuple):
     """How the users ask."""
 
@@ -129,7 +133,10 @@ async def _everybody(cluster: Cluster, load: Load, seed: int) -> None:
                 answer = await caller.post(
                     "/api/scan/activation", {"prompt": wanted.pop()}, wait=60
                 )
-                if answer.json()["state"] != "succeeded":
+                while (job := answer.json())["state"] in UNDER_WAY:
+                    await asyncio.sleep(1.0)
+                    answer = await caller.get(f"/api/jobs/{job['id']}")
+                if job["state"] != JobState.SUCCEEDED:
                     raise RuntimeError(answer.body.decode())
 
     asking = []
