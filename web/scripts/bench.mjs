@@ -471,6 +471,9 @@ function playing(page) {
 async function linked(page) {
   await page.keyboard.press("8");
   await page.getByTestId("five").waitFor();
+  // Somewhere in the layers, from where it can go either way.
+  await page.getByTestId("axial").first().focus();
+  await page.keyboard.press("h");
   await page.waitForTimeout(1000);
   const moves = await page.evaluate(async () => {
     const places = () =>

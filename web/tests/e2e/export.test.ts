@@ -1,4 +1,4 @@
-import { readFile, stat } from "node:fs/promises";
+import { mkdtemp, readFile, rm, stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -10,10 +10,15 @@ import { bytes } from "../unit/fixtures";
 import { FRAMES, launch, leave, reading, scan, settled, visit } from "./browser";
 
 let browser: Browser;
+let folder: string;
 beforeAll(async () => {
   browser = await launch();
+  folder = await mkdtemp(join(tmpdir(), "neural-mri-export-"));
 });
-afterAll(() => browser.close());
+afterAll(async () => {
+  await browser.close();
+  await rm(folder, { recursive: true });
+});
 
 /** Opens the export, presses one of its buttons and returns the file's path. */
 async function exported(page: Page, button: string, nth = 0): Promise<string> {
@@ -26,7 +31,7 @@ async function exported(page: Page, button: string, nth = 0): Promise<string> {
     .getByRole("button", { name: button, exact: true })
     .nth(nth);
   const [file] = await Promise.all([page.waitForEvent("download"), control.click()]);
-  const path = join(tmpdir(), `${process.pid}-${file.suggestedFilename()}`);
+  const path = join(folder, file.suggestedFilename());
   await file.saveAs(path);
   return path;
 }
