@@ -9,7 +9,6 @@ numbers and keys are those of the service. It ends when its input does.
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Job, new_id
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
 from neural_mri.backing.storage import FolderStore
-from neural_mri.contract.baselines import Subject
+from neural_mri.contract.baselines import Subject, named_after
 from neural_mri.contract.jobs import JobKind, JobState, Lane
 from neural_mri.contract.local import (
     Ask,
@@ -55,8 +54,6 @@ from worker.scanner.listening import Silent
 
 __all__ = ("LocalScanner", "registered_folder")
 
-_UNNAMEABLE = re.compile(r"[^\w.\-]+")
-
 
 def registered_folder(
     folder: Path, *, dtype: str = "float32", device: str = "cpu"
@@ -67,7 +64,7 @@ def registered_folder(
     rows = topology.parameter_rows(skeleton, anatomy)
     made_from = conversion.origin(folder)
     return RegisteredModel(
-        name=_UNNAMEABLE.sub("-", folder.name).lstrip("-._") or "model",
+        name=named_after(folder.name),
         source=f"folder:{folder.name}",
         folder=str(folder),
         revision=conversion.weights_digest(folder),

@@ -172,8 +172,10 @@ def _run(
 ) -> Diagnosis:
     with ExitStack() as opened:
         if local:
-            candidate: Scans = opened.enter_context(LocalScans(model or ""))
-            there: Scans | None = opened.enter_context(LocalScans(baseline)) if baseline else None
+            candidate: Scans = opened.enter_context(LocalScans(model or "", records=records))
+            there: Scans | None = (
+                opened.enter_context(LocalScans(baseline, records=records)) if baseline else None
+            )
         else:
             client = opened.enter_context(options.open_client(url))
             candidate = ServiceScans(client, model)

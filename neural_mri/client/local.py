@@ -5,6 +5,7 @@ scans, one thread each; a large one by a single process that has all cores.
 """
 
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -17,13 +18,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
+import msgspec
+
+from neural_mri import __version__
 from neural_mri.client.errors import ClientError, Refused
 from neural_mri.contract import local
-from neural_mri.contract.baselines import Subject
+from neural_mri.contract.baselines import Subject, named_after
 from neural_mri.contract.results import from_ipc
+from neural_mri.contract.scan_keys import SCANNER_VERSION
 from neural_mri.contract.scans import Scan, encode_scan
 from neural_mri.contract.tokens import Tokens
 from neural_mri.diagnostics.measuring import Scanned
+from neural_mri.diagnostics.records import Records
 
 __all__ = ("LocalScans", "WorkerEnded", "WorkerMissing")
 
@@ -101,7 +107,12 @@ class LocalScans:
     """
 
     def __init__(
-        self, model: str, *, processes: int | None = None, threads: int | None = None
+        self,
+        model: str,
+        *,
+        processes: int | None = None,
+        threads: int | None = None,
+        records: Records | None = None,
     ) -> None:
         """Name a checkpoint; nothing is started yet.
 
@@ -109,7 +120,10 @@ class LocalScans:
             model: A folder, or a name.
             processes: How many hold the checkpoint; two where it is small and there are cores for them.
             threads: Threads of each; the cores, shared out.
+            records: Where checkpoints that were seen before are known by their files' contents, so that
+                no process has to open them.
         """
+        self._records = records
         self._model = _absolute(model)
         self._count = processes or _processes(self._model)
         self._threads = threads or max(1, (os.cpu_count() or 1) // self._count)
@@ -141,7 +155,14 @@ class LocalScans:
     @cached_property
     def subject(self) -> Subject:
         """The checkpoint."""
+        contents = None if self._records is None else _contents(Path(self._model))
+        if self._records is not None and contents is not None:
+            known = self._records.subject(contents)
+            if known is not None and known.scanner_version == SCANNER_VERSION:
+                return msgspec.structs.replace(known, model=named_after(Path(self._model).name))
         answer: local.Describe = self._asked(local.Which())
+        if self._records is not None and contents is not None:
+            self._records.remember(contents, answer.subject)
         return answer.subject
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
@@ -163,13 +184,13 @@ class LocalScans:
             yield _scanned(under_way.popleft().answer())
 
     def _asked(self, question: local.Ask) -> Any:
-        first = self._started()[0]
+        [first, *_] = self._started(1)
         first.ask(question)
         return first.answer()
 
     def _ready(self) -> list[_Process]:
         """All processes, the checkpoint in each one's memory."""
-        processes = self._started()
+        processes = self._started(self._count)
         if not self._prepared:
             for process in processes:
                 process.ask(local.Prepare())
@@ -178,12 +199,14 @@ class LocalScans:
             self._prepared = True
         return processes
 
-    def _started(self) -> list[_Process]:
-        if not self._running:
+    def _started(self, count: int) -> list[_Process]:
+        """At least as many processes."""
+        if self._store is None:
             # What one has calibrated the others read.
             self._store = tempfile.TemporaryDirectory(prefix="neural-mri-store-")
-            arguments = ["--store", self._store.name, "--threads", str(self._threads)]
-            self._running = [_Process(self._model, arguments) for _ in range(self._count)]
+        arguments = ["--store", self._store.name, "--threads", str(self._threads)]
+        while len(self._running) < count:
+            self._running.append(_Process(self._model, arguments))
         return self._running
 
 
@@ -198,6 +221,28 @@ def _processes(model: str) -> int:
         return 1
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return 2 if TINY_BYTES < size <= SMALL_BYTES else 1
+
+
+def _contents(folder: Path) -> str | None:
+    """Digest of everything that says what a checkpoint is and how it is computed here; None for a name."""
+    files = sorted(file for file in folder.glob("*") if file.suffix in _TELLING)
+    if not folder.is_dir() or not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(
+                f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode()
+            )
+    own = sorted(
+        f"{name}={value}" for name, value in os.environ.items() if name.startswith("NEURAL_MRI_")
+    )
+    on_gpu = Path("/dev/nvidiactl").exists()
+    digest.update("\n".join([__version__, f"gpu {on_gpu}", *own]).encode())
+    return digest.hexdigest()
+
+
+_TELLING = frozenset({".safetensors", ".json"})
 
 
 def _absolute(model: str) -> str:

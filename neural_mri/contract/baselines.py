@@ -5,6 +5,7 @@ measured: equal keys mean equal numbers, so a record that is there already is ne
 """
 
 import hashlib
+import re
 
 import msgspec
 
@@ -12,7 +13,14 @@ from neural_mri.contract.models import ModelName, Numerics
 from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scan_keys import SCANNER_VERSION
 
-__all__ = ("MEASURES_VERSION", "NotComparable", "Subject", "check_comparable", "record_key")
+__all__ = (
+    "MEASURES_VERSION",
+    "NotComparable",
+    "Subject",
+    "check_comparable",
+    "named_after",
+    "record_key",
+)
 
 MEASURES_VERSION = "1"
 """Raised with every change to how a diagnosis reads the scanner's tables."""
@@ -35,6 +43,11 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     n_heads: int
     n_parameters: int
     scanner_version: str = SCANNER_VERSION
+
+
+def named_after(folder: str) -> str:
+    """A checkpoint's name, where it is known by its folder alone."""
+    return re.sub(r"[^\w.\-]+", "-", folder, flags=re.ASCII).lstrip("-._") or "model"
 
 
 def record_key(subject: Subject, suite_digest: str, *, with_noise: bool) -> str:

@@ -233,15 +233,31 @@ class Records:
 
     def put(self, record: Record) -> str:
         """Keep a record, whole or not at all; its key."""
-        target = self.path(record.key)
+        self._write(self.path(record.key), record.to_bytes())
+        return record.key
+
+    def subject(self, contents: str) -> Subject | None:
+        """What was learnt of a checkpoint whose files have these contents; None where nothing was."""
+        try:
+            return msgspec.json.decode(self._subject_path(contents).read_bytes(), type=Subject)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def remember(self, contents: str, subject: Subject) -> None:
+        """Keep what was learnt of a checkpoint: it need not be opened to be recognised."""
+        self._write(self._subject_path(contents), msgspec.json.encode(subject))
+
+    def _subject_path(self, contents: str) -> Path:
+        return self._folder / f"{contents}.subject.json"
+
+    def _write(self, target: Path, body: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         workshop = target.with_suffix(f".{secrets.token_hex(4)}.part")
         try:
-            workshop.write_bytes(record.to_bytes())
+            workshop.write_bytes(body)
             workshop.replace(target)
         finally:
             workshop.unlink(missing_ok=True)
-        return record.key
 
 
 def default_folder() -> Path:

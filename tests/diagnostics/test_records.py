@@ -1,11 +1,13 @@
 """Records: what was measured, under a key that says of what."""
 
+import shutil
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
+from neural_mri.client import local
 from neural_mri.contract.baselines import record_key
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import Gone
@@ -85,3 +87,23 @@ def test_where_records_are_kept_is_the_callers_to_say(
     monkeypatch.delenv("NMRI_BASELINES")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "neural-mri" / "baselines"
+
+
+def test_a_checkpoint_that_was_seen_before_is_known_by_its_contents(
+    baseline: Record, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_tree", lambda: pytest.fail("a process was started"))
+    records = Records(tmp_path)
+    contents = local._contents(tiny_folder)
+    assert contents is not None
+    records.remember(contents, baseline.subject)
+    with local.LocalScans(str(tiny_folder), records=records) as scans:
+        assert scans.subject == baseline.subject
+    moved = tmp_path / "a name with spaces"
+    shutil.copytree(tiny_folder, moved)
+    with local.LocalScans(str(moved), records=records) as scans:
+        assert scans.subject.revision == baseline.subject.revision
+        assert scans.subject.model == "a-name-with-spaces"
+    (moved / "config.json").write_text("{}")
+    assert local._contents(moved) != contents
+    assert local._contents(tmp_path / "smollm2-135m-instruct") is None
