@@ -1,15 +1,16 @@
 /** How pictures hang: planes, comparisons, regions, key images, and the tools for them. */
 export const hanging = {
-  "Three planes": "세 평면",
+  "3 planes": "세 평면",
   "axial, sagittal and coronal, cut where the crosshair is":
     "십자선 위치에서 자른 축상면, 시상면, 관상면",
-  "One up": "단일 보기",
+  "1 up": "단일 보기",
   "the axial plane alone, as large as it gets": "축상면만 가장 크게",
-  "Five up": "5분할",
+  "5 up": "5분할",
   "all five sequences of the same place": "같은 위치의 다섯 시퀀스 모두",
-  "Prior, current, difference": "이전, 현재, 차이",
-  "what was before, what is now, and what changed": "이전 상태, 현재 상태, 그리고 바뀐 것",
-  "Two models": "두 모델",
+  Compare: "비교",
+  "prior, current and difference: what was, what is, what changed":
+    "이전, 현재, 차이: 있던 것, 있는 것, 바뀐 것",
+  "2 models": "두 모델",
   "the same prompt read by two models, the crosshair at the same depth":
     "두 모델이 읽은 같은 프롬프트, 같은 깊이의 십자선",
   "Drag: window and level": "끌기: 윈도와 레벨",
