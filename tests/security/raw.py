@@ -27,7 +27,7 @@ def connected(service: Guarded, *, timeout: float = 10.0) -> Iterator[socket.soc
 
 def sent(service: Guarded, request: bytes) -> list[Reply]:
     """All answers to what was sent over a connection of its own, until it was closed, or silent."""
-    with connected(service, timeout=1.0) as connection:
+    with connected(service) as connection:
         connection.sendall(request)
         return replies(connection)
 
