@@ -14,7 +14,7 @@ import torch
 
 from neural_mri.backing.settings import Settings
 
-__all__ = ("Memory", "Reading", "control_group")
+__all__ = ("Memory", "Reading", "control_group", "free_of_each")
 
 SCANS_SHARE = 0.2
 """Of the budget, kept for what scans need beside the models."""
@@ -60,6 +60,14 @@ class Memory:
             kept = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
             readings.append(Reading(total, free + kept))
         return Reading(sum(one.total for one in readings), sum(one.available for one in readings))
+
+
+def free_of_each(settings: Settings, device: str) -> tuple[int, ...]:
+    """What each GPU of several has for a model that one is too small for; empty where none is spread."""
+    if device != "cuda" or settings.spread == "off" or torch.cuda.device_count() < 2:
+        return ()
+    readings = (torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count()))
+    return tuple(int(free * (1.0 - SCANS_SHARE)) for free, _ in readings)
 
 
 def least(*readings: Reading) -> Reading:

@@ -22,6 +22,7 @@ from neural_mri.contract.models import ModelState, Numerics
 from neural_mri.contract.problems import UnknownModel
 from worker import metrics
 from worker.calibrations import Calibrations
+from worker.memory import free_of_each
 from worker.resident import Resident
 from worker.scanner import loading
 from worker.scanner.listening import Listener, Silent
@@ -45,6 +46,7 @@ class Residency:
 
     def __init__(self, settings: Settings, sessions: Sessions, calibrations: Calibrations) -> None:
         self.device = device_class(settings)
+        self._settings = settings
         self._dtype = settings.dtype
         self._models_dir = settings.models_dir
         self._sessions = sessions
@@ -117,7 +119,8 @@ class Residency:
         )
         started = time.perf_counter()
         with self._announced(registered, ModelState.LOADING):
-            model = loading.load(self._models_dir / registered.folder, numerics)
+            free = free_of_each(self._settings, self.device)
+            model = loading.load(self._models_dir / registered.folder, numerics, free)
             resident = Resident(self._published(registered, numerics), model, model.memory_bytes)
             listener.progress("load", registered.weights_bytes, registered.weights_bytes)
             try:

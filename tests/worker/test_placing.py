@@ -47,6 +47,10 @@ class Registered(dict[str, RegisteredModel]):
         super().__init__()
         self._settings, self._folders = settings, folders
 
+    def bring(self, name: str) -> None:
+        """Register it, if no test has named it yet."""
+        _ = self[name]
+
     def __missing__(self, name: str) -> RegisteredModel:
         self[name] = modelstore.add(self._settings, name, f"folder:{self._folders[name]}")
         return self[name]
@@ -84,7 +88,7 @@ def working(bench: Bench, **changes: object) -> Iterator[Bench]:
 @pytest.fixture
 def two_places(bench: Bench, registered: Registered) -> Iterator[Bench]:
     """A worker with room for two of the models, one of them pinned, that keeps none for long."""
-    assert registered["anchor"]
+    registered.bring("anchor")
     size = residences.estimate(registered["b"].n_parameters, 0, "float32").memory_bytes
     with working(
         bench,
@@ -165,7 +169,7 @@ def test_what_was_measured_is_remembered(two_places: Bench, registered: Register
 def test_a_pinned_model_and_one_that_has_just_come_stay(
     bench: Bench, registered: Registered
 ) -> None:
-    assert registered["anchor"]
+    registered.bring("anchor")
     size = residences.estimate(registered["b"].n_parameters, 0, "float32").memory_bytes
     with working(
         bench,
@@ -258,7 +262,7 @@ def test_a_load_that_runs_out_of_memory_costs_neither_worker_nor_jobs(
         return load(*args)  # type: ignore[arg-type]  # passed on as they came
 
     monkeypatch.setattr(loading, "load", cramped)
-    assert registered["b"]
+    registered.bring("b")
     guess = bench.sessions.read(residences.costs, "float32")[registered["b"].revision]
     job = ask(bench, registered["b"])
     bench.attempts().take(bench.placing.queue)
@@ -288,7 +292,7 @@ def test_a_model_that_kills_its_workers_is_given_up(bench: Bench, registered: Re
 def other_worker(
     redis: SyncRedis, model: RegisteredModel | None = None, *, free_bytes: int = 10**12
 ) -> None:
-    held = ()
+    held: tuple[HeldModel, ...] = ()
     if model is not None:
         held = (
             HeldModel(

@@ -173,19 +173,23 @@ def _going_back_along(model: LoadedModel, rows: int | None, *, of: int) -> Itera
     def forward_of(module: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(read: Tensor) -> Tensor:
             apply: Any = _LeadingRows.apply
-            given: Tensor = apply(read, module.weight, module.bias, rows)
-            return given
+            there = read.to(module.weight.device)
+            given: Tensor = apply(there, module.weight, module.bias, rows)
+            return given.to(read.device)
 
         return forward
 
+    # On the instance, where it hides the class's own, or one that takes it to where its weights are.
+    hidden = [vars(module).get("forward") for module in maps]
     try:
         for module in maps:
-            # On the instance, where it hides the class's own until it is deleted.
             vars(module)["forward"] = forward_of(module)
         yield
     finally:
-        for module in maps:
+        for module, own in zip(maps, hidden, strict=True):
             vars(module).pop("forward", None)
+            if own is not None:
+                vars(module)["forward"] = own
 
 
 class _Unembedding(torch.autograd.Function):

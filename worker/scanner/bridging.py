@@ -72,8 +72,13 @@ def adapter(model: PreTrainedModel) -> Any:
         raise UnsupportedModel(f"TransformerLens cannot bridge {family}: {error}") from error
 
 
-def plain_model(folder: Path, numerics: Numerics) -> PreTrainedModel:
-    """The model as Hugging Face runs it, frozen, from the folder's safetensors only."""
+def plain_model(
+    folder: Path, numerics: Numerics, places: Mapping[str, int] | None = None
+) -> PreTrainedModel:
+    """The model as Hugging Face runs it, frozen, from the folder's safetensors only.
+
+    Spread over several devices where `places` says so, by accelerate.
+    """
     try:
         model, report = _AutoModel.from_pretrained(
             folder,
@@ -83,11 +88,13 @@ def plain_model(folder: Path, numerics: Numerics) -> PreTrainedModel:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            device_map=None if places is None else dict(places),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UnsupportedModel(f"{folder.name} cannot be loaded: {error}") from error
     refuse_incomplete(folder.name, report)
-    placed: PreTrainedModel = model.requires_grad_(False).eval().to(numerics.device)
+    model.requires_grad_(False).eval()
+    placed: PreTrainedModel = model if places is not None else model.to(numerics.device)
     return placed
 
 

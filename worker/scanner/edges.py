@@ -157,7 +157,8 @@ class _Finder:
         z = self._clean.z[layer][0, self._kept]
         difference = (self._replacements.z[layer] - z).view(len(z), self._shape.n_heads, -1)
         block = self._model.modules.blocks[layer]
-        projected = torch.bmm(difference.transpose(0, 1), self._model.output_maps.w_o[layer])
+        w_o = self._model.output_maps.w_o[layer].to(difference.device)
+        projected = torch.bmm(difference.transpose(0, 1), w_o)
         if isinstance(block.attn_post_norm, nn.Identity):
             return projected.float()
         # What a norm makes of a small difference; to first order, like the strengths themselves.

@@ -9,7 +9,7 @@ import ctypes
 import gc
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from neural_mri.contract.models import Architecture, Numerics
 from neural_mri.contract.problems import UnsupportedModel
-from worker.scanner import bridging, sites, topology, verification
+from worker.scanner import bridging, sites, spreading, topology, verification
 from worker.scanner.conversion import TOKENIZER_FILE
 from worker.scanner.output_maps import OutputMaps, output_maps
 
@@ -44,6 +44,7 @@ class LoadedModel:
         vocabulary: tuple[str, ...],
         prefix: tuple[int, ...] = (),
     ) -> None:
+        spreading.gather(plain, plain.device)
         anatomy = topology.examine(plain)
         self.architecture: Architecture = anatomy.architecture
         self.numerics = numerics
@@ -53,12 +54,14 @@ class LoadedModel:
         """What the tokenizer puts before every prompt: a BOS, mostly, or nothing."""
         self.plain = plain
         self.modules = sites.modules(plain, anatomy.paths)
-        self.output_maps = output_maps(self.modules, self.architecture)
+        self.output_maps = output_maps(self.modules, self.architecture, self.device)
         self.bridge = bridging.bridge(plain)
+        for twin in (self.plain, self.bridge):
+            spreading.follow_weights(twin, self.device)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where activations are; the weights too, unless they are spread over several devices."""
         device: torch.device = self.plain.device
         return device
 
@@ -98,8 +101,10 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def load(folder: Path, numerics: Numerics) -> LoadedModel:
+def load(folder: Path, numerics: Numerics, free_bytes: Sequence[int] = ()) -> LoadedModel:
     """Load a model folder: `config.json`, safetensors, and `tokenizer.json` for the texts.
+
+    On GPUs with so many bytes free it is spread where the first is too small for it.
 
     Nothing else is read, nothing is downloaded, no code of the model's is run. The model is verified
     before it is handed out. Raises `UnsupportedModel`, naming what is missing or does not hold.
@@ -111,8 +116,12 @@ def load(folder: Path, numerics: Numerics) -> LoadedModel:
             "or 'eager'"
         )
     tokenizer = _tokenizer(folder / TOKENIZER_FILE)
+    places = None
+    if len(free_bytes) > 1:
+        skeleton = bridging.skeleton(bridging.read_configuration(folder))
+        places = spreading.places(skeleton, free_bytes, getattr(torch, numerics.dtype))
     model = LoadedModel(
-        bridging.plain_model(folder, numerics),
+        bridging.plain_model(folder, numerics, places),
         numerics,
         () if tokenizer is None else _vocabulary(tokenizer),
         () if tokenizer is None else _prefix(tokenizer),

@@ -52,7 +52,10 @@ class OutputMaps(NamedTuple):
     ) -> Float[Tensor, "layer head pos d_model"]:
         """The r of each head at each position, before the post-norm's scale. float32."""
         written = torch.stack(
-            [torch.bmm(z_l.transpose(0, 1), w) for z_l, w in zip(z, self.w_o[layers], strict=True)]
+            [
+                torch.bmm(z_l.transpose(0, 1), w.to(z.device))
+                for z_l, w in zip(z, self.w_o[layers], strict=True)
+            ]
         ).float()
         return written if self.gain is None else written * self.gain[layers, None, None]
 
@@ -69,13 +72,15 @@ class OutputMaps(NamedTuple):
         return norm(written) / norm(gained).clamp_min_(torch.finfo(torch.float32).tiny)
 
 
-def output_maps(modules: PlainModules, architecture: Architecture) -> OutputMaps:
-    """The output maps of a loaded model."""
+def output_maps(
+    modules: PlainModules, architecture: Architecture, device: torch.device
+) -> OutputMaps:
+    """The output maps of a loaded model whose activations are on that device."""
     with torch.inference_mode():
         w_o = tuple(_w_o(block, architecture) for block in modules.blocks)
         gains = [_gain(block) for block in modules.blocks]
-        grams = [_gram(weight, gain) for weight, gain in zip(w_o, gains, strict=True)]
-        known = [gain for gain in gains if gain is not None]
+        grams = [_gram(weight, gain).to(device) for weight, gain in zip(w_o, gains, strict=True)]
+        known = [gain.to(device) for gain in gains if gain is not None]
         return OutputMaps(w_o, torch.stack(grams), torch.stack(known) if known else None)
 
 
@@ -99,5 +104,5 @@ def _gram(
     w_o: Float[Tensor, "head d_head d_model"], gain: Float[Tensor, " d_model"] | None
 ) -> Float[Tensor, "head d_head d_head"]:
     # float64: the length of a head that nearly cancels is a difference of large numbers.
-    exact = w_o.double() if gain is None else w_o.double() * gain.double()
+    exact = w_o.double() if gain is None else w_o.double() * gain.to(w_o.device).double()
     return torch.bmm(exact, exact.mT).float()
