@@ -93,13 +93,12 @@ class Service:
         self.places = tuple(places)
         self.crash_points = folder / "crash-points"
         self.crash_points.mkdir()
+        self.left_over: list[int] = []
         self._logs = folder / "logs"
         self._logs.mkdir()
-        self._pids: dict[str, int] = {}
-        self._ever: set[int] = set()
-        self._held: set[str] = set()
-        """What is not to come back by itself just now."""
-        self._turn = threading.RLock()
+        # A number is given to another process soon enough; psutil knows one from the other.
+        self._running: dict[str, psutil.Process] = {}
+        self._ever: list[psutil.Process] = []
         self._ending = threading.Event()
         self._watch = threading.Thread(target=self._keep, name="keep", daemon=True)
         self.births = 0
@@ -126,30 +125,28 @@ class Service:
 
     def pid(self, name: str) -> int:
         """The process that now runs at a place."""
-        return self._pids[name]
+        return self._running[name].pid
 
     def signal(self, name: str, signum: signal.Signals) -> None:
         """Send one; nothing happens where the process has just ended."""
-        with suppress(ProcessLookupError):
-            os.kill(self._pids[name], signum)
+        with suppress(psutil.NoSuchProcess):
+            self._running[name].send_signal(signum)
 
     def frozen(self, name: str, seconds: float) -> None:
         """Have a process stand still for a while."""
-        pid = self._pids[name]
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)
+        process = self._running[name]
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
             time.sleep(seconds)
-            os.kill(pid, signal.SIGCONT)
+            process.resume()
 
     def one_more(self, place: Place, seconds: float) -> None:
         """Have another process beside the usual ones for a while, then kill it."""
-        pid = self.nursery.bear(
-            place.program, self.settings, self._logs / f"{place.name}.log", place.network
-        )
-        self._ever.add(pid)
+        process = self._born(place, self.settings)
         time.sleep(seconds)
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        if process is not None:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def arm(self, point: str) -> Path:
         """Have the next process that comes to a crash point die there."""
@@ -164,19 +161,19 @@ class Service:
         self._ending.set()
         self._watch.join()
         for signum in (signal.SIGCONT, signal.SIGTERM):
-            for name in self._pids:
+            for name in self._running:
                 self.signal(name, signum)
         self._until(lambda: not self.alive(), 20.0)
-        self.left_over = self.alive()
-        for pid in self.left_over:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.left_over = [process.pid for process in self.alive()]
+        for process in self.alive():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.nursery.close()
         self.broker.kill()
 
-    def alive(self) -> list[int]:
+    def alive(self) -> list[psutil.Process]:
         """Processes of ours, of all that ever were, that run now."""
-        return [pid for pid in self._ever if not _is_gone(pid)]
+        return [process for process in self._ever if not _is_gone(process)]
 
     def log(self, name: str) -> str:
         """What a place's processes have said."""
@@ -191,17 +188,27 @@ class Service:
         if place.network is not None:
             # There only the database and the broker are reached, by the first host's address.
             settings = msgspec.structs.replace(settings, host="127.0.0.1")
-        pid = self.nursery.bear(
-            place.program, settings, self._logs / f"{place.name}.log", place.network
-        )
-        self._pids[place.name] = pid
-        self._ever.add(pid)
+        process = self._born(place, settings)
+        if process is not None:
+            self._running[place.name] = process
+
+    def _born(self, place: Place, settings: Settings) -> psutil.Process | None:
+        """A new process at a place; None where it has ended already."""
+        log = self._logs / f"{place.name}.log"
+        pid = self.nursery.bear(place.program, settings, log, place.network)
         self.births += 1
+        try:
+            process = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            return None
+        self._ever.append(process)
+        return process
 
     def _keep(self) -> None:
         while not self._ending.wait(TICK_SECONDS):
             for place in self.places:
-                if _is_gone(self._pids[place.name]):
+                process = self._running.get(place.name)
+                if process is None or _is_gone(process):
                     self._bear(place)
             if self.broker.is_gone():
                 with suppress(OSError):
@@ -235,8 +242,8 @@ class Service:
             )
 
 
-def _is_gone(pid: int) -> bool:
+def _is_gone(process: psutil.Process) -> bool:
     try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        return not process.is_running() or bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True

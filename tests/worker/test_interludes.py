@@ -195,10 +195,10 @@ def test_what_is_lent_is_neither_held_against_a_scan_nor_counted(
     assert (done.state, done.deadline_seconds, taken) == (S.SUCCEEDED, 1.0, [])
     assert done.started_at is not None
     assert done.finished_at is not None
-    assert (done.finished_at - done.created_at).total_seconds() > lent
-    assert (done.finished_at - done.started_at).total_seconds() < lent
+    assert (done.started_at - done.created_at).total_seconds() > lent
+    own = (done.finished_at - done.started_at).total_seconds()
     manifest = storage.load_manifest(bench.store, done.manifest or "")
-    assert 0 < manifest.forward_seconds <= manifest.compute_seconds < lent
+    assert 0 < manifest.forward_seconds <= manifest.compute_seconds < own
 
 
 def test_leases_of_both_are_renewed(holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,8 @@ def test_one_that_is_cancelled_meanwhile_stops_and_the_other_goes_on(
     # The long one cannot hear it before the short one has ended: nobody is to be killed for that.
     given_up: list[None] = []
     monkeypatch.setattr(bench.keeper, "_give_up", lambda: given_up.append(None))
-    monkeypatch.setattr(keeper, "STOP_SECONDS", 0.4)
+    if whose == "long":
+        monkeypatch.setattr(keeper, "STOP_SECONDS", 1.0)
     long, short = long_scan(bench), list[Job]()
     put = bench.store.put
 
@@ -242,15 +243,13 @@ def test_one_that_is_cancelled_meanwhile_stops_and_the_other_goes_on(
         if bench.now(short[0]).state is S.STORING and not bench.now(cancelled).cancel_requested:
             bench.sessions.write(jobs.request_cancel, cancelled.id)
             Publisher(bench.redis, bench.settings).flag_cancel(cancelled.id)
-            time.sleep(0.3 if whose == "short" else 1.0)
+            time.sleep(0.3 if whose == "short" else 2.0)
         put(path, body)
 
     def somebody_asks(pause: int) -> None:
         if pause == 0:
             short.append(bench.submit(SHORT))
 
-    # Only one table is written at a time, so that it is asked once.
-    monkeypatch.setattr(storage, "WRITERS", 1)
     monkeypatch.setattr(bench.store, "put", cancelling_put)
     with at_each_pause(monkeypatch, somebody_asks):
         bench.attempts().take(bench.queue)
