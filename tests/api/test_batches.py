@@ -341,14 +341,14 @@ def test_what_is_no_batch_is_refused(api: httpx.Client, world: World) -> None:
     assert api.get(f"/api/batches/{NOBODYS}").status_code == 404
 
 
-def test_ten_thousand_scans_are_taken_at_the_price_of_reading_them(
+def test_thousands_of_scans_are_taken_at_the_price_of_reading_them(
     api: httpx.Client, world: World
 ) -> None:
     began = time.perf_counter()
-    small = accepted(api, *(fmri(f"b {n}") for n in range(1000)))
-    a_thousand = time.perf_counter() - began
+    small = accepted(api, *(fmri(f"b {n}") for n in range(500)))
+    a_tenth = time.perf_counter() - began
     began = time.perf_counter()
-    batch = accepted(api, *(fmri(f"a {n}") for n in range(9000)))
-    assert time.perf_counter() - began < 9 * 2.5 * a_thousand, "no more than in proportion"
-    assert (small["counts"]["queued"], batch["counts"]["queued"]) == (1000, 9000)
+    batch = accepted(api, *(fmri(f"a {n}") for n in range(4500)))
+    assert time.perf_counter() - began < 9 * 2.5 * a_tenth, "no more than in proportion"
+    assert (small["counts"]["queued"], batch["counts"]["queued"]) == (500, 4500)
     assert api.delete(batch["links"]["self"]).json()["state"] == "cancelled"
