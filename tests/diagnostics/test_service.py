@@ -1,0 +1,39 @@
+"""A diagnosis through a real service: the same record as a process of our own makes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from neural_mri.backing.settings import Settings
+from neural_mri.client import Client
+from neural_mri.contract.suites import Measure, Suite
+from neural_mri.diagnostics import Record, Records
+from tests.system.service import free_port, register, running
+
+
+def test_a_service_measures_what_a_process_measures_and_a_baseline_once(
+    suite: Suite, baseline: Record, tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = Settings(data_dir=tmp_path / "data", port=free_port(), pinned_models="tiny")
+    register(settings, "tiny", tiny_folder)
+    records = Records(tmp_path / "records")
+    heard: list[tuple[str, int, int]] = []
+    with running(settings) as service:
+        service.wait_until_ready()
+        with Client(f"http://{settings.host}:{settings.port}") as mri:
+            diagnosis = mri.diagnose(
+                suite,
+                model="tiny",
+                baseline="tiny",
+                records=records,
+                on_progress=lambda *seen: heard.append(seen),
+            )
+    assert diagnosis.passed
+    assert diagnosis.tests == 60
+    assert heard[-1] == ("tiny", 0, 0), "the baseline's record serves the candidate too"
+    stored = records.get(baseline.key)
+    assert stored is not None, "its address is that of the record measured without a service"
+    for quantity, block in baseline.blocks.items():
+        others = stored.blocks[quantity].rows(block.prompts)
+        if quantity.measure is not Measure.RISK:  # support divides by what is ordinary
+            assert np.allclose(others, block.values, rtol=1e-4, atol=1e-4, equal_nan=True), quantity
