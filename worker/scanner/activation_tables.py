@@ -181,7 +181,9 @@ def predictions_table(
         [
             rows.log_softmax(-1, torch.float32).gather(-1, ids)
             for rows, ids in zip(
-                logits.split(rows_at_once), top.indices.split(rows_at_once), strict=True
+                torch.split(logits, rows_at_once),
+                torch.split(top.indices, rows_at_once),
+                strict=True,
             )
         ]
     ).cpu()
