@@ -125,7 +125,7 @@ class Service:
 
     def pid(self, name: str) -> int:
         """The process that now runs at a place."""
-        return self._running[name].pid
+        return int(self._running[name].pid)
 
     def signal(self, name: str, signum: signal.Signals) -> None:
         """Send one; nothing happens where the process has just ended."""
