@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import httpx
 import msgspec
 import psutil
 import redis
@@ -224,14 +225,15 @@ class Service:
         return True
 
     def wait_until_ready(self, workers: int, seconds: float = 60.0) -> None:
-        """Until so many workers hold a model. Raises `TimeoutError` with what they said."""
+        """Until the API answers and so many workers hold a model. Raises `TimeoutError`."""
         from neural_mri.backing import events
 
         def ready() -> bool:
             try:
+                httpx.get(f"{self.url}/api/health", timeout=5, trust_env=False)
                 with self.broker.client() as client:
                     beats = events.heartbeats(client)
-            except redis.RedisError:
+            except (redis.RedisError, httpx.TransportError):
                 return False
             holding = [beat for beat in beats if any(m.state == "resident" for m in beat.models)]
             return len(holding) >= workers

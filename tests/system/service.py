@@ -86,6 +86,11 @@ class Service:
         request = {"prompt": prompt, "scan_mode": "fMRI", "model": model}
         return self._asked("POST", "/api/scan/activation", request, wait)
 
+    def trace(self, prompt: str, subject: str) -> dict[str, Any]:
+        """Ask for a causal trace; the job as the API answers it."""
+        request = {"prompt": prompt, "subject": subject, "draws": 10}
+        return self._asked("POST", "/api/perturb/trace", request, wait=0)
+
     def load(self, model: str) -> dict[str, Any]:
         """Have a model loaded; the job that did it."""
         return self._asked("POST", "/api/model/load", {"model": model}, wait=60)

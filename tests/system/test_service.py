@@ -87,3 +87,13 @@ def test_a_running_scan_stops_when_it_is_asked_to(service: Service) -> None:
     assert service.wait_for(job["id"], "cancelled", "succeeded")["state"] == "cancelled"
     assert time.monotonic() - asked_at < 5
     assert service.scan(f"Next, please {time.time()}", wait=60)["state"] == "succeeded"
+
+
+def test_a_short_scan_is_done_before_the_long_one_that_it_finds_under_way(service: Service) -> None:
+    long = service.trace(f"{time.time()} The Eiffel Tower is located in the city of", "Eiffel Tower")
+    service.wait_for(long["id"], "running")
+    short = service.scan(f"Where is it? {time.time()}", wait=60)
+    assert short["state"] == "succeeded"
+    assert service.job(long["id"])["state"] == "running", "one worker, and it has not let go of it"
+    service.http.delete(f"/api/jobs/{long['id']}")
+    assert service.wait_for(long["id"], "cancelled", "succeeded")["state"] == "cancelled"
