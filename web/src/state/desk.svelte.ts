@@ -6,12 +6,13 @@ import type { KeyMap } from "./keymaps";
 import type { Action } from "./keys";
 
 const KEYS_REMEMBERED = "neural-mri.keys";
+const NO_KEYS: ReadonlyMap<string, Action> = new Map();
 
 export class Desk {
   readonly #client: Client;
   exporting = $state(false);
   /** What keys mean beside their own meaning, where somebody chose other ones. */
-  keys = $state.raw<ReadonlyMap<string, Action>>(new Map());
+  keys = $state.raw(NO_KEYS);
   touring = $state(false);
   /** Made when something is first recorded, or comes with a saved page. */
   recorder = $state.raw<Recorder | null>(null);
