@@ -90,7 +90,9 @@ def test_a_running_scan_stops_when_it_is_asked_to(service: Service) -> None:
 
 
 def test_a_short_scan_is_done_before_the_long_one_that_it_finds_under_way(service: Service) -> None:
-    long = service.trace(f"{time.time()} The Eiffel Tower is located in the city of", "Eiffel Tower")
+    long = service.trace(
+        f"{time.time()} The Eiffel Tower is located in the city of", "Eiffel Tower"
+    )
     service.wait_for(long["id"], "running")
     short = service.scan(f"Where is it? {time.time()}", wait=60)
     assert short["state"] == "succeeded"
