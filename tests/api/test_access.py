@@ -60,10 +60,10 @@ def kind_of(answer: httpx.Response) -> str:
 
 
 def filled(path: str) -> str:
-    fields = {"job_id:uuid": NOBODYS, "layer:int": "0"}
+    of_kind = {"uuid": NOBODYS, "int": "0"}
     for piece in path.split("{")[1:]:
         name = piece.partition("}")[0]
-        path = path.replace("{" + name + "}", fields.get(name, "x"))
+        path = path.replace("{" + name + "}", of_kind.get(name.partition(":")[2], "x"))
     return path
 
 
@@ -74,6 +74,9 @@ def test_without_a_key_nothing_is_answered_but_health_and_the_door_itself(door: 
             answer = stranger.request(str(method), filled(path))
             if (path, str(method)) in OPEN:
                 assert answer.status_code in (200, 204, 400)
+                continue
+            if path.startswith("/api/shared") and answer.status_code == 400:
+                assert "Share-Token" in answer.text  # a link opens these, and none was shown
                 continue
             assert answer.status_code == 401, f"{method} {path}"
             assert kind_of(answer) == "unauthenticated"

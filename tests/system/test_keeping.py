@@ -41,9 +41,9 @@ def mri(service: Service) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def scanned(mri: Client) -> list[str]:
-    """One of each kind that reads a prompt and is quick."""
+    """One of each kind that reads a prompt and is quick: asked for again where a test took them away."""
     scans: list[Scan] = [
         StructuralScan(),
         ActivationScan(prompt=EIFFEL),
