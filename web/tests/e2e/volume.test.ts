@@ -145,6 +145,8 @@ test("prior, current and difference hang side by side, and the difference is exa
   const row = rows["activations"]?.["component"]?.indexOf(component) ?? -1;
   const before = (rows["activations"]?.["value"]?.[row] as number[]).at(-1) ?? NaN;
   const after = (rows["activations_after"]?.["value"]?.[row] as number[]).at(-1) ?? NaN;
+  // The address follows a moment later.
+  await page.waitForFunction(() => /token=9.*hang=prior|hang=prior.*token=9/.test(location.hash));
   const there = new URLSearchParams(new URL(page.url()).hash.slice(1));
   there.set("focus", component);
   there.set("hang", "prior");
