@@ -67,8 +67,14 @@ class StoredTensor:
         return len(self.shape) > 1
 
     def read(self, rows: slice | npt.NDArray[np.intp], into: FloatArray) -> FloatArray:
-        """The values of some rows, `[rows, columns]`, in the first elements of `into`."""
+        """The values of some rows, `[rows, columns]`.
+
+        A stretch of what is stored as float32 is given as it lies in the file, not to be written to; all else
+        is put into the first elements of `into`.
+        """
         stored = self._stored()[rows]
+        if self.dtype == "F32" and isinstance(rows, slice):
+            return stored.view(np.float32)
         return self._decoded(stored, into[: stored.size].reshape(stored.shape))
 
     def lines(self, axis: int, numbers: npt.NDArray[np.intp]) -> FloatArray:

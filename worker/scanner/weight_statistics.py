@@ -33,7 +33,7 @@ N_OUTLIERS = 8
 _BLOCK = 1 << 16
 """Values worked on together: with their float64 squares they fit a second-level cache."""
 _KEPT = 1 << 25
-"""Values kept in memory between the two looks that quantiles take; more are read twice."""
+"""Values that were decoded are kept between the two looks that quantiles take; more are decoded twice."""
 _FAR_FROM_ZERO = 10.0
 """Means of more standard deviations than this cost raw moments their digits."""
 
@@ -194,7 +194,7 @@ class _FirstLook:
         self._tensor = tensor
         self._columns = columns
         self._workspace = workspace
-        self._kept = tensor.numel <= _KEPT
+        self._kept = tensor.numel <= _KEPT and tensor.dtype != "F32"
         self.row_sums = np.empty(tensor.n_rows)
         self.row_squares = np.empty(tensor.n_rows)
         self._row_peaks = np.empty(tensor.n_rows, np.uint32)
