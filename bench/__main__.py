@@ -36,8 +36,6 @@ from worker.scanner.loading import LoadedModel
 _MEMORY_BAR = 0.25
 """Most that an fMRI scan of 512 tokens may rise above the model, as a share of it."""
 _MIB = 1 << 20
-_OTHERS = ("What a person waits for", "Cluster")
-"""Sections of the page that other commands measure: they stay."""
 
 
 def main() -> None:
@@ -60,9 +58,15 @@ def main() -> None:
     for part in _parts(model, folder, rounds=arguments.rounds, quick=arguments.quick):
         print(part, flush=True)
         parts.append(part)
+    # What other commands measure, or this one did not this time, stays as it is.
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
-    others = page.sections(arguments.page, *_OTHERS)
-    arguments.page.write_text("\n".join([*parts, *others]), encoding="utf-8")
+    written = "\n".join(parts)
+    titles = page.headings(written)
+    lead = written.partition("\n## ")[0]
+    page.replace_lead(arguments.page, lead)
+    for title in titles:
+        found = page.section(written, title) or ""
+        page.replace_section(arguments.page, title, found.partition("\n")[2].strip("\n"))
 
 
 def _parts(model: LoadedModel, folder: Path, *, rounds: int, quick: bool) -> Iterator[str]:

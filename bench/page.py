@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-__all__ = ("replace_section", "section", "sections")
+__all__ = ("headings", "replace_lead", "replace_section", "section")
 
 
 def section(page: str, title: str) -> str | None:
@@ -12,11 +12,17 @@ def section(page: str, title: str) -> str | None:
     return None if found is None else found[0]
 
 
-def sections(path: Path, *titles: str) -> list[str]:
-    """Those of the sections that a page has."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = (section(text, title) for title in titles)
-    return [f"{each.rstrip()}\n" for each in found if each is not None]
+def headings(text: str) -> list[str]:
+    """Titles of the sections of a page, or of a part of one."""
+    return re.findall(r"^## (.+)$", text, re.MULTILINE)
+
+
+def replace_lead(path: Path, lead: str) -> None:
+    """Write anew what stands before the first section."""
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    first = re.search(r"^## ", page, re.MULTILINE)
+    rest = page[first.start() :] if first else ""
+    path.write_text(f"{lead.rstrip()}\n" + (f"\n{rest}" if rest else ""), encoding="utf-8")
 
 
 def replace_section(path: Path, title: str, body: str) -> None:
