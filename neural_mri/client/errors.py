@@ -92,11 +92,11 @@ class JobCancelled(JobEnded):
 class MissingExtra(ClientError):
     """A library that only some users need is not installed."""
 
-    def __init__(self, library: str, wanted_for: str) -> None:
+    def __init__(self, package: str, wanted_for: str) -> None:
         super().__init__(
-            f"{wanted_for} needs {library}, which is not installed: pip install 'neural-mri[plot]'"
+            f"{wanted_for} needs {package}, which is not installed: pip install 'neural-mri[plot]'"
         )
-        self.library = library
+        self.package = package
 
 
 def ended_without_result(job: JobView) -> JobEnded:
