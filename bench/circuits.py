@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench.timing import Row, clock, median_seconds
+from bench.timing import Row, clock, median_seconds, plain_forward
 from neural_mri.contract.circuits import Ablation, CircuitMethod, CircuitScan, Granularity
 from neural_mri.contract.events import EffectsFrame
 from neural_mri.contract.tokens import Span, Tokens
@@ -76,12 +76,7 @@ def _timed(
     model: LoadedModel, n_tokens: int, scans: dict[str, CircuitScan], *, rounds: int
 ) -> dict[str, float]:
     clean, corrupt = _prompts(model, n_tokens)
-    ids = torch.tensor([clean.ids], device=model.device)
     to_first: list[float] = []
-
-    @torch.inference_mode()
-    def plain() -> object:
-        return model.plain(input_ids=ids, use_cache=False).logits
 
     def scan(asked: CircuitScan) -> object:
         listener, started = _FirstPicture(), clock()
@@ -92,7 +87,7 @@ def _timed(
             to_first.append(listener.at - started)
         return output
 
-    candidates: dict[str, Callable[[], Any]] = {"plain": plain}
+    candidates: dict[str, Callable[[], Any]] = {"plain": plain_forward(model, clean)}
     candidates |= {name: partial(scan, asked) for name, asked in scans.items()}
     warm_up = 1
     seconds = median_seconds(candidates, rounds=rounds, warm_up=warm_up)

@@ -1,16 +1,19 @@
 """Fair comparisons on a machine that does other things too."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from neural_mri.contract.tokens import Span, Tokens
 from worker.scanner.loading import LoadedModel
 
-__all__ = ("Row", "clock", "median_seconds", "plain_forward", "prompt")
+__all__ = ("Row", "clock", "median_seconds", "plain_forward", "prompt", "published")
 
 
 class Row(NamedTuple):
@@ -67,13 +70,27 @@ def prompt(model: LoadedModel, n_tokens: int, *, seed: int = 0) -> Tokens:
     )
 
 
+@lru_cache(maxsize=1)
+def published(model: LoadedModel) -> PreTrainedModel:
+    """The model as Hugging Face and PyTorch run it, nothing of ours in it, on the same tensors."""
+    shared: dict[int, object] = {
+        id(tensor): tensor for tensor in (*model.plain.parameters(), *model.plain.buffers())
+    }
+    twin = copy.deepcopy(model.plain, shared)
+    for module in twin.modules():
+        # What `linear_maps` and `spreading` put there, over the class's own.
+        vars(module).pop("forward", None)
+    return twin
+
+
 def plain_forward(model: LoadedModel, tokens: Tokens, *, n_rows: int = 1) -> Callable[[], object]:
     """What everything is measured against: one forward of Hugging Face's, all logits, no cache."""
     ids = torch.tensor([tokens.ids], device=model.device).expand(n_rows, -1)
+    plain = published(model)
 
     @torch.inference_mode()
     def run() -> object:
-        logits = model.plain(input_ids=ids, use_cache=False).logits
+        logits = plain(input_ids=ids, use_cache=False).logits
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         return logits

@@ -6,15 +6,14 @@ column is what a run of the prompt up to that token would give: stepping through
 forward.
 """
 
-import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
 
+import pyarrow as pa
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from neural_mri.contract.components import Component
 from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scans import ActivationScan, Aggregation, resolve_positions
 from neural_mri.contract.tokens import Tokens
@@ -22,13 +21,19 @@ from worker.scanner import activation_tables as tables
 from worker.scanner.calibration import Calibration
 from worker.scanner.frames import send_frames
 from worker.scanner.layer_reading import Reading
-from worker.scanner.layer_summaries import Neurons, Summaries
+from worker.scanner.layer_summaries import Neurons
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
 from worker.scanner.measures import unit
 from worker.scanner.prompts import ScanOutput, token_ids
+from worker.scanner.shared_forward import Company, RowsOf, read_forward
 
-__all__ = ("LARGEST_VECTORS_BYTES", "scan_activations", "scan_activations_together")
+__all__ = (
+    "LARGEST_VECTORS_BYTES",
+    "ActivationRows",
+    "scan_activations",
+    "scan_activations_together",
+)
 
 LARGEST_VECTORS_BYTES = 1 << 30
 """Most that the vectors of one `raw` scan may take."""
@@ -73,74 +78,102 @@ def scan_activations_together(
     of the listeners wants it to. Raises as `scan_activations` does.
     """
     ids = torch.cat([token_ids(model, tokens) for tokens in prompts])
-    components = request.selected(model.architecture)
-    positions = resolve_positions(request.token_positions, ids.shape[1])
-    if request.aggregation is Aggregation.RAW:
-        _refuse_too_many_vectors(len(components) * len(positions), model.architecture.d_model)
-    if len(prompts) > 1 and not request.can_share_a_forward:
-        raise ValueError("prompts share a forward only where all positions are reported")
-    reading = Reading(model, request, components, positions * len(prompts), *listeners)
-    started = time.perf_counter()
-    with reading.listening():
-        logits = model.plain(
-            input_ids=ids, use_cache=False, logits_to_keep=reading.logits_to_keep
-        ).logits
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    read = _Read(reading.summaries, logits, time.perf_counter() - started)
-    return [
-        _output(model, request, components, positions, calibration, read, row, tokens, listener)
-        for row, (tokens, listener) in enumerate(zip(prompts, listeners, strict=True))
-    ]
-
-
-class _Read(NamedTuple):
-    """What one forward has shown of a batch of prompts."""
-
-    found: Summaries
-    logits: Float[Tensor, "prompt pos d_vocab"]
-    seconds: float
-
-
-def _output(
-    model: LoadedModel,
-    request: ActivationScan,
-    components: tuple[Component, ...],
-    positions: tuple[int, ...],
-    calibration: Calibration | None,
-    read: _Read,
-    row: int,
-    tokens: Tokens,
-    listener: Listener,
-) -> ScanOutput:
-    """One prompt's tables, once its frames are told."""
-    found, n_prompts = read.found, len(read.logits)
-    own = slice(row * len(positions), (row + 1) * len(positions))
-    values, neurons = found.values()[:, own], found.neurons()
-    send_frames(
-        listener,
-        components,
-        values,
-        positions=positions,
-        tokens=tokens,
-        unit=unit(request.aggregation),
+    asked = ActivationRows(
+        model, request, prompts, listeners, calibration, range(len(prompts)), len(prompts)
     )
-    sinks = found.sinks(slice(row * len(tokens), (row + 1) * len(tokens)))
-    made = {
-        "tokens": tables.tokens_table(tokens, sinks),
-        "activations": tables.activations_table(request, components, values, positions),
-        "predictions": tables.predictions_table(model, request, read.logits[row], positions),
-    }
-    if calibration is not None and request.aggregation is Aggregation.L2_NORM:
-        made["percentile"] = tables.percentile_table(
-            calibration, components, values, positions, sinks
+    read = read_forward(model, ids, [asked], Company(listeners))
+    return asked.outcomes(read.logits[0], read.seconds / len(prompts))
+
+
+class ActivationRows:
+    """The rows of a forward that one question is asked of."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        request: ActivationScan,
+        prompts: Sequence[Tokens],
+        listeners: Sequence[Listener],
+        calibration: Calibration | None,
+        rows: Sequence[int],
+        n_rows: int,
+    ) -> None:
+        """The prompts, a listener each, are these of the batch's `n_rows` rows.
+
+        Raises the `Problem` of a request that asks for what the model or the prompt does not have.
+        """
+        self._model, self._request, self._calibration = model, request, calibration
+        self._prompts, self._listeners = prompts, listeners
+        n_tokens = len(prompts[0])
+        self._components = request.selected(model.architecture)
+        self._positions = resolve_positions(request.token_positions, n_tokens)
+        if request.aggregation is Aggregation.RAW:
+            _refuse_too_many_vectors(
+                len(self._components) * len(self._positions), model.architecture.d_model
+            )
+        if n_rows > 1 and request.shared_forward is None:
+            raise ValueError("prompts share a forward only where all positions are reported")
+        self.logits_at = [row * n_tokens + at for row in rows for at in self._positions]
+        """Every reported position."""
+        self._reading = Reading(
+            model,
+            request,
+            self._components,
+            self._positions * len(prompts),
+            *listeners,
+            rows=RowsOf(rows, n_rows),
         )
-    if neurons is not None:
-        mine = Neurons(neurons.layers, neurons.indices[:, own], neurons.values[:, own])
-        made["neurons"] = tables.neurons_table(mine, positions)
-    for name, vectors in found.vectors.items():
-        made[f"vectors.{name}"] = tables.vectors_table(vectors, positions)
-    return ScanOutput(made, read.seconds / n_prompts)
+
+    def listening(self) -> AbstractContextManager[None]:
+        """Read the model's next forward."""
+        return self._reading.listening()
+
+    def outcomes(
+        self, logits: Float[Tensor, "place d_vocab"], seconds: float
+    ) -> list[ScanOutput]:
+        """Each prompt's tables, once its frames are told; `seconds` of the forward were each one's."""
+        request, found = self._request, self._reading.summaries
+        values, neurons = found.values(), found.neurons()
+        n_positions = len(self._positions)
+        made_of_each = []
+        for at, (tokens, listener) in enumerate(zip(self._prompts, self._listeners, strict=True)):
+            own = slice(at * n_positions, (at + 1) * n_positions)
+            send_frames(
+                listener,
+                self._components,
+                values[:, own],
+                positions=self._positions,
+                tokens=tokens,
+                unit=unit(request.aggregation),
+            )
+            sinks = found.sinks(slice(at * len(tokens), (at + 1) * len(tokens)))
+            made = self._tables(tokens, values[:, own], sinks, logits[own])
+            if neurons is not None:
+                mine = Neurons(neurons.layers, neurons.indices[:, own], neurons.values[:, own])
+                made["neurons"] = tables.neurons_table(mine, self._positions)
+            for name, vectors in found.vectors.items():
+                made[f"vectors.{name}"] = tables.vectors_table(vectors, self._positions)
+            made_of_each.append(ScanOutput(made, seconds))
+        return made_of_each
+
+    def _tables(
+        self,
+        tokens: Tokens,
+        values: Float[Tensor, "component pos"],
+        sinks: Bool[Tensor, " all_pos"],
+        logits: Float[Tensor, "pos d_vocab"],
+    ) -> dict[str, pa.Table]:
+        request, components, positions = self._request, self._components, self._positions
+        made = {
+            "tokens": tables.tokens_table(tokens, sinks),
+            "activations": tables.activations_table(request, components, values, positions),
+            "predictions": tables.predictions_table(self._model, request, logits, positions),
+        }
+        if self._calibration is not None and request.aggregation is Aggregation.L2_NORM:
+            made["percentile"] = tables.percentile_table(
+                self._calibration, components, values, positions, sinks
+            )
+        return made
 
 
 def _refuse_too_many_vectors(n_vectors: int, d_model: int) -> None:

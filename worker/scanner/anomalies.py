@@ -7,8 +7,9 @@ prediction is what the model would have made without recalling anything. All in 
 unusual is judged against the model's calibration, never against the rest of the prompt.
 """
 
-import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from weakref import WeakSet
 
 import torch
@@ -24,12 +25,25 @@ from worker.scanner.activation_tables import predictions_table, tokens_table
 from worker.scanner.anomaly_tables import Findings
 from worker.scanner.calibration import Calibration
 from worker.scanner.channels import LensSet, channels, derived, measure
-from worker.scanner.listening import Listener
+from worker.scanner.listening import Listener, Silent
 from worker.scanner.loading import LoadedModel
 from worker.scanner.prompts import ScanOutput, token_ids
-from worker.scanner.residuals import ResidualReading
+from worker.scanner.residuals import ResidualReading, Residuals
+from worker.scanner.shared_forward import (
+    AskedOf,
+    Company,
+    Outcome,
+    outcome_of,
+    read_forward,
+    settled,
+)
 
-__all__ = ("LARGEST_RESIDUALS_BYTES", "scan_anomalies")
+__all__ = (
+    "LARGEST_RESIDUALS_BYTES",
+    "AnomalyRows",
+    "scan_anomalies",
+    "scan_anomalies_together",
+)
 
 LARGEST_RESIDUALS_BYTES = 2 << 30
 """Most that the residuals of one scan may take."""
@@ -41,7 +55,6 @@ _compared: WeakSet[LoadedModel] = WeakSet()
 """Models whose lens was found to be theirs: afterwards a scan leaves the unembedding to the lens."""
 
 
-@torch.inference_mode()
 def scan_anomalies(
     model: LoadedModel,
     request: AnomalyScan,
@@ -73,77 +86,155 @@ def scan_anomalies(
         Problem: The request asks for what the model, the prompt or the calibration does not have.
         Cancelled: The listener stopped it. The model is as it was.
     """
-    lenses = _lenses(request, calibration)
-    ids = token_ids(model, tokens)
-    target = resolve_positions((request.target_token_idx,), len(tokens))[0]
-    asked_for = (target,) if request.token_positions == "target" else request.token_positions
-    positions = tuple(sorted({*resolve_positions(asked_for, len(tokens)), target}))
-    measured_at = tuple(position for position in positions if position > 0)
-    inner_at = _inner(request, measured_at, target)
-    _refuse_too_many(model, len(measured_at))
-    inside = [measured_at[index] for index in inner_at]
-    reading = ResidualReading(model, _indices(measured_at), _indices(inside), listener)
+    asked = AskedOf(tokens, listener, answer_id, foil_id)
+    [outcome] = scan_anomalies_together(model, request, [asked], calibration=calibration)
+    return settled(outcome)
 
-    started = time.perf_counter()
-    logits = None
-    with reading.listening():
-        if target == 0 or model not in _compared:
-            logits = model.plain(
-                input_ids=ids,
-                use_cache=False,
-                logits_to_keep=torch.tensor([target], device=model.device),
-            ).logits[0]
-        else:
-            model.plain.base_model(input_ids=ids, use_cache=False)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    forward_seconds = time.perf_counter() - started
 
-    answer = answer_id
-    if logits is not None and answer is None:
-        answer = int(logits[0].argmax())
+@torch.inference_mode()
+def scan_anomalies_together(
+    model: LoadedModel,
+    request: AnomalyScan,
+    asked: Sequence[AskedOf],
+    *,
+    calibration: Calibration | None,
+) -> list[Outcome]:
+    """The same scan of several prompts of one length, as rows of one forward: what became of each.
 
-    def after_chunk(done: int) -> None:
-        listener.progress("lens", done, len(measured_at))
-        listener.pause()
+    What each would give, to the last digits but one: matrices of other shapes are summed in another order.
+    The forward goes on while anybody waits for it; afterwards each prompt is measured for itself, and may
+    stop or be refused alone. Raises as `scan_anomalies` does where that concerns them all.
+    """
+    ids = torch.cat([token_ids(model, one.tokens) for one in asked])
+    rows = AnomalyRows(model, request, asked, calibration, range(len(asked)), len(asked))
+    read = read_forward(model, ids, [rows], Company([one.listener for one in asked]))
+    return rows.outcomes(read.logits[0], read.seconds / len(asked))
 
-    measured = measure(
-        model,
-        reading.residuals,
-        lenses,
-        _indices(inner_at),
-        appearance=request.appearance,
-        asked=(answer,) if foil_id is None else (answer, foil_id),
-        target=measured_at.index(target) if target > 0 else None,
-        after_chunk=after_chunk,
-    )
-    if logits is not None and target > 0:
-        _refuse_unlike(logits, measured.logits)
-        _compared.add(model)
-    found = channels(measured, kl_weight=request.kl_weight, entropy_weight=request.entropy_weight)
-    known = None if calibration is None else calibration.ordinary.get(request.lens)
-    findings = Findings(
-        model=model,
-        request=request,
-        calibration=calibration,
-        positions=positions,
-        inner_positions=tuple(inside),
-        target=target,
-        asked=measured.asked,
-        measured=measured,
-        channels=found | (derived(found, known) if known else {}),
-        known=known or {},
-    )
-    made = {
-        "tokens": tokens_table(tokens, reading.sinks()),
-        "predictions": predictions_table(
+
+class AnomalyRows:
+    """The rows of a forward that one question is asked of."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        request: AnomalyScan,
+        asked: Sequence[AskedOf],
+        calibration: Calibration | None,
+        rows: Sequence[int],
+        n_rows: int,
+    ) -> None:
+        """The prompts are these of the batch's `n_rows` rows.
+
+        Raises the `Problem` of a request that asks for what the model, the prompt or the calibration does
+        not have.
+        """
+        if n_rows > 1 and request.canonical:
+            raise ValueError("a canonical scan has its forward to itself")
+        self._model, self._request, self._asked = model, request, asked
+        self._calibration = calibration
+        self._lenses = _lenses(request, calibration)
+        self._rows, self._n_tokens = rows, len(asked[0].tokens)
+        self._target = resolve_positions((request.target_token_idx,), self._n_tokens)[0]
+        places = (
+            (self._target,) if request.token_positions == "target" else request.token_positions
+        )
+        self._positions = tuple(
+            sorted({*resolve_positions(places, self._n_tokens), self._target})
+        )
+        self._measured_at = tuple(position for position in self._positions if position > 0)
+        self._inner_at = _inner(request, self._measured_at, self._target)
+        self._inside = [self._measured_at[index] for index in self._inner_at]
+        _refuse_too_many(model, len(asked) * len(self._measured_at))
+        self.logits_at: list[int] = []
+        """The target, where the lens is not known to give the model's own prediction there."""
+        if self._target == 0 or model not in _compared:
+            self.logits_at = self._in_batch([self._target])
+        # Who shares the forward hears of its layers there.
+        self._reading = ResidualReading(
             model,
-            ActivationScan(prompt=request.prompt),
-            measured.logits if target > 0 or logits is None else logits,
-            (target,),
-        ),
-    }
-    return ScanOutput(made | tables.all_tables(findings), forward_seconds)
+            _indices(self._in_batch(self._measured_at)),
+            _indices(self._in_batch(self._inside)),
+            Silent(),
+        )
+
+    def listening(self) -> AbstractContextManager[None]:
+        """Read the model's next forward."""
+        return self._reading.listening()
+
+    def outcomes(self, logits: Float[Tensor, "place d_vocab"], seconds: float) -> list[Outcome]:
+        """What became of each prompt; `seconds` of the forward were each one's."""
+        return [
+            outcome_of(partial(self._output, at, logits[at : at + 1], seconds))
+            for at in range(len(self._asked))
+        ]
+
+    def _in_batch(self, positions: Sequence[int]) -> list[int]:
+        """Positions of each prompt, counted through the batch."""
+        return [row * self._n_tokens + position for row in self._rows for position in positions]
+
+    def _residuals(self, at: int) -> Residuals:
+        """One prompt's."""
+        outer, inner = self._reading.residuals
+        width, inner_width = len(self._measured_at), len(self._inside)
+        return Residuals(
+            outer[:, at * width : (at + 1) * width],
+            inner[:, at * inner_width : (at + 1) * inner_width],
+        )
+
+    def _output(
+        self, at: int, logits: Float[Tensor, "target d_vocab"], seconds: float
+    ) -> ScanOutput:
+        model, request, calibration = self._model, self._request, self._calibration
+        tokens, listener, answer, foil = self._asked[at]
+        target, measured_at = self._target, self._measured_at
+        if len(logits) and answer is None:
+            answer = int(logits[0].argmax())
+
+        def after_chunk(done: int) -> None:
+            listener.progress("lens", done, len(measured_at))
+            listener.pause()
+
+        measured = measure(
+            model,
+            self._residuals(at),
+            self._lenses,
+            _indices(self._inner_at),
+            appearance=request.appearance,
+            asked=(answer,) if foil is None else (answer, foil),
+            target=measured_at.index(target) if target > 0 else None,
+            after_chunk=after_chunk,
+        )
+        if len(logits) and target > 0:
+            _refuse_unlike(logits, measured.logits)
+            _compared.add(model)
+        found = channels(
+            measured, kl_weight=request.kl_weight, entropy_weight=request.entropy_weight
+        )
+        known = None if calibration is None else calibration.ordinary.get(request.lens)
+        findings = Findings(
+            model=model,
+            request=request,
+            calibration=calibration,
+            positions=self._positions,
+            inner_positions=tuple(self._inside),
+            target=target,
+            asked=measured.asked,
+            measured=measured,
+            channels=found | (derived(found, known) if known else {}),
+            known=known or {},
+        )
+        first = self._rows[at] * self._n_tokens
+        sinks = self._reading.sinks(slice(first, first + self._n_tokens))
+        made = {
+            "tokens": tokens_table(tokens, sinks),
+            "predictions": predictions_table(
+                model,
+                ActivationScan(prompt="-"),
+                measured.logits if target > 0 else logits,
+                (target,),
+            ),
+        }
+        return ScanOutput(made | tables.all_tables(findings), seconds)
 
 
 def _lenses(request: AnomalyScan, calibration: Calibration | None) -> LensSet:

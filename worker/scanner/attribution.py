@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from neural_mri.contract.components import Component, Kind
+from worker.scanner import linear_maps
 from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import Metric
 from worker.scanner.replacements import Replacements
@@ -133,26 +134,6 @@ def differentiate(
     return Differentiated(run.detached(), gradients)
 
 
-class _LeadingRows(torch.autograd.Function):
-    """A linear map whose gradient is taken for the first rows of the batch alone."""
-
-    @staticmethod
-    def forward(ctx: Any, read: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        """What the map gives, of all rows."""
-        ctx.save_for_backward(weight)
-        ctx.rows = rows
-        return linear(read, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """The gradient at what the map read; 0 in the other rows."""
-        (weight,) = ctx.saved_tensors
-        (gradient,) = gradients
-        found = gradient.new_zeros(*gradient.shape[:-1], weight.shape[1])
-        torch.matmul(gradient[: ctx.rows], weight, out=found[: ctx.rows])
-        return found, None, None, None
-
-
 @contextmanager
 def _going_back_along(model: LoadedModel, rows: int | None, *, of: int) -> Iterator[None]:
     """The next forward's graph leads back along the first rows alone, where that is less than all.
@@ -164,32 +145,13 @@ def _going_back_along(model: LoadedModel, rows: int | None, *, of: int) -> Itera
         yield
         return
     maps = [
-        module
+        linear_map
         for block in model.modules.blocks
-        for module in block.block.modules()
-        if isinstance(module, nn.Linear) and module.weight.numel() >= _LARGE_MAP
+        for linear_map in linear_maps.of(block.block)
+        if linear_map.weight.numel() >= _LARGE_MAP
     ]
-
-    def forward_of(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-        def forward(read: Tensor) -> Tensor:
-            apply: Any = _LeadingRows.apply
-            there = read.to(module.weight.device)
-            given: Tensor = apply(there, module.weight, module.bias, rows)
-            return given.to(read.device)
-
-        return forward
-
-    # On the instance, where it hides the class's own, or one that takes it to where its weights are.
-    hidden = [vars(module).get("forward") for module in maps]
-    try:
-        for module in maps:
-            vars(module)["forward"] = forward_of(module)
+    with linear_maps.computing(maps, back_along=rows):
         yield
-    finally:
-        for module, own in zip(maps, hidden, strict=True):
-            vars(module).pop("forward", None)
-            if own is not None:
-                vars(module)["forward"] = own
 
 
 class _Unembedding(torch.autograd.Function):
@@ -213,7 +175,7 @@ class _Unembedding(torch.autograd.Function):
         tokens = gradient.flatten(0, -2).any(0).nonzero().squeeze(1)
         if len(tokens) < len(weight) // 8:
             return gradient[..., tokens] @ weight[tokens], None, None
-        return gradient @ weight, None, None
+        return linear_maps.linear(gradient, weight.T), None, None
 
 
 @contextmanager

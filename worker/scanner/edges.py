@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from neural_mri.contract.circuits import Granularity
 from neural_mri.contract.components import EMBED, UNEMBED, Component, Kind
+from worker.scanner import linear_maps
 from worker.scanner.attribution import Differentiated, StraightPath
 from worker.scanner.blocks import Block, causal_mask, rows_at_once
 from worker.scanner.halving import portion
@@ -252,7 +253,8 @@ def _through_heads(
 ) -> Float[Tensor, "head pos d_model"]:
     with torch.enable_grad():
         reads = residual.repeat(len(heads), 1, 1).requires_grad_()
-        z = _mixed(block, reads)
+        with linear_maps.computing(linear_maps.of(block.modules.attn), alike=True):
+            z = _mixed(block, reads)
         only = torch.zeros_like(z).view(*z.shape[:2], -1, d_head)
         own = torch.arange(len(heads), device=heads.device)
         only[own, :, heads] = gradient.view(len(gradient), -1, d_head)[:, heads].transpose(0, 1)

@@ -1,16 +1,18 @@
 """Reading a plain model's modules while it runs, and leaving it as it was."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ("Reader", "hooked", "set_aside", "tensor_in", "tensor_out")
+__all__ = ("Before", "Reader", "hooked", "set_aside", "tensor_in", "tensor_out")
 
 Reader = Callable[[nn.Module, tuple[Any, ...], Any], None]
 """Called with a module, its positional arguments and its output."""
+Before = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
+"""Called with a module and its positional arguments, before it runs; may give it others."""
 
 
 class _Awake:
@@ -30,15 +32,25 @@ def set_aside() -> Iterator[None]:
 
 
 @contextmanager
-def hooked(*readers: tuple[nn.Module, Reader]) -> Iterator[None]:
-    """Call each reader whenever its module has run. All are gone afterwards, whatever happened."""
+def hooked(
+    *readers: tuple[nn.Module, Reader], before: Sequence[tuple[nn.Module, Before]] = ()
+) -> Iterator[None]:
+    """Call each reader whenever its module has run, and each of `before` when its module is about to.
+
+    All are gone afterwards, whatever happened.
+    """
     mine, handles = _Awake.now, []
 
     def call(reader: Reader, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if _Awake.now is mine:
             reader(module, args, output)
 
+    def prepare(what: Before, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return what(module, args) if _Awake.now is mine else None
+
     try:
+        for module, what in before:
+            handles.append(module.register_forward_pre_hook(partial(prepare, what)))
         for module, reader in readers:
             handles.append(module.register_forward_hook(partial(call, reader)))
         yield

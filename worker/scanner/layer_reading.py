@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.events import LayerFrame
 from neural_mri.contract.scans import ActivationScan
-from worker.scanner.hooks import Reader, hooked, set_aside, tensor_in, tensor_out
+from worker.scanner.hooks import Reader, hooked, tensor_in, tensor_out
 from worker.scanner.layer_summaries import LayerTensors, Part, Summaries
-from worker.scanner.listening import Cancelled, Listener
+from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
 from worker.scanner.measures import unit
+from worker.scanner.shared_forward import RowsOf
 from worker.scanner.sites import BlockModules
 
 __all__ = ("GATHERED_BYTES", "Reading")
@@ -39,8 +40,12 @@ class Reading:
         components: tuple[Component, ...],
         positions: tuple[int, ...],
         *listeners: Listener,
+        rows: RowsOf | None = None,
     ) -> None:
-        """`positions` of all prompts of the batch, one prompt after another; a listener a prompt."""
+        """`positions` of all prompts, one prompt after another; a listener a prompt.
+
+        The prompts are these rows of the batch, all of it where left out.
+        """
         self._modules = model.modules
         self._n_layers = model.architecture.n_layers
         self._kinds = frozenset(component.kind for component in components)
@@ -48,6 +53,7 @@ class Reading:
         self._reads_neurons = Kind.MLP in self._kinds and request.top_neurons > 0
         self._reads_residuals = any(kind.is_residual for kind in self._kinds)
         self._listeners = listeners
+        self._rows = rows
         self._last_positions = positions[
             len(positions) // len(listeners) - 1 :: len(positions) // len(listeners)
         ]
@@ -67,11 +73,6 @@ class Reading:
             kept=self._kept,
             device=model.device,
         )
-
-    @property
-    def logits_to_keep(self) -> Tensor | int:
-        """The reported positions, as Hugging Face's models take them; 0 for all."""
-        return 0 if self._kept is None else self._kept
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -117,7 +118,11 @@ class Reading:
 
     def _at_positions(self, value: Tensor) -> Tensor:
         """At reported positions: as it is, `[prompt pos width]`, where those are all."""
-        return value if self._kept is None else value.flatten(0, 1).index_select(0, self._kept)
+        own = self._own(value)
+        return own if self._kept is None else own.flatten(0, 1).index_select(0, self._kept)
+
+    def _own(self, value: Tensor) -> Tensor:
+        return value if self._rows is None else self._rows(value)
 
     def _end_layer(self, layer: int, _m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         parts = self._running.copy()
@@ -126,16 +131,13 @@ class Reading:
             self.summaries.add_embedding(self._at_positions(tensor_in(args)))
         if self._reads_residuals and layer in self._layers:
             parts[Part.BEFORE] = self._at_positions(tensor_in(args))
-        parts[Part.AFTER] = tensor_out(output)
+        parts[Part.AFTER] = self._own(tensor_out(output))
         if self._gathered and self._gathered[-1].parts.keys() != parts.keys():
             self._summarise()
         self._gathered.append(LayerTensors(layer, parts))
         self._gathered_bytes += sum(tensor.nbytes for tensor in parts.values())
         if self._gathered_bytes >= GATHERED_BYTES or layer == self._n_layers - 1:
             self._summarise()
-        for listener in self._listeners:
-            listener.progress("forward", layer + 1, self._n_layers)
-        self._stop_where_all_should()
 
     def _read_final_norm(self, _m: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         self.summaries.add_unembedding(self._at_positions(tensor_out(output)))
@@ -146,20 +148,6 @@ class Reading:
             if gathered.layer in self._layers:
                 self._tell(gathered.layer)
         self._gathered, self._gathered_bytes = [], 0
-
-    def _stop_where_all_should(self) -> None:
-        """A forward that several prompts share goes on while anybody waits for it."""
-        stopped = None
-        with set_aside():
-            for listener in self._listeners:
-                try:
-                    listener.pause()
-                except Cancelled as cancelled:
-                    stopped = cancelled
-                else:
-                    return
-        if stopped is not None:
-            raise stopped
 
     def _tell(self, layer: int) -> None:
         values = self.summaries.layer_values(layer, each=len(self._listeners))

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from neural_mri.contract.models import Architecture, Numerics
 from neural_mri.contract.problems import UnsupportedModel
-from worker.scanner import bridging, sites, spreading, topology, verification
+from worker.scanner import bridging, linear_maps, sites, spreading, topology, verification
 from worker.scanner.conversion import TOKENIZER_FILE
 from worker.scanner.output_maps import OutputMaps, output_maps
 
@@ -58,6 +58,7 @@ class LoadedModel:
         self.bridge = bridging.bridge(plain)
         for twin in (self.plain, self.bridge):
             spreading.follow_weights(twin, self.device)
+            linear_maps.take_over(twin)
 
     @property
     def device(self) -> torch.device:

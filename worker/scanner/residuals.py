@@ -81,16 +81,12 @@ class ResidualReading:
             if len(self._inner_positions):
                 readers.append((block.attn_write, partial(self._after_attention, layer)))
             readers.append((block.block, partial(self._after_block, layer)))
-        handle = self._modules.blocks[0].block.register_forward_pre_hook(self._before_blocks)
-        try:
-            with hooked(*readers):
-                yield
-        finally:
-            handle.remove()
+        with hooked(*readers, before=[(self._modules.blocks[0].block, self._before_blocks)]):
+            yield
 
-    def sinks(self) -> Bool[Tensor, " all_pos"]:
-        """Whether each token of the prompt is an attention sink, in any layer."""
-        lengths = torch.stack(self._lengths).cpu()
+    def sinks(self, text: slice = slice(None)) -> Bool[Tensor, " pos"]:
+        """Whether each token of a text, at these positions of the batch, is a sink in any layer."""
+        lengths = torch.stack(self._lengths).cpu()[:, text]
         sinks = torch.zeros(lengths.shape[1], dtype=torch.bool)
         sinks[0] = True
         if len(sinks) > 1:
