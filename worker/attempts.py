@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import MappingProxyType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from uuid import UUID
 
 import structlog
@@ -44,7 +44,7 @@ from worker.placing import Placing
 from worker.reporter import Outbox, Reporter
 from worker.residency import Residency
 from worker.scanner.listening import Cancelled
-from worker.scans import Scanned
+from worker.scans import Performed, Scanned
 from worker.traces import Traces
 
 __all__ = ("Attempts", "Intake", "InternalError", "OutOfMemory")
@@ -53,6 +53,8 @@ DATABASE_PAUSE_SECONDS = 0.5
 STORE_PAUSE_SECONDS = 0.5
 STORE_SECONDS = 60.0
 """How long a result may wait for a store that does not take it."""
+MOST_WORK = 1.5
+"""Plain forwards of work that a pass takes for each job that it may: some mates read far more than others."""
 NO_MANIFESTS: Mapping[UUID, str] = MappingProxyType({})
 
 T = TypeVar("T")
@@ -64,6 +66,28 @@ class InternalError(Problem):
     """The job failed for a reason of the service's own."""
 
     status = 500
+
+
+class _Load(NamedTuple):
+    """What jobs that share a pass take together."""
+
+    tokens: int
+    bytes: int
+    forwards: float
+    """Work, in plain forwards of their prompts."""
+
+    def plus(self, more: "_Load") -> "_Load":
+        """With another job."""
+        return _Load(
+            self.tokens + more.tokens, self.bytes + more.bytes, self.forwards + more.forwards
+        )
+
+    def is_within(self, limit: "_Load") -> bool:
+        """Whether one pass may take as much."""
+        return all(each <= most for each, most in zip(self, limit, strict=True))
+
+
+NOTHING = _Load(0, 0, 0.0)
 
 
 class Attempts:
@@ -141,15 +165,29 @@ class Attempts:
                 self._attempt(together)
 
     def _passes(self, held: Sequence[Holding]) -> Iterator[Sequence[Holding]]:
-        """Mates of one claim, in as many passes as they need to stay within the token budget."""
-        if not held:
+        """Mates of one claim, in as many passes as they need to stay within what one may take.
+
+        Tokens, memory, and work: who asks for little waits for all that is measured beside it.
+        """
+        if len(held) < 2:
+            yield from [held] if held else []
             return
-        job = held[0].job
-        at_once = max(1, self._settings.batch_tokens // max(1, job.n_tokens))
-        if len(held) > 1 and (alone := self._needed(job)):
-            at_once = max(1, min(at_once, self._placing.left() // alone))
-        for at in range(0, len(held), at_once):
-            yield held[at : at + at_once]
+        limit = _Load(
+            self._settings.batch_tokens,
+            max(0, self._placing.left()),
+            MOST_WORK * self._settings.batch_jobs,
+        )
+        together, load = list[Holding](), NOTHING
+        for holding in held:
+            job = holding.job
+            tokens = scans.rows_of(job) * job.n_tokens
+            more = _Load(tokens, self._needed(job), job.estimated_cost / max(1, job.n_tokens))
+            if together and not load.plus(more).is_within(limit):
+                yield together
+                together, load = [], NOTHING
+            together.append(holding)
+            load = load.plus(more)
+        yield together
 
     def _attempt(self, together: Sequence[Holding]) -> None:
         """Bring jobs that share a pass to their ends."""
@@ -220,13 +258,13 @@ class Attempts:
             case JobKind.UNLOAD:
                 self._unload(holding)
 
-    def _scanned(self, holdings: Sequence[Holding]) -> list[Scanned]:
-        """What jobs that share a pass measure."""
+    def _scanned(self, holdings: Sequence[Holding]) -> list[Performed]:
+        """What jobs that share a pass measure, or what kept one from it alone."""
         job, together = holdings[0].job, [holding.job for holding in holdings]
         interludes = self._interludes(holdings)
         self._residency.serve(job.revision)
         with (
-            self._placing.admitted(job.revision, self._needed(job, len(together))),
+            self._placing.admitted(job.revision, sum(map(self._needed, together))),
             self._traces.part("forward", together, {"neural_mri.mates": len(together)}) as spans,
         ):
             measured = scans.perform(
@@ -238,13 +276,19 @@ class Attempts:
                 models_dir=self._settings.models_dir,
                 listeners=[self._reporter(holding, interludes) for holding in holdings],
             )
-            scanned = [each.without(interludes.lent_seconds, len(together)) for each in measured]
+            scanned = [
+                each.without(interludes.lent_seconds, len(together))
+                if isinstance(each, Scanned)
+                else each
+                for each in measured
+            ]
             for span, one in zip(spans, scanned, strict=True):
-                span.note({"neural_mri.forward_seconds": one.manifest.forward_seconds})
+                if isinstance(one, Scanned):
+                    span.note({"neural_mri.forward_seconds": one.manifest.forward_seconds})
         return scanned
 
-    def _needed(self, job: Job, prompts: int = 1) -> int:
-        """Bytes that a scan of so many prompts is estimated to need beside its model."""
+    def _needed(self, job: Job) -> int:
+        """Bytes that a scan is estimated to need beside its model."""
         resident = self._residency.get(job.revision)
         if job.kind is not JobKind.SCAN or resident is None:
             return 0
@@ -253,7 +297,6 @@ class Attempts:
             resident.registered.architecture,
             n_tokens=job.n_tokens,
             itemsize=resident.model.plain.dtype.itemsize,
-            prompts=prompts,
         )
 
     def _interludes(self, holdings: Sequence[Holding]) -> Interludes:
@@ -271,18 +314,21 @@ class Attempts:
             return Reporter(self._outbox, holding.job.id, holding.check)
         return Reporter(self._outbox, holding.job.id, holding.check, interludes.pause)
 
-    def _publish(self, holdings: Sequence[Holding], scanned: Sequence[Scanned]) -> None:
+    def _publish(self, holdings: Sequence[Holding], performed: Sequence[Performed]) -> None:
         """Store what jobs have measured, and say that it is there: what keeps one from it is its own."""
         results = {
-            holding.job.id: result for holding, result in zip(holdings, scanned, strict=True)
+            holding.job.id: result
+            for holding, result in zip(holdings, performed, strict=True)
+            if self._guarded(holding, partial(_raise, result)) and isinstance(result, Scanned)
         }
-        for holding in holdings:
+        measured = [holding for holding in holdings if holding.job.id in results]
+        for holding in measured:
             manifest = results[holding.job.id].manifest
             metrics.FORWARD_SECONDS.labels(holding.job.model, manifest.kind.value).observe(
                 manifest.forward_seconds
             )
         crash_point("worker.computed")
-        wanted = [each for each in holdings if self._guarded(each, Holding.check)]
+        wanted = [each for each in measured if self._guarded(each, Holding.check)]
         storing = self._moved(wanted, JobState.STORING)
         with self._traces.part("store", [holding.job for holding in storing]):
             stored = self._stored(storing, results)
@@ -461,8 +507,8 @@ class Attempts:
                 time.sleep(DATABASE_PAUSE_SECONDS)
 
 
-def _raise(result: SavedResult | Exception, _holding: Holding) -> None:
-    """Raise what kept a result from being stored."""
+def _raise(result: object, _holding: Holding) -> None:
+    """Raise what kept a result from being measured, or stored."""
     if isinstance(result, Exception):
         raise result
 

@@ -77,15 +77,13 @@ class Interludes:
         self._look_at = time.monotonic() + LOOK_SECONDS
 
     def pause(self) -> None:
-        """Let in what waits, if it is time to look. Raises what the holdings' `check` does."""
+        """Let in what waits, if it is time to look. Whoever paused looks to their own job afterwards."""
         if not self._most or time.monotonic() < self._look_at:
             return
         lent, began = 0.0, time.time()
         if claimed := self._claimed():
             lent = self._lend(claimed, began)
         self._look_at = time.monotonic() + max(LOOK_SECONDS, lent * self._own_share)
-        for holding in self._holdings:
-            holding.check()
 
     def _claimed(self) -> list[Job]:
         queues = sorted(self._residency.queues() - {keys.CPU_QUEUE, keys.CONTROL_QUEUE})

@@ -163,6 +163,8 @@ class LocalScanner:
             models_dir=self._folder.parent,
             listeners=[Silent()],
         )
+        if not isinstance(scanned, scans.Scanned):
+            raise scanned
         return Measured(
             scan_key=scanned.manifest.scan_key,
             tables={name: to_ipc(table) for name, table in scanned.tables.items()},

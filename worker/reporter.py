@@ -197,3 +197,4 @@ class Reporter:
         """The same between two steps; others may run before it returns."""
         self._check()
         self._pause()
+        self._check()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 import psutil
@@ -17,7 +17,7 @@ import torch
 from neural_mri.backing.jobs import Job
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.contract.models import Numerics
-from neural_mri.contract.problems import Conflict, Unavailable
+from neural_mri.contract.problems import Conflict, Problem, Unavailable
 from neural_mri.contract.results import Manifest, signed
 from neural_mri.contract.scan_keys import ANSWERS, SCANNER_VERSION, scan_key
 from neural_mri.contract.scans import (
@@ -26,6 +26,7 @@ from neural_mri.contract.scans import (
     AttentionScan,
     CalibrationScan,
     CircuitScan,
+    Forward,
     PatchingScan,
     PerturbationScan,
     PromptScan,
@@ -40,21 +41,27 @@ from neural_mri.contract.scans import (
 from neural_mri.contract.tokens import Operands, Tokens
 from worker.calibrations import Calibrations
 from worker.resident import Resident
-from worker.scanner.activations import scan_activations, scan_activations_together
+from worker.scanner.activations import scan_activations
 from worker.scanner.anomalies import scan_anomalies
-from worker.scanner.attention import scan_attention
+from worker.scanner.attention import scan_attention, scan_attention_together
 from worker.scanner.calibrating import calibrate
 from worker.scanner.calibration import Calibration
 from worker.scanner.circuits import scan_circuits
-from worker.scanner.listening import Listener
+from worker.scanner.listening import Cancelled, Listener
 from worker.scanner.loading import LoadedModel
+from worker.scanner.mixed_scans import Asked, scan_together
 from worker.scanner.patching import scan_patching
-from worker.scanner.perturbation import scan_perturbation
+from worker.scanner.perturbation import (
+    Perturbing,
+    scan_perturbation,
+    scan_perturbation_together,
+)
 from worker.scanner.prompts import ScanOutput
+from worker.scanner.shared_forward import AskedOf, Outcome
 from worker.scanner.topology import scan_topology
 from worker.scanner.tracing import scan_tracing
 
-__all__ = ("ModelChanged", "Scanned", "baseline_of", "perform")
+__all__ = ("ModelChanged", "Performed", "Scanned", "baseline_of", "perform", "rows_of")
 
 
 class ModelChanged(Conflict):
@@ -78,6 +85,10 @@ class Scanned(NamedTuple):
         return self._replace(manifest=counted)
 
 
+Performed: TypeAlias = Scanned | Problem | Cancelled
+"""A result, or what kept one job from it where its mates have theirs."""
+
+
 def perform(
     jobs: Sequence[Job],
     registered: RegisteredModel | None,
@@ -87,17 +98,19 @@ def perform(
     calibrations: Calibrations,
     models_dir: Path,
     listeners: Sequence[Listener],
-) -> list[Scanned]:
+) -> list[Performed]:
     """Run the scans of jobs that share a pass, one alone most often.
 
     Args:
-        jobs: Of one model. Several are of equal batch key.
+        jobs: Of one model. Several are of equal batch key: their prompts are rows of one forward.
         registered: Their model as it is registered now.
         resident: The model with the jobs' weights, where it is held.
         baseline: The model that the scan compares with, where it names one.
         calibrations: What scans are read against.
         models_dir: The model store.
         listeners: One a job.
+
+    Gives what became of each: of several, one may be refused or stop while the others go on.
 
     Raises `ModelChanged` when the numbers would not be those of a job's key, `Cancelled` when the
     listeners stop it, and what the scanner refuses.
@@ -110,45 +123,89 @@ def perform(
             model=job.model,
         )
     numerics = registered.numerics if resident is None else resident.model.numerics
+    asked = [scan, *(decode_scan(job.request) for job in jobs[1:])]
     keys = [
-        _promised_key(one, decode_scan(one.request), registered, numerics, baseline) for one in jobs
+        _promised_key(one, of_it, registered, numerics, baseline)
+        for one, of_it in zip(jobs, asked, strict=True)
     ]
     with torch.inference_mode():  # this thread's alone, so it is entered here
+        outcomes: Sequence[Outcome]
         if len(jobs) > 1:
-            outputs = _rows_of_one_forward(jobs, scan, resident, calibrations, listeners)
+            outcomes = _rows_of_one_forward(jobs, asked, resident, calibrations, listeners)
         else:
             folder = models_dir / registered.folder
             compared = None if baseline is None else models_dir / baseline.folder
             [listener] = listeners
-            outputs = [_output(job, scan, folder, resident, compared, calibrations, listener)]
+            outcomes = [_output(job, scan, folder, resident, compared, calibrations, listener)]
     seconds = (time.perf_counter() - started) / len(jobs)
     return [
-        _finished(one, key, numerics, output, seconds, calibrations)
-        for one, key, output in zip(jobs, keys, outputs, strict=True)
+        _finished(one, key, numerics, outcome, seconds, calibrations)
+        if isinstance(outcome, ScanOutput)
+        else outcome
+        for one, key, outcome in zip(jobs, keys, outcomes, strict=True)
     ]
+
+
+def rows_of(job: Job) -> int:
+    """Rows of a forward that a job's prompt and what it is compared with take."""
+    scan = decode_scan(job.request)
+    return scan.n_rows if isinstance(scan, PerturbationScan) else 1
 
 
 def _rows_of_one_forward(
     jobs: Sequence[Job],
-    scan: Scan,
+    asked: Sequence[Scan],
     resident: Resident | None,
     calibrations: Calibrations,
     listeners: Sequence[Listener],
-) -> list[ScanOutput]:
+) -> Sequence[Outcome]:
     if resident is None:
         raise Unavailable(f"{jobs[0].model} is not in this worker's memory: load it first")
-    if not isinstance(scan, ActivationScan):
-        raise TypeError(f"{type(scan).__name__} shares no forward with others")
+    model = resident.model
+    together = list(zip(jobs, asked, listeners, strict=True))
+    match asked[0].shared_forward:
+        case Forward.READ | Forward.GRID:
+            return scan_together(
+                model, [_reading(*one, resident, calibrations) for one in together]
+            )
+        case Forward.PATTERNS:
+            return scan_attention_together(
+                model,
+                [scan for scan in asked if isinstance(scan, AttentionScan)],
+                [_tokens(job) for job in jobs],
+                listeners,
+            )
+        case Forward.EDITED:
+            return scan_perturbation_together(
+                model, [_perturbing(*one, resident, calibrations) for one in together]
+            )
+        case None:
+            raise TypeError(f"{type(asked[0]).__name__} shares no forward with others")
+
+
+def _reading(
+    job: Job, scan: Scan, listener: Listener, resident: Resident, calibrations: Calibrations
+) -> Asked:
+    if not isinstance(scan, ActivationScan | AnomalyScan):
+        raise TypeError(f"{type(scan).__name__} is not read from the plain model's forward")
     calibration = None
     if scan.needs_calibration:
-        calibration = calibrations.of(resident, scan.calibration, listeners[0])
-    return scan_activations_together(
-        resident.model,
-        scan,
-        [_tokens(job) for job in jobs],
-        listeners,
-        calibration=calibration,
-    )
+        calibration = calibrations.of(resident, scan.calibration, listener)
+    answer_id, foil_id = (job.operands.token_ids.get(name) for name in ANSWERS)
+    return Asked(scan, _tokens(job), listener, calibration, answer_id, foil_id)
+
+
+def _perturbing(
+    job: Job, scan: Scan, listener: Listener, resident: Resident, calibrations: Calibrations
+) -> Perturbing:
+    if not isinstance(scan, PerturbationScan):
+        raise TypeError(f"{type(scan).__name__} perturbs nothing")
+    means = None
+    if scan.needs_calibration:
+        means = calibrations.of(resident, scan.calibration, listener).means
+    answer_id, foil_id = (job.operands.token_ids.get(name) for name in ANSWERS)
+    asked = AskedOf(_tokens(job), listener, answer_id, foil_id)
+    return Perturbing(scan, asked, sources=job.operands.prompts, means=means)
 
 
 def _finished(

@@ -1,6 +1,5 @@
 """A job as a value: what is submitted, and what the database's row says, decoded."""
 
-import hashlib
 import os
 import threading
 import time
@@ -16,7 +15,7 @@ from sqlalchemy import Row
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.contract.jobs import JobKind, JobState, JobView, Lane
 from neural_mri.contract.problems import ProblemDocument
-from neural_mri.contract.scans import ActivationScan, decode_scan, encode_scan
+from neural_mri.contract.scans import decode_scan
 from neural_mri.contract.tokens import Operands, Tokens
 
 __all__ = ("LANE_WEIGHTS", "AnyRow", "Job", "Submission", "new_id")
@@ -66,16 +65,14 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         return self.forwards * max(1, len(self.tokens) if self.tokens else 1)
 
     def batch_key(self, job_id: UUID) -> str:
-        """Equal for jobs that may share a forward pass: same question, weights and exact length.
+        """Equal for jobs whose prompts may be rows of one forward pass: same weights and exact length.
 
-        Never padded: padding changes the numbers. Whatever cannot be a row among others runs alone.
+        Whatever cannot be a row among others runs alone.
         """
         if self.kind is JobKind.SCAN and self.tokens is not None:
-            scan = decode_scan(self.request)
-            if isinstance(scan, ActivationScan) and scan.can_share_a_forward:
-                question = msgspec.structs.replace(scan, prompt="-", model=None)
-                digest = hashlib.sha256(encode_scan(question)).hexdigest()[:32]
-                return f"{digest}:{self.revision}:{len(self.tokens)}"
+            shared = decode_scan(self.request).shared_forward
+            if shared is not None:
+                return f"{shared}:{self.revision}:{len(self.tokens)}"
         return f"alone:{job_id}"
 
 

@@ -212,10 +212,12 @@ class Client:
         *,
         layers: Iterable[int],
         model: str | None = None,
+        canonical: bool = False,
         on_event: OnEvent | None = None,
     ) -> Result:
         """Attention patterns of some layers, every head, every pair of tokens."""
-        return self.run(AttentionScan(model=model, prompt=prompt, layers=tuple(layers)), on_event)
+        scan = AttentionScan(model=model, prompt=prompt, layers=tuple(layers), canonical=canonical)
+        return self.run(scan, on_event)
 
     def scan_weights(
         self,
@@ -297,6 +299,7 @@ class Client:
         entropy_weight: float = 0.4,
         false_alarm_rate: float = 0.01,
         calibration: str | None = None,
+        canonical: bool = False,
         on_event: OnEvent | None = None,
     ) -> Result:
         """FLAIR: uncertainty, where the answer appears, and whether it is supported.
@@ -319,6 +322,7 @@ class Client:
             entropy_weight=entropy_weight,
             false_alarm_rate=false_alarm_rate,
             calibration=calibration,
+            canonical=canonical,
         )
         return self.run(scan, on_event)
 
@@ -336,6 +340,7 @@ class Client:
         top_predictions: int = 10,
         perturbed_scan: bool = True,
         calibration: str | None = None,
+        canonical: bool = False,
         on_event: OnEvent | None = None,
     ) -> Result:
         """The model reading a prompt, clean and perturbed, side by side; no weight is ever changed.
@@ -353,6 +358,7 @@ class Client:
             top_predictions=top_predictions,
             perturbed_scan=perturbed_scan,
             calibration=calibration,
+            canonical=canonical,
         )
         return self.run(scan, on_event)
 

@@ -9,6 +9,7 @@ from neural_mri.contract.models import Architecture
 from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scan_base import (
     CalibrationKey,
+    Forward,
     Positions,
     Prompt,
     ScanBase,
@@ -66,6 +67,15 @@ class AnomalyScan(TargetedScan, frozen=True, kw_only=True, tag="FLAIR", tag_fiel
     entropy, support) may call anything anomalous."""
     calibration: CalibrationKey | None = None
     """Scan key of the calibration it is read against; the model's own where left out."""
+    canonical: bool = False
+    """Run in a forward of its own: bit-identical on equal machines, whatever else is asked at the time."""
+
+    @property
+    def shared_forward(self) -> Forward | None:
+        """At the answer with all who read the plain model; who reads more shares with their like."""
+        if self.canonical:
+            return None
+        return Forward.READ if self.token_positions == "target" else Forward.GRID
 
     @property
     def needs_calibration(self) -> bool:

@@ -15,6 +15,7 @@ from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scan_base import (
     Address,
     CalibrationKey,
+    Forward,
     Positions,
     Prompt,
     TargetedScan,
@@ -137,6 +138,23 @@ class PerturbationScan(
     """Whether to report the activations of the perturbed run."""
     calibration: CalibrationKey | None = None
     """Scan key of the calibration whose means `ablate` uses; the model's own where left out."""
+    canonical: bool = False
+    """Run in a forward of its own: bit-identical on equal machines, whatever else is asked at the time."""
+
+    @property
+    def n_draws(self) -> int:
+        """Perturbed rows: as many as its noise is drawn, at least one."""
+        return max((p.draws for p in self.perturbations if isinstance(p, Noise)), default=1)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of a forward: the clean prompt, the perturbed ones, and what patches are taken from."""
+        return 1 + self.n_draws + len(self.other_prompts)
+
+    @property
+    def shared_forward(self) -> Forward | None:
+        """With others who perturb the model, in whatever way."""
+        return None if self.canonical else Forward.EDITED
 
     @property
     def other_prompts(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ default.
 """
 
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
 import msgspec
@@ -18,6 +19,7 @@ __all__ = (
     "Address",
     "AnswerToken",
     "CalibrationKey",
+    "Forward",
     "Positions",
     "Prompt",
     "PromptScan",
@@ -37,6 +39,23 @@ CalibrationKey = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", max_length=64)]
 """Scan key of a calibration."""
 
 
+class Forward(StrEnum):
+    """The forwards that prompts of several scans may be rows of, where they are of as many tokens.
+
+    Never padded: padding changes the numbers. Equal rows are worth little where who asks for little would
+    wait for who asks for much: so there are more of them than models run.
+    """
+
+    READ = "read"
+    """The plain model, read: by fMRI, and by FLAIR at the answer."""
+    GRID = "grid"
+    """The same, where reading takes several times as long as running: FLAIR at many positions."""
+    PATTERNS = "patterns"
+    """The bridged model, which shows how attention is spent."""
+    EDITED = "edited"
+    """The plain model, rows of which are perturbed."""
+
+
 class ScanBase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every request has."""
 
@@ -44,6 +63,11 @@ class ScanBase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A registered model's name; the service's default model where it is left out."""
 
     needs_loaded_model: ClassVar[bool] = True
+
+    @property
+    def shared_forward(self) -> Forward | None:
+        """The forward that its prompt may be a row of among others' rows; None where it runs alone."""
+        return None
 
     @property
     def other_prompts(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from neural_mri.contract.scan_base import (
     MAX_PROMPT_CHARACTERS,
     Address,
     CalibrationKey,
+    Forward,
     Positions,
     Prompt,
     PromptScan,
@@ -38,6 +39,7 @@ __all__ = (
     "AttentionScan",
     "CalibrationScan",
     "CircuitScan",
+    "Forward",
     "PatchingScan",
     "PerturbationScan",
     "Prompt",
@@ -113,13 +115,10 @@ class ActivationScan(PromptScan, frozen=True, kw_only=True, tag="fMRI", tag_fiel
     """Scan key of the calibration that `percentile` ranks values in; the model's own where left out."""
 
     @property
-    def can_share_a_forward(self) -> bool:
-        """Whether other prompts of as many tokens may be rows of the same forward."""
-        return (
-            not self.canonical
-            and self.token_positions == "all"
-            and self.aggregation is not Aggregation.RAW
-        )
+    def shared_forward(self) -> Forward | None:
+        """With all who read the plain model, where every position is reported and no vectors are."""
+        alone = self.canonical or self.aggregation is Aggregation.RAW
+        return None if alone or self.token_positions != "all" else Forward.READ
 
     @property
     def needs_calibration(self) -> bool:
@@ -163,6 +162,13 @@ class AttentionScan(PromptScan, frozen=True, kw_only=True, tag="attention", tag_
     """Attention patterns of some layers: `[head, query position, key position]`, rows sum to 1."""
 
     layers: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1, max_length=4096)]
+    canonical: bool = False
+    """Run in a forward of its own: bit-identical on equal machines, whatever else is asked at the time."""
+
+    @property
+    def shared_forward(self) -> Forward | None:
+        """With others who look at attention, at whatever layers."""
+        return None if self.canonical else Forward.PATTERNS
 
     def check(self, architecture: Architecture) -> None:
         """Raises `UnknownComponent` naming the first layer that the model does not have."""

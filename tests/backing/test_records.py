@@ -1,11 +1,23 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from uuid import UUID, uuid4
 
+import msgspec
 import pytest
 
 from neural_mri.backing.records import new_id
 from neural_mri.contract.jobs import JobKind
+from neural_mri.contract.scans import (
+    ActivationScan,
+    Aggregation,
+    AnomalyScan,
+    AttentionScan,
+    CircuitScan,
+    PerturbationScan,
+    Scan,
+    encode_scan,
+)
 from tests.backing.making import submission, tokens
 
 
@@ -31,19 +43,56 @@ def test_a_job_without_a_prompt_costs_one() -> None:
     assert submission(tokens=tokens(7)).estimated_cost == 7.0
 
 
-def test_jobs_share_a_pass_when_its_kind_weights_and_length_are_equal() -> None:
+def test_jobs_share_a_pass_when_their_forward_weights_and_length_are_equal() -> None:
     first, second = uuid4(), uuid4()
-    other_prompt = b'{"scan_mode":"fMRI","prompt":"Goodbye"}'
-    shared = submission(owner="bob", request=other_prompt).batch_key(second)
-    assert submission().batch_key(first) == shared
+    for mate in (
+        ActivationScan(prompt="Goodbye"),
+        ActivationScan(prompt="Hello", top_neurons=3),
+        AnomalyScan(prompt="Hello", token_positions="target"),
+    ):
+        shared = submission(owner="bob", request=encode_scan(mate)).batch_key(second)
+        assert submission().batch_key(first) == shared
     for other in (
         submission(tokens=tokens(9)),
         submission(revision="f" * 64),
-        submission(request=b'{"scan_mode":"fMRI","prompt":"Hello","top_neurons":3}'),
-        submission(request=b'{"scan_mode":"fMRI","prompt":"Hello","canonical":true}'),
-        submission(request=b'{"scan_mode":"attention","prompt":"Hello","layers":[0]}'),
+        *(
+            submission(request=encode_scan(scan))
+            for scan in (
+                ActivationScan(prompt="Hello", canonical=True),
+                ActivationScan(prompt="Hello", token_positions=(0,)),
+                ActivationScan(prompt="Hello", aggregation=Aggregation.RAW),
+                AnomalyScan(prompt="Hello", token_positions="target", canonical=True),
+                AnomalyScan(prompt="Hello"),
+                AttentionScan(prompt="Hello", layers=(0,)),
+                PerturbationScan(prompt="Hello"),
+                CircuitScan(prompt="Hello"),
+            )
+        ),
     ):
         assert other.batch_key(first) != submission().batch_key(first)
+
+
+@pytest.mark.parametrize(
+    ("scan", "changes"),
+    [
+        (ActivationScan(prompt="Hello"), {"layers": ("blocks.0.mlp",)}),
+        (AnomalyScan(prompt="Hello"), {"token_positions": (1, 2)}),
+        (AttentionScan(prompt="Hello", layers=(0,)), {"layers": (1, 2)}),
+        (PerturbationScan(prompt="Hello"), {"perturbed_scan": False}),
+    ],
+    ids=["fMRI", "FLAIR", "attention", "perturbation"],
+)
+def test_whatever_mates_ask_for_who_is_canonical_is_alone(
+    scan: Scan, changes: dict[str, Any]
+) -> None:
+    first, second = uuid4(), uuid4()
+
+    def batch_key(job_id: UUID, **differing: Any) -> str:
+        request = encode_scan(msgspec.structs.replace(scan, **differing))
+        return submission(request=request).batch_key(job_id)
+
+    assert batch_key(first) == batch_key(second, prompt="Goodbye", **changes)
+    assert batch_key(first, canonical=True) != batch_key(second, canonical=True)
 
 
 def test_a_job_that_reads_no_prompt_shares_with_none() -> None:

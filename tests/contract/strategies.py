@@ -175,6 +175,7 @@ SCANS: Mapping[ScanKind, st.SearchStrategy[Scan]] = MappingProxyType(
         ScanKind.ATTENTION: _built(
             AttentionScan,
             layers=st.lists(st.integers(0, 100), min_size=1, max_size=4).map(tuple),
+            canonical=st.booleans(),
         ),
         ScanKind.DTI: _built(
             CircuitScan,
@@ -197,6 +198,7 @@ SCANS: Mapping[ScanKind, st.SearchStrategy[Scan]] = MappingProxyType(
             kl_weight=st.floats(0, 1000),
             entropy_weight=st.floats(0, 1000),
             false_alarm_rate=st.floats(0, 0.5, exclude_min=True, exclude_max=True),
+            canonical=st.booleans(),
             calibration=CALIBRATIONS,
         ),
         ScanKind.PERTURBATION: _built(
@@ -204,6 +206,7 @@ SCANS: Mapping[ScanKind, st.SearchStrategy[Scan]] = MappingProxyType(
             perturbations=st.lists(perturbations(), max_size=3).map(tuple),
             top_predictions=st.integers(1, 100),
             perturbed_scan=st.booleans(),
+            canonical=st.booleans(),
             calibration=CALIBRATIONS,
         ),
         ScanKind.PATCHING: _built(

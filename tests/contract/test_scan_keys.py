@@ -163,7 +163,7 @@ OTHER_PARAMETERS: dict[type[Scan], dict[str, Any]] = {
         "canonical": True,
         "calibration": OTHER_CALIBRATION,
     },
-    AttentionScan: {"layers": (1,)},
+    AttentionScan: {"layers": (1,), "canonical": True},
     CircuitScan: {
         **TARGETED,
         "corrupt_prompt": "b",
@@ -185,6 +185,7 @@ OTHER_PARAMETERS: dict[type[Scan], dict[str, Any]] = {
         "kl_weight": 1.0,
         "entropy_weight": 1.0,
         "false_alarm_rate": 0.1,
+        "canonical": True,
         "calibration": OTHER_CALIBRATION,
     },
     PerturbationScan: {
@@ -192,6 +193,7 @@ OTHER_PARAMETERS: dict[type[Scan], dict[str, Any]] = {
         "perturbations": (ZeroAblation(component="blocks.0.mlp"),),
         "top_predictions": 3,
         "perturbed_scan": False,
+        "canonical": True,
         "calibration": OTHER_CALIBRATION,
     },
     PatchingScan: {

@@ -17,6 +17,7 @@ from neural_mri.contract.perturbations import MeanAblation, Patch, ZeroAblation
 from neural_mri.contract.scan_keys import scan_key
 from neural_mri.contract.scans import (
     ActivationScan,
+    Aggregation,
     AnomalyScan,
     AttentionScan,
     CalibrationScan,
@@ -210,21 +211,27 @@ def test_scans_of_different_people_share_a_forward_and_keep_their_numbers(
     assert forwards.batches == [5, 1, 1, 1, 1, 1]
 
 
-def test_what_asks_otherwise_or_is_longer_does_not_share(holding_tiny: Bench) -> None:
+def test_what_is_longer_or_changes_what_a_forward_gives_does_not_share(
+    holding_tiny: Bench,
+) -> None:
+    companions: list[tuple[dict[str, Any], int]] = [
+        ({}, 6),
+        ({}, 7),
+        ({"token_positions": (0,)}, 6),
+        ({"aggregation": Aggregation.RAW}, 6),
+        ({"canonical": True}, 6),
+        ({"canonical": True}, 6),
+    ]
     asked = [
-        holding_tiny.submit(ActivationScan(model="tiny", prompt=PROMPT), tokens=_prompt(1)),
-        holding_tiny.submit(ActivationScan(model="tiny", prompt=PROMPT), tokens=_prompt(2, 7)),
         holding_tiny.submit(
-            ActivationScan(model="tiny", prompt=PROMPT, top_neurons=1), tokens=_prompt(3)
-        ),
-        holding_tiny.submit(
-            ActivationScan(model="tiny", prompt=PROMPT, canonical=True), tokens=_prompt(4)
-        ),
+            ActivationScan(model="tiny", prompt=PROMPT, **changes), tokens=_prompt(seed, length)
+        )
+        for seed, (changes, length) in enumerate(companions)
     ]
     forwards = Forwards(holding_tiny)
     while holding_tiny.attempts().take(holding_tiny.queue):
         pass
-    assert forwards.batches == [1, 1, 1, 1]
+    assert forwards.batches == [1] * len(companions)
     assert {holding_tiny.now(job).state for job in asked} == {JobState.SUCCEEDED}
 
 

@@ -128,9 +128,7 @@ class ActivationRows:
         """Read the model's next forward."""
         return self._reading.listening()
 
-    def outcomes(
-        self, logits: Float[Tensor, "place d_vocab"], seconds: float
-    ) -> list[ScanOutput]:
+    def outcomes(self, logits: Float[Tensor, "place d_vocab"], seconds: float) -> list[ScanOutput]:
         """Each prompt's tables, once its frames are told; `seconds` of the forward were each one's."""
         request, found = self._request, self._reading.summaries
         values, neurons = found.values(), found.neurons()

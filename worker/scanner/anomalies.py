@@ -135,12 +135,8 @@ class AnomalyRows:
         self._lenses = _lenses(request, calibration)
         self._rows, self._n_tokens = rows, len(asked[0].tokens)
         self._target = resolve_positions((request.target_token_idx,), self._n_tokens)[0]
-        places = (
-            (self._target,) if request.token_positions == "target" else request.token_positions
-        )
-        self._positions = tuple(
-            sorted({*resolve_positions(places, self._n_tokens), self._target})
-        )
+        places = (self._target,) if request.token_positions == "target" else request.token_positions
+        self._positions = tuple(sorted({*resolve_positions(places, self._n_tokens), self._target}))
         self._measured_at = tuple(position for position in self._positions if position > 0)
         self._inner_at = _inner(request, self._measured_at, self._target)
         self._inside = [self._measured_at[index] for index in self._inner_at]

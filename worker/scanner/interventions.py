@@ -24,10 +24,12 @@ from worker.scanner.hooks import tensor_in, tensor_out
 from worker.scanner.loading import LoadedModel
 from worker.scanner.sites import BlockModules
 
-__all__ = ("Edit", "Rows", "forward", "width")
+__all__ = ("Edit", "Joining", "Rows", "first_layer", "forward", "width")
 
 CLEAN = 0
 """The row that nothing is done to."""
+_MASK_DIMENSIONS = 4
+"""[row, head, query, key]: nothing else that blocks are given has as many."""
 
 
 class Edit(NamedTuple):
@@ -43,15 +45,26 @@ class Edit(NamedTuple):
     """Row whose own value at the same place and positions is added."""
     noise: Float[Tensor, "pos width"] | None = None
     """Added times the component's root mean square over positions 1 and later of the clean row."""
+    clean_row: int = CLEAN
+    """The row's own clean run, where a batch has several."""
+
+
+class Joining(NamedTuple):
+    """A copy of a prompt that joins the batch where its first edit is: until there the two are equal."""
+
+    prompt: int
+    layer: int
 
 
 class Rows(NamedTuple):
-    """The rows of one batch: prompts that are read from the start, then copies of the clean one."""
+    """The rows of one batch: prompts that are read from the start, then copies of them."""
 
     prompts: Int[Tensor, "prompt pos"]
     """Row 0 is the clean prompt."""
     copies: int
-    """Rows that follow: the clean prompt again, each to be edited."""
+    """Rows that follow: a prompt again, each to be edited."""
+    joining: tuple[Joining, ...] | None = None
+    """Of each copy, in the order in which they join; copies of the clean prompt where left out."""
 
     @property
     def total(self) -> int:
@@ -94,7 +107,17 @@ class _Round(NamedTuple):
     scale: Float[Tensor, "n 1"]
     offset: Float[Tensor, "n width"] | None
     source: _Source | None
-    noise: Float[Tensor, "n width"] | None
+    noise: "_Noise | None"
+
+
+class _Noise(NamedTuple):
+    """What is added in the size that the component has in clean rows."""
+
+    clean: Int[Tensor, " clean"]
+    """Those rows, each once."""
+    own: Int[Tensor, " n"]
+    """Which of them is each entry's."""
+    value: Float[Tensor, "n width"]
 
 
 def width(kind: Kind, shape: Architecture) -> int:
@@ -130,14 +153,15 @@ def forward(
 
 def _run(model: LoadedModel, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
     prompts = rows.prompts
-    if len(prompts) > 1:
+    if len(prompts) > 1 and rows.joining is None:
         # Masks are built for the rows that are there from the start: then all are.
         prompts = torch.cat([prompts, prompts[:1].expand(rows.copies, -1)])
     logits: Tensor = model.plain(input_ids=prompts, use_cache=False).logits
     return logits
 
 
-def _first_layer(edits: Sequence[Edit]) -> int:
+def first_layer(edits: Sequence[Edit]) -> int:
+    """The first block in which something is changed; 0 where nothing is."""
     return min((edit.component.layer or 0 for edit in edits), default=0)
 
 
@@ -149,14 +173,17 @@ def _editing(
     on_layer: Callable[[int], None] | None,
 ) -> Iterator[None]:
     plan = _compile(edits, model)
-    grow_at = _first_layer(edits) if len(rows.prompts) == 1 and rows.copies else None
+    joining = _joining(rows, edits)
     handles: list[Any] = []
     try:
         edited = {point.layer for point in plan}
         for layer, block in enumerate(model.modules.blocks):
-            if layer in edited or layer == grow_at:
-                handles += _Block(layer, block, plan, model.architecture).hooks(
-                    rows.copies if layer == grow_at else 0
+            copied = joining.get(layer, [])
+            if layer in edited or copied:
+                handles += _Block(layer, block, plan, model.architecture).hooks(copied)
+            if rows.joining is not None:
+                handles.append(
+                    block.block.register_forward_pre_hook(_any_rows_mask, with_kwargs=True)
                 )
             if on_layer is not None:
                 handles.append(block.block.register_forward_hook(partial(_after, on_layer, layer)))
@@ -164,6 +191,31 @@ def _editing(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _joining(rows: Rows, edits: Sequence[Edit]) -> dict[int, list[int]]:
+    """Which prompts are copied, in this order, at a block's entry."""
+    if rows.joining is None:
+        alone = len(rows.prompts) == 1 and rows.copies
+        return {first_layer(edits): [CLEAN] * rows.copies} if alone else {}
+    copied: defaultdict[int, list[int]] = defaultdict(list)
+    for copy in rows.joining:
+        copied[copy.layer].append(copy.prompt)
+    return copied
+
+
+def _any_rows_mask(
+    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Attention masks are made for the rows that were there from the start. None is padded: one does for all."""
+
+    def first(value: Any) -> Any:
+        return value[:1] if isinstance(value, Tensor) and value.ndim == _MASK_DIMENSIONS else value
+
+    return (
+        tuple(first(value) for value in args),
+        {name: first(value) for name, value in kwargs.items()},
+    )
 
 
 def _after(on_layer: Callable[[int], None], layer: int, *_: Any) -> None:
@@ -184,11 +236,11 @@ class _Block:
         }
         self._before: Tensor | None = None
 
-    def hooks(self, growth: int) -> Iterator[Any]:
-        """Register what is needed here; `growth` copies of the clean row join at the block's entry."""
+    def hooks(self, copied: Sequence[int]) -> Iterator[Any]:
+        """Register what is needed here; copies of these rows join at the block's entry."""
         parts, modules = self._rounds, self._modules
-        if growth or parts.keys() & {"embed", "resid_pre", "resid_mid"}:
-            yield modules.block.register_forward_pre_hook(partial(self._enter, growth))
+        if copied or parts.keys() & {"embed", "resid_pre", "resid_mid"}:
+            yield modules.block.register_forward_pre_hook(partial(self._enter, list(copied)))
         if "z" in parts:
             yield modules.w_o.register_forward_pre_hook(self._edit_z)
         if parts.keys() & {"attn", "resid_mid"}:
@@ -200,10 +252,12 @@ class _Block:
         if "resid_post" in parts:
             yield modules.block.register_forward_hook(partial(self._edit_output, "resid_post"))
 
-    def _enter(self, growth: int, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _enter(
+        self, copied: list[int], _module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
         value = tensor_in(args)
-        if growth:
-            value = torch.cat([value, value[CLEAN : CLEAN + 1].expand(growth, -1, -1)])
+        if copied:
+            value = torch.cat([value, value[copied]])
         value = self._apply("resid_pre", self._apply("embed", value))
         if "resid_mid" in self._rounds:
             self._before = value
@@ -248,15 +302,22 @@ def _applied(step: _Round, value: Tensor) -> Tensor:
     if step.source is not None:
         changed = changed + value[step.source.where] * step.source.weight
     if step.noise is not None:
-        clean = value[CLEAN]
-        # Position 0 carries the attention sink: its size is not the component's.
-        typical = clean[1:] if len(clean) > 1 else clean
-        size = typical.float().square().mean(dim=(0, -1)).sqrt().to(value.dtype)
-        own = size[step.where[2]].unsqueeze(-1) if len(step.where) > 2 else size
-        changed = changed + step.noise * own
+        changed = changed + step.noise.value * _own_size(step, step.noise, value)
     edited = value.clone()
     edited[step.where] = changed
     return edited
+
+
+def _own_size(
+    step: _Round, noise: _Noise, value: Float[Tensor, "row pos *rest"]
+) -> Float[Tensor, "n 1"]:
+    """The component's root mean square in each entry's clean row."""
+    clean = value[noise.clean]
+    # Position 0 carries the attention sink: its size is not the component's.
+    typical = clean[:, 1:] if clean.shape[1] > 1 else clean
+    size = typical.float().square().mean(dim=(1, -1)).sqrt().to(value.dtype)
+    own = size[noise.own] if len(step.where) < 3 else size[noise.own, step.where[2]]
+    return own.unsqueeze(-1)
 
 
 def _compile(edits: Sequence[Edit], model: LoadedModel) -> _Plan:
@@ -316,10 +377,15 @@ def _round(edits: Sequence[Edit], model: LoadedModel) -> _Round:
             (indices([edit.source_row or CLEAN for edit, _ in entries]), *place),
             column([float(edit.source_row is not None) for edit, _ in entries]),
         )
+    noise = None
+    if (drawn := stacked([edit.noise for edit in edits])) is not None:
+        clean = sorted({edit.clean_row for edit, _ in entries})
+        own = indices([clean.index(edit.clean_row) for edit, _ in entries])
+        noise = _Noise(indices(clean), own, drawn)
     return _Round(
         where=(rows, *place),
         scale=column([edit.scale for edit, _ in entries]),
         offset=stacked([edit.offset for edit in edits]),
         source=source,
-        noise=stacked([edit.noise for edit in edits]),
+        noise=noise,
     )

@@ -112,7 +112,5 @@ def _rows(
             prompts, listeners = [one.tokens for one in alike], [one.listener for one in alike]
             return ActivationRows(model, request, prompts, listeners, calibration, rows, n_rows)
         case AnomalyScan():
-            asked = [
-                AskedOf(one.tokens, one.listener, one.answer_id, one.foil_id) for one in alike
-            ]
+            asked = [AskedOf(one.tokens, one.listener, one.answer_id, one.foil_id) for one in alike]
             return AnomalyRows(model, request, asked, calibration, rows, n_rows)

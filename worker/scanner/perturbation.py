@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from neural_mri.contract.components import Component, Kind
@@ -31,18 +31,18 @@ from neural_mri.contract.scans import ActivationScan, reporting_order, resolve_p
 from neural_mri.contract.tokens import Tokens
 from worker.scanner import activation_tables as tables
 from worker.scanner.hooks import Reader, hooked, tensor_in, tensor_out
-from worker.scanner.interventions import CLEAN, Edit, Rows, forward, width
+from worker.scanner.interventions import Edit, Joining, Rows, first_layer, forward, width
 from worker.scanner.layer_reading import GATHERED_BYTES
 from worker.scanner.layer_summaries import LayerTensors, Part, Summaries, sinks
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
 from worker.scanner.prompts import ScanOutput, finished, token_ids
 from worker.scanner.references import ReferenceMeans
+from worker.scanner.shared_forward import AskedOf, Company
 
-__all__ = ("scan_perturbation",)
+__all__ = ("Perturbing", "scan_perturbation", "scan_perturbation_together")
 
 
-@torch.inference_mode()
 def scan_perturbation(
     model: LoadedModel,
     request: PerturbationScan,
@@ -76,14 +76,46 @@ def scan_perturbation(
         Problem: The request asks for what the model, the prompt or a source does not have.
         Cancelled: The listener stopped it. The model is as it was.
     """
-    request.check(model.architecture)
-    position = resolve_positions((request.target_token_idx,), len(tokens))[0]
-    plan = _Plan.of(model, request, tokens, sources, means)
-    reading = _PairReading(model, len(tokens), plan.perturbed) if request.perturbed_scan else None
+    asked = AskedOf(tokens, listener, answer_id, foil_id)
+    [output] = scan_perturbation_together(
+        model, [Perturbing(request, asked, sources=sources, means=means)]
+    )
+    return output
+
+
+class Perturbing(NamedTuple):
+    """One scan among others: what is done, to which prompt."""
+
+    request: PerturbationScan
+    asked: AskedOf
+    sources: Mapping[str, Tokens]
+    means: ReferenceMeans | None = None
+
+
+@torch.inference_mode()
+def scan_perturbation_together(
+    model: LoadedModel, perturbing: Sequence[Perturbing]
+) -> list[ScanOutput]:
+    """Clean and perturbed rows of several scans, of prompts of one length, as rows of one batch.
+
+    What each scan would give, to the last digits but one: matrices of other shapes are summed in another
+    order. It goes on while anybody waits for it. Raises as `scan_perturbation` does.
+    """
+    if len(perturbing) > 1 and any(one.request.canonical for one in perturbing):
+        raise ValueError("a canonical scan has its forward to itself")
+    for one in perturbing:
+        one.request.check(model.architecture)
+    n_tokens, n_layers = len(perturbing[0].asked.tokens), model.architecture.n_layers
+    plan = _Plan.of(model, perturbing)
+    shown = [at for at, one in enumerate(perturbing) if one.request.perturbed_scan]
+    reading = None
+    if shown:
+        reading = _PairReading(model, n_tokens, [plan.pairs[at] for at in shown])
+    company = Company([one.asked.listener for one in perturbing])
 
     def on_layer(layer: int) -> None:
-        listener.progress("forward", layer + 1, model.architecture.n_layers)
-        listener.checkpoint()
+        company.progress("forward", layer + 1, n_layers)
+        company.checkpoint()
 
     started = time.perf_counter()
     logits = forward(
@@ -95,69 +127,103 @@ def scan_perturbation(
     )
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    forward_seconds = time.perf_counter() - started
-    before, after = logits[CLEAN], logits[plan.perturbed.start :]
-    made = _comparison_tables(model, request, before, after, position, answer_id, foil_id)
+    seconds = (time.perf_counter() - started) / len(perturbing)
+    made = [_comparison_tables(model, pair, logits) for pair in plan.pairs]
     if reading is not None:
-        made |= reading.tables(tokens)
-    return ScanOutput(made, forward_seconds)
+        for at, tables_of_pair in zip(shown, reading.tables(), strict=True):
+            made[at] |= tables_of_pair
+    return [ScanOutput(tables_of_one, seconds) for tables_of_one in made]
+
+
+class _Pair(NamedTuple):
+    """Rows of one scan."""
+
+    one: Perturbing
+    clean: int
+    perturbed: range
+    """The edited rows: one a draw."""
 
 
 class _Plan(NamedTuple):
     """The rows of the batch and what is done to them."""
 
     rows: Rows
-    perturbed: range
-    """The edited rows: one a draw."""
+    pairs: tuple[_Pair, ...]
     edits: tuple[Edit, ...]
 
     @classmethod
-    def of(
-        cls,
-        model: LoadedModel,
-        request: PerturbationScan,
-        tokens: Tokens,
-        sources: Mapping[str, Tokens],
-        means: ReferenceMeans | None,
-    ) -> "_Plan":
-        """Raises `Problem` for an operand that does not fit."""
-        used = list(
-            dict.fromkeys(p.source_prompt for p in request.perturbations if isinstance(p, Patch))
+    def of(cls, model: LoadedModel, perturbing: Sequence[Perturbing]) -> "_Plan":
+        """Clean prompts, each once, then what patches are taken from, then perturbed rows as they join.
+
+        Raises `Problem` for an operand that does not fit.
+        """
+        row_of: dict[tuple[int, ...], int] = {}
+        for one in perturbing:
+            row_of.setdefault(one.asked.tokens.ids, len(row_of))
+        tokens_of = {one.asked.tokens.ids: one.asked.tokens for one in perturbing}
+        prompts = [token_ids(model, tokens_of[ids]) for ids in row_of]
+        clean = [row_of[one.asked.tokens.ids] for one in perturbing]
+        edits_of: list[list[Edit]] = []
+        for one, row in zip(perturbing, clean, strict=True):
+            edits_of.append(_edits(model, one, clean=row, first_source=len(prompts)))
+            prompts += _source_rows(model, one)
+        first_edit = [first_layer(edits) for edits in edits_of]
+        joining, edits, pairs = list[Joining](), list[Edit](), dict[int, _Pair]()
+        for index in sorted(range(len(perturbing)), key=first_edit.__getitem__):
+            one, start = perturbing[index], len(prompts) + len(joining)
+            perturbed = range(start, start + one.request.n_draws)
+            joining += [Joining(clean[index], first_edit[index])] * len(perturbed)
+            edits += [edit._replace(row=perturbed[edit.row]) for edit in edits_of[index]]
+            pairs[index] = _Pair(one, clean[index], perturbed)
+        rows = Rows(
+            torch.cat(prompts),
+            copies=len(joining),
+            joining=tuple(joining) if len(perturbing) > 1 else None,
         )
-        prompts = [token_ids(model, tokens)]
-        for text in used:
-            if len(sources[text]) != len(tokens):
-                raise Unprocessable(
-                    f"the source prompt has {len(sources[text])} tokens and the prompt {len(tokens)}: "
-                    "expected as many, or positions would not correspond",
-                    n_tokens=len(tokens),
-                    n_source_tokens=len(sources[text]),
-                )
-            prompts.append(token_ids(model, sources[text]))
-        draws = max((p.draws for p in request.perturbations if isinstance(p, Noise)), default=1)
-        rows = Rows(torch.cat(prompts), copies=draws)
-        perturbed = range(len(prompts), rows.total)
-        edits = tuple(
-            _edit(model, perturbation, order, row, draw, len(tokens), used, means)
-            for order, perturbation in enumerate(request.perturbations)
-            for draw, row in enumerate(perturbed)
+        return cls(rows, tuple(pairs[index] for index in range(len(pairs))), tuple(edits))
+
+
+def _source_rows(model: LoadedModel, one: Perturbing) -> Iterator[Int[Tensor, "one pos"]]:
+    tokens = one.asked.tokens
+    for text in one.request.other_prompts:
+        source = one.sources[text]
+        if len(source) != len(tokens):
+            raise Unprocessable(
+                f"the source prompt has {len(source)} tokens and the prompt {len(tokens)}: "
+                "expected as many, or positions would not correspond",
+                n_tokens=len(tokens),
+                n_source_tokens=len(source),
+            )
+        yield token_ids(model, source)
+
+
+def _edits(model: LoadedModel, one: Perturbing, *, clean: int, first_source: int) -> list[Edit]:
+    """What is done to each draw: their rows counted from the first."""
+    source_rows = {
+        text: first_source + index for index, text in enumerate(one.request.other_prompts)
+    }
+    n_tokens = len(one.asked.tokens)
+    return [
+        _edit(model, perturbation, order, draw, n_tokens, source_rows, one.means)._replace(
+            clean_row=clean
         )
-        return cls(rows, perturbed, edits)
+        for order, perturbation in enumerate(one.request.perturbations)
+        for draw in range(one.request.n_draws)
+    ]
 
 
 def _edit(
     model: LoadedModel,
     perturbation: Perturbation,
     order: int,
-    row: int,
     draw: int,
     n_tokens: int,
-    sources: Sequence[str],
+    source_rows: Mapping[str, int],
     means: ReferenceMeans | None,
 ) -> Edit:
     component = Component.parse(perturbation.component)
     positions = resolve_positions(perturbation.token_positions, n_tokens)
-    edit = Edit(row, component, positions)
+    edit = Edit(draw, component, positions)
     match perturbation:
         case ZeroAblation():
             return edit._replace(scale=0.0)
@@ -180,7 +246,7 @@ def _edit(
         case Inject(values=values, mode=mode):
             return _injection(edit, torch.tensor(values), mode)
         case Patch(source_prompt=source):
-            return edit._replace(scale=0.0, source_row=1 + sources.index(source))
+            return edit._replace(scale=0.0, source_row=source_rows[source])
 
 
 def _injection(edit: Edit, values: Tensor, mode: InjectMode) -> Edit:
@@ -240,14 +306,11 @@ class _Shift(NamedTuple):
 
 
 def _comparison_tables(
-    model: LoadedModel,
-    request: PerturbationScan,
-    before: Float[Tensor, "pos d_vocab"],
-    after: Float[Tensor, "draw pos d_vocab"],
-    position: int,
-    answer_id: int | None,
-    foil_id: int | None,
+    model: LoadedModel, pair: _Pair, logits: Float[Tensor, "row pos d_vocab"]
 ) -> dict[str, pa.Table]:
+    request, (tokens, _, answer_id, foil_id) = pair.one.request, pair.one.asked
+    before, after = logits[pair.clean], logits[pair.perturbed.start : pair.perturbed.stop]
+    position = resolve_positions((request.target_token_idx,), len(tokens))[0]
     found = _Shift.between(before, after)
     kl = _spread(found.kl)
     everywhere = tuple(range(len(before)))
@@ -320,16 +383,18 @@ def _floats(values: Tensor) -> pa.Array:
 
 
 class _PairReading:
-    """What components write in the clean and in the perturbed rows, and the length of the difference.
+    """What components write in clean and perturbed rows, and the length of the difference.
 
-    Summarised together, as if clean run, perturbed runs and differences were one long prompt.
+    Summarised together, as if clean runs, perturbed runs and differences were one long prompt.
     """
 
-    def __init__(self, model: LoadedModel, n_tokens: int, perturbed: range) -> None:
+    def __init__(self, model: LoadedModel, n_tokens: int, pairs: Sequence[_Pair]) -> None:
         self._modules = model.modules
         self._maps = model.output_maps
         self._n_layers = model.architecture.n_layers
-        self._first, self._n_draws = perturbed.start, len(perturbed)
+        self._pairs = pairs
+        self._clean = [pair.clean for pair in pairs]
+        self._perturbed = [(pair.clean, row) for pair in pairs for row in pair.perturbed]
         self._components = reporting_order(model.architecture)
         self._n_tokens = n_tokens
         self._summaries = Summaries(
@@ -337,7 +402,7 @@ class _PairReading:
             self._components,
             model.architecture,
             model.output_maps,
-            n_positions=(1 + 2 * self._n_draws) * n_tokens,
+            n_positions=(len(self._clean) + 2 * len(self._perturbed)) * n_tokens,
             kept=None,
             device=model.device,
         )
@@ -416,22 +481,33 @@ class _PairReading:
     def _compared(
         self, value: Float[Tensor, "layer row pos width"]
     ) -> Float[Tensor, "layer all width"]:
-        """Clean row, perturbed rows (which equal it while the batch has not grown), differences."""
-        clean = value[:, CLEAN : CLEAN + 1].float()
-        if value.shape[1] > self._first:
-            others = value[:, self._first :].float()
-            differences = others - clean
-        else:
-            others = clean.expand(-1, self._n_draws, -1, -1)
-            differences = torch.zeros_like(others)
-        return torch.cat([clean, others, differences], dim=1).flatten(1, 2)
+        """Clean rows, perturbed rows (which equal theirs until they join the batch), differences."""
+        n_rows = value.shape[1]
+        own = [row if row < n_rows else clean for clean, row in self._perturbed]
+        others = value[:, own].float()
+        differences = others - value[:, [clean for clean, _ in self._perturbed]].float()
+        return torch.cat([value[:, self._clean].float(), others, differences], dim=1).flatten(1, 2)
 
-    def tables(self, tokens: Tokens) -> dict[str, pa.Table]:
-        """`tokens`, `activations`, `activations_after`, `change`."""
-        positions = tuple(range(self._n_tokens))
+    def tables(self) -> Iterator[dict[str, pa.Table]]:
+        """Of each pair `tokens`, `activations`, `activations_after`, `change`."""
+        n_clean, n_perturbed = len(self._clean), len(self._perturbed)
         values = self._summaries.values().view(len(self._components), -1, self._n_tokens)
-        clean = values[:, 0]
-        after, change = torch.split(values[:, 1:], self._n_draws, 1)
+        clean, after, change = values.split([n_clean, n_perturbed, n_perturbed], 1)
+        draws = [len(pair.perturbed) for pair in self._pairs]
+        for at, (pair, own_after, own_change) in enumerate(
+            zip(self._pairs, after.split(draws, 1), change.split(draws, 1), strict=True)
+        ):
+            tokens = pair.one.asked.tokens
+            yield self._tables(tokens, clean[:, at], own_after.mean(1), own_change.mean(1))
+
+    def _tables(
+        self,
+        tokens: Tokens,
+        clean: Float[Tensor, "component pos"],
+        after: Float[Tensor, "component pos"],
+        change: Float[Tensor, "component pos"],
+    ) -> dict[str, pa.Table]:
+        positions = tuple(range(self._n_tokens))
         ends = [row for row, c in enumerate(self._components) if c.kind is Kind.RESID_POST]
         columns = tables.columns_of(self._components)
 
@@ -449,6 +525,6 @@ class _PairReading:
         return {
             "tokens": tables.tokens_table(tokens, sinks(clean[ends])),
             "activations": table(clean, "clean"),
-            "activations_after": table(after.mean(1), "perturbed"),
-            "change": table(change.mean(1), "perturbed - clean"),
+            "activations_after": table(after, "perturbed"),
+            "change": table(change, "perturbed - clean"),
         }

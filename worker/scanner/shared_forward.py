@@ -176,9 +176,7 @@ def read_forward(
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     seconds = time.perf_counter() - started
-    return ForwardRead(
-        list(logits.split([len(reader.logits_at) for reader in readers])), seconds
-    )
+    return ForwardRead(list(logits.split([len(reader.logits_at) for reader in readers])), seconds)
 
 
 @contextmanager
