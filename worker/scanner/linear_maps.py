@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 __all__ = ("computing", "linear", "of", "take_over")
 
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _WORTHWHILE = 1 << 18
 """Weights of a map below which finding oneDNN's kernel costs what it saves."""
 
@@ -125,7 +126,7 @@ def _suits(weight: Tensor) -> bool:
         weight.device.type == "cpu"
         and weight.dtype is torch.float32
         and weight.numel() >= _WORTHWHILE
-        and torch.backends.mkldnn.is_available()
+        and _HAS_ONEDNN
     )
 
 
