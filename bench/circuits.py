@@ -64,8 +64,8 @@ def rows(model: LoadedModel, *, rounds: int) -> Iterator[Row]:
     )
     yield _row("DTI, every attention layer and MLP exactly", 10, "blocks", short, 6.0)
     yield _row("DTI `fast`, until the estimates are told", 10, "first picture", short, 2.0)
-    yield _row("DTI `fast`, 30 exactly and 300 edges", 10, "fast", short, 5.5)
-    yield _row("DTI `fast`, 30 exactly, no edges", 10, "without edges", short, None)
+    yield _row("DTI `fast`, 30 exactly", 10, "without edges", short, 5.5)
+    yield _row("DTI `fast`, 30 exactly and 300 edges", 10, "fast", short, None)
 
 
 def _row(what: str, n_tokens: int, name: str, seconds: dict[str, float], goal: float | None) -> Row:
