@@ -171,7 +171,7 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
         publisher=AsyncPublisher(redis, settings),
         tokenizers=Tokenizers(store),
         hub=Hub(settings, redis, ended),
-        outlook=Outlook(sessions, redis),
+        outlook=Outlook(settings, sessions, redis),
         metrics=metrics,
         pepper=load_pepper(settings),
     )

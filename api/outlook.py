@@ -10,6 +10,8 @@ from neural_mri.backing.broker import AsyncRedis
 from neural_mri.backing.database import AsyncSessions
 from neural_mri.backing.outlook import Line
 from neural_mri.backing.records import Job
+from neural_mri.backing.residences import costs
+from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import JobState, QueuePlace
 from neural_mri.contract.models import ModelState
 
@@ -33,7 +35,8 @@ class _Seen(NamedTuple):
 class Outlook:
     """Places in queues, and when jobs will start."""
 
-    def __init__(self, sessions: AsyncSessions, redis: AsyncRedis) -> None:
+    def __init__(self, settings: Settings, sessions: AsyncSessions, redis: AsyncRedis) -> None:
+        self._settings = settings
         self._sessions = sessions
         self._redis = redis
         self._looks: dict[str, _Look] = {}
@@ -48,17 +51,22 @@ class Outlook:
             return seen.line.place(job, workers=None, ready_in=None)
         if job.queue in (keys.CPU_QUEUE, keys.CONTROL_QUEUE):
             return seen.line.place(job, workers=len(held.beats), ready_in=0.0)
-        resident = held.state(job.revision) is ModelState.RESIDENT
-        ready_in: float | None = 0.0
-        if not resident:
-            # Nobody can say when, unless somebody is about to hold it.
-            loading = held.state(job.revision) is ModelState.LOADING
-            ready_in = (
-                await self._sessions.read(outlook.loading_seconds, job.revision)
-                if loading
-                else None
-            )
-        return seen.line.place(job, workers=len(held.workers(job.revision)), ready_in=ready_in)
+        workers, ready_in = await self._ready(job.revision, held)
+        return seen.line.place(job, workers=workers, ready_in=ready_in)
+
+    async def _ready(self, revision: str, held: Holdings) -> tuple[int, float | None]:
+        """How many workers will serve a model, and in how many seconds; None where nobody can say."""
+        workers, state = len(held.workers(revision)), held.state(revision)
+        if state is ModelState.RESIDENT:
+            return workers, 0.0
+        cost = (await self._sessions.read(costs, self._settings.dtype)).get(revision)
+        if state is ModelState.LOADING:
+            seconds = await self._sessions.read(outlook.loading_seconds, revision)
+            return workers, cost.load_seconds if seconds is None and cost else seconds
+        if self._settings.load_on_demand and cost and held.has_room(cost.memory_bytes):
+            return 1, cost.load_seconds
+        # It waits for others to be let go, and nobody knows when they are.
+        return 0, None
 
     async def _seen(self, queue: str) -> _Seen:
         look = self._looks.get(queue)

@@ -34,6 +34,10 @@ class Holdings:
         states = {model.state for model in self._held(revision)}
         return next((state for state in _FOREMOST if state in states), ModelState.AVAILABLE)
 
+    def has_room(self, memory_bytes: int) -> bool:
+        """Whether a worker could load so much without letting anything go."""
+        return any((beat.free_bytes or 0) >= memory_bytes for beat in self.beats)
+
     def memory_bytes(self, revision: str) -> int | None:
         """Memory these weights take on one worker's device."""
         sizes = (model.memory_bytes for model in self._held(revision))

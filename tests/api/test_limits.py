@@ -9,11 +9,13 @@ import pytest
 from sqlalchemy import update
 
 from api import outlook
-from neural_mri.backing import jobs, models
+from neural_mri.backing import jobs, models, residences
+from neural_mri.backing.events import HeldModel, WorkerBeat, beat
 from neural_mri.backing.rows import JOBS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.auth import Scope
 from neural_mri.contract.jobs import JobState
+from neural_mri.contract.models import ModelState
 from tests.api.keyed import Door, keyed
 from tests.api.reading import follow
 from tests.api.world import World
@@ -121,6 +123,39 @@ def test_a_waiting_job_says_where_it_stands_and_when_it_starts(
     assert (seen["position"], seen["estimated_start_seconds"]) == (2, pytest.approx(2.0, abs=0.1))
     world.claim(world.queue())
     assert api.get(f"/api/jobs/{ids[1]}").json()["queue"] is None
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "state"),
+    [(1 << 40, None), (10, None), (10, ModelState.LOADING)],
+    ids=["room for it", "no room", "being loaded"],
+)
+def test_who_waits_for_a_model_is_told_how_long_loading_takes(
+    api: httpx.Client,
+    world: World,
+    fresh: None,
+    free_bytes: int,
+    state: ModelState | None,
+) -> None:
+    job_id = ask(api, "a").json()["id"]
+    model = world.sessions.read(models.get, "tiny")
+    assert model is not None
+    loading = [HeldModel(name="tiny", revision=model.revision, state=state)] if state else []
+    beat(
+        world.redis,
+        WorkerBeat(
+            worker="w",
+            device="cpu",
+            models=tuple(loading),
+            budget_bytes=1 << 40,
+            free_bytes=free_bytes,
+            at=time.time(),
+        ),
+    )
+    seconds = api.get(f"/api/jobs/{job_id}").json()["queue"]["estimated_start_seconds"]
+    cost = residences.estimate(model.n_parameters, model.weights_bytes, "float32")
+    nobody_knows = state is None and free_bytes < cost.memory_bytes
+    assert seconds == (None if nobody_knows else pytest.approx(cost.load_seconds, abs=0.01))
 
 
 def test_a_reader_hears_of_its_place_at_most_once_a_second_and_only_of_changes(
