@@ -65,7 +65,9 @@ def _measured(parts: Sequence[str]) -> Iterator[list[Figure]]:
                     prepared(MODEL, bundled.folder(), threads=1, batch_jobs=1)
                 )
                 alone = running.enter_context(serving(other))
-                yield throughput.figures(cluster, alone, _model(), rounds=ROUNDS)
+                model = _model()
+                yield throughput.figures(cluster, alone, model, rounds=ROUNDS)
+                yield list(throughput.of_each_kind(cluster, alone, model, rounds=ROUNDS))
     if "sameness" in parts:
         yield sameness.figures(_model())
     if {"overhead", "shares"} & {*parts}:

@@ -8,6 +8,7 @@ from bench import page
 from bench.cluster import sameness
 from bench.cluster.fairness import jain
 from bench.cluster.figures import at_least, at_most, percentile, table
+from bench.cluster.kinds import KINDS
 from bench.cluster.service import Spent
 from bench.cluster.throughput import LENGTHS, prompts
 from tests import models
@@ -59,11 +60,14 @@ def test_a_section_is_written_anew_where_it_stands_and_the_others_are_left(tmp_p
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
-def test_a_canonical_scan_is_identical_among_a_hundred_companies(
+def test_a_canonical_scan_of_any_kind_is_identical_among_a_hundred_companies(
     tiny_models: dict[str, LoadedModel], family: str
 ) -> None:
-    companies = 100 if family == "llama" else 4
-    identical, agreeing = sameness.figures(tiny_models[family], n_companies=companies)
-    assert identical.found == str(companies)
-    assert identical.bar.endswith("met")
-    assert float(agreeing.found.split()[0]) < 1e-4
+    companies = 100 if family == "llama" else 3
+    found = sameness.figures(tiny_models[family], n_companies=companies)
+    identical, agreeing = found[::2], found[1::2]
+    assert len(identical) == len(KINDS)
+    assert {(figure.found, figure.bar) for figure in identical} == {
+        (str(companies), f"{companies}: met")
+    }
+    assert max(float(figure.found.split()[0]) for figure in agreeing) < 1e-4

@@ -1,0 +1,213 @@
+"""Scans as rows of one forward, on a tiny model of every family: each is what it would be alone."""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.timing import prompt
+from neural_mri.contract.anomalies import AnomalyScan, Lens, Sublayers
+from neural_mri.contract.perturbations import (
+    Amplify,
+    Noise,
+    Patch,
+    Perturbation,
+    PerturbationScan,
+    ZeroAblation,
+)
+from neural_mri.contract.problems import Conflict
+from neural_mri.contract.scans import ActivationScan
+from neural_mri.contract.tokens import Tokens
+from worker.scanner.activations import scan_activations
+from worker.scanner.anomalies import scan_anomalies
+from worker.scanner.listening import Cancelled, Silent
+from worker.scanner.loading import LoadedModel
+from worker.scanner.mixed_scans import Asked, scan_together
+from worker.scanner.perturbation import Perturbing, scan_perturbation, scan_perturbation_together
+from worker.scanner.prompts import ScanOutput
+from worker.scanner.shared_forward import AskedOf, Company, RowsOf, settled
+
+N_TOKENS = 9
+
+
+def prompts(model: LoadedModel, count: int) -> list[Tokens]:
+    return [prompt(model, N_TOKENS, seed=seed) for seed in range(count)]
+
+
+def agree(found: ScanOutput, alone: ScanOutput) -> None:
+    assert found.tables.keys() == alone.tables.keys()
+    for name, table in alone.tables.items():
+        assert table.schema.equals(found.tables[name].schema, check_metadata=True)
+        for column, mate in zip(table.columns, found.tables[name].columns, strict=True):
+            if pa.types.is_floating(column.type) or pa.types.is_fixed_size_list(column.type):
+                expected, close = np.array(column.to_pylist()), np.array(mate.to_pylist())
+                np.testing.assert_allclose(close, expected, rtol=1e-4, atol=5e-5, err_msg=name)
+            else:
+                assert column.equals(mate), name
+
+
+FMRI = ActivationScan(prompt="x")
+FLAIR = AnomalyScan(prompt="x", lens=Lens.RAW)
+
+
+def test_what_different_questions_read_of_one_forward_is_what_each_reads_alone(
+    tiny_model: LoadedModel,
+) -> None:
+    """Rows that lie side by side, rows that do not, and rows that two questions have in common."""
+    a, b, c, d = prompts(tiny_model, 4)
+    grid = AnomalyScan(prompt="x", lens=Lens.RAW, sublayers=Sublayers.ALL, target_token_idx=2)
+    few = ActivationScan(prompt="x", top_neurons=1, include_residual=False)
+    questions: list[tuple[ActivationScan | AnomalyScan, Tokens]] = [
+        *((FMRI, tokens) for tokens in (d, a, b)),
+        *((grid, tokens) for tokens in (c, b)),
+        *((few, tokens) for tokens in (c, d)),
+        (AnomalyScan(prompt="x", lens=Lens.RAW, token_positions="target"), a),
+        (AnomalyScan(prompt="x", lens=Lens.RAW, target_token_idx=0), b),
+    ]
+    asked = [Asked(question, tokens, Silent(), answer_id=7) for question, tokens in questions]
+    for outcome, (question, tokens) in zip(
+        scan_together(tiny_model, asked), questions, strict=True
+    ):
+        if isinstance(question, ActivationScan):
+            alone = scan_activations(tiny_model, question, tokens, Silent())
+        else:
+            alone = scan_anomalies(
+                tiny_model, question, tokens, Silent(), calibration=None, answer_id=7
+            )
+        agree(settled(outcome), alone)
+
+
+DONE: Sequence[tuple[Perturbation, ...]] = (
+    (ZeroAblation(component="blocks.1.attn.head_1"),),
+    (),
+    (Noise(component="blocks.0.mlp", draws=2), Amplify(component="blocks.1.mlp", factor=-2.0)),
+    (Noise(component="blocks.1.attn.head_0", draws=3, sigma=0.3),),
+    (Patch(component="blocks.1.resid_pre", source_prompt="other", token_positions=(2, 3)),),
+    (ZeroAblation(component="embed", token_positions=(4,)),),
+)
+
+
+def test_what_is_done_to_some_rows_is_heard_of_by_no_other(tiny_model: LoadedModel) -> None:
+    """Rows that join at different blocks, with and without noise, sources and a picture."""
+    own = prompts(tiny_model, len(DONE) - 1)
+    own.append(own[0])  # two questions about one prompt
+    sources = {"other": prompt(tiny_model, N_TOKENS, seed=99)}
+    perturbing = [
+        Perturbing(
+            PerturbationScan(prompt="x", perturbations=done, perturbed_scan=index != 3),
+            AskedOf(tokens, Silent(), answer_id=index),
+            sources=sources,
+        )
+        for index, (done, tokens) in enumerate(zip(DONE, own, strict=True))
+    ]
+    together = scan_perturbation_together(tiny_model, perturbing)
+    for found, one in zip(together, perturbing, strict=True):
+        alone = scan_perturbation(
+            tiny_model,
+            one.request,
+            one.asked.tokens,
+            Silent(),
+            sources=sources,
+            answer_id=one.asked.answer_id,
+        )
+        agree(found, alone)
+
+
+def test_no_hook_is_left_behind(tiny_models: dict[str, LoadedModel]) -> None:
+    model = tiny_models["llama"]
+
+    def hooks() -> list[tuple[int, int]]:
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.plain.modules()]
+
+    before = hooks()
+    a, b = prompts(model, 2)
+    with pytest.raises(Cancelled):
+        scan_together(model, [Asked(FMRI, a, Stops()), Asked(FLAIR, b, Stops())])
+    perturbing = [
+        Perturbing(PerturbationScan(prompt="x", perturbations=done), AskedOf(a, Stops()), {})
+        for done in DONE[:3]
+    ]
+    with pytest.raises(Cancelled):
+        scan_perturbation_together(model, perturbing)
+    assert hooks() == before
+
+
+class Stops(Silent):
+    def checkpoint(self) -> None:
+        raise Cancelled
+
+
+class StopsAtTheLens(Silent):
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self._stage = stage
+
+    def checkpoint(self) -> None:
+        if self._stage == "lens":
+            raise Cancelled
+
+
+def test_one_that_stops_or_is_refused_after_the_forward_is_alone_in_it(
+    tiny_models: dict[str, LoadedModel],
+) -> None:
+    model = tiny_models["llama"]
+    a, b = prompts(model, 2)
+    fmri, stopped, flair = scan_together(
+        model,
+        [Asked(FMRI, a, Stops()), Asked(FLAIR, a, StopsAtTheLens()), Asked(FLAIR, b, Silent())],
+    )
+    assert isinstance(stopped, Cancelled)
+    agree(settled(fmri), scan_activations(model, FMRI, a, Silent()))
+    agree(settled(flair), scan_anomalies(model, FLAIR, b, Silent(), calibration=None))
+    with pytest.raises(Cancelled):
+        settled(stopped)
+
+
+def test_a_question_that_none_can_answer_is_refused(tiny_models: dict[str, LoadedModel]) -> None:
+    model = tiny_models["llama"]
+    a, b = prompts(model, 2)
+    with pytest.raises(Conflict, match="needs a calibration"):
+        scan_together(
+            model, [Asked(FMRI, a, Silent()), Asked(AnomalyScan(prompt="x"), b, Silent())]
+        )
+
+
+@pytest.mark.parametrize("canonical", [FMRI, FLAIR, PerturbationScan(prompt="x")])
+def test_who_is_canonical_is_in_nobodys_company(
+    tiny_models: dict[str, LoadedModel], canonical: ActivationScan | AnomalyScan | PerturbationScan
+) -> None:
+    model = tiny_models["llama"]
+    a, b = prompts(model, 2)
+    own = msgspec.structs.replace(canonical, canonical=True)
+
+    def run() -> None:
+        if isinstance(own, PerturbationScan):
+            scan_perturbation_together(
+                model, [Perturbing(own, AskedOf(tokens, Silent()), {}) for tokens in (a, b)]
+            )
+        else:
+            scan_together(model, [Asked(own, tokens, Silent()) for tokens in (a, b)])
+
+    with pytest.raises(ValueError, match="forward"):
+        run()
+
+
+def test_a_company_goes_on_while_anybody_waits() -> None:
+    Company([Stops(), Silent(), Stops()]).pause()
+    Company([Stops(), Silent()]).checkpoint()
+    with pytest.raises(Cancelled):
+        Company([Stops(), Stops()]).pause()
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
+def test_rows_are_taken_in_their_order(rows: list[int]) -> None:
+    batch = torch.arange(6).unsqueeze(-1).expand(6, 3).float()
+    assert torch.equal(RowsOf(rows, 6)(batch), batch[rows])
+    assert RowsOf(range(6), 6)(batch) is batch
