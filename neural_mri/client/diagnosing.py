@@ -1,17 +1,19 @@
-"""Diagnoses over a service: a suite's scans sent ahead in the batch lane, results taken as they come."""
+"""Diagnoses over a service: a suite's scans sent as batches, results taken as they come."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
+from uuid import UUID
 
 import msgspec
 
+from neural_mri.client.batches import Batches
 from neural_mri.client.result import Result
 from neural_mri.contract.baselines import Subject, check_comparable, record_key
+from neural_mri.contract.batches import MOST_LINES, LineEnded
 from neural_mri.contract.findings import Diagnosis
-from neural_mri.contract.jobs import JobView, Lane
+from neural_mri.contract.jobs import JobState, JobView, Lane
 from neural_mri.contract.models import ModelInfo, ModelName
 from neural_mri.contract.scans import Scan
 from neural_mri.contract.suites import Suite
@@ -22,12 +24,13 @@ from neural_mri.diagnostics.records import Record, Records
 
 __all__ = ("Progress", "ServiceScans", "diagnosed", "recorded", "silent")
 
-AHEAD = 24
-"""Scans under way at once: enough to keep workers busy, within what one user may have queued."""
-
 
 class Service(Protocol):
     """What of a client is needed here."""
+
+    @property
+    def batches(self) -> Batches:
+        """Many scans in one request."""
 
     def model(self, name: str | None = None) -> ModelInfo:
         """A registered model."""
@@ -35,17 +38,11 @@ class Service(Protocol):
     def tokenize(self, prompt: str, *, model: str | None = None) -> Tokens:
         """A prompt as the model reads it."""
 
-    def submit(self, scan: Scan, *, lane: Lane) -> JobView:
-        """Ask for a scan."""
+    def wait(self, job: UUID) -> JobView:
+        """The job, once it has succeeded; raises where it has not."""
 
-    def wait(self, job: JobView) -> JobView:
-        """The job, once it has succeeded."""
-
-    def result(self, job: JobView) -> Result:
+    def result(self, job: UUID) -> Result:
         """What it measured."""
-
-    def cancel(self, job: JobView) -> JobView:
-        """Ask for it to be stopped."""
 
 
 class ServiceScans:
@@ -80,26 +77,31 @@ class ServiceScans:
 
     def scan(self, scans: Sequence[Scan]) -> Iterator[Scanned]:
         """What each scan measured, in their order. Left before the end, it cancels what is under way."""
-        waiting = iter(scans)
-        under_way: deque[JobView] = deque()
-        submit: Callable[[Scan], JobView] = self._submit
+        named = [msgspec.structs.replace(scan, model=self._info.name) for scan in scans]
+        for start in range(0, len(named), MOST_LINES):
+            yield from self._together(named[start : start + MOST_LINES])
+
+    def _together(self, scans: Sequence[Scan]) -> Iterator[Scanned]:
+        batches = self._service.batches
+        batch = batches.submit(scans, lane=Lane.BATCH, name=f"diagnosis of {self._info.name}")
+        ended: dict[int, UUID] = {}
+        n_given = 0
         try:
-            for scan in waiting:
-                under_way.append(submit(scan))
-                if len(under_way) >= AHEAD:
-                    yield self._finished(under_way.popleft())
-            while under_way:
-                yield self._finished(under_way.popleft())
+            for event in batches.watch(batch):
+                if not isinstance(event, LineEnded):
+                    continue
+                if event.state is not JobState.SUCCEEDED:
+                    self._service.wait(event.job)
+                ended[event.line] = event.job
+                while n_given + 1 in ended:
+                    n_given += 1
+                    yield self._measured(ended.pop(n_given))
         finally:
-            for job in under_way:
-                self._service.cancel(job)
+            if n_given < len(scans):
+                batches.cancel(batch)
 
-    def _submit(self, scan: Scan) -> JobView:
-        named = msgspec.structs.replace(scan, model=self._info.name)
-        return self._service.submit(named, lane=Lane.BATCH)
-
-    def _finished(self, job: JobView) -> Scanned:
-        result = self._service.result(self._service.wait(job))
+    def _measured(self, job: UUID) -> Scanned:
+        result = self._service.result(job)
         tables = {name: result.table(name) for name in result.table_names}
         return Scanned(result.manifest.scan_key, tables)
 

@@ -6,6 +6,9 @@ import numpy as np
 
 from neural_mri.backing.settings import Settings
 from neural_mri.client import Client
+from neural_mri.client.diagnosing import ServiceScans
+from neural_mri.contract.batches import BatchState
+from neural_mri.contract.perturbations import TracingScan
 from neural_mri.contract.suites import Measure, Suite
 from neural_mri.diagnostics import Record, Records
 from tests.system.service import free_port, register, running
@@ -28,9 +31,17 @@ def test_a_service_measures_what_a_process_measures_and_a_baseline_once(
                 records=records,
                 on_progress=lambda *seen: heard.append(seen),
             )
+            many = ServiceScans(mri, "tiny").scan(
+                [TracingScan(prompt=f"a b c {n}", subject=f"{n}") for n in range(40)]
+            )
+            first = next(many)
+            many.close()
+            left = mri.batches.list(limit=1)[0]
     assert diagnosis.passed
     assert diagnosis.tests == 60
     assert heard[-1] == ("tiny", 0, 0), "the baseline's record serves the candidate too"
+    assert first.tables
+    assert left.state is BatchState.CANCELLED, "who stops listening leaves nothing running"
     stored = records.get(baseline.key)
     assert stored is not None, "its address is that of the record measured without a service"
     for quantity, block in baseline.blocks.items():
