@@ -19,7 +19,7 @@ import structlog
 import torch
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import events, jobs, keys, models, storage
+from neural_mri.backing import events, jobs, keys, models
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.faults import crash_point
@@ -27,7 +27,7 @@ from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.queue import take_back_tickets
 from neural_mri.backing.settings import Settings
-from neural_mri.backing.storage import SavedResult, Store, StoreUnavailable, Unsaved
+from neural_mri.backing.storage import SavedResult, Saving, Store, StoreUnavailable, Unsaved
 from neural_mri.backing.tracing import Span
 from neural_mri.contract.events import Artifact
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
@@ -329,9 +329,11 @@ class Attempts:
             )
         crash_point("worker.computed")
         wanted = [each for each in measured if self._guarded(each, Holding.check)]
-        storing = self._moved(wanted, JobState.STORING)
-        with self._traces.part("store", [holding.job for holding in storing]):
-            stored = self._stored(storing, results)
+        unsaved = [self._unsaved(each, results[each.job.id]) for each in wanted]
+        with Saving(self._store, unsaved) as saving:  # the disk works while the jobs are moved
+            storing = self._moved(wanted, JobState.STORING)
+            with self._traces.part("store", [holding.job for holding in storing]):
+                stored = self._stored(storing, results, saving)
         crash_point("worker.named")
         saved = {}
         for holding, result in zip(storing, stored, strict=True):
@@ -351,36 +353,40 @@ class Attempts:
         crash_point("worker.succeeded")
 
     def _stored(
-        self, holdings: Sequence[Holding], results: Mapping[UUID, Scanned]
+        self, holdings: Sequence[Holding], results: Mapping[UUID, Scanned], saving: Saving
     ) -> list[SavedResult | Exception]:
         """What became of storing each job's result, if the store takes it within `STORE_SECONDS`.
 
         A disk that is full for a moment, or a bucket that is away, costs no scan what it has measured.
         """
-        stored: dict[UUID, SavedResult | Exception] = {}
-        left, give_up_at = list(holdings), time.monotonic() + STORE_SECONDS
-        while left:
-            saved = storage.save_results(
-                self._store, [self._unsaved(each, results[each.job.id]) for each in left]
-            )
-            stored |= {each.job.id: one for each, one in zip(left, saved, strict=True)}
-            left = [each for each in left if isinstance(stored[each.job.id], StoreUnavailable)]
+        stored = saving.finish([_manifest_path(each.job) for each in holdings])
+        give_up_at = time.monotonic() + STORE_SECONDS
+        while True:
+            left = [
+                each
+                for each in holdings
+                if isinstance(stored[_manifest_path(each.job)], StoreUnavailable)
+            ]
             if not left or time.monotonic() > give_up_at:
                 break
-            log.warning("store_awaited", jobs=len(left), error=str(stored[left[0].job.id]))
+            error = stored[_manifest_path(left[0].job)]
+            log.warning("store_awaited", jobs=len(left), error=str(error))
             time.sleep(STORE_PAUSE_SECONDS)
             for holding in tuple(left):
                 try:
                     holding.check()
                 except Cancelled as stopped:
-                    stored[holding.job.id] = stopped
+                    stored[_manifest_path(holding.job)] = stopped
                     left.remove(holding)
-        return [stored[each.job.id] for each in holdings]
+            unsaved = [self._unsaved(each, results[each.job.id]) for each in left]
+            with Saving(self._store, unsaved) as again:
+                stored |= again.finish([each.path for each in unsaved])
+        return [stored[_manifest_path(each.job)] for each in holdings]
 
     def _unsaved(self, holding: Holding, scanned: Scanned) -> Unsaved:
         job = holding.job
         return Unsaved(
-            keys.manifest_path(job.id, job.attempt),
+            _manifest_path(job),
             scanned.manifest,
             scanned.tables,
             _counting(self._reporter(holding), len(scanned.tables)),
@@ -522,6 +528,11 @@ def _logged(job: Job) -> AbstractContextManager[None]:
         attempt=job.attempt,
         **({} if trace is None else {"trace_id": trace}),
     )
+
+
+def _manifest_path(job: Job) -> str:
+    """Where the manifest of the attempt that holds the job stands."""
+    return keys.manifest_path(job.id, job.attempt)
 
 
 def _counting(reporter: Reporter, total: int) -> Callable[[TableRef], None]:

@@ -7,7 +7,8 @@ an instance's role); so does AWS_REGION.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,14 @@ import obstore.store
 from obstore.exceptions import BaseError
 
 from neural_mri.backing.settings import Settings
-from neural_mri.backing.storage import Missing, StoreFull, StoreUnavailable, checked
+from neural_mri.backing.storage import (
+    Missing,
+    NamedBytes,
+    StoreFull,
+    StoreUnavailable,
+    Writing,
+    checked,
+)
 
 __all__ = ("S3Store", "open_s3")
 
@@ -27,6 +35,10 @@ REQUEST_SECONDS = 30
 RETRIES = 3
 RETRY_SECONDS = 15
 """After these the store counts as away; jobs are recomputed, requests sent again."""
+
+SENDERS = 8
+"""Objects sent at once."""
+_SENDERS = ThreadPoolExecutor(SENDERS, thread_name_prefix="store-sender")
 
 _FULL = ("507 Insufficient Storage", "QuotaExceeded", "StorageFull")
 """What servers answer that have no room: the status, Ceph's word, and MinIO's (XMinioStorageFull)."""
@@ -57,6 +69,10 @@ class S3Store:
         """Keep the bytes under the path, all of them or none. Raises `StoreFull`."""
         with _explained(path):
             obstore.put(self._store, path, body)
+
+    def begin(self, files: Iterable[NamedBytes]) -> Writing:
+        """Begin to send files. Raises `StoreFull`."""
+        return _Uploads(self, files)
 
     def get(self, path: str) -> bytes:
         """The bytes under the path. Raises `Missing`."""
@@ -94,6 +110,48 @@ class S3Store:
     def sweep(self, older_seconds: float) -> int:  # noqa: ARG002  a bucket shows no half objects
         """Nothing: an object is there when it is whole."""
         return 0
+
+
+class _Uploads:
+    """Objects on their way to the bucket: each is there when it is whole, the last is sent by itself."""
+
+    def __init__(self, store: S3Store, files: Iterable[NamedBytes]) -> None:
+        self._store = store
+        self._sending: list[Future[None]] = []
+        self._last: NamedBytes | None = None
+        try:
+            for file in files:
+                if self._last is not None:
+                    self._send(self._last)
+                self._last = file
+        except BaseException:
+            self.drop()
+            raise
+
+    def _send(self, file: NamedBytes) -> None:
+        # Who is sent is in memory until it is there.
+        for earlier in self._sending[:-SENDERS]:
+            earlier.result()
+        self._sending.append(_SENDERS.submit(self._store.put, file.path, file.body))
+
+    def place(self, placed: Callable[[int], None]) -> None:
+        """Wait for all but the last, then send it."""
+        for index, sent in enumerate(self._sending):
+            sent.result()
+            placed(index)
+        if self._last is not None:
+            self._send(self._last)
+
+    def settle(self) -> None:
+        """Wait for the last."""
+        for sent in self._sending:
+            sent.result()
+
+    def drop(self) -> None:
+        """Send no more."""
+        for sent in self._sending:
+            sent.cancel()
+        wait(self._sending)
 
 
 @contextmanager

@@ -11,12 +11,13 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, Self
 
 import msgspec
 import pyarrow as pa
@@ -32,28 +33,33 @@ __all__ = (
     "FolderStore",
     "InvalidPath",
     "Missing",
+    "NamedBytes",
     "SavedResult",
+    "Saving",
     "Store",
     "StoreFull",
     "StoreUnavailable",
     "Unsaved",
+    "Writing",
     "checked",
     "load_manifest",
     "open_store",
     "read_table",
     "save_result",
-    "save_results",
 )
 
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}")
 _HALF_WRITTEN = re.compile(r"\..+\.\d+\.[0-9a-f]{8}")
 
-T = TypeVar("T")
-
-WRITERS = 8
-"""Tables written at once: flushes that meet share one commit of the file system's journal."""
-_WRITERS = ThreadPoolExecutor(WRITERS, thread_name_prefix="store-writer")
-"""Kept: to start as many threads takes longer than a scan's tables do. None starts before it is needed."""
+FLUSHERS = 8
+"""Files flushed at once: flushes that meet share one commit of the file system's journal."""
+_FLUSHERS = ThreadPoolExecutor(FLUSHERS, thread_name_prefix="store-flusher")
+"""They wait for the disk and do nothing else: of threads that compute only one goes on at a time. Kept: to
+start as many takes longer than a scan's tables do. None starts before it is needed."""
+FLUSHES = 3
+"""Threads that flush one result's files: each of them costs the one that computes a little of its time."""
+MOST_OPEN = 64
+"""Files beside their places at once, of a result and of results that are begun together."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -78,11 +84,38 @@ class StoreFull(StoreUnavailable):
     """The result store has no room."""
 
 
+class NamedBytes(NamedTuple):
+    """A file to be."""
+
+    path: str
+    body: bytes
+
+
+class Writing(Protocol):
+    """Files on their way into a store, together: placed, then settled, or else dropped."""
+
+    def place(self, placed: Callable[[int], None]) -> None:
+        """Let all be found under their paths, the last only once all others are.
+
+        Says of each but the last, by its index, that it stands; what that raises stops it there. Raises
+        `StoreUnavailable`.
+        """
+
+    def settle(self) -> None:
+        """Wait until no power cut would take them away again. Raises `StoreUnavailable`."""
+
+    def drop(self) -> None:
+        """Go no further: nothing is left half written. Does nothing where all is settled."""
+
+
 class Store(Protocol):
     """Bytes under paths. Every call raises `StoreUnavailable` when the store does not answer."""
 
     def put(self, path: str, body: bytes) -> None:
         """Keep the bytes under the path, all of them or none. Raises `StoreFull`."""
+
+    def begin(self, files: Iterable[NamedBytes]) -> Writing:
+        """Begin to write files, without waiting for the disk. Raises `StoreFull`."""
 
     def get(self, path: str) -> bytes:
         """The bytes under the path. Raises `Missing`."""
@@ -124,20 +157,23 @@ class FolderStore:
 
     def put(self, path: str, body: bytes) -> None:
         """Keep the bytes under the path, all of them or none. Raises `StoreFull`."""
+        writing = _Halves(self, [NamedBytes(path, body)])
+        try:
+            writing.place(lambda _index: None)
+            writing.settle()
+        finally:
+            writing.drop()
+
+    def begin(self, files: Iterable[NamedBytes]) -> Writing:
+        """Begin to write files. Raises `StoreFull`."""
+        return _Halves(self, files)
+
+    def half(self, path: str, body: bytes) -> "_Half | None":
+        """The bytes beside their place; None where they stand in it already."""
         with self._folder(path, create=True) as (folder, name):
             if _reads_as(folder, name, body):
-                return
-            # A leading dot is no path of ours: a half-written file cannot be asked for.
-            partial = f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
-            try:
-                _write(folder, partial, body)
-                crash_point("worker.written")
-                os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
-                os.fsync(folder)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(partial, dir_fd=folder)
-                raise
+                return None
+            return _Half(path, os.dup(folder), name, body)
 
     def get(self, path: str) -> bytes:
         """The bytes under the path. Raises `Missing`."""
@@ -193,21 +229,140 @@ class FolderStore:
         """The folder of a path, opened step by step, and the file's name in it."""
         *parents, name = checked(path).split("/")
         with _explained(path):
-            if create:
-                self._root.mkdir(parents=True, exist_ok=True)
-            folder = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+            folder = self._opened_root(create=create)
             try:
                 for parent in parents:
-                    if create:
-                        _ensure_folder(folder, parent)
-                    inner = os.open(
-                        parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder
-                    )
+                    inner = _entered(folder, parent, create=create)
                     os.close(folder)
                     folder = inner
                 yield _Place(folder, name)
             finally:
                 os.close(folder)
+
+    def _opened_root(self, *, create: bool) -> int:
+        try:
+            return os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            if not create:
+                raise
+        self._root.mkdir(parents=True, exist_ok=True)
+        return os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+
+
+class _Halves:
+    """Files beside their places, which the disk is writing."""
+
+    def __init__(self, store: FolderStore, files: Iterable[NamedBytes]) -> None:
+        self._halves: list[_Half | None] = []
+        self._flushing: list[Future[None]] = []
+        self._flushed = 0
+        try:
+            for file in files:
+                if len(self._halves) - self._flushed == MOST_OPEN:
+                    self._flush()
+                    for half in self._halves:
+                        self._place(half)
+                    self.settle()
+                self._halves.append(store.half(file.path, file.body))
+            self._flush()
+        except BaseException:
+            self.drop()
+            raise
+
+    def place(self, placed: Callable[[int], None]) -> None:
+        """Let all be found under their paths, the last only once all others are."""
+        for index, half in enumerate(self._halves):
+            self._place(half)
+            if index < len(self._halves) - 1:
+                placed(index)
+
+    def settle(self) -> None:
+        """Wait until no power cut would take them away again."""
+        for half in self._halves:
+            if half is not None:
+                half.settle()
+
+    def drop(self) -> None:
+        """Leave nothing half written."""
+        wait(self._flushing)
+        for half in self._halves:
+            if half is not None:
+                half.drop()
+
+    def _flush(self) -> None:
+        """Have the disk write what has been added."""
+        added = [half for half in self._halves[self._flushed :] if half is not None]
+        self._flushed = len(self._halves)
+        n_threads = min(FLUSHES, len(added))
+        self._flushing = [_FLUSHERS.submit(_flush, added[at::n_threads]) for at in range(n_threads)]
+
+    def _place(self, half: "_Half | None") -> None:
+        for flushing in self._flushing:
+            flushing.result()
+        if half is not None:
+            half.place()
+
+
+def _flush(halves: Iterable["_Half"]) -> None:
+    for half in halves:
+        half.flush()
+
+
+class _Half:
+    """A file's bytes beside its place."""
+
+    def __init__(self, path: str, folder: int, name: str, body: bytes) -> None:
+        """Takes over the folder's descriptor."""
+        self._path = path
+        self._folder: int | None = folder
+        self._name = name
+        # A leading dot is no path of ours: a half-written file cannot be asked for.
+        self._beside = f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._file: int | None = None
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            self._file = os.open(self._beside, flags, 0o600, dir_fd=folder)
+            with os.fdopen(self._file, "wb", closefd=False) as writer:
+                writer.write(body)
+        except BaseException:
+            self.drop()
+            raise
+
+    def flush(self) -> None:
+        """Wait until its bytes are on the disk."""
+        if self._file is not None:
+            with _explained(self._path):
+                os.fsync(self._file)
+
+    def place(self) -> None:
+        """Rename it into its place."""
+        if self._file is None or self._folder is None:
+            return
+        with _explained(self._path):
+            crash_point("worker.written")
+            os.replace(self._beside, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            os.close(self._file)
+            self._file = None
+
+    def settle(self) -> None:
+        """Wait until its name is on the disk too."""
+        if self._folder is None:
+            return
+        with _explained(self._path):
+            os.fsync(self._folder)
+            os.close(self._folder)
+            self._folder = None
+
+    def drop(self) -> None:
+        """Close what is open, and take away what is not in its place."""
+        if self._file is not None and self._folder is not None:
+            os.close(self._file)
+            with suppress(FileNotFoundError):
+                os.unlink(self._beside, dir_fd=self._folder)
+            self._file = None
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
 
 
 class _Place(NamedTuple):
@@ -229,12 +384,18 @@ def _explained(path: str) -> Iterator[None]:
         raise StoreUnavailable(f"{path}: {error.strerror}", path=path) from error
 
 
-def _ensure_folder(folder: int, name: str) -> None:
+def _entered(folder: int, name: str, *, create: bool) -> int:
+    """A folder in a folder, opened, and made where there is none."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
     try:
+        return os.open(name, flags, dir_fd=folder)
+    except FileNotFoundError:
+        if not create:
+            raise
+    with suppress(FileExistsError):
         os.mkdir(name, dir_fd=folder)
-    except FileExistsError:
-        return
-    os.fsync(folder)
+        os.fsync(folder)
+    return os.open(name, flags, dir_fd=folder)
 
 
 @contextmanager
@@ -260,14 +421,6 @@ def _reads_as(folder: int, name: str, body: bytes) -> bool:
         return _read(folder, name) == body
     except FileNotFoundError:
         return False
-
-
-def _write(folder: int, name: str, body: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with os.fdopen(os.open(name, flags, 0o600, dir_fd=folder), "wb") as writer:
-        writer.write(body)
-        writer.flush()
-        os.fsync(writer.fileno())
 
 
 def open_store(settings: Settings) -> Store:
@@ -314,55 +467,124 @@ def save_result(
     stored: Callable[[TableRef], None] = lambda _ref: None,
 ) -> SavedResult:
     """Write a result's tables, then, under the path, the manifest that names them."""
-    [saved] = save_results(store, [Unsaved(path, manifest, tables, stored)])
+    with Saving(store, [Unsaved(path, manifest, tables, stored)]) as saving:
+        [saved] = saving.finish([path]).values()
     if isinstance(saved, Exception):
         raise saved
     return saved
 
 
-def save_results(store: Store, results: Sequence[Unsaved]) -> list[SavedResult | Exception]:
-    """Write several results at once, each as `save_result` does; what one of them raises is its own."""
-    writing = [
-        [_WRITERS.submit(_save_table, store, name, table) for name, table in result.tables.items()]
-        for result in results
-    ]
-    naming = [
-        _tried(partial(_name_tables, store, result, tables))
-        for result, tables in zip(results, writing, strict=True)
-    ]
-    return [named if isinstance(named, Exception) else _tried(named.result) for named in naming]
+class Saving:
+    """Several results being written at once, each as `save_result` does; what one raises is its own.
+
+    Whoever begins has time for something else while the disk works, and may then finish some of them only:
+    of the others nothing is named. Use as a context manager, from one thread.
+    """
+
+    def __init__(self, store: Store, results: Iterable[Unsaved]) -> None:
+        self._store = store
+        self._later = deque(results)
+        """Beyond what may be open at once."""
+        self._begun: list[_Begun] = []
+        self._begin_some()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for begun in self._begun:
+            begun.drop()
+
+    def finish(self, paths: Collection[str]) -> dict[str, SavedResult | Exception]:
+        """What became of the results whose manifests were to stand under these paths."""
+        finished: dict[str, SavedResult | Exception] = {}
+        self._later = deque(result for result in self._later if result.path in paths)
+        while self._begun or self._later:
+            self._begin_some()
+            wanted = [begun for begun in self._begun if begun.result.path in paths]
+            # All at once: flushes that meet share one commit of the file system's journal.
+            for step in (_Begun.place, _Begun.settle):
+                for begun in wanted:
+                    begun.attempt(step)
+            finished |= {begun.result.path: begun.outcome for begun in wanted}
+            for begun in self._begun:
+                begun.drop()
+            self._begun.clear()
+        return finished
+
+    def _begin_some(self) -> None:
+        n_files = sum(len(begun.result.tables) + 1 for begun in self._begun)
+        while self._later and (not n_files or n_files < MOST_OPEN):
+            begun = _Begun(self._later.popleft())
+            begun.attempt(partial(_Begun.begin, store=self._store))
+            self._begun.append(begun)
+            n_files += len(begun.result.tables) + 1
 
 
-def _name_tables(
-    store: Store, result: Unsaved, tables: Sequence[Future[TableRef]]
-) -> Future[SavedResult]:
-    """Begin to write the manifest, once all that it names is there."""
-    refs = []
-    for table in tables:
-        ref = table.result()
-        refs.append(ref)
-        result.stored(ref)
-    crash_point("worker.stored")
-    whole = msgspec.structs.replace(result.manifest, tables=tuple(refs))
-    return _WRITERS.submit(_save_manifest, store, result.path, whole)
+class _Begun:
+    """One result on its way."""
+
+    def __init__(self, result: Unsaved) -> None:
+        self.result = result
+        self._refs: list[TableRef] = []
+        self._whole = result.manifest
+        self._writing: Writing | None = None
+        self._error: Exception | None = None
+
+    @property
+    def outcome(self) -> SavedResult | Exception:
+        """How it ended."""
+        return self._error or SavedResult(self.result.path, self._whole)
+
+    def attempt(self, step: Callable[["_Begun"], None]) -> None:
+        """Take a step, unless an earlier one has failed."""
+        if self._error is not None:
+            return
+        try:
+            step(self)
+        except Exception as error:  # noqa: BLE001 (handed to whose result it is)
+            self._error = error
+
+    def begin(self, store: Store) -> None:
+        """Begin to write all of its files."""
+        self._writing = store.begin(self._files())
+
+    def place(self) -> None:
+        """Let the tables be found, and then the manifest."""
+        if self._writing is not None:
+            self._writing.place(self._tell)
+
+    def settle(self) -> None:
+        """Wait until it is there to stay."""
+        if self._writing is not None:
+            self._writing.settle()
+            self._writing = None
+
+    def drop(self) -> None:
+        """Leave nothing half written."""
+        if self._writing is not None:
+            self._writing.drop()
+            self._writing = None
+
+    def _files(self) -> Iterator[NamedBytes]:
+        """One after another, so that they are in memory one at a time."""
+        for name, table in self.result.tables.items():
+            body = to_ipc(table)
+            ref = _ref_of(name, table, body)
+            self._refs.append(ref)
+            yield NamedBytes(keys.chunk_path(ref.chunk), body)
+        self._whole = msgspec.structs.replace(self.result.manifest, tables=tuple(self._refs))
+        yield NamedBytes(self.result.path, msgspec.json.encode(self._whole))
+
+    def _tell(self, index: int) -> None:
+        self.result.stored(self._refs[index])
+        if index == len(self._refs) - 1:
+            crash_point("worker.stored")
 
 
-def _save_manifest(store: Store, path: str, manifest: Manifest) -> SavedResult:
-    store.put(path, msgspec.json.encode(manifest))
-    return SavedResult(path, manifest)
-
-
-def _tried(work: Callable[[], T]) -> T | Exception:
-    try:
-        return work()
-    except Exception as error:  # noqa: BLE001 (handed to whose result it is)
-        return error
-
-
-def _save_table(store: Store, name: str, table: pa.Table) -> TableRef:
-    body = to_ipc(table)
+def _ref_of(name: str, table: pa.Table, body: bytes) -> TableRef:
     provenance = provenance_of(table)
-    ref = TableRef(
+    return TableRef(
         name=name,
         table=provenance.table,
         chunk=hashlib.sha256(body).hexdigest(),
@@ -370,8 +592,6 @@ def _save_table(store: Store, name: str, table: pa.Table) -> TableRef:
         rows=table.num_rows,
         unit=provenance.unit,
     )
-    store.put(keys.chunk_path(ref.chunk), body)
-    return ref
 
 
 _manifest = msgspec.json.Decoder(Manifest)

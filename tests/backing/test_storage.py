@@ -1,14 +1,17 @@
 import errno
+import itertools
 import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import obstore
+import psutil
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,13 +21,18 @@ from neural_mri.backing import keys, storage
 from neural_mri.backing.s3 import S3Store
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import (
+    MOST_OPEN,
     Damaged,
     FolderStore,
     InvalidPath,
     Missing,
+    NamedBytes,
+    SavedResult,
+    Saving,
     Store,
     StoreFull,
     StoreUnavailable,
+    Unsaved,
 )
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.results import Manifest, Provenance, TableRef, stamp
@@ -254,6 +262,106 @@ def test_a_half_written_file_cannot_be_asked_for(
         folder.get(partial)
 
 
+# Several at once
+
+TOGETHER = [
+    NamedBytes(keys.chunk_path("aa" * 32), b"first"),
+    NamedBytes(keys.chunk_path("bb" * 32), b"second"),
+    NamedBytes("manifests/last.json", b"last"),
+]
+
+
+def test_of_files_that_are_written_together_the_last_is_found_last(store: Store) -> None:
+    found: list[list[bool]] = []
+
+    def look(_index: int) -> None:
+        found.append([store.exists(file.path) for file in TOGETHER])
+
+    writing = store.begin(TOGETHER)
+    assert not store.exists(TOGETHER[-1].path)
+    writing.place(look)
+    writing.settle()
+    writing.drop()  # does nothing any more
+    assert [each[0] for each in found] == [True, True]
+    assert found[1] == [True, True, False]
+    assert [store.get(file.path) for file in TOGETHER] == [file.body for file in TOGETHER]
+
+
+def test_files_that_are_dropped_leave_nothing_half_written(store: Store) -> None:
+    writing = store.begin(TOGETHER)
+    writing.drop()
+    assert not store.exists(TOGETHER[-1].path)
+    if isinstance(store, FolderStore):
+        assert paths(store) == []
+
+
+def test_who_stops_between_two_files_leaves_the_last_unnamed(store: Store) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(index: int) -> None:
+        if index == 1:
+            raise Stopped
+
+    writing = store.begin(TOGETHER)
+    with pytest.raises(Stopped):
+        writing.place(stop)
+    writing.drop()
+    assert paths(store) == [file.path for file in TOGETHER[:2]]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "open"])
+def test_a_disk_error_at_any_step_tears_none_of_several_files(
+    folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    for name in ("chunks/aa", "chunks/bb", "manifests"):
+        (root / name).mkdir(parents=True)
+    open_before = psutil.Process().num_fds()
+    real, calls = getattr(os, step), itertools.count()
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if (step == "open" and not arguments[1] & os.O_CREAT) or next(calls) < 1:
+            return real(*arguments, **options)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, step, fail)
+
+    def write() -> None:
+        writing = folder.begin(TOGETHER)
+        try:
+            writing.place(lambda _index: None)
+            writing.settle()
+        finally:
+            writing.drop()
+
+    with pytest.raises(StoreUnavailable, match="Input/output error"):
+        write()
+    monkeypatch.undo()
+    whole = {file.path for file in TOGETHER[:-1]}
+    assert files(root) <= whole
+    assert psutil.Process().num_fds() == open_before
+
+
+def test_any_number_of_files_is_written_with_few_of_them_open(
+    folder: FolderStore, root: Path
+) -> None:
+    most = 0
+
+    def many() -> Iterator[NamedBytes]:
+        nonlocal most
+        for number in range(3 * MOST_OPEN + 5):
+            most = max(most, psutil.Process().num_fds())
+            yield NamedBytes(keys.chunk_path(f"{number:064x}"), b"%d" % number)
+
+    before = psutil.Process().num_fds()
+    writing = folder.begin(many())
+    writing.place(lambda _index: None)
+    writing.settle()
+    assert most - before <= 2 * MOST_OPEN + 2
+    assert psutil.Process().num_fds() == before
+    assert len(files(root)) == 3 * MOST_OPEN + 5
+
+
 # Results
 
 
@@ -323,6 +431,38 @@ def test_the_manifest_comes_last(store: Store) -> None:
     with pytest.raises(Interrupted):
         storage.save_result(store, keys.manifest_path(JOB, 1), manifest(), tables, stored=interrupt)
     assert {path.split("/")[0] for path in paths(store)} == {"chunks"}
+
+
+def test_of_results_that_are_begun_those_alone_are_named_that_are_finished(store: Store) -> None:
+    def result(attempt: int) -> Unsaved:
+        return Unsaved(keys.manifest_path(JOB, attempt), manifest(), {"tokens": table(attempt + 1)})
+
+    results = [result(attempt) for attempt in range(1, 40)]
+    wanted = [each.path for each in results[::2]]
+    with Saving(store, results) as saving:
+        assert not any(store.exists(each.path) for each in results)
+        saved = saving.finish(wanted)
+    assert list(saved) == wanted
+    assert [path for path in paths(store) if path.startswith("manifests")] == sorted(wanted)
+    for path, one in saved.items():
+        assert isinstance(one, SavedResult)
+        assert storage.load_manifest(store, path) == one.manifest
+        [ref] = one.manifest.tables
+        assert storage.read_table(store, ref).num_rows == ref.rows
+
+
+def test_a_result_that_cannot_be_encoded_costs_the_others_nothing(store: Store) -> None:
+    good, bad = (keys.manifest_path(JOB, attempt) for attempt in (1, 2))
+    unsigned = pa.table({"position": pa.array([1], pa.int32())})
+    results = [
+        Unsaved(bad, manifest(), {"tokens": unsigned}),
+        Unsaved(good, manifest(), {"tokens": table()}),
+    ]
+    with Saving(store, results) as saving:
+        saved = saving.finish([good, bad])
+    assert isinstance(saved[good], SavedResult)
+    assert isinstance(saved[bad], ValueError)
+    assert [path for path in paths(store) if path.startswith("manifests")] == [good]
 
 
 @pytest.mark.parametrize("change", ["flip", "truncate", "empty"])

@@ -1,5 +1,6 @@
 """A worker's parts, put together by hand, on a real database, store, Valkey and (tiny) model."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 from uuid import UUID
 
@@ -10,9 +11,10 @@ from neural_mri.backing.events import Publisher, WorkerBeat, parse_entries
 from neural_mri.backing.jobs import Job, LeaseOwner, Submission
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
-from neural_mri.backing.storage import Store
+from neural_mri.backing.storage import NamedBytes, Store, Writing
 from neural_mri.contract.events import Event, decode_event
 from neural_mri.contract.jobs import JobKind
+from neural_mri.contract.problems import Unavailable
 from neural_mri.contract.scan_keys import scan_key
 from neural_mri.contract.scans import PromptScan, Scan, encode_scan
 from neural_mri.contract.tokens import Operands, Span, Tokens
@@ -24,7 +26,7 @@ from worker.placing import Placing
 from worker.reporter import Outbox
 from worker.residency import Residency
 
-__all__ = ("Bench", "Queues")
+__all__ = ("Bench", "Interrupting", "Queues")
 
 
 class Queues:
@@ -38,6 +40,51 @@ class Queues:
 
     def close(self, queue: str) -> None:
         self.said.append(f"close {queue}")
+
+
+class Interrupting:
+    """A store where something else happens while its first files are being written."""
+
+    def __init__(self, store: Store, event: Callable[[], None]) -> None:
+        self._store = store
+        self._events = [event]
+        self.deleted: list[str] = []
+
+    def begin(self, files: Iterable[NamedBytes]) -> Writing:
+        try:
+            return _Interrupted(self._store.begin(files), self._happen)
+        except Unavailable:
+            self._happen()
+            raise
+
+    def _happen(self) -> None:
+        while self._events:
+            self._events.pop()()
+
+    def delete(self, path: str) -> None:
+        self.deleted.append(path)
+        self._store.delete(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+class _Interrupted:
+    """Files before whose naming something else happens."""
+
+    def __init__(self, writing: Writing, happen: Callable[[], None]) -> None:
+        self._writing = writing
+        self._happen = happen
+
+    def place(self, placed: Callable[[int], None]) -> None:
+        self._happen()
+        self._writing.place(placed)
+
+    def settle(self) -> None:
+        self._writing.settle()
+
+    def drop(self) -> None:
+        self._writing.drop()
 
 
 class Bench:

@@ -1,7 +1,7 @@
 """What one worker does with what it claims, on a real database, store, Valkey and (tiny) model."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -10,7 +10,7 @@ import structlog
 from neural_mri.backing import jobs, keys, models, queue, storage
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job, LeaseOwner
-from neural_mri.backing.storage import Store, StoreFull
+from neural_mri.backing.storage import NamedBytes, Store, StoreFull, Writing
 from neural_mri.contract.events import (
     ActivationFrame,
     Artifact,
@@ -27,7 +27,7 @@ from neural_mri.contract.scans import (
     StructuralScan,
 )
 from tests.models import prompt as models_prompt
-from tests.worker.bench import Bench
+from tests.worker.bench import Bench, Interrupting
 from worker import attempts as module
 from worker import scans
 
@@ -95,28 +95,6 @@ def test_topology_needs_no_weights_in_memory(bench: Bench) -> None:
     assert bench.attempts().take(keys.CPU_QUEUE) == 1
     assert bench.now(job).state is JobState.SUCCEEDED
     assert bench.residency.held() == ()
-
-
-class Interrupting:
-    """A store before whose first write something else happens."""
-
-    def __init__(self, store: Store, event: Callable[[], None]) -> None:
-        self._store = store
-        self._event: Callable[[], None] | None = event
-        self.deleted: list[str] = []
-
-    def put(self, path: str, body: bytes) -> None:
-        if self._event is not None:
-            event, self._event = self._event, None
-            event()
-        self._store.put(path, body)
-
-    def delete(self, path: str) -> None:
-        self.deleted.append(path)
-        self._store.delete(path)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
 
 
 def test_a_stale_attempt_cannot_publish(holding_tiny: Bench) -> None:
@@ -243,11 +221,11 @@ class Full:
         self._store = store
         self.refusals = refusals
 
-    def put(self, path: str, body: bytes) -> None:
+    def begin(self, files: Iterable[NamedBytes]) -> Writing:
         if self.refusals:
             self.refusals -= 1
-            raise storage.StoreFull(f"{path} was not stored: no room", path=path)
-        self._store.put(path, body)
+            raise storage.StoreFull("nothing was stored: no room")
+        return self._store.begin(files)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -344,10 +322,14 @@ class FullFor:
         self._store = store
         self._path = keys.manifest_path(job.id, 1)
 
-    def put(self, path: str, body: bytes) -> None:
-        if path == self._path:
-            raise StoreFull(f"{path} was not stored: no room")
-        self._store.put(path, body)
+    def begin(self, files: Iterable[NamedBytes]) -> Writing:
+        return self._store.begin(self._fitting(files))
+
+    def _fitting(self, files: Iterable[NamedBytes]) -> Iterator[NamedBytes]:
+        for file in files:
+            if file.path == self._path:
+                raise StoreFull(f"{file.path} was not stored: no room")
+            yield file
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)

@@ -1,35 +1,16 @@
 """A worker whose job's owner loses interest while others wait for the same scan."""
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from neural_mri.backing import jobs, storage
-from neural_mri.backing.storage import Store
 from neural_mri.contract.events import ActivationFrame, Ended
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.scans import ActivationScan
-from tests.worker.bench import Bench
+from tests.worker.bench import Bench, Interrupting
 
 PROMPT = ActivationScan(prompt="anything", model="tiny")
-
-
-class Meanwhile:
-    """A store before whose first write something else happens."""
-
-    def __init__(self, store: Store, event: Callable[[], None]) -> None:
-        self._store = store
-        self._events = [event]
-
-    def put(self, path: str, body: bytes) -> None:
-        if self._events:
-            self._events.pop()()
-        self._store.put(path, body)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
 
 
 @pytest.mark.parametrize("pause", [0, 1], ids=["at once", "after a renewal"])
@@ -44,7 +25,7 @@ def test_a_scan_under_way_goes_on_for_who_still_wants_it(holding_tiny: Bench, pa
             # Long enough for the keeper to renew what it holds, under the id it knows.
             time.sleep(bench.settings.lease_seconds / 3 + 0.3)
 
-    assert bench.attempts(Meanwhile(bench.store, cancel)).take(bench.queue) == 1
+    assert bench.attempts(Interrupting(bench.store, cancel)).take(bench.queue) == 1
     assert bench.now(first).state is JobState.CANCELLED
     ended = [bench.now(second), bench.now(third)]
     assert [(job.state, job.attempt) for job in ended] == [
@@ -72,5 +53,5 @@ def test_a_scan_that_nobody_wants_any_more_stops(holding_tiny: Bench) -> None:
             bench.sessions.write(jobs.request_cancel, job.id)
         time.sleep(bench.settings.lease_seconds / 3 + 0.5)
 
-    bench.attempts(Meanwhile(bench.store, cancel)).take(bench.queue)
+    bench.attempts(Interrupting(bench.store, cancel)).take(bench.queue)
     assert [bench.now(job).state for job in (first, second)] == [JobState.CANCELLED] * 2
