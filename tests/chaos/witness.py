@@ -22,7 +22,6 @@ from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Ended, decode_event
 from neural_mri.contract.jobs import TERMINAL, TRANSITIONS, JobState
 from neural_mri.contract.problems import Gone
-from neural_mri.contract.scans import ScanKind
 
 __all__ = ("Move", "Witness")
 
@@ -162,7 +161,7 @@ class Witness:
                 yield f"{path}: {error}"
                 continue
             tables = {ref.name: ref.chunk for ref in manifest.tables}
-            if manifest.kind is ScanKind.FMRI and not manifest.request.get("canonical"):
+            if manifest.request.get("canonical") is False:
                 continue  # whose company may show in the last digit
             if same.setdefault(manifest.scan_key, tables) != tables:
                 yield f"{path}: another attempt at the same scan has come to other numbers"
