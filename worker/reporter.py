@@ -2,7 +2,8 @@
 
 The scan must never wait for Redis, so it posts to an `Outbox` and a thread publishes. The outbox bounds
 what it holds and what it sends: progress at most `PROGRESS_PER_SECOND` a job (the last one of a stage
-always), of one layer the newest frame only, token frames all and in order.
+always), of one layer the newest frame only, token frames all and in order. It bounds how often it sends as
+well: whatever the thread computes the scan does not.
 """
 
 import threading
@@ -30,6 +31,10 @@ __all__ = ("EventSink", "Outbox", "Reporter")
 PROGRESS_PER_SECOND = 20
 MOST_AT_ONCE = 256
 """Events that one round trip takes along: a scan posts faster than they travel one by one."""
+GATHER_SECONDS = 0.005
+"""How long an event waits for others to go with it: much less than anybody sees. An end goes at once."""
+IDLE_SECONDS = 60.0
+"""How long the thread sleeps while there is nothing to send: it is woken when there is."""
 LARGEST_BACKLOG = 4000
 """Events waiting to be published. Beyond it frames are dropped: the stored tables have them all."""
 
@@ -54,6 +59,8 @@ class Outbox:
         """Progress not yet due."""
         self._due: dict[UUID, float] = {}
         """When each job may next report progress, on the monotonic clock."""
+        self._publish_at = 0.0
+        """When what waits is to go, on the monotonic clock."""
         self._sending = False
         self._closing = False
         self._thread = threading.Thread(target=self._publish, name="outbox", daemon=True)
@@ -72,7 +79,7 @@ class Outbox:
     def post(self, job_id: UUID, event: Event) -> None:
         """Queue an event; returns at once."""
         with self._changed:
-            held, waiting = len(self._held), len(self._waiting)
+            held, waiting, publish_at = len(self._held), len(self._waiting), self._publish_at
             match event:
                 case Progress():
                     self._hold(job_id, event)
@@ -85,8 +92,10 @@ class Outbox:
                     self._append(job_id, event)
             if isinstance(event, Ended):
                 self._due.pop(job_id, None)
-            # The publishing thread need not be woken for what takes the place of what it knows of.
-            if len(self._held) > held or (self._waiting and not waiting):
+                self._publish_at = 0.0
+            # The publishing thread need not be woken for what goes with, or instead of, what it knows of.
+            is_first = bool(self._waiting) and not waiting
+            if is_first or len(self._held) > held or self._publish_at < publish_at:
                 self._changed.notify_all()
 
     def flush(self, timeout_seconds: float) -> bool:
@@ -94,6 +103,7 @@ class Outbox:
         with self._changed:
             for job_id in tuple(self._held):
                 self._release(job_id)
+            self._publish_at = 0.0
             self._changed.notify_all()
             return self._changed.wait_for(
                 lambda: not self._waiting and not self._sending, timeout_seconds
@@ -128,6 +138,10 @@ class Outbox:
         if len(self._waiting) >= LARGEST_BACKLOG and not isinstance(event, StateChanged | Ended):
             log.warning("event_dropped", job_id=str(job_id), backlog=len(self._waiting))
             return
+        if not self._waiting:
+            self._publish_at = time.monotonic() + GATHER_SECONDS
+        elif len(self._waiting) == MOST_AT_ONCE:
+            self._publish_at = 0.0
         self._waiting.append(Told(job_id, event))
 
     def _publish(self) -> None:
@@ -136,10 +150,12 @@ class Outbox:
                 self._sending = False
                 self._changed.notify_all()
                 while not self._closing:
-                    pause = self._release_due()
+                    pauses = [self._release_due()]
                     if self._waiting:
-                        break
-                    self._changed.wait(pause)
+                        pauses.append(self._publish_at - time.monotonic())
+                        if pauses[1] <= 0:
+                            break
+                    self._changed.wait(min(pauses))
                 if not self._waiting:
                     return
                 told = [
@@ -148,14 +164,14 @@ class Outbox:
                 self._sending = True
             self._sink.publish_all(told)
 
-    def _release_due(self) -> float | None:
-        """Release the progress that is due; seconds until the next is, None when none is held."""
+    def _release_due(self) -> float:
+        """Release the progress that is due; seconds until the next is."""
         now = time.monotonic()
         for job_id in tuple(self._held):
             if self._due.get(job_id, 0.0) <= now:
                 self._release(job_id)
         pauses = [self._due[job_id] - now for job_id in self._held]
-        return min(pauses, default=None)
+        return min(pauses, default=IDLE_SECONDS)
 
 
 class Reporter:

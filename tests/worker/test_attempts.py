@@ -336,8 +336,10 @@ class FullFor:
 
 
 def test_of_jobs_that_share_a_pass_one_that_cannot_be_stored_fails_alone(
-    holding_tiny: Bench,
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "STORE_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "STORE_SECONDS", 0.2)
     scans_of_one_length = [
         holding_tiny.submit(PROMPT, n_tokens=5, tokens=models_prompt(5, seed=seed))
         for seed in range(3)

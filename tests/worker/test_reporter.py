@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from uuid import uuid4
 
+import pytest
+
 from neural_mri.backing import keys
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.events import Publisher, Told, parse_entries
@@ -173,6 +175,41 @@ def test_what_gathers_while_one_round_trip_is_made_goes_by_the_next() -> None:
         assert outbox.flush(5)
     assert sink.trips == [1, 100]
     assert [told.token_idx for told in sink.of(ActivationFrame)] == list(range(101))
+
+
+def test_what_is_told_within_a_moment_goes_by_one_round_trip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reporter, "GATHER_SECONDS", 0.2)
+    sink = Collected()
+    with Outbox(sink) as outbox:
+        for token_idx in range(20):
+            outbox.post(JOB, frame(token_idx))
+        assert sink.trips == []
+        assert until(lambda: sink.trips == [20])
+
+
+def test_an_end_waits_for_nothing_and_takes_along_what_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reporter, "GATHER_SECONDS", 60.0)
+    sink = Collected()
+    ended = Ended(state=JobState.SUCCEEDED, attempt=1)
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, frame(0))
+        outbox.post(JOB, progress(1))
+        outbox.post(JOB, ended)
+        assert until(lambda: sink.events == [frame(0), progress(1), ended])
+    assert sink.trips == [3]
+
+
+def test_a_full_round_trip_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporter, "GATHER_SECONDS", 60.0)
+    sink = Collected()
+    with Outbox(sink) as outbox:
+        for token_idx in range(MOST_AT_ONCE + 1):
+            outbox.post(JOB, frame(token_idx))
+        assert until(lambda: len(sink.events) >= MOST_AT_ONCE)
 
 
 def test_leaving_publishes_what_was_posted() -> None:
