@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
+import msgspec
 import structlog
 import torch
 from sqlalchemy.orm import Session
@@ -53,6 +54,8 @@ DATABASE_PAUSE_SECONDS = 0.5
 STORE_PAUSE_SECONDS = 0.5
 STORE_SECONDS = 60.0
 """How long a result may wait for a store that does not take it."""
+KNOWN_SECONDS = 1.0
+"""How long a model that is asked for again counts as registered as it was."""
 MOST_WORK = 1.5
 """Plain forwards of work that a pass takes for each job that it may: some mates read far more than others."""
 NO_MANIFESTS: Mapping[UUID, str] = MappingProxyType({})
@@ -90,6 +93,14 @@ class _Load(NamedTuple):
 NOTHING = _Load(0, 0, 0.0)
 
 
+class _Known(NamedTuple):
+    """A model as it was registered a moment ago."""
+
+    model: RegisteredModel
+    until: float
+    """How long that counts, on the monotonic clock."""
+
+
 class Attempts:
     """Runs what this worker claims."""
 
@@ -120,6 +131,7 @@ class Attempts:
         self._placing = placing
         self._redis = redis
         self._traces = Traces()
+        self._known: dict[str, _Known] = {}
 
     def take(self, queue: str) -> int:
         """Claim from a queue and run what was claimed; how many jobs that were.
@@ -144,6 +156,7 @@ class Attempts:
                 owner=self._owner,
                 limit=self._settings.batch_jobs,
                 lease_seconds=self._settings.lease_seconds,
+                starts=True,
             )
         except Unavailable as error:
             log.warning("nothing_claimed", queue=queue, error=str(error))
@@ -245,9 +258,16 @@ class Attempts:
     def _begun(self, together: Sequence[Holding]) -> list[Holding]:
         """Those that are still ours, set to work."""
         for holding in together:
-            self._tell(holding.job)
-        loads = together[0].job.kind is JobKind.LOAD
-        return self._moved(together, JobState.LOADING if loads else JobState.RUNNING)
+            job = holding.job
+            self._tell(msgspec.structs.replace(job, state=JobState.CLAIMED))
+            if job.state is not JobState.CLAIMED:
+                self._traces.moved(job)
+                self._tell(job)
+        still = [each for each in together if each.job.state is JobState.CLAIMED]
+        if not still:
+            return list(together)
+        loads = still[0].job.kind is JobKind.LOAD
+        return self._moved(still, JobState.LOADING if loads else JobState.RUNNING)
 
     def _perform(self, holding: Holding) -> None:
         match holding.job.kind:
@@ -269,7 +289,7 @@ class Attempts:
         ):
             measured = scans.perform(
                 together,
-                self._insisting(lambda: self._sessions.read(models.get, job.model)),
+                self._registered(job),
                 self._residency.get(job.revision),
                 baseline=self._baseline(job),
                 calibrations=self._calibrations,
@@ -391,6 +411,17 @@ class Attempts:
             scanned.tables,
             _counting(self._reporter(holding), len(scanned.tables)),
         )
+
+    def _registered(self, job: Job) -> RegisteredModel | None:
+        """The job's model as it is registered, or was a moment ago with the same weights."""
+        known = self._known.get(job.model)
+        if known is None or known.until < time.monotonic() or known.model.revision != job.revision:
+            self._known.pop(job.model, None)
+            model = self._insisting(lambda: self._sessions.read(models.get, job.model))
+            if model is None:
+                return None
+            known = self._known[job.model] = _Known(model, time.monotonic() + KNOWN_SECONDS)
+        return known.model
 
     def _baseline(self, job: Job) -> RegisteredModel | None:
         """The model that the job's scan compares with."""

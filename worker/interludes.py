@@ -98,6 +98,7 @@ class Interludes:
                 limit=self._settings.batch_jobs,
                 lease_seconds=self._settings.lease_seconds,
                 most_cost=self._most,
+                starts=True,
             )
         except Unavailable as error:
             log.warning("nothing_claimed", error=str(error))

@@ -6,6 +6,7 @@ them: then models and scans together are held to that.
 """
 
 import resource
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ __all__ = ("Memory", "Reading", "control_group", "free_of_each")
 SCANS_SHARE = 0.2
 """Of the budget, kept for what scans need beside the models."""
 
+LITTLE = 1 / 64
+"""Of what is left: so much may be given away without looking again."""
+MOMENT_SECONDS = 0.5
+
 _GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -31,6 +36,14 @@ class Reading(NamedTuple):
     """What it could still ask for."""
 
 
+class _Seen(NamedTuple):
+    held: int
+    """By models."""
+    left: int
+    until: float
+    """How long it counts, on the monotonic clock."""
+
+
 class Memory:
     """One worker's memory."""
 
@@ -38,6 +51,18 @@ class Memory:
         self._stated = settings.memory_bytes
         self._device = device
         self._spreads = settings.spread == "auto"
+        self._seen = _Seen(0, 0, 0.0)
+
+    def has_amply(self, n_bytes: int, held_bytes: int) -> bool:
+        """Whether so much is little of what was left a moment ago, beside the same models.
+
+        To look again takes as long as recording a job.
+        """
+        now = time.monotonic()
+        if held_bytes != self._seen.held or now > self._seen.until:
+            left = self.reading(held_bytes).available
+            self._seen = _Seen(held_bytes, left, now + MOMENT_SECONDS)
+        return n_bytes <= LITTLE * self._seen.left
 
     def reading(self, held_bytes: int = 0) -> Reading:
         """What there is, and what is left while models take `held_bytes`."""

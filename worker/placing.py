@@ -234,21 +234,25 @@ class Placing:
         if n_bytes == 0:
             yield
             return
-        room = self.room()
-        held = sum(each.memory_bytes for each in room.held)
-        total, left = self._memory.reading(held)
-        stays = sum(
-            each.memory_bytes for each in room.held if each.pinned or each.revision == revision
-        )
-        if n_bytes > total - stays:
-            raise OutOfMemory(
-                f"this scan takes about {shown(n_bytes)} beside its model, and this worker has "
-                f"{shown(max(0, total - stays))} for it: send a shorter prompt, or fewer layers",
-                estimated_bytes=n_bytes,
-                budget_bytes=max(0, total - stays),
+        models_held = self._residency.held()
+        held = sum(each.memory_bytes or 0 for each in models_held)
+        if not self._memory.has_amply(n_bytes, held):
+            total, left = self._memory.reading(held)
+            stays = sum(
+                each.memory_bytes or 0
+                for each in models_held
+                if each.pinned or each.revision == revision
             )
-        if n_bytes > left:
-            self._make_room(room, n_bytes, left, beside={revision, *self._in_use})
+            if n_bytes > total - stays:
+                raise OutOfMemory(
+                    f"this scan takes about {shown(n_bytes)} beside its model, and this worker has "
+                    f"{shown(max(0, total - stays))} for it: send a shorter prompt, or fewer layers",
+                    estimated_bytes=n_bytes,
+                    budget_bytes=max(0, total - stays),
+                )
+            if n_bytes > left:
+                room = self.room()
+                self._make_room(room, n_bytes, left, beside={revision, *self._in_use})
         self._in_use.append(revision)
         try:
             yield

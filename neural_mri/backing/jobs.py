@@ -28,7 +28,7 @@ from neural_mri.backing import following, idempotency, limits, statements
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.records import LANE_WEIGHTS, AnyRow, Job, Submission, new_id
-from neural_mri.contract.jobs import TERMINAL, JobState, Lane
+from neural_mri.contract.jobs import TERMINAL, JobKind, JobState, Lane
 from neural_mri.contract.problems import Problem, ProblemDocument, TooMany, UnknownJob
 
 __all__ = (
@@ -386,11 +386,13 @@ def claim(
     limit: int,
     lease_seconds: float,
     most_cost: float | None = None,
+    starts: bool = False,
 ) -> list[Job]:
     """Take the queue's first job in fair order, and up to `limit` - 1 that may share its pass.
 
     In fair order; empty when nothing waits. Two workers never get the same job. With `most_cost`, of the
-    scans alone that somebody looks for and that are at most so much work.
+    scans alone that somebody looks for and that are at most so much work. `starts` says that a scan which
+    comes alone is begun at once: then it is running when it comes.
     """
     if session.get_bind().dialect.name == "postgresql":
         # Who submits locks the clock, and then the job that theirs will follow: in that order here as well.
@@ -405,6 +407,10 @@ def claim(
         # The clock goes with the head alone: mates from further back came along for nothing.
         head = {"name": queue, "start": claimed[0].virtual_start}
         _run(session, statements.MOVE_CLOCK, head)
+    if starts and len(claimed) == 1 and claimed[0].kind is JobKind.SCAN:
+        [job] = claimed
+        running = advance(session, job.id, JobState.RUNNING, attempt=job.attempt)
+        return [running or job]
     return claimed
 
 

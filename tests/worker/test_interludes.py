@@ -25,7 +25,7 @@ from neural_mri.contract.scans import (
 )
 from neural_mri.contract.tokens import Operands, Span, Tokens
 from tests.tiny import save_tiny_model
-from tests.worker.bench import Bench
+from tests.worker.bench import Bench, Interrupting
 from worker import interludes, keeper, modelstore
 from worker.interludes import Interludes
 
@@ -206,21 +206,19 @@ def test_leases_of_both_are_renewed(holding_tiny: Bench, monkeypatch: pytest.Mon
     bench.settings = msgspec.structs.replace(bench.settings, lease_seconds=0.6)
     monkeypatch.setattr(bench.keeper, "_lease_seconds", 0.6)
     long, short = long_scan(bench), list[Job]()
-    put, taken = bench.store.put, list[Job]()
+    taken = list[Job]()
 
-    def slow_put(path: str, body: bytes) -> None:
-        if path == keys.manifest_path(short[0].id, 1):
-            time.sleep(1.2)
-            taken.extend(bench.sessions.write(jobs.reap, max_attempts=3))
-        put(path, body)
+    def a_slow_disk() -> None:
+        assert bench.now(short[0]).state is S.STORING
+        time.sleep(1.2)
+        taken.extend(bench.sessions.write(jobs.reap, max_attempts=3))
 
     def somebody_asks(pause: int) -> None:
         if pause == 0:
             short.append(bench.submit(SHORT))
 
-    monkeypatch.setattr(bench.store, "put", slow_put)
     with at_each_pause(monkeypatch, somebody_asks):
-        bench.attempts().take(bench.queue)
+        bench.attempts(Interrupting(bench.store, a_slow_disk)).take(bench.queue)
     assert taken == []
     assert [bench.now(job).state for job in (long, *short)] == [S.SUCCEEDED] * 2
 
@@ -236,23 +234,20 @@ def test_one_that_is_cancelled_meanwhile_stops_and_the_other_goes_on(
     if whose == "long":
         monkeypatch.setattr(keeper, "STOP_SECONDS", 1.0)
     long, short = long_scan(bench), list[Job]()
-    put = bench.store.put
 
-    def cancelling_put(path: str, body: bytes) -> None:
+    def cancel() -> None:
+        assert bench.now(short[0]).state is S.STORING
         cancelled = long if whose == "long" else short[0]
-        if bench.now(short[0]).state is S.STORING and not bench.now(cancelled).cancel_requested:
-            bench.sessions.write(jobs.request_cancel, cancelled.id)
-            Publisher(bench.redis, bench.settings).flag_cancel(cancelled.id)
-            time.sleep(0.3 if whose == "short" else 2.0)
-        put(path, body)
+        bench.sessions.write(jobs.request_cancel, cancelled.id)
+        Publisher(bench.redis, bench.settings).flag_cancel(cancelled.id)
+        time.sleep(0.3 if whose == "short" else 2.0)
 
     def somebody_asks(pause: int) -> None:
         if pause == 0:
             short.append(bench.submit(SHORT))
 
-    monkeypatch.setattr(bench.store, "put", cancelling_put)
     with at_each_pause(monkeypatch, somebody_asks):
-        bench.attempts().take(bench.queue)
+        bench.attempts(Interrupting(bench.store, cancel)).take(bench.queue)
     states = {"long": bench.now(long).state, "short": bench.now(short[0]).state}
     assert states == {"long": S.SUCCEEDED, "short": S.SUCCEEDED} | {whose: S.CANCELLED}
     assert given_up == []
