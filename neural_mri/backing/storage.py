@@ -56,8 +56,6 @@ FLUSHERS = 8
 _FLUSHERS = ThreadPoolExecutor(FLUSHERS, thread_name_prefix="store-flusher")
 """They wait for the disk and do nothing else: of threads that compute only one goes on at a time. Kept: to
 start as many takes longer than a scan's tables do. None starts before it is needed."""
-FLUSHES = 3
-"""Threads that flush one result's files: each of them costs the one that computes a little of its time."""
 MOST_OPEN = 64
 """Files beside their places at once, of a result and of results that are begun together."""
 
@@ -254,17 +252,16 @@ class _Halves:
 
     def __init__(self, store: FolderStore, files: Iterable[NamedBytes]) -> None:
         self._halves: list[_Half | None] = []
-        self._flushing: list[Future[None]] = []
-        self._flushed = 0
         try:
             for file in files:
-                if len(self._halves) - self._flushed == MOST_OPEN:
-                    self._flush()
-                    for half in self._halves:
-                        self._place(half)
+                # Flushing begins when all have been written: whose threads wake up stop this one.
+                if self._halves and len(self._halves) % MOST_OPEN == 0:
+                    self._flush(self._halves[-MOST_OPEN:])
+                    for half in self._halves[-MOST_OPEN:]:
+                        _place(half)
                     self.settle()
                 self._halves.append(store.half(file.path, file.body))
-            self._flush()
+            self._flush(self._halves[-MOST_OPEN:])
         except BaseException:
             self.drop()
             raise
@@ -272,7 +269,7 @@ class _Halves:
     def place(self, placed: Callable[[int], None]) -> None:
         """Let all be found under their paths, the last only once all others are."""
         for index, half in enumerate(self._halves):
-            self._place(half)
+            _place(half)
             if index < len(self._halves) - 1:
                 placed(index)
 
@@ -284,28 +281,19 @@ class _Halves:
 
     def drop(self) -> None:
         """Leave nothing half written."""
-        wait(self._flushing)
         for half in self._halves:
             if half is not None:
                 half.drop()
 
-    def _flush(self) -> None:
-        """Have the disk write what has been added."""
-        added = [half for half in self._halves[self._flushed :] if half is not None]
-        self._flushed = len(self._halves)
-        n_threads = min(FLUSHES, len(added))
-        self._flushing = [_FLUSHERS.submit(_flush, added[at::n_threads]) for at in range(n_threads)]
-
-    def _place(self, half: "_Half | None") -> None:
-        for flushing in self._flushing:
-            flushing.result()
-        if half is not None:
-            half.place()
+    def _flush(self, halves: Iterable["_Half | None"]) -> None:
+        for half in halves:
+            if half is not None:
+                half.flush()
 
 
-def _flush(halves: Iterable["_Half"]) -> None:
-    for half in halves:
-        half.flush()
+def _place(half: "_Half | None") -> None:
+    if half is not None:
+        half.place()
 
 
 class _Half:
@@ -319,6 +307,7 @@ class _Half:
         # A leading dot is no path of ours: a half-written file cannot be asked for.
         self._beside = f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
         self._file: int | None = None
+        self._flushing: Future[None] | None = None
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             self._file = os.open(self._beside, flags, 0o600, dir_fd=folder)
@@ -329,32 +318,35 @@ class _Half:
             raise
 
     def flush(self) -> None:
-        """Wait until its bytes are on the disk."""
-        if self._file is not None:
-            with _explained(self._path):
-                os.fsync(self._file)
+        """Have the disk write its bytes."""
+        if self._file is not None and self._flushing is None:
+            self._flushing = _FLUSHERS.submit(os.fsync, self._file)
 
     def place(self) -> None:
-        """Rename it into its place."""
-        if self._file is None or self._folder is None:
+        """Rename it into its place, once its bytes are on the disk, and have the disk write its name."""
+        if self._file is None or self._folder is None or self._flushing is None:
             return
         with _explained(self._path):
+            self._flushing.result()
             crash_point("worker.written")
             os.replace(self._beside, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             os.close(self._file)
             self._file = None
+            self._flushing = _FLUSHERS.submit(os.fsync, self._folder)
 
     def settle(self) -> None:
         """Wait until its name is on the disk too."""
-        if self._folder is None:
+        if self._folder is None or self._flushing is None:
             return
         with _explained(self._path):
-            os.fsync(self._folder)
+            self._flushing.result()
             os.close(self._folder)
             self._folder = None
 
     def drop(self) -> None:
         """Close what is open, and take away what is not in its place."""
+        if self._flushing is not None:
+            wait([self._flushing])
         if self._file is not None and self._folder is not None:
             os.close(self._file)
             with suppress(FileNotFoundError):
