@@ -138,8 +138,9 @@ def perform(
             [listener] = listeners
             outcomes = [_output(job, scan, folder, resident, compared, calibrations, listener)]
     seconds = (time.perf_counter() - started) / len(jobs)
+    held_bytes = _memory_bytes(numerics.device)
     return [
-        _finished(one, key, numerics, outcome, seconds, calibrations)
+        _finished(one, key, numerics, outcome, seconds, held_bytes, calibrations)
         if isinstance(outcome, ScanOutput)
         else outcome
         for one, key, outcome in zip(jobs, keys, outcomes, strict=True)
@@ -214,6 +215,7 @@ def _finished(
     numerics: Numerics,
     output: ScanOutput,
     seconds: float,
+    held_bytes: int,
     calibrations: Calibrations,
 ) -> Scanned:
     manifest = Manifest(
@@ -229,7 +231,7 @@ def _finished(
         created_at=datetime.now(UTC),
         forward_seconds=output.forward_seconds,
         compute_seconds=seconds,
-        memory_bytes=_memory_bytes(numerics.device),
+        memory_bytes=held_bytes,
     )
     tables = signed(output.tables, manifest)
     if manifest.kind is ScanKind.CALIBRATION:

@@ -113,14 +113,16 @@ def activations_table(
 def percentile_table(
     calibration: Calibration,
     components: Sequence[Component],
-    values: Float[Tensor, "component pos"],
+    shares: Float[Tensor, "component pos"],
     positions: tuple[int, ...],
     sinks: Bool[Tensor, " all_pos"],
 ) -> pa.Table:
-    """A row a component, a value a reported token: where the norm stands among ordinary ones."""
-    shares = calibration.percentile(values, components)
-    shares[:, sinks[list(positions)]] = torch.nan
-    value = positions_column(_column(shares, torch.float32), len(positions))
+    """A row a component, a value a reported token: where the norm stands among ordinary ones.
+
+    `shares` are the calibration's, of every position; a sink's norm says nothing.
+    """
+    told = torch.where(sinks[list(positions)], torch.nan, shares)
+    value = positions_column(_column(told, torch.float32), len(positions))
     return finished(
         build("percentile", columns_of(tuple(components)), value),
         "percentile",

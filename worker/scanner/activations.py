@@ -132,6 +132,9 @@ class ActivationRows:
         """Each prompt's tables, once its frames are told; `seconds` of the forward were each one's."""
         request, found = self._request, self._reading.summaries
         values, neurons = found.values(), found.neurons()
+        shares = None
+        if self._calibration is not None and request.aggregation is Aggregation.L2_NORM:
+            shares = self._calibration.percentile(values, self._components)
         n_positions = len(self._positions)
         made_of_each = []
         for at, (tokens, listener) in enumerate(zip(self._prompts, self._listeners, strict=True)):
@@ -146,6 +149,10 @@ class ActivationRows:
             )
             sinks = found.sinks(slice(at * len(tokens), (at + 1) * len(tokens)))
             made = self._tables(tokens, values[:, own], sinks, logits[own])
+            if self._calibration is not None and shares is not None:
+                made["percentile"] = tables.percentile_table(
+                    self._calibration, self._components, shares[:, own], self._positions, sinks
+                )
             if neurons is not None:
                 mine = Neurons(neurons.layers, neurons.indices[:, own], neurons.values[:, own])
                 made["neurons"] = tables.neurons_table(mine, self._positions)
@@ -162,16 +169,11 @@ class ActivationRows:
         logits: Float[Tensor, "pos d_vocab"],
     ) -> dict[str, pa.Table]:
         request, components, positions = self._request, self._components, self._positions
-        made = {
+        return {
             "tokens": tables.tokens_table(tokens, sinks),
             "activations": tables.activations_table(request, components, values, positions),
             "predictions": tables.predictions_table(self._model, request, logits, positions),
         }
-        if self._calibration is not None and request.aggregation is Aggregation.L2_NORM:
-            made["percentile"] = tables.percentile_table(
-                self._calibration, components, values, positions, sinks
-            )
-        return made
 
 
 def _refuse_too_many_vectors(n_vectors: int, d_model: int) -> None:

@@ -24,7 +24,14 @@ from worker.scanner import anomaly_tables as tables
 from worker.scanner.activation_tables import predictions_table, tokens_table
 from worker.scanner.anomaly_tables import Findings
 from worker.scanner.calibration import Calibration
-from worker.scanner.channels import LensSet, channels, derived, measure
+from worker.scanner.channels import (
+    LensSet,
+    Measured,
+    channels,
+    derived,
+    measure,
+    measure_each,
+)
 from worker.scanner.listening import Listener, Silent
 from worker.scanner.loading import LoadedModel
 from worker.scanner.prompts import ScanOutput, token_ids
@@ -158,11 +165,62 @@ class AnomalyRows:
         return self._reading.listening()
 
     def outcomes(self, logits: Float[Tensor, "place d_vocab"], seconds: float) -> list[Outcome]:
-        """What became of each prompt; `seconds` of the forward were each one's."""
+        """What became of each prompt; `seconds` of the forward were each one's.
+
+        Prompts of which one position is measured are measured together.
+        """
+        asked = [self._tokens_asked(at, logits[at : at + 1]) for at in range(len(self._asked))]
+        measured: Sequence[Measured | None] = [None] * len(asked)
+        if len(asked) > 1 and self._measured_at == (self._target,):
+            measured = self._measured_each(asked)
         return [
-            outcome_of(partial(self._output, at, logits[at : at + 1], seconds))
-            for at in range(len(self._asked))
+            outcome_of(partial(self._output, at, known, logits[at : at + 1], asked[at], seconds))
+            for at, known in enumerate(measured)
         ]
+
+    def _tokens_asked(
+        self, at: int, logits: Float[Tensor, "target d_vocab"]
+    ) -> tuple[int | None, ...]:
+        """The answer, None where it is still to be seen, and the foil if there is one."""
+        _, _, answer, foil = self._asked[at]
+        if len(logits) and answer is None:
+            answer = int(logits[0].argmax())
+        return (answer,) if foil is None else (answer, foil)
+
+    def _measured_each(self, asked: Sequence[tuple[int | None, ...]]) -> list[Measured]:
+        company = Company([one.listener for one in self._asked])
+
+        def after_chunk(done: int) -> None:
+            company.progress("lens", done, len(asked))
+            company.pause()
+
+        return measure_each(
+            self._model,
+            self._reading.residuals,
+            self._lenses,
+            appearance=self._request.appearance,
+            asked=asked,
+            after_chunk=after_chunk,
+        )
+
+    def _measured(self, at: int, asked: tuple[int | None, ...]) -> Measured:
+        """One prompt, position by position."""
+        listener, target, measured_at = self._asked[at].listener, self._target, self._measured_at
+
+        def after_chunk(done: int) -> None:
+            listener.progress("lens", done, len(measured_at))
+            listener.pause()
+
+        return measure(
+            self._model,
+            self._residuals(at),
+            self._lenses,
+            _indices(self._inner_at),
+            appearance=self._request.appearance,
+            asked=asked,
+            target=measured_at.index(target) if target > 0 else None,
+            after_chunk=after_chunk,
+        )
 
     def _in_batch(self, positions: Sequence[int]) -> list[int]:
         """Positions of each prompt, counted through the batch."""
@@ -178,35 +236,24 @@ class AnomalyRows:
         )
 
     def _output(
-        self, at: int, logits: Float[Tensor, "target d_vocab"], seconds: float
+        self,
+        at: int,
+        known: Measured | None,
+        logits: Float[Tensor, "target d_vocab"],
+        asked: tuple[int | None, ...],
+        seconds: float,
     ) -> ScanOutput:
+        """One prompt's tables, of what is `known` of it or is measured now."""
         model, request, calibration = self._model, self._request, self._calibration
-        tokens, listener, answer, foil = self._asked[at]
-        target, measured_at = self._target, self._measured_at
-        if len(logits) and answer is None:
-            answer = int(logits[0].argmax())
-
-        def after_chunk(done: int) -> None:
-            listener.progress("lens", done, len(measured_at))
-            listener.pause()
-
-        measured = measure(
-            model,
-            self._residuals(at),
-            self._lenses,
-            _indices(self._inner_at),
-            appearance=request.appearance,
-            asked=(answer,) if foil is None else (answer, foil),
-            target=measured_at.index(target) if target > 0 else None,
-            after_chunk=after_chunk,
-        )
+        tokens, target = self._asked[at].tokens, self._target
+        measured = self._measured(at, asked) if known is None else known
         if len(logits) and target > 0:
             _refuse_unlike(logits, measured.logits)
             _compared.add(model)
         found = channels(
             measured, kl_weight=request.kl_weight, entropy_weight=request.entropy_weight
         )
-        known = None if calibration is None else calibration.ordinary.get(request.lens)
+        ordinary = None if calibration is None else calibration.ordinary.get(request.lens)
         findings = Findings(
             model=model,
             request=request,
@@ -216,8 +263,8 @@ class AnomalyRows:
             target=target,
             asked=measured.asked,
             measured=measured,
-            channels=found | (derived(found, known) if known else {}),
-            known=known or {},
+            channels=found | (derived(found, ordinary) if ordinary else {}),
+            known=ordinary or {},
         )
         first = self._rows[at] * self._n_tokens
         sinks = self._reading.sinks(slice(first, first + self._n_tokens))

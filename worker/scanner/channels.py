@@ -3,7 +3,7 @@
 A scan and the calibration it is read against measure them here alike.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.scanner import logit_lens
 from worker.scanner.lens_maps import Affine, applied, support_layers
 from worker.scanner.loading import LoadedModel
-from worker.scanner.logit_lens import FinalReadings, LensReadings
+from worker.scanner.logit_lens import FinalReadings, LensReadings, Readings
 from worker.scanner.ordinary import Ordinary
 from worker.scanner.residuals import Residuals
 
@@ -25,6 +25,7 @@ __all__ = (
     "derived",
     "gain",
     "measure",
+    "measure_each",
     "support",
 )
 
@@ -77,36 +78,81 @@ def measure(
 
     Without `appearance`, between blocks only to the last residual.
     """
-    outer, final, inner = residuals.outer[:-1], residuals.outer[-1], residuals.inner
-    after_support = residuals.outer[[layer + 1 for layer in support_layers(len(outer))]]
-    n_outer = len(outer) if appearance else 0
-    places = [applied(lenses.support, after_support)]
-    if appearance:
-        places.insert(0, applied(lenses.outer, outer))
+    final, inner = residuals.outer[-1], residuals.inner
     together = 0 < len(inner_at) == len(final)
-    if together:
-        places.append(applied(lenses.inner, inner))
+    places = _Places.of(residuals, lenses, appearance=appearance, inside=together)
     found = logit_lens.read(
-        model, torch.cat(places), final, asked=asked, target=target, after_chunk=after_chunk
+        model, places.mapped, final, asked=asked, target=target, after_chunk=after_chunk
     )
-    first_inner = n_outer + len(after_support)
     inside = None
-    if together:
-        inside = _rows(found.lens, slice(first_inner, None))
-    elif len(inner_at):
+    if len(inner_at) and not together:
         at = inner_at.to(final.device)
         inside = logit_lens.read(
             model, applied(lenses.inner, inner), final[at], asked=found.asked
         ).lens
-    return Measured(
-        final=found.final,
-        outer=_with_last(_rows(found.lens, slice(n_outer)), found.final),
-        inner=inside,
-        inner_at=inner_at,
-        support=_rows(found.lens, slice(n_outer, first_inner)),
-        asked=found.asked,
-        logits=found.logits,
-    )
+    return places.measured(found, inner_at, inside)
+
+
+def measure_each(
+    model: LoadedModel,
+    residuals: Residuals,
+    lenses: LensSet,
+    *,
+    appearance: bool = True,
+    asked: Sequence[tuple[int | None, ...]],
+    after_chunk: Callable[[int], None] | None = None,
+) -> list[Measured]:
+    """The same of several prompts' targets, a position each; inside the blocks at all of them or at none."""
+    inside = residuals.inner.shape[1] > 0
+    places = _Places.of(residuals, lenses, appearance=appearance, inside=inside)
+    inner_at = torch.arange(1 if inside else 0)
+    return [
+        places.measured(found, inner_at, None)
+        for found in logit_lens.read_each(
+            model, places.mapped, residuals.outer[-1], asked=asked, after_chunk=after_chunk
+        )
+    ]
+
+
+class _Places(NamedTuple):
+    """Where the lenses are held to the stream, one after another."""
+
+    mapped: Float[Tensor, "place pos d_model"]
+    """The stream there, as each lens has it."""
+    n_outer: int
+    n_support: int
+    inside: bool
+    """Whether the places inside the blocks come last."""
+
+    @classmethod
+    def of(
+        cls, residuals: Residuals, lenses: LensSet, *, appearance: bool, inside: bool
+    ) -> "_Places":
+        """Without `appearance`, between blocks only where support is read."""
+        outer = residuals.outer[:-1]
+        after_support = residuals.outer[[layer + 1 for layer in support_layers(len(outer))]]
+        mapped = [applied(lenses.support, after_support)]
+        if appearance:
+            mapped.insert(0, applied(lenses.outer, outer))
+        if inside:
+            mapped.append(applied(lenses.inner, residuals.inner))
+        n_outer = len(outer) if appearance else 0
+        return cls(torch.cat(mapped), n_outer, len(after_support), inside)
+
+    def measured(
+        self, found: Readings, inner_at: Int[Tensor, " inner_pos"], inside: LensReadings | None
+    ) -> Measured:
+        """One prompt's readings here; `inside` the blocks where those were read by themselves."""
+        first_inner = self.n_outer + self.n_support
+        return Measured(
+            final=found.final,
+            outer=_with_last(_rows(found.lens, slice(self.n_outer)), found.final),
+            inner=_rows(found.lens, slice(first_inner, None)) if self.inside else inside,
+            inner_at=inner_at,
+            support=_rows(found.lens, slice(self.n_outer, first_inner)),
+            asked=found.asked,
+            logits=found.logits,
+        )
 
 
 def gain(measured: Measured) -> Float[Tensor, " pos"]:

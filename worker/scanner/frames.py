@@ -46,8 +46,10 @@ def send_frames(
                 token_idx=position,
                 token=tokens.texts[position],
                 layers=tuple(
-                    FrameLayer(layer_id=layer_id, type=kind, activations=tuple(column[rows]))
-                    for layer_id, kind, rows in parts
+                    [
+                        FrameLayer(layer_id=layer_id, type=kind, activations=tuple(column[rows]))
+                        for layer_id, kind, rows in parts
+                    ]
                 ),
                 unit=unit,
             )

@@ -26,8 +26,9 @@ from worker.scanner.sites import BlockModules
 
 __all__ = ("GATHERED_BYTES", "Reading")
 
-GATHERED_BYTES = 4 << 20
-"""What is summarised together should still be in a processor's cache."""
+GATHERED_BYTES = 2 << 20
+"""What is summarised together should still be in a processor's cache. To lay layers side by side is to copy
+them: of a dozen prompts one layer is enough by itself."""
 
 
 class Reading:

@@ -124,7 +124,7 @@ class Summaries:
         span = slice(layers[0].layer, layers[-1].layer + 1)
         seen = {
             # All prompts one after another. To flatten them once a layer would cost as much as to measure them.
-            part: torch.stack([layer.parts[part] for layer in layers]).flatten(1, -2)
+            part: _side_by_side([layer.parts[part] for layer in layers]).flatten(1, -2)
             for part in layers[0].parts
         }
         self._residual_norms.append(norm(seen[Part.AFTER]))
@@ -158,14 +158,13 @@ class Summaries:
         """
         of_layer = self._blocks[layer]
         step = of_layer.shape[1] // each
-        told = []
-        for last in of_layer[:, step - 1 :: step].T.tolist():
-            values: dict[Kind, list[float]] = {}
-            for component in self._of_layer[layer]:
-                row = self._row_of_kind[component.kind] + (component.index or 0)
-                values.setdefault(component.kind, []).append(last[row])
-            told.append(values)
-        return told
+        rows: defaultdict[Kind, list[int]] = defaultdict(list)
+        for component in self._of_layer[layer]:
+            rows[component.kind].append(self._row_of_kind[component.kind] + (component.index or 0))
+        return [
+            {kind: [last[row] for row in of_kind] for kind, of_kind in rows.items()}
+            for last in of_layer[:, step - 1 :: step].T.tolist()
+        ]
 
     def neurons(self) -> Neurons | None:
         """The strongest neurons, on the CPU; None where none were asked for."""
@@ -226,6 +225,11 @@ class Summaries:
         self._neurons.append(
             Neurons(tuple(layers), indices[chosen], hidden.gather(-1, indices).float()[chosen])
         )
+
+
+def _side_by_side(values: Sequence[Tensor]) -> Float[Tensor, "layer *rest"]:
+    """Of several layers; a single one's is not copied for it."""
+    return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
 
 
 def sinks(norms: Float[Tensor, "layer pos"]) -> Bool[Tensor, " pos"]:

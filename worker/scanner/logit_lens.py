@@ -12,8 +12,8 @@ next rows come. How the rows are cut depends on shapes alone, so that equal scan
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,7 @@ from worker.scanner.halving import portion
 from worker.scanner.loading import LoadedModel
 from worker.scanner.measures import largest
 
-__all__ = ("FinalReadings", "LensReadings", "Readings", "read", "unembed")
+__all__ = ("FinalReadings", "LensReadings", "Readings", "read", "read_each", "unembed")
 
 _PRODUCT_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
 """Logits that one matrix product makes: enough that reading W_U is not what it spends its time on."""
@@ -124,6 +124,72 @@ def read(
         target: Which of the positions is read first, its logits kept.
         after_chunk: Called with the number of positions that are done; may raise to stop.
     """
+    one = {} if target is None else {target: slice(None)}
+    wanted = torch.tensor([-1 if token is None else token for token in asked], dtype=torch.int64)
+    everywhere = wanted.expand(final.shape[0], -1).clone()
+    found = _read(model, places, final, everywhere, one, after_chunk)
+    known = found.asked[0] if len(found.asked) else wanted
+    return Readings(*found.numbers, tuple(known.tolist()), found.logits)
+
+
+@torch.inference_mode()
+def read_each(
+    model: LoadedModel,
+    places: Float[Tensor, "place prompt d_model"],
+    final: Float[Tensor, "prompt d_model"],
+    *,
+    asked: Sequence[tuple[int | None, ...]],
+    after_chunk: Callable[[int], None] | None = None,
+) -> list[Readings]:
+    """The same of one position of each of several prompts, which is its target: what `read` gives of each.
+
+    To the last digits but one. What reading W_U costs they share; so each of few places is worth it most.
+    """
+    width = max(map(len, asked))
+    wanted = torch.tensor(
+        [
+            [-1 if token is None else token for token in tokens] + [0] * (width - len(tokens))
+            for tokens in asked
+        ]
+    )
+    own = {position: slice(position, position + 1) for position in range(len(asked))}
+    found = _read(model, places, final, wanted, own, after_chunk)
+    known = found.asked.tolist()
+    return [
+        Readings(
+            _only(found.numbers[0], (at,), len(asked[position])),
+            _only(found.numbers[1], (slice(None), at), len(asked[position])),
+            tuple(known[position][: len(asked[position])]),
+            found.logits[at],
+        )
+        for position, at in own.items()
+    ]
+
+
+R = TypeVar("R", FinalReadings, LensReadings)
+
+
+def _only(readings: R, at: tuple[slice, ...], n_asked: int) -> R:
+    """Those at some positions, of so many tokens asked about."""
+    values = {name: value[at] for name, value in readings._asdict().items()}
+    return readings._replace(**{**values, "asked": values["asked"][..., :n_asked]})
+
+
+class _Found(NamedTuple):
+    numbers: tuple[FinalReadings, LensReadings]
+    asked: Int[Tensor, "pos asked"]
+    logits: Float[Tensor, "target d_vocab"]
+
+
+def _read(
+    model: LoadedModel,
+    places: Float[Tensor, "place pos d_model"],
+    final: Float[Tensor, "pos d_model"],
+    asked: Int[Tensor, "pos asked"],
+    targets: Mapping[int, slice],
+    after_chunk: Callable[[int], None] | None,
+) -> _Found:
+    """Chunk by chunk, `targets` first: what is likeliest there is what -1 asks about at their positions."""
     n_places, n_positions, _ = places.shape
     d_vocab = model.modules.unembed.get_parameter("weight").shape[0]
     device, kind = model.device, model.device.type
@@ -134,43 +200,37 @@ def read(
     chunks = [
         slice(start, min(start + at_once, n_positions)) for start in range(0, n_positions, at_once)
     ]
-    if target is not None:
-        chunks.insert(0, chunks.pop(target // at_once))
-    known = tuple(-1 if token is None else token for token in asked)
-    measuring = _Measuring(n_places, n_positions, at_once, d_vocab, known, device)
-    kept, done = product[:0], 0
+    # Those with a target come first, the others in their order.
+    chunks.sort(key=lambda chunk: not any(at in range(chunk.start, chunk.stop) for at in targets))
+    measuring = _Measuring(n_places, at_once, d_vocab, asked.to(device))
+    kept: dict[int, Float[Tensor, " d_vocab"]] = {}
+    done = 0
     for chunk in chunks:
         width = chunk.stop - chunk.start
         together = torch.cat([final[chunk].unsqueeze(0), places[:, chunk]])
         logits = unembed(model, together, out=product[: rows * width]).view(rows, width, d_vocab)
-        if target is not None and not done:
-            kept = logits[0, target - chunk.start].unsqueeze(0).clone()
-            likeliest = int(kept.argmax())
-            known = tuple(likeliest if token is None else token for token in asked)
-            measuring.ask(known)
+        for target in targets.keys() & range(chunk.start, chunk.stop):
+            kept[target] = logits[0, target - chunk.start].clone()
+            measuring.ask(targets[target], int(kept[target].argmax()))
         measuring.measure(chunk, logits)
         done += width
         if after_chunk is not None:
             after_chunk(done)
-    return Readings(*measuring.readings(), known, kept)
+    logits = torch.stack([kept[target] for target in targets]) if targets else product[:0]
+    return _Found(measuring.readings(), measuring.asked.cpu(), logits)
 
 
 class _Measuring:
     """Takes every quantity of some rows of logits while they are in the cache."""
 
     def __init__(
-        self,
-        n_places: int,
-        n_positions: int,
-        at_once: int,
-        d_vocab: int,
-        asked: tuple[int, ...],
-        device: torch.device,
+        self, n_places: int, at_once: int, d_vocab: int, asked: Int[Tensor, "pos asked"]
     ) -> None:
-        self._device = device
+        self.asked = asked
+        """Which tokens to look for at each position; -1 for what is not known yet."""
+        device, (n_positions, n_asked) = asked.device, asked.shape
         self._step = max(1, _CACHED_BYTES[device.type] // (4 * at_once * d_vocab))
         self._step = min(self._step, max(1, n_places))
-        self.ask(asked)
         self._log_p = torch.empty(at_once, d_vocab, device=device)
         self._p = torch.empty(at_once, d_vocab, device=device)
         self._log_q = torch.empty(self._step * at_once * d_vocab, device=device)
@@ -184,7 +244,7 @@ class _Measuring:
             top=numbers(n_positions, dtype=torch.int64),
             log_probability=numbers(n_positions),
             margin=numbers(n_positions),
-            asked=numbers(n_positions, len(asked)),
+            asked=numbers(n_positions, n_asked),
             rank=torch.full((n_positions,), -1, device=device),
         )
         self._lens = LensReadings(
@@ -194,13 +254,14 @@ class _Measuring:
             top=numbers(n_places, n_positions, dtype=torch.int64),
             top_log_probability=numbers(n_places, n_positions),
             own=numbers(n_places, n_positions),
-            asked=numbers(n_places, n_positions, len(asked)),
+            asked=numbers(n_places, n_positions, n_asked),
             rank=torch.full((n_places, n_positions), -1, device=device),
         )
 
-    def ask(self, tokens: tuple[int, ...]) -> None:
-        """Which tokens to look for: as many as before."""
-        self._asked = torch.tensor(tokens, device=self._device, dtype=torch.int64)
+    def ask(self, positions: slice, likeliest: int) -> None:
+        """What is likeliest is looked for where nothing else was."""
+        own = self.asked[positions]
+        own[own < 0] = likeliest
 
     def readings(self) -> tuple[FinalReadings, LensReadings]:
         """What was measured. Divergences that rounding left below 0 are 0."""
@@ -231,8 +292,8 @@ class _Measuring:
         found.top[chunk], found.log_probability[chunk] = top.indices[:, 0], top.values[:, 0]
         found.margin[chunk] = top.values[:, 0] - top.values[:, 1]
         found.entropy[chunk] = torch.linalg.vecdot(p, log_p).neg_()
-        found.asked[chunk] = log_p.index_select(-1, self._asked)
-        if len(self._asked):
+        found.asked[chunk] = log_p.gather(-1, self.asked[chunk])
+        if self.asked.shape[1]:
             found.rank[chunk] = (log_p > found.asked[chunk][:, :1]).sum(-1)
 
     def _measure_lens(
@@ -250,8 +311,8 @@ class _Measuring:
         found.top[at], found.top_log_probability[at] = top.indices[..., 0], top.values[..., 0]
         own = self._final.top[chunk].expand(logits.shape[:-1]).unsqueeze(-1)
         found.own[at] = log_q.gather(-1, own).squeeze(-1)
-        found.asked[at] = log_q.index_select(-1, self._asked)
-        if len(self._asked):
+        found.asked[at] = log_q.gather(-1, self.asked[chunk].expand(len(log_q), -1, -1))
+        if self.asked.shape[1]:
             # As float32: a sum of booleans takes longer than the matrix product. Exact up to 2^24.
             torch.gt(log_q, found.asked[at][..., :1], out=spare)
             found.rank[at] = spare.sum(-1).long()

@@ -168,3 +168,21 @@ def test_no_hook_is_left_behind(tiny_model: LoadedModel) -> None:
     before = hooks(tiny_model)
     run(tiny_model)
     assert hooks(tiny_model) == before
+
+
+def test_each_of_several_prompts_targets_is_what_it_is_by_itself(tiny_model: LoadedModel) -> None:
+    """However many tokens are asked about, known or still to be seen."""
+    residuals, _ = run(tiny_model)
+    asked: list[tuple[int | None, ...]] = [(7,), (None,), (None, 3), (5, 9), (1,)]
+    own = residuals.outer[:, 1 : 1 + len(asked)]
+    together = logit_lens.read_each(tiny_model, own, own[-1], asked=asked)
+    for index, (tokens, found) in enumerate(zip(asked, together, strict=True)):
+        one = own[:, index : index + 1]
+        alone = logit_lens.read(tiny_model, one, one[-1], asked=tokens, target=0)
+        assert found.asked == alone.asked
+        for value, expected in zip(
+            (*found.final, *found.lens, found.logits),
+            (*alone.final, *alone.lens, alone.logits),
+            strict=True,
+        ):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
