@@ -184,8 +184,8 @@ def raw(model: LoadedModel, *, n_rows: int, seed: int, kind: Kind = FMRI) -> Raw
     for number, length in enumerate((lengths[0], *lengths)):
         rows = [prompt(model, length, seed=1000 * seed + row) for row in range(n_rows)]
         if isinstance(request, PerturbationScan):
-            done = (ZeroAblation(component=_head(f"{seed} {number}")),)
-            request = msgspec.structs.replace(request, perturbations=done)
+            ablated = (ZeroAblation(component=_head(f"{seed} {number}")),)
+            request = msgspec.structs.replace(request, perturbations=ablated)
         ids = torch.tensor([tokens.ids for tokens in rows])
         runs: dict[str, Callable[[], object]] = {
             "forwards": partial(model.plain, input_ids=ids, use_cache=False),

@@ -154,7 +154,7 @@ def test_scans_of_different_people_share_a_forward_and_keep_their_numbers(
     n_sources = sum(len(scan.other_prompts) for scan in scans)
     assert forwards.batches == [len(scans) + n_sources]
     for seed, (scan, job) in enumerate(zip(scans, together, strict=True)):
-        canonical = msgspec.structs.replace(scan, canonical=True)  # type: ignore[call-arg]
+        canonical = msgspec.structs.replace(scan, canonical=True)
         alone = submitted(bench, canonical, prompt(seed))
         assert bench.attempts().take(bench.queue) == 1
         agree(tables(bench, job), tables(bench, alone))
@@ -174,7 +174,7 @@ def test_a_prompt_that_is_asked_about_twice_is_run_once(holding_tiny: Bench) -> 
     assert bench.attempts().take(bench.queue) == 3
     assert forwards.batches == [2]
     for job, (scan, tokens) in zip(together, asked, strict=True):
-        canonical = msgspec.structs.replace(scan, canonical=True)  # type: ignore[call-arg]
+        canonical = msgspec.structs.replace(scan, canonical=True)
         alone = submitted(bench, canonical, tokens)
         bench.attempts().take(bench.queue)
         agree(tables(bench, job), tables(bench, alone))
@@ -205,7 +205,7 @@ def test_who_asks_for_another_forward_does_not_share(holding_tiny: Bench) -> Non
         submitted(bench, scan, prompt(seed))
         submitted(bench, scan, prompt(seed, 7))
         for mate in range(2):
-            canonical = msgspec.structs.replace(scan, canonical=True)  # type: ignore[call-arg]
+            canonical = msgspec.structs.replace(scan, canonical=True)
             submitted(bench, canonical, prompt(10 + 2 * seed + mate))
     forwards, taken = Forwards(bench), []
     while n_taken := bench.attempts().take(bench.queue):
@@ -219,7 +219,7 @@ def test_a_canonical_scan_is_the_same_to_the_last_bit_in_any_company(
     holding_tiny: Bench, company: str
 ) -> None:
     bench, scans, chance = holding_tiny, COMPANIES[company], random.Random(company)
-    canonical = msgspec.structs.replace(scans[0], canonical=True)  # type: ignore[call-arg]
+    canonical = msgspec.structs.replace(scans[0], canonical=True)
     seen = set()
     for number in range(4):
         for mate in range(number):

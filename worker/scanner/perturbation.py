@@ -492,10 +492,15 @@ class _PairReading:
         """Of each pair `tokens`, `activations`, `activations_after`, `change`."""
         n_clean, n_perturbed = len(self._clean), len(self._perturbed)
         values = self._summaries.values().view(len(self._components), -1, self._n_tokens)
-        clean, after, change = values.split([n_clean, n_perturbed, n_perturbed], 1)
+        clean, after, change = torch.split(values, [n_clean, n_perturbed, n_perturbed], 1)
         draws = [len(pair.perturbed) for pair in self._pairs]
         for at, (pair, own_after, own_change) in enumerate(
-            zip(self._pairs, after.split(draws, 1), change.split(draws, 1), strict=True)
+            zip(
+                self._pairs,
+                torch.split(after, draws, 1),
+                torch.split(change, draws, 1),
+                strict=True,
+            )
         ):
             tokens = pair.one.asked.tokens
             yield self._tables(tokens, clean[:, at], own_after.mean(1), own_change.mean(1))

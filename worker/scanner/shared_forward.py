@@ -176,7 +176,8 @@ def read_forward(
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     seconds = time.perf_counter() - started
-    return ForwardRead(list(logits.split([len(reader.logits_at) for reader in readers])), seconds)
+    places_of_each = [len(reader.logits_at) for reader in readers]
+    return ForwardRead(list(torch.split(logits, places_of_each)), seconds)
 
 
 @contextmanager
