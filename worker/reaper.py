@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -99,6 +100,10 @@ class Reaper:
         for job in moved:
             self._forget_result(job)
             self._announce(job)
+        # A worker may be idle: it need not wait for two rounds to find them missing.
+        back = Counter(job.queue for job in moved if job.state is JobState.QUEUED)
+        for queue, count in back.items():
+            send_tickets(self._redis, queue, min(count, MOST_TICKETS))
 
     def _stop_failing(self) -> None:
         if time.monotonic() < self._stop_at:

@@ -114,6 +114,19 @@ def test_what_a_dead_worker_held_is_queued_again_and_said(
     assert told(client, job.id) == [StateChanged(state=JobState.QUEUED, attempt=1)]
 
 
+def test_what_a_dead_worker_held_can_be_taken_at_once_and_is_offered_no_more_than_once(
+    sessions: Sessions, client: SyncRedis, reaper: Reaper
+) -> None:
+    submit(sessions, 2)
+    queue.send_tickets(client, QUEUE, 1)
+    claim(sessions)
+    reaper.round()
+    assert queue.waiting_tickets(client, QUEUE) == 2
+    for _ in range(3):
+        reaper.round()
+    assert queue.waiting_tickets(client, QUEUE) == 2
+
+
 def test_a_lost_attempts_result_that_no_job_names_is_taken_away(
     reaper: Reaper, settings: Settings, sessions: Sessions
 ) -> None:
