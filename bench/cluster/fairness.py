@@ -5,6 +5,7 @@ The many are written to the database, as the API writes a batch; whoever is meas
 
 import asyncio
 import random
+import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from bench.cluster.caller import Caller
-from bench.cluster.figures import Figure, at_least, at_most, percentile, plain
+from bench.cluster.figures import Figure, at_least, at_most, plain
 from bench.cluster.service import USERS, Cluster
 from neural_mri.backing import jobs, keys, models
 from neural_mri.backing.database import epoch
@@ -32,6 +33,8 @@ FLOOD = 10_000
 HEAVY, LIGHT = 100, 1
 LIGHT_JOBS = 45
 N_USERS = 8
+MILLISECOND = 1e-3
+"""What the database's clock tells apart."""
 LENGTHS = (8, 13, 10, 16, 11, 9, 14, 12, 15)
 
 
@@ -95,7 +98,9 @@ class _Wait(NamedTuple):
 
     waited: float
     passes: float
-    """The same in passes of those that wait behind it."""
+    """The same in passes of the flood: of those that were under way meanwhile, in the mean."""
+    began: int
+    """Passes of the flood that began meanwhile."""
 
 
 async def _waits(cluster: Cluster, count: int) -> list[_Wait]:
@@ -109,25 +114,38 @@ async def _waits(cluster: Cluster, count: int) -> list[_Wait]:
         job = cluster.job(answer.json()["id"])
         if job.started_at is None:
             raise RuntimeError(f"job {job.id} is {job.state}")
-        waited = (job.started_at - job.created_at).total_seconds()
-        waits.append(_Wait(waited, waited / _pass_seconds(cluster)))
+        created, started = job.created_at.timestamp(), job.started_at.timestamp()
+        behind = _passes_between(cluster, created, started)
+        lasted = statistics.fmean(each.ended - each.began for each in behind)
+        began = sum(created < each.began for each in behind)
+        waits.append(_Wait(started - created, (started - created) / lasted, began))
     return waits
 
 
-def _pass_seconds(cluster: Cluster) -> float:
-    """How long the flood's jobs have held the worker of late, in the median."""
-    lasted = (
-        select((JOBS.c.finished_at - JOBS.c.started_at).label("seconds"))
+class _Pass(NamedTuple):
+    """When jobs that were claimed together were, and when the last of them had ended."""
+
+    began: float
+    ended: float
+
+
+def _passes_between(cluster: Cluster, since: float, until: float) -> list[_Pass]:
+    """The flood's passes that were under way at some time between two, or else the one before."""
+    together = (
+        select(JOBS.c.started_at.label("began"), func.max(JOBS.c.finished_at).label("ended"))
         .where(
             JOBS.c.owner == FLOODER,
             JOBS.c.finished_at.is_not(None),
-            JOBS.c.started_at.is_not(None),
+            # Its own pass may take some of the flood along.
+            JOBS.c.started_at < until - MILLISECOND,
         )
-        .order_by(JOBS.c.finished_at.desc())
-        .limit(64)
+        .group_by(JOBS.c.started_at)
+        .order_by(JOBS.c.started_at.desc())
+        .limit(16)
     )
     with cluster.sessions.reading() as session:
-        return percentile(list(session.execute(lasted).scalars()), 0.5)
+        latest = [_Pass(row.began, row.ended) for row in session.execute(together)]
+    return [each for each in latest if each.ended > since] or latest[:1]
 
 
 def _shares(cluster: Cluster) -> dict[str, int]:
@@ -187,6 +205,10 @@ def flood(cluster: Cluster) -> list[Figure]:
             2.0,
             " job-times",
             digits=2,
+        ),
+        plain(
+            "passes of the first's that began while it waited, the most",
+            str(max(wait.began for wait in waits)),
         ),
         plain(
             f"the same in seconds; {left:,} jobs were still waiting, recorded in {took:.1f} s",
