@@ -19,7 +19,7 @@ const NAME = "page.html";
 
 /** What a page without a service has no use for. */
 const ABSENT =
-  /\/(Login|QuestionForm|StimulusForm|TraceForm|Waiting|Tour)\.svelte$|\/api\/events\.ts$|\/export\/(film|page)\.ts$|\/words\/ko\/index\.ts$/;
+  /\/(Login|QuestionForm|StimulusForm|TraceForm|Waiting|Tour)\.svelte$|\/api\/events\.ts$|\/export\/(film|page)\.ts$|\/words\/ko\/index\.ts$|\/sessions\/(Listing|Beside|sessions)\.svelte(\.ts)?$/;
 
 /** @returns {import("vite").Plugin} */
 export function savedPage() {
@@ -115,7 +115,7 @@ function absent() {
     },
     load: (id) =>
       id === NOTHING
-        ? "export default function Nothing() {}\nexport const follow = Nothing, record = Nothing, canFilm = () => false, pageOf = Nothing, gather = Nothing, viewingIn = Nothing, korean = null;"
+        ? "export default function Nothing() {}\nexport const follow = Nothing, record = Nothing, canFilm = () => false, pageOf = Nothing, gather = Nothing, viewingIn = Nothing, Sessions = Nothing, korean = null;"
         : null,
   };
 }

@@ -2,6 +2,7 @@
  * The service's HTTP interface. Every refusal becomes a `Refusal` that carries one clear sentence.
  * Knows nothing of what is drawn.
  */
+import type { FollowOptions, StreamEvent } from "./events";
 import { Refusal, isAbort, refused } from "./refusals";
 import type { Identity, JobEvent, JobView, Manifest, ModelInfo, Tokens } from "./schema";
 import { t } from "../words/words.svelte";
@@ -15,6 +16,10 @@ export class Client {
   readonly #base: string;
   /** Told whenever the service does not know who asks: that is not the single request's matter. */
   onStranger: () => void = () => undefined;
+  /** Whether somebody looks who need not be known: a shared session is open. */
+  isGuest = false;
+  /** What is answered here, or where else it is asked for: scans that an open session keeps. */
+  kept: (path: string, init?: RequestInit) => Response | string | null = () => null;
 
   /** `base` is where `/api` lives: empty for the page's own origin. */
   constructor(base = "", fetcher: Fetch = (input, init) => fetch(input, init)) {
@@ -44,7 +49,7 @@ export class Client {
   }
 
   async logOut(): Promise<void> {
-    await this.#request("/api/logout", { method: "POST" });
+    await this.ask("/api/logout", { method: "POST" });
   }
 
   /** Asks for a scan; `wait` seconds are granted for it to finish before the answer comes. */
@@ -64,7 +69,7 @@ export class Client {
 
   /** Asks for a job to be stopped; its event stream says when it has. */
   async cancel(id: string): Promise<void> {
-    await this.#request(`/api/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
+    await this.ask(`/api/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
   }
 
   manifest(id: string): Promise<Manifest> {
@@ -74,7 +79,7 @@ export class Client {
   /** An answer as it came, byte for byte. */
   async answer(path: string): Promise<{ type: string; body: Uint8Array<ArrayBuffer> }> {
     const headers = path.includes("/result/") ? { headers: { Accept: ARROW_FILE } } : {};
-    const answer = await this.#request(path, headers);
+    const answer = await this.ask(path, headers);
     const type = answer.headers.get("Content-Type") ?? "";
     return { type, body: new Uint8Array(await answer.arrayBuffer()) };
   }
@@ -92,7 +97,7 @@ export class Client {
   async attention(id: string, layer: number, signal?: AbortSignal): Promise<ArrayBuffer> {
     const path = `/api/jobs/${encodeURIComponent(id)}/attention/${layer}`;
     for (let attempt = 0; ; attempt++) {
-      const answer = await this.#request(path, {
+      const answer = await this.ask(path, {
         headers: { Accept: ARROW_FILE },
         ...given({ signal }),
       });
@@ -108,20 +113,29 @@ export class Client {
   }
 
   /** A job's events from its beginning to its end, across broken connections. */
-  async *events(
+  events(
     job: JobView,
     signal: AbortSignal,
     connected?: (yes: boolean) => void,
   ): AsyncGenerator<JobEvent> {
     const path = job.links["events"] ?? `/api/jobs/${encodeURIComponent(job.id)}/events`;
+    return this.stream(path, { signal, ...given({ connected }) });
+  }
+
+  /** Any event stream to its end, across broken connections. */
+  async *stream<E extends StreamEvent>(path: string, options: FollowOptions): AsyncGenerator<E> {
     // Most of what is opened is finished, and has no use for a stream's reader.
     const { follow } = await import("./events");
     try {
-      yield* follow(this.#base + path, { signal, fetch: this.#fetch, ...given({ connected }) });
+      yield* follow<E>(this.#base + path, { fetch: this.#fetch, ...options });
     } catch (error) {
-      if (error instanceof Refusal && error.status === 401) this.onStranger();
+      if (error instanceof Refusal && error.status === 401) this.#stranger();
       throw error;
     }
+  }
+
+  #stranger(): void {
+    if (!this.isGuest) this.onStranger();
   }
 
   async #end(job: JobView, signal?: AbortSignal): Promise<Pick<JobView, "state" | "problem">> {
@@ -132,19 +146,22 @@ export class Client {
   }
 
   async #arrow(path: string): Promise<ArrayBuffer> {
-    const answer = await this.#request(path, { headers: { Accept: ARROW_FILE } });
+    const answer = await this.ask(path, { headers: { Accept: ARROW_FILE } });
     return answer.arrayBuffer();
   }
 
   async #json<T>(path: string, init?: RequestInit): Promise<T> {
-    const answer = await this.#request(path, init);
+    const answer = await this.ask(path, init);
     return (await answer.json()) as T;
   }
 
-  async #request(path: string, init?: RequestInit): Promise<Response> {
+  /** Any request; of what is kept here as well, unless it must be the service. Throws its refusal. */
+  async ask(path: string, init?: RequestInit, here = true): Promise<Response> {
     let answer: Response;
     try {
-      answer = await this.#fetch(this.#base + path, init);
+      const kept = here ? this.kept(path, init) : null;
+      const at = typeof kept === "string" ? kept : path;
+      answer = kept instanceof Response ? kept : await this.#fetch(this.#base + at, init);
     } catch (error) {
       if (isAbort(error)) throw error;
       throw new Refusal(
@@ -158,7 +175,7 @@ export class Client {
     }
     if (answer.ok) return answer;
     // A wrong key is told where it was typed.
-    if (answer.status === 401 && path !== "/api/login") this.onStranger();
+    if (answer.status === 401 && path !== "/api/login") this.#stranger();
     throw await refused(answer);
   }
 }

@@ -1,6 +1,6 @@
 /**
- * A job's event stream, read with fetch: a browser's `EventSource` hides status codes and waits three
- * seconds after a cut. Resumes with `Last-Event-ID`; ends after the `ended` event.
+ * An event stream, read with fetch: a browser's `EventSource` hides status codes and waits three seconds
+ * after a cut. Resumes with `Last-Event-ID`; ends after its last event, a job's `ended`.
  */
 import { createParser, type EventSourceMessage } from "eventsource-parser";
 
@@ -8,8 +8,15 @@ import { Refusal, isAbort, refused } from "./refusals";
 import type { JobEvent } from "./schema";
 import { t } from "../words/words.svelte";
 
+export interface StreamEvent {
+  readonly type: string;
+}
+
 export interface FollowOptions {
   readonly signal: AbortSignal;
+  readonly headers?: Readonly<Record<string, string>>;
+  /** The type of the last event; a job's where it is not said. */
+  readonly last?: string;
   readonly fetch?: typeof fetch;
   /** First pause before connecting again; the server's `retry:` replaces it. */
   readonly retryMilliseconds?: number;
@@ -25,7 +32,10 @@ const LONGEST_PAUSE = 10_000;
  * Yields each event once, in order. Throws `Refusal` when the service refuses the stream (401, 404)
  * or cannot be reached `patience` times in a row; an `AbortError` when the signal fires.
  */
-export async function* follow(url: string, options: FollowOptions): AsyncGenerator<JobEvent> {
+export async function* follow<E extends StreamEvent = JobEvent>(
+  url: string,
+  options: FollowOptions,
+): AsyncGenerator<E> {
   const fetcher = options.fetch ?? ((input, init) => fetch(input, init));
   const patience = options.patience ?? 6;
   let pause = options.retryMilliseconds ?? 500;
@@ -33,7 +43,7 @@ export async function* follow(url: string, options: FollowOptions): AsyncGenerat
   let fruitless = 0;
 
   for (;;) {
-    const headers: Record<string, string> = { Accept: "text/event-stream" };
+    const headers: Record<string, string> = { Accept: "text/event-stream", ...options.headers };
     if (lastId !== undefined) headers["Last-Event-ID"] = lastId;
     let cause: unknown;
     try {
@@ -46,9 +56,9 @@ export async function* follow(url: string, options: FollowOptions): AsyncGenerat
       for await (const message of messages(answer, (milliseconds) => (pause = milliseconds))) {
         if (message.id !== undefined) lastId = message.id;
         fruitless = 0;
-        const event = JSON.parse(message.data) as JobEvent;
+        const event = JSON.parse(message.data) as E;
         yield event;
-        if (event.type === "ended") return;
+        if (event.type === (options.last ?? "ended")) return;
       }
     } catch (error) {
       if (error instanceof Refusal || isAbort(error)) throw error;

@@ -3,7 +3,7 @@
  * in an address is everything that can be seen, so a recording needs nothing else.
  */
 import type { Room } from "../state/room.svelte";
-import { decode, encode } from "../state/url";
+import { viewOf } from "../state/places";
 import type { Step } from "./archive";
 
 /** Changes that follow each other faster than this are one. */
@@ -24,7 +24,7 @@ export class Recorder {
     this.steps = [];
     this.state = "recording";
     this.#stop = $effect.root(() => {
-      $effect(() => this.#saw(encode(room.place()), performance.now() - began));
+      $effect(() => this.#saw(viewOf(room), performance.now() - began));
     });
   }
 
@@ -49,7 +49,7 @@ export class Recorder {
       }
       this.at = at;
       const next = this.steps[at + 1];
-      void room.visit(decode(step.fragment)).then(() => {
+      void room.revisit(step.fragment).then(() => {
         if (this.state !== "playing") return;
         const pause = next === undefined ? 0 : next.milliseconds - step.milliseconds;
         timer = setTimeout(() => show(at + 1), Math.min(LONGEST_PAUSE, pause));

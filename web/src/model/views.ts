@@ -19,8 +19,14 @@ export const VIEW_IDS: readonly ViewId[] = [...SEQUENCES.map(({ id }) => id), "d
 
 export type Views = Readonly<Record<ViewId, SeriesView>>;
 
-export type PanelName = "inspect" | "stimulate" | "images" | "table" | "log";
-export const PANEL_NAMES: readonly PanelName[] = ["inspect", "stimulate", "images", "table", "log"];
+export type PanelName = "inspect" | "stimulate" | "session" | "table" | "log";
+export const PANEL_NAMES: readonly PanelName[] = [
+  "inspect",
+  "stimulate",
+  "session",
+  "table",
+  "log",
+];
 
 export const USUAL_VIEW: SeriesView = {
   field: null,

@@ -104,10 +104,18 @@ export class Comparison {
   }
 
   /** What an address asks to be compared with. */
-  async restore(place: PriorPlace, shownNow: SequenceId): Promise<void> {
+  async restore(
+    place: PriorPlace,
+    shownNow: SequenceId,
+    models: readonly ModelInfo[] = [],
+  ): Promise<void> {
     this.kind = place.kind;
     this.prompt = place.prompt;
     this.#share();
+    if (models.length > 0 && place.jobs.length > 0) {
+      await this.other.restore(models, place.jobs, shownNow);
+      return;
+    }
     const there = this.other.jobs();
     const missing = place.jobs.filter((job) => !there.includes(job));
     if (missing.length > 0) await this.other.openAll(missing, shownNow);

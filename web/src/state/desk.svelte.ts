@@ -11,6 +11,8 @@ const NO_KEYS: ReadonlyMap<string, Action> = new Map();
 export class Desk {
   readonly #client: Client;
   exporting = $state(false);
+  /** Whether the list of sessions is open. */
+  listing = $state(false);
   /** What keys mean beside their own meaning, where somebody chose other ones. */
   keys = $state.raw(NO_KEYS);
   touring = $state(false);

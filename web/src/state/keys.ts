@@ -45,6 +45,10 @@ export type Action =
   | "farther"
   | "region"
   | "mark"
+  | "sessions"
+  | "session"
+  | "save"
+  | "note"
   | "swap"
   | "cine-axis"
   | "previous-protocol"
@@ -116,6 +120,10 @@ export const BINDINGS: readonly Binding[] = [
   { keys: ["v"], action: "swap", about: "Larger planes, or a larger picture", group: "Hanging" },
   { keys: ["<"], action: "previous-protocol", about: "Hanging before", group: "Hanging" },
   { keys: [">"], action: "next-protocol", about: "Hanging after", group: "Hanging" },
+  { keys: ["Shift+s"], action: "sessions", about: "All sessions", group: "Session" },
+  { keys: ["j"], action: "session", about: "The open session", group: "Session" },
+  { keys: ["u"], action: "save", about: "Save the session", group: "Session" },
+  { keys: ["y"], action: "note", about: "Write a note", group: "Session" },
   { keys: ["l"], action: "layout", about: "Next layout", group: "View" },
   { keys: ["p"], action: "stimulate", about: "Stimulate the component", group: "View" },
   { keys: ["t"], action: "table", about: "Table of the scan", group: "View" },

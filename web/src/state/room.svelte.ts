@@ -2,7 +2,7 @@
 import { createContext } from "svelte";
 
 import type { Client } from "../api/client";
-import type { Identity } from "../api/schema";
+import type { Identity, ModelInfo } from "../api/schema";
 import { DIVERGING_MAPS, SEQUENTIAL_MAPS } from "../colour/lut";
 import { moved, widened } from "../colour/window";
 import { WHOLE, following, zoomedAbout } from "../model/layout/zoom";
@@ -38,7 +38,9 @@ import type { Action } from "./keys";
 import { Log } from "./log.svelte";
 import { Reading } from "./reading.svelte";
 import { Study, titleOf } from "./study.svelte";
-import { encode, type Place } from "./url";
+import { decode, type Place } from "./url";
+import { goTo, placeOf, viewOf } from "./places";
+import type { Sessions } from "../sessions/sessions.svelte";
 import { t } from "../words/words.svelte";
 
 /** One key press widens the window by this factor, or moves its level by this share. */
@@ -62,6 +64,10 @@ export class Room {
   readonly images = new KeyImages();
   /** What is compared with; made when something first is. */
   comparison = $state.raw<Comparison | null>(null);
+  /** The open session, and what is done with sessions; made when one is first wanted. */
+  sessions = $state.raw<Sessions | null>(null);
+  /** Counts requests to write a note. */
+  noteCalls = $state(0);
   /** Where the axial picture's nodes stand, whole; null while there is no picture. */
   layout = $state.raw<Layout | null>(null);
   /** What is measured over. */
@@ -106,7 +112,10 @@ export class Room {
       tokenReached: (id, column) => {
         if (id === this.display.sequence) this.crosshair.token = column;
       },
-      finished: (series) => this.#finished(series.sequence, series.tokens.length),
+      finished: (series) => {
+        this.#finished(series.sequence, series.tokens.length);
+        if (!this.#restoring) this.sessions?.scanned(series.acquisition.job);
+      },
     });
   }
 
@@ -114,15 +123,58 @@ export class Room {
 
   /** The first picture: what the address says, or T1 of the default model. */
   async enter(place: Place): Promise<void> {
-    this.#apply(place);
+    goTo(this, place);
     this.study.chosen = place.model;
     this.#wanted = place;
+    const kept = place.session ?? place.shared;
+    if (kept === null || !(await (await this.withSessions()).arrive(place))) {
+      this.#restoring = true;
+      await this.study.begin(kept === null ? place.jobs : [], place.sequence);
+      this.#suggest();
+      if (protocol(place.protocol).compares) await this.#compared(place.prior);
+      this.#restoring = false;
+    }
+    if (!this.isStranger && !this.#client.isGuest) await this.introduce();
+  }
+
+  async introduce(): Promise<void> {
+    this.identity ??= await this.#client.whoAmI().catch(() => null);
+  }
+
+  /** What is done with sessions. Its code comes with the first. */
+  async withSessions(): Promise<Sessions> {
+    if (this.sessions === null) {
+      const { Sessions: Made } = await import("../sessions/sessions.svelte");
+      this.sessions ??= new Made(this, this.#client);
+    }
+    return this.sessions;
+  }
+
+  /** Shows what a session keeps, as a place has it. Nothing is measured for it. */
+  async restore(
+    place: Place,
+    models: readonly ModelInfo[],
+    jobs: readonly string[],
+  ): Promise<void> {
+    goTo(this, place);
     this.#restoring = true;
-    await this.study.begin(place.jobs, place.sequence);
+    await this.study.restore(models, jobs, place.sequence);
     this.#suggest();
-    if (protocol(place.protocol).compares) await this.#compared(place.prior);
+    if (protocol(place.protocol).compares) await this.#compared(place.prior, models);
     this.#restoring = false;
-    if (!this.isStranger) this.identity ??= await this.#client.whoAmI().catch(() => null);
+  }
+
+  /** Hangs kept scans beside what is shown, with what lies between them. */
+  async beside(models: readonly ModelInfo[], jobs: readonly string[]): Promise<void> {
+    this.display.protocol = "prior";
+    this.region = null;
+    await this.#compared({ ...NO_PRIOR, kind: "scan", jobs }, models);
+  }
+
+  /** A key image's view: another place in what is open. */
+  revisit(fragment: string): Promise<void> {
+    const { session, revision, shared, beside } = this.place();
+    return this.visit({ ...decode(fragment), session, revision, shared, beside });
   }
 
   /** Says who we are; what the address asks for is then shown. Throws the service's refusal. */
@@ -145,7 +197,15 @@ export class Room {
 
   /** Goes where another address says. */
   async visit(place: Place): Promise<void> {
-    this.#apply(place);
+    const now = this.place();
+    const elsewhere = (["session", "revision", "shared"] as const).some(
+      (name) => place[name] !== now[name],
+    );
+    if (elsewhere) {
+      const opened = await (await this.withSessions()).arrive(place);
+      if (opened || (place.session ?? place.shared) !== null) return;
+    }
+    goTo(this, place);
     if (place.model !== null) await this.study.choose(place.model);
     const there = this.study.jobs();
     const missing = place.jobs.filter((job) => !there.includes(job));
@@ -156,7 +216,7 @@ export class Room {
   }
 
   /** The comparison, with what an address asks for. Its code comes with the first. */
-  async #compared(place: PriorPlace): Promise<Comparison> {
+  async #compared(place: PriorPlace, models: readonly ModelInfo[] = []): Promise<Comparison> {
     if (this.comparison === null) {
       const { Comparison: Made } = await import("./comparison.svelte");
       this.comparison ??= new Made(
@@ -167,7 +227,7 @@ export class Room {
         this.crosshair,
       );
     }
-    await this.comparison.restore(place, this.display.sequence);
+    await this.comparison.restore(place, this.display.sequence, models);
     return this.comparison;
   }
 
@@ -176,7 +236,7 @@ export class Room {
     this.display.protocol = id;
     this.region = null;
     const { title, about, compares } = protocol(id);
-    this.#announce(`${t(title)}: ${t(about)}.`);
+    this.announce(`${t(title)}: ${t(about)}.`);
     if (!compares) return;
     const changed = this.study.series.stimulation.status === "ready";
     const kind = id === "models" ? "model" : changed ? "stimulation" : "prompt";
@@ -196,25 +256,7 @@ export class Room {
   }
 
   place(): Place {
-    return {
-      sequence: this.display.sequence,
-      model: this.study.chosen,
-      jobs: this.study.jobs(),
-      prompt: this.prompt,
-      question: this.question,
-      stimuli: this.stimuli,
-      tracts: this.display.tracts,
-      token: this.crosshair.token,
-      focus: this.crosshair.locked,
-      layout: this.display.layout,
-      swapped: this.display.swapped,
-      protocol: this.display.protocol,
-      folded: this.display.folded,
-      zoom: this.display.zoom,
-      prior: this.comparison?.place() ?? NO_PRIOR,
-      panel: this.display.panel,
-      views: this.display.views,
-    };
+    return placeOf(this);
   }
 
   /** Takes a scan with the shown sequence, or with the first that has something to read. */
@@ -230,11 +272,13 @@ export class Room {
     void this.study.scan(id, sequence(id).endpoint, this.#request(id));
   }
 
-  /** Which sequence a scan is taken with now: T1 is always there, and T2 once is enough. */
+  /** Which sequence a scan is taken with now: of T1 and T2 one is enough. */
   scanned(): SequenceId {
     const { id } = this.reading.sequence;
-    const taken = this.study.series.T2.status === "ready";
-    return id === "T1" || (id === "T2" && taken) ? "fMRI" : id;
+    const { T1, T2 } = this.study.series;
+    // A session need not hold the anatomy.
+    const taken = id === "T1" ? T1.status !== "absent" : T2.status === "ready";
+    return (id === "T1" || id === "T2") && taken ? "fMRI" : id;
   }
 
   #request(id: SequenceId): Readonly<Record<string, unknown>> {
@@ -254,12 +298,12 @@ export class Room {
 
   addStimulus(stimulus: Stimulus): void {
     this.stimuli = [...this.stimuli, stimulus];
-    this.#announce(t("Added. {count} in the list.", { count: this.stimuli.length }));
+    this.announce(t("Added. {count} in the list.", { count: this.stimuli.length }));
   }
 
   removeStimulus(index: number): void {
     this.stimuli = this.stimuli.filter((_, at) => at !== index);
-    this.#announce(t("Removed. {count} in the list.", { count: this.stimuli.length }));
+    this.announce(t("Removed. {count} in the list.", { count: this.stimuli.length }));
   }
 
   /** The model as it was: an empty list, and no picture of a changed one. */
@@ -270,7 +314,7 @@ export class Room {
     if (this.display.views.fMRI.field !== null && this.display.sequence === "fMRI") {
       this.display.showField(null);
     }
-    this.#announce(t("Nothing is stimulated."));
+    this.announce(t("Nothing is stimulated."));
   }
 
   /** Reads the prompt once more, clean and with everything in the list done. */
@@ -319,7 +363,7 @@ export class Room {
     if (id !== this.display.sequence && !changed) return;
     if (!this.#restoring && tokens > 0) this.crosshair.token = tokens - 1;
     this.#suggest();
-    this.#announce(`${t("{what} complete", { what: titleOf(id) })}. ${this.describe()}`);
+    this.announce(`${t("{what} complete", { what: titleOf(id) })}. ${this.describe()}`);
   }
 
   callPrompt(): void {
@@ -332,14 +376,14 @@ export class Room {
     // The crosshair stays where it is: the next sequence is another image of the same place.
     if (this.crosshair.locked === null) this.#suggest();
     const { title } = this.reading.sequence;
-    this.#announce(`${id}, ${t(title).toLowerCase()}. ${this.describe()}`);
+    this.announce(`${id}, ${t(title).toLowerCase()}. ${this.describe()}`);
   }
 
   showField(id: string): void {
     const first = this.reading.fields[0]?.id;
     this.display.showField(id === first ? null : id);
     const { field } = this.reading;
-    this.#announce(`${field === null ? "" : t(field.title)}. ${this.describe()}`);
+    this.announce(`${field === null ? "" : t(field.title)}. ${this.describe()}`);
   }
 
   #sameSource(node: number): boolean {
@@ -356,7 +400,7 @@ export class Room {
       const [x, y] = [layout.x[node] ?? NaN, layout.y[node] ?? NaN];
       this.display.zoom = following(this.display.zoom, x / layout.width, y / layout.height);
     }
-    this.#announce(this.describe());
+    this.announce(this.describe());
   }
 
   /** Locks what a node of any picture means. */
@@ -377,7 +421,7 @@ export class Room {
     this.region = region;
     const { statistics: found } = this;
     if (found === null) return;
-    this.#announce(
+    this.announce(
       t("Region of {n} values: mean {mean}, standard deviation {sd}, {min} to {max} {unit}.", {
         n: found.n,
         mean: value(found.mean),
@@ -407,7 +451,7 @@ export class Room {
     const next = choices[at + 1];
     if (next === undefined) {
       this.measure(null);
-      this.#announce(t("No region."));
+      this.announce(t("No region."));
     } else this.measure({ components: next, columns: null });
   }
 
@@ -424,13 +468,13 @@ export class Room {
     const { thumbnailOf } = await import("../render/miniature");
     const place = topology?.labels[locked] ?? "";
     this.images.mark({
-      view: encode(this.place()),
+      view: viewOf(this),
       title: [shownNow.id, place, token === null || !this.display.promptShown ? "" : token.text]
         .filter((part) => part !== "")
         .join(" · "),
       thumbnail: layout === null ? "" : thumbnailOf(layout, this.reading),
     });
-    this.#announce(t("Key image {n} marked.", { n: this.images.all.length }));
+    this.announce(t("Key image {n} marked.", { n: this.images.all.length }));
   }
 
   /** Closer or farther by a step, about the crosshair; as far out as it goes, heads are folded. */
@@ -460,7 +504,7 @@ export class Room {
     // The crosshair stays on the same layer: on a head's attention, or that attention's first head.
     const address = this.reading.topology?.addresses[this.reading.locked];
     if (address !== undefined && this.crosshair.locked !== null) this.crosshair.locked = address;
-    this.#announce(
+    this.announce(
       `${yes ? t("Heads folded into their layer's attention") : t("Every head by itself")}. ${this.describe()}`,
     );
   }
@@ -468,7 +512,7 @@ export class Room {
   goToToken(column: number): void {
     const last = this.reading.tokens.length - 1;
     this.crosshair.token = Math.max(0, Math.min(last, column));
-    this.#announce(this.describe());
+    this.announce(this.describe());
   }
 
   /** Name, value, unit, rank and token of the locked component, to be read out. */
@@ -639,6 +683,18 @@ export class Room {
       case "export":
         this.desk.exporting = true;
         break;
+      case "sessions":
+        this.desk.listing = this.desk.saved === null;
+        break;
+      case "session":
+      case "note":
+        this.display.panel = "session";
+        if (action === "note") this.noteCalls++;
+        break;
+      case "save":
+        this.display.panel = "session";
+        if (this.desk.saved === null) void this.withSessions().then((all) => all.save());
+        break;
       case "tour":
         this.desk.touring = true;
         break;
@@ -663,7 +719,7 @@ export class Room {
     this.crosshair.hovered = null;
     this.crosshair.token = Math.max(0, this.reading.tokens.length - 1);
     this.#suggest();
-    this.#announce(`${t("View reset")}. ${this.describe()}`);
+    this.announce(`${t("View reset")}. ${this.describe()}`);
   }
 
   #move(direction: Direction): void {
@@ -704,25 +760,7 @@ export class Room {
     if (address !== undefined) this.crosshair.lock(address);
   }
 
-  #announce(text: string): void {
+  announce(text: string): void {
     this.announcement = text;
-  }
-
-  #apply(place: Place): void {
-    this.display.sequence = place.sequence;
-    this.display.layout = place.layout;
-    this.display.swapped = place.swapped;
-    this.display.protocol = place.protocol;
-    this.display.folded = place.folded;
-    this.display.zoom = place.zoom;
-    this.display.panel = place.panel;
-    this.display.views = place.views;
-    this.crosshair.token = place.token;
-    this.crosshair.locked = place.focus;
-    this.crosshair.chosen = place.focus !== null;
-    this.display.tracts = place.tracts;
-    this.prompt = place.prompt;
-    this.question = place.question;
-    this.stimuli = place.stimuli;
   }
 }

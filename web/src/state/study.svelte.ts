@@ -68,7 +68,10 @@ const LOADERS: Readonly<Record<SeriesId, () => Promise<Loader>>> = {
 
 /** Which series a job's request is of; null for jobs that show nothing here. */
 function seriesOf(job: JobView): SeriesId | null {
-  const kind = job.request["scan_mode"];
+  return seriesNamed(job.request["scan_mode"]);
+}
+
+export function seriesNamed(kind: unknown): SeriesId | null {
   if (kind === "perturbation") return "stimulation";
   if (kind === "tracing" || kind === "patching") return "tracing";
   return typeof kind === "string" && isSequence(kind) ? kind : null;
@@ -136,7 +139,9 @@ export class Study {
 
   async refreshModels(): Promise<void> {
     try {
-      const value = await this.#client.models();
+      const listed = await this.#client.models();
+      const own = this.#brought.filter(({ name }) => !listed.some((model) => model.name === name));
+      const value = [...listed, ...own];
       this.models = { status: "ready", value };
       if (value.length === 0) this.#log.add(t("The service has no registered model."), "warning");
     } catch (error) {
@@ -150,11 +155,47 @@ export class Study {
 
   async choose(name: string): Promise<void> {
     if (name === this.model?.name) return;
+    this.#turnTo(name);
+    await this.#structural();
+  }
+
+  #turnTo(name: string): void {
     for (const run of this.#runs.values()) run.abort();
     this.chosen = name;
     this.series = none();
     this.#log.add(t("Model {name}.", { name }));
-    await this.#structural();
+  }
+
+  /** Models that come with their scans; the service need not have them. */
+  #brought: readonly ModelInfo[] = [];
+
+  /** Shows kept scans, T1 among them, and nothing else: nothing is measured for it, and nobody waited for. */
+  async restore(
+    models: readonly ModelInfo[],
+    jobs: readonly string[],
+    shown: SequenceId,
+  ): Promise<void> {
+    this.#brought = models;
+    const listed = this.models.status === "ready" ? this.models.value : [];
+    const added = models.filter(({ name }) => !listed.some((model) => model.name === name));
+    this.models = { status: "ready", value: [...listed, ...added] };
+    const [first] = await Promise.all(jobs.slice(0, 1).map((job) => this.#client.job(job)));
+    if (first !== undefined) this.#turnTo(first.model);
+    await this.openAll(jobs, shown);
+  }
+
+  /** Calls scans by other ids from now on: a session names them by their results. */
+  rename(nameOf: (job: string) => string): void {
+    for (const [id, state] of Object.entries(this.series) as [SeriesId, SeriesState][]) {
+      if (state.status !== "ready") continue;
+      const { acquisition } = state.series;
+      const job = nameOf(acquisition.job);
+      if (job === acquisition.job) continue;
+      this.#set(id, {
+        status: "ready",
+        series: { ...state.series, acquisition: { ...acquisition, job } },
+      });
+    }
   }
 
   /** Takes a scan. One of this kind that still runs is given up. */
@@ -192,7 +233,11 @@ export class Study {
     );
     const known = found.filter((job) => job !== null);
     const [first] = known;
-    if (first !== undefined && first.model !== this.model?.name) await this.choose(first.model);
+    if (first !== undefined && first.model !== this.model?.name) {
+      this.#turnTo(first.model);
+      // Without a worker it may be long in coming; what is stored is shown meanwhile.
+      if (!known.some((job) => seriesOf(job) === "T1")) void this.#structural();
+    }
     await Promise.all(
       known
         .filter((job) => job.model === first?.model)
@@ -218,6 +263,13 @@ export class Study {
       if (state.status === "acquiring") return state.job ?? [];
       return state.status === "ready" ? state.series.acquisition.job : [];
     });
+  }
+
+  /** Every finished scan, T1 first. */
+  finished(): readonly Series[] {
+    return Object.values(this.series).flatMap((state) =>
+      state.status === "ready" ? state.series : [],
+    );
   }
 
   /** Asks the service to stop the running scan; the event stream tells when it has. */

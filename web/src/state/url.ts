@@ -52,6 +52,13 @@ export interface Place {
   readonly prior: PriorPlace;
   readonly panel: PanelName;
   readonly views: Views;
+  /** The open session's id, and its revision where that is not the latest. */
+  readonly session: string | null;
+  readonly revision: string | null;
+  /** The token of the link that the open session was reached by. */
+  readonly shared: string | null;
+  /** The session that is compared with. */
+  readonly beside: string | null;
 }
 
 export const START: Place = {
@@ -72,6 +79,10 @@ export const START: Place = {
   prior: NO_PRIOR,
   panel: "inspect",
   views: defaultViews(),
+  session: null,
+  revision: null,
+  shared: null,
+  beside: null,
 };
 
 export function encode(place: Place): string {
@@ -102,6 +113,10 @@ export function encode(place: Place): string {
   write("prior.model", place.prior.model, null);
   for (const job of place.prior.jobs) fields.append("prior.job", job);
   write("panel", place.panel, START.panel);
+  write("session", place.session, null);
+  write("revision", place.revision, null);
+  write("shared", place.shared, null);
+  write("prior.session", place.beside, null);
   for (const id of VIEW_IDS) {
     const view = place.views[id];
     write(`${id}.field`, view.field, null);
@@ -150,6 +165,10 @@ export function decode(fragment: string): Place {
       jobs: fields.getAll("prior.job"),
     },
     panel: oneOf<PanelName>(PANEL_NAMES, fields.get("panel"), START.panel),
+    session: fields.get("session"),
+    revision: fields.get("revision"),
+    shared: fields.get("shared"),
+    beside: fields.get("prior.session"),
     views: Object.fromEntries(
       VIEW_IDS.map((id) => [id, decodeView(fields, id)]),
     ) as unknown as Views,

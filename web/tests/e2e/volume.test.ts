@@ -202,7 +202,7 @@ test("a key image is marked, annotated, and shown again as it was", async () => 
   const marked = await reading(page);
   await page.keyboard.press("k");
   await page.getByText("Key image 1 marked.").waitFor({ state: "attached" });
-  await page.getByRole("tab", { name: "Images" }).click();
+  await page.getByRole("tab", { name: "Session" }).click();
   await page.getByRole("textbox", { name: "Note on key image 1" }).fill("the first one");
   await page.getByTestId("axial").focus();
   await page.keyboard.press("ArrowUp");
@@ -212,7 +212,7 @@ test("a key image is marked, annotated, and shown again as it was", async () => 
   await drawn(page);
   expect(await reading(page)).toEqual(marked);
   await page.reload();
-  await page.getByRole("tab", { name: "Images" }).click();
+  await page.getByRole("tab", { name: "Session" }).click();
   expect(await page.getByRole("textbox", { name: "Note on key image 1" }).inputValue()).toBe(
     "the first one",
   );

@@ -66,6 +66,10 @@ function place(): Place {
       jobs: pick([[], ["01930000-0000-7000-8000-00000000000b"], ["d4", "e5"]]),
     },
     panel: pick(PANEL_NAMES),
+    session: pick([null, "01a208e5-620a-7f6d-98da-3f510d18b436"]),
+    revision: pick([null, "ab".repeat(32)]),
+    shared: pick([null, "AbCd_efGh-1234567890XY"]),
+    beside: pick([null, "01a208e5-620a-7f6d-98da-3f510d18b437"]),
     views: Object.fromEntries(
       VIEW_IDS.map((id) => [
         id,

@@ -82,7 +82,6 @@ export const hanging = {
   "crosshair at the same relative depth": "같은 상대 깊이의 십자선",
   "No prior scan of this sequence yet.": "이 시퀀스의 이전 스캔이 아직 없습니다.",
   "current minus prior": "현재에서 이전을 뺀 값",
-  Images: "영상",
   "Key images": "핵심 영상",
   Mark: "표시",
   "Press K to keep the view as it is: sequence, token, crosshair, window, zoom, comparison.":

@@ -6,6 +6,7 @@ import { frame } from "./frame";
 import { hanging } from "./hanging";
 import { keys } from "./keys";
 import { sequences } from "./sequences";
+import { sessions } from "./sessions";
 import { stimulation } from "./stimulation";
 import { told } from "./told";
 import { tour } from "./tour";
@@ -18,6 +19,7 @@ export const korean = {
   ...keys,
   ...leaving,
   ...sequences,
+  ...sessions,
   ...stimulation,
   ...told,
   ...tour,

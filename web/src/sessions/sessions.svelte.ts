@@ -1,0 +1,600 @@
+// Maps and sets here are made and read within one deed, or grow with what is reactive itself.
+/* eslint-disable svelte/prefer-svelte-reactivity */
+/** What is done with sessions: opened, saved, forked, shared, compared, followed. One is open at a time. */
+import type { Client } from "../api/client";
+import { Refusal, explain, isAbort } from "../api/refusals";
+import { download } from "../export/download";
+import { isSequence } from "../model/sequences";
+import type { Room } from "../state/room.svelte";
+import { seriesNamed } from "../state/study.svelte";
+import { START, decode, type Place } from "../state/url";
+import { t } from "../words/words.svelte";
+import { Beside } from "./beside.svelte";
+import { firstOf, grown, promptOf } from "./document";
+import { names, type Draft } from "./draft";
+import { DamagedFile, readNmri, type NmriFile } from "./nmri";
+import { Session, type Origin } from "./session.svelte";
+import { Shelf } from "./shelf";
+import { isBare } from "./view";
+import {
+  SessionsService,
+  conflict,
+  type Arrival,
+  type RevisionView,
+  type SessionDetail,
+  type SessionDocument,
+  type SessionEvent,
+  type Where,
+} from "./wire";
+
+/** A save that was refused, because somebody had saved before. */
+interface Conflict {
+  /** The save that stands now, where it could be read. */
+  readonly theirs: RevisionView | null;
+}
+
+export class Sessions {
+  readonly #room: Room;
+  readonly #client: Client;
+  readonly service: SessionsService;
+  readonly #shelf = new Shelf();
+  open: Session = $state.raw() as Session;
+  /** What is being done, in a word; empty for nothing. */
+  busy = $state("");
+  /** What went wrong, in a sentence, and what has happened. */
+  problem = $state("");
+  told = $state("");
+  conflict = $state.raw<Conflict | null>(null);
+  readonly beside: Beside;
+  /** Scans of others that are on their way. */
+  arriving = $state.raw<readonly Arrival[]>([]);
+  /** Results that have arrived since the session was opened here. */
+  arrived = $state.raw<readonly string[]>([]);
+  connected = $state(true);
+  /** Whether scans taken here join the session as they finish. */
+  joins = $state(false);
+  #following: AbortController | null = null;
+
+  constructor(room: Room, client: Client) {
+    this.#room = room;
+    this.#client = client;
+    this.service = new SessionsService(client);
+    this.beside = new Beside(room, this.#shelf, this.service);
+    client.kept = (path, init) => this.#shelf.answer(path, init);
+    this.open = new Session(room, this.#shelf, { kind: "new" });
+  }
+
+  /** The open session, as an address names it. */
+  readonly where: Pick<Place, "session" | "revision" | "shared" | "beside"> = $derived.by(() => {
+    const { origin } = this.open;
+    return {
+      session: origin.kind === "own" ? origin.id : null,
+      revision: origin.kind === "own" ? origin.revision : null,
+      shared: origin.kind === "shared" ? origin.token : null,
+      beside: this.#room.display.protocol === "prior" ? (this.beside.other?.id ?? null) : null,
+    };
+  });
+
+  /** Whether something would be lost that is nowhere but here. */
+  get isUnsaved(): boolean {
+    return this.open.isChanged;
+  }
+
+  // Opening
+
+  /** Goes where an address says. False, with the reason told, where that cannot be. */
+  async arrive(place: Place): Promise<boolean> {
+    const { session: id, revision, shared: token } = place;
+    if (id === null && token === null) {
+      this.#close();
+      return false;
+    }
+    const origin: Origin =
+      id !== null ? { kind: "own", id, revision } : { kind: "shared", token: token ?? "" };
+    const opened = await this.#opening(origin, () => this.#read(origin), place);
+    // Why not stands where sessions are.
+    if (!opened) this.#room.display.panel = "session";
+    return opened;
+  }
+
+  /** Opens one of one's own by its id, or a revision of it. */
+  openOwn(id: string, revision: string | null = null): Promise<boolean> {
+    return this.arrive({ ...START, session: id, revision });
+  }
+
+  /** What somebody typed or pasted: an id, an address with one, or a link. False where it is none. */
+  async openNamed(text: string): Promise<boolean> {
+    const asked = text.trim();
+    const place = decode(asked.slice(asked.indexOf("#") + 1));
+    if (asked.includes("#") && (place.session ?? place.shared) !== null) return this.arrive(place);
+    const id = /[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/i.exec(asked)?.[0];
+    if (id !== undefined) return this.openOwn(id.toLowerCase());
+    this.problem = t(
+      "“{text}” is no session's ID and no link to one. An ID looks like {example}.",
+      {
+        text: asked.slice(0, 60),
+        example: "01a208e5-620a-7f6d-98da-3f510d18b436",
+      },
+    );
+    return false;
+  }
+
+  /** Opens a file from a disk, without the service: nothing of it is sent anywhere. */
+  async openFile(file: File): Promise<boolean> {
+    const bytes = await file.arrayBuffer();
+    const origin: Origin = { kind: "file", file: file.name, bytes };
+    return this.#opening(origin, () => readNmri(bytes), null);
+  }
+
+  /** A file that was dropped: opened, unless something would be lost by it. */
+  async drop(file: File): Promise<void> {
+    this.#room.display.panel = "session";
+    if (!this.#mayLose()) return;
+    await this.openFile(file);
+  }
+
+  /** What is not saved is not thrown away in passing. */
+  #mayLose(): boolean {
+    if (!this.isUnsaved) return true;
+    this.problem = t("What you changed is not saved yet: save it first, or undo the changes.");
+    return false;
+  }
+
+  /** A revision of the open session, as it was. */
+  async openRevision(revision: string | null): Promise<void> {
+    const { origin } = this.open;
+    if (origin.kind === "own" && this.#mayLose()) await this.openOwn(origin.id, revision);
+  }
+
+  /** The open session as it was saved. */
+  undo(): void {
+    const { open } = this;
+    if (open.origin.kind === "new") {
+      this.#room.images.adopt("", "", [], true);
+      open.notes = [];
+      return;
+    }
+    this.#room.stimuli = open.stimuli();
+    open.read(open.document, open.revision, true);
+  }
+
+  async #opening(
+    origin: Origin,
+    read: () => Promise<NmriFile>,
+    place: Place | null,
+  ): Promise<boolean> {
+    return this.#doing(t("Opening…"), async () => {
+      this.#client.isGuest = origin.kind === "shared";
+      const told =
+        origin.kind === "file" ? null : this.service.detail(whereOf(origin)).catch(ignored);
+      const file = await read();
+      this.#following?.abort();
+      const session = new Session(this.#room, this.#shelf, origin);
+      session.name = file.name;
+      this.#shelf.take(file);
+      this.beside.other = null;
+      this.arrived = [];
+      this.conflict = null;
+      this.open = session;
+      await this.#show(session, file, place);
+      session.detail = await told;
+      session.name = session.detail?.name ?? file.name;
+      this.arriving = session.detail?.arriving ?? [];
+      this.told = t("Opened “{name}”.", { name: session.name });
+      this.#room.announce(this.told);
+      this.#later(session);
+    });
+  }
+
+  /** What the picture does not need: who asks, what else the service has, what happens from now on. */
+  #later(session: Session): void {
+    if (session.origin.kind === "own") {
+      void this.#room.study.refreshModels();
+      void this.#room.introduce();
+    }
+    void this.#follow(session);
+  }
+
+  async #read(origin: Origin): Promise<NmriFile> {
+    try {
+      return await readNmri(await this.service.file(whereOf(origin)));
+    } catch (error) {
+      throw new Error(this.#sentenceOf(origin, error), { cause: error });
+    }
+  }
+
+  #sentenceOf(origin: Origin, error: unknown): string {
+    const status = error instanceof Refusal ? error.status : 0;
+    if (origin.kind === "own" && status === 404) {
+      return origin.revision === null
+        ? t(
+            "There is no session {id} of yours: it was deleted, or it is somebody else's. Ask for a link to it.",
+            { id: origin.id },
+          )
+        : t("There is no session {id} of yours with this revision.", { id: origin.id });
+    }
+    if (origin.kind === "shared" && (status === 404 || status === 400)) {
+      return t("This link leads nowhere: it has expired, was revoked, or is not whole.");
+    }
+    return explain(error);
+  }
+
+  /** Its view as it was saved, or as an address has it. */
+  async #show(session: Session, { document, revision }: NmriFile, place: Place | null) {
+    session.document = document;
+    const bare = place === null || isBare(place, START);
+    const saved = decode(session.place());
+    const stimuli = saved.stimuli.length > 0 ? saved.stimuli : session.stimuli();
+    const wanted: Place = bare ? { ...saved, stimuli } : place;
+    const first = firstOf(document);
+    const shown = wanted.jobs.length > 0 || first === null ? wanted : { ...wanted, ...first };
+    if (document.scans.length > 0) {
+      const beside = bare ? null : place.beside;
+      if (beside !== null) await this.beside.fetch(beside);
+      const jobs = [...this.#structureFor(document, shown.jobs), ...shown.jobs];
+      await this.#room.restore(shown, this.#shelf.models(), jobs);
+    } else {
+      this.told = t("The session holds no scans yet.");
+      await this.#room.study.begin();
+    }
+    session.read(document, revision);
+  }
+
+  /** T1 of the model that the shown scans are of, first; of any where only structure is kept. */
+  #structureFor({ scans }: SessionDocument, jobs: readonly string[]): readonly string[] {
+    const shown = scans.find(({ result }) => jobs.includes(result));
+    const found = scans.find(
+      ({ kind, model }) => kind === "T1" && (shown === undefined || shown.model === model),
+    );
+    return found === undefined ? [] : [found.result];
+  }
+
+  /** Nothing is open any more; scans stay on the screen. */
+  #close(): void {
+    this.#following?.abort();
+    this.#client.isGuest = false;
+    this.arriving = [];
+    this.beside.other = null;
+    this.conflict = null;
+    this.open = new Session(this.#room, this.#shelf, { kind: "new" });
+    this.#room.images.adopt("", "", [], true);
+  }
+
+  /** An empty session, for what is on the screen. */
+  begin(): void {
+    if (!this.#mayLose()) return;
+    this.#close();
+    this.told = t("Nothing is open. What is on the screen can be saved as a session.");
+  }
+
+  // Saving
+
+  /** Saves the open session, or what is on the screen as one. */
+  async save(message = ""): Promise<boolean> {
+    const { open } = this;
+    if (!open.canSave) return this.saveAs(open.name, message);
+    const name = open.name.trim() || (open.detail?.name ?? this.suggestedName());
+    return this.#doing(t("Saving…"), async () => {
+      const draft = await this.#draft();
+      const { notes } = open;
+      const images = this.#room.images.all;
+      let saved: SessionDetail;
+      try {
+        const { origin, detail } = open;
+        if (origin.kind !== "own") saved = await this.service.create(name, draft.content, message);
+        else {
+          const over = origin.revision === null ? open.revision : (detail?.head ?? open.revision);
+          saved = await this.service.save(origin.id, over, draft.content, message);
+          if (saved.name !== name) {
+            saved = { ...saved, ...(await this.service.change(origin.id, { name })) };
+          }
+        }
+      } catch (error) {
+        if (conflict(error) === null) throw error;
+        await this.#clash();
+        return;
+      }
+      const isSettled = open.notes === notes && this.#room.images.all === images;
+      this.#saved(saved, draft, isSettled);
+    });
+  }
+
+  /** As a session of one's own, whatever is open: begun where that stands. */
+  async saveAs(name: string, message = ""): Promise<boolean> {
+    const { open } = this;
+    if (open.origin.kind === "new") {
+      open.name = name;
+      return this.save(message);
+    }
+    const forked = await this.#doing(t("Saving…"), async () => {
+      const isChanged = open.isChanged;
+      this.#client.isGuest = false;
+      let made = await this.#beginning(open, name);
+      // What was changed here goes on top: the fork begins where the other stands.
+      const draft = await this.#draft();
+      if (isChanged) made = await this.service.save(made.id, made.head, draft.content, message);
+      this.#saved(made, draft, true);
+      this.#later(this.open);
+    });
+    return forked;
+  }
+
+  async #beginning({ origin, revision }: Session, name: string): Promise<SessionDetail> {
+    if (origin.kind === "file") {
+      const made = await this.service.take(origin.bytes);
+      return name === "" || name === made.name
+        ? made
+        : { ...made, ...(await this.service.change(made.id, { name })) };
+    }
+    const where: Where = origin.kind === "own" ? { id: origin.id, revision } : whereOf(origin);
+    return this.service.fork(where, name === "" ? null : name);
+  }
+
+  #draft(): Promise<Draft> {
+    return this.open.draft({
+      keyOf: async (job) => (await this.#room.study.manifest(job)).scan_key,
+      structure: (model) => this.service.structure(model),
+    });
+  }
+
+  #saved(saved: SessionDetail, draft: Draft, isSettled: boolean): void {
+    const { nameOf, taken } = names(draft, saved);
+    for (const [result, job] of taken) this.#shelf.name(result, job);
+    this.#room.study.rename(nameOf);
+    this.#room.comparison?.other.rename(nameOf);
+    const { origin } = this.open;
+    const stays = origin.kind === "own" && origin.id === saved.id && origin.revision === null;
+    const session = stays
+      ? this.open
+      : new Session(this.#room, this.#shelf, { kind: "own", id: saved.id, revision: null });
+    session.detail = saved;
+    session.name = saved.name;
+    this.conflict = null;
+    if (isSettled) session.read(saved.document, saved.opened, true);
+    else session.grow(saved.document, saved.opened);
+    this.open = session;
+    const { length } = draft.foreign;
+    const foreign =
+      length === 0
+        ? ""
+        : ` ${t("Left out: {count} that another session keeps.", { count: length })}`;
+    this.told = `${t("Saved as revision {number}.", { number: saved.revision })}${foreign}`;
+    this.#room.announce(this.told);
+    if (!stays) void this.#follow(session);
+  }
+
+  async #clash(): Promise<void> {
+    const { origin } = this.open;
+    const id = origin.kind === "own" ? origin.id : "";
+    const [theirs = null] = await this.service.revisions(id).catch(() => []);
+    this.conflict = { theirs };
+    this.#room.announce(t("Not saved: somebody else has saved this session since."));
+  }
+
+  /** Gives up what is not saved, for what stands now. */
+  async reload(): Promise<void> {
+    const { origin } = this.open;
+    if (origin.kind === "own") {
+      this.open.read(this.open.document, this.open.revision, true);
+      await this.openOwn(origin.id);
+    }
+  }
+
+  suggestedName(): string {
+    const { study, prompt } = this.#room;
+    const said = study.finished().find(({ acquisition }) => acquisition.prompt !== null);
+    return (said?.acquisition.prompt ?? prompt.trim()).slice(0, 80) || t("Untitled");
+  }
+
+  // What else is done with one
+
+  async rename(name: string): Promise<void> {
+    const { origin } = this.open;
+    this.open.name = name;
+    if (origin.kind !== "own" || name.trim() === "") return;
+    await this.#doing("", async () => {
+      const changed = await this.service.change(origin.id, { name: name.trim() });
+      const { detail } = this.open;
+      if (detail !== null) this.open.detail = { ...detail, ...changed };
+    });
+  }
+
+  /** The open session as a file: as it was saved, byte for byte what the service holds. */
+  async export(): Promise<void> {
+    const { origin, name, revision } = this.open;
+    if (origin.kind === "new") return;
+    await this.#doing(t("Exporting…"), async () => {
+      const where = origin.kind === "own" ? { id: origin.id, revision } : null;
+      const bytes =
+        origin.kind === "file" ? origin.bytes : await this.service.file(where ?? whereOf(origin));
+      const called = `${name.replaceAll(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60) || "session"}.nmri`;
+      download(called, new Blob([bytes]));
+      this.told = t("Saved {name}.", { name: called });
+    });
+  }
+
+  /** Deletes one for good; where it is the open one, nothing is open then. */
+  async remove(id: string): Promise<void> {
+    await this.service.remove(id);
+    const { origin } = this.open;
+    if (origin.kind === "own" && origin.id === id) this.#close();
+  }
+
+  // Beside each other
+
+  /** Shows a scan of the open session, in the place of the one of its kind. */
+  async show(job: string): Promise<void> {
+    const scan = this.open.document.scans.find(({ result }) => result === job);
+    const { study, display } = this.#room;
+    if (scan !== undefined) {
+      const other = study.model?.name !== scan.model;
+      const structure = other ? this.#structureFor(this.open.document, [job]) : [];
+      await (other
+        ? study.restore(this.#shelf.models(), [...structure, job], display.sequence)
+        : study.openAll([job], display.sequence));
+    }
+    const id = seriesNamed(scan?.kind);
+    if (id !== null) this.#room.show(isSequence(id) ? id : "fMRI");
+    const prompt = scan === undefined ? null : promptOf(scan);
+    if (prompt !== null) this.#room.prompt = prompt;
+  }
+
+  /** Hangs a scan of the session beside the shown one. */
+  async hangBeside(job: string): Promise<void> {
+    const scan = this.open.document.scans.find(({ result }) => result === job);
+    this.beside.other = null;
+    if (scan !== undefined && isSequence(scan.kind)) this.#room.show(scan.kind);
+    await this.#room.beside(this.#shelf.models(), [job]);
+  }
+
+  /** Hangs another session's scans beside this one's: prior, current, and what lies between. */
+  async compare(id: string, name: string): Promise<boolean> {
+    return this.#comparing(name, () => this.beside.compare(this.open, id, name));
+  }
+
+  async compareFile(file: File): Promise<boolean> {
+    return this.#comparing(file.name, () => this.beside.compareFile(file));
+  }
+
+  #comparing(name: string, work: () => Promise<void>): Promise<boolean> {
+    return this.#doing(t("Comparing…"), async () => {
+      await work();
+      this.told = t("Compared with “{name}”.", { name });
+      this.#room.announce(this.told);
+    });
+  }
+
+  // Together
+
+  /** Lets the scans taken here join the session as they finish, or no longer. */
+  join(yes: boolean): void {
+    this.joins = yes;
+    // Who adds something has to be somebody.
+    if (yes) this.#client.isGuest = false;
+  }
+
+  /** Told of every scan that finishes here. */
+  scanned(job: string): void {
+    const { origin } = this.open;
+    if (!this.joins || (origin.kind !== "own" && origin.kind !== "shared")) return;
+    void this.#doing("", async () => {
+      await this.service.add(whereOf(origin), job);
+    });
+  }
+
+  async #follow(session: Session): Promise<void> {
+    this.#following?.abort();
+    const { origin } = session;
+    if (origin.kind !== "own" && origin.kind !== "shared") return;
+    if (origin.kind === "own" && origin.revision !== null) return;
+    const following = new AbortController();
+    this.#following = following;
+    this.connected = true;
+    const connected = (yes: boolean) => (this.connected = yes);
+    try {
+      const events = this.service.events(whereOf(origin), following.signal, connected);
+      for await (const event of events) {
+        if (this.#following !== following) return;
+        try {
+          await this.#heard(session, event);
+        } catch (error) {
+          this.problem = explain(error);
+        }
+      }
+    } catch (error) {
+      // The stream of a link ends with the link, and what has been read stays.
+      if (!isAbort(error) && this.#following === following) this.connected = false;
+    }
+  }
+
+  async #heard(session: Session, event: SessionEvent): Promise<void> {
+    if (event.type === "closed") {
+      this.problem = t(
+        "This session has been deleted. What is on the screen stays until you leave.",
+      );
+      return;
+    }
+    if (event.type === "scan") {
+      const others = this.arriving.filter(({ job }) => job !== event.job);
+      const ended = ["succeeded", "failed", "cancelled", "expired", "quarantined"];
+      this.arriving = ended.includes(event.state) ? others : [...others, event];
+      return;
+    }
+    await this.#saving;
+    const { detail } = session;
+    if (event.revision === session.revision || event.number <= (detail?.revision ?? 0)) return;
+    await this.#refresh(session, event.author, event.number);
+  }
+
+  /** Somebody has saved: scans that were added join; other changes do too, unless something is changed here. */
+  async #refresh(session: Session, author: string, number: number): Promise<void> {
+    const where = whereOf(session.origin);
+    const [file, detail] = await Promise.all([
+      this.service.file(where),
+      this.service.detail(where),
+    ]);
+    this.#shelf.take(await readNmri(file));
+    const { document } = detail;
+    const isGrown = grown(session.document, document);
+    if (!isGrown && session.isChanged) {
+      this.conflict = { theirs: null };
+      await this.#clash();
+      return;
+    }
+    const known = new Set(session.document.scans.map(({ result }) => result));
+    const added = document.scans.filter(({ result }) => !known.has(result));
+    session.detail = detail;
+    session.name = detail.name;
+    if (isGrown) session.grow(document, detail.opened);
+    else session.read(document, detail.opened, true);
+    this.arriving = detail.arriving;
+    this.arrived = [...this.arrived, ...added.map(({ result }) => result)];
+    const [first] = added;
+    this.told =
+      first === undefined
+        ? t("{author} saved revision {number}.", { author: author || t("Somebody"), number })
+        : t("A {kind} scan arrived: {what}", {
+            kind: first.kind,
+            what: promptOf(first) ?? first.model,
+          });
+    this.#room.announce(this.told);
+  }
+
+  /** The save that is under way. */
+  #saving: Promise<unknown> = Promise.resolve();
+
+  /** Runs one deed after the other; what goes wrong is told. */
+  async #doing(word: string, work: () => Promise<void>): Promise<boolean> {
+    const before = this.#saving;
+    let release: () => void = () => undefined;
+    this.#saving = new Promise<void>((resolve) => (release = resolve));
+    await before;
+    this.busy = word;
+    this.problem = "";
+    this.told = "";
+    try {
+      await work();
+      return true;
+    } catch (error) {
+      this.problem =
+        error instanceof DamagedFile
+          ? `${t("The file was not opened.")} ${error.message}`
+          : explain(error);
+      this.#room.announce(this.problem);
+      return false;
+    } finally {
+      this.busy = "";
+      release();
+    }
+  }
+}
+
+function whereOf(origin: Origin): Where {
+  if (origin.kind === "own") return { id: origin.id, revision: origin.revision };
+  return { token: origin.kind === "shared" ? origin.token : "" };
+}
+
+/** A session can be read without what else the service knows of it. */
+function ignored(): null {
+  return null;
+}
