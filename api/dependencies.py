@@ -139,12 +139,12 @@ class Services:
                 if job.leader is None or job.state is not JobState.QUEUED
             ]
             self.untold.clear()
-            # Neither raises; what is lost here the reaper makes good. In this order, so that no worker can
-            # tell of a job before its first event stands.
-            await self.publisher.publish_all([(job.id, change_of(job)) for job in told])
-            waiting = Counter(job.queue for job in told if job.state is JobState.QUEUED)
-            for queue, count in waiting.items():
-                await self.tickets.send(queue, count)
+            # What is lost here the reaper makes good. Tickets come after events, so that no worker can tell
+            # of a job before its first event stands.
+            await self.publisher.publish_all(
+                [(job.id, change_of(job)) for job in told],
+                tickets=Counter(job.queue for job in told if job.state is JobState.QUEUED),
+            )
 
     async def close(self) -> None:
         """Finish the errands and close every connection."""

@@ -5,7 +5,8 @@ told is dropped and counted; a reader who finds a gap is told where the job stan
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -14,6 +15,7 @@ import structlog
 
 from neural_mri.backing import keys
 from neural_mri.backing.broker import AWAY, AsyncRedis, SyncRedis
+from neural_mri.backing.queue import ticket_message
 from neural_mri.backing.records import Job
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Ended, Event, StateChanged, encode_event, event_name
@@ -43,6 +45,7 @@ log = structlog.get_logger(__name__)
 RECONNECT_SECONDS = 1.0
 """After a failure events are dropped for so long: a frozen server must not slow a scan down."""
 CANCEL_FLAG_SECONDS = 3600
+NO_TICKETS: Mapping[str, int] = MappingProxyType({})
 BEAT_SECONDS = 10
 """A worker that has not been heard of for so long holds nothing, as far as anyone can tell."""
 
@@ -145,12 +148,22 @@ class AsyncPublisher:
         """Append an event, of a session's stream under the session's id. Never raises for Redis."""
         await self.publish_all(((job_id, event),))
 
-    async def publish_all(self, told: Sequence[tuple[UUID, Event | SessionEvent]]) -> None:
-        """Append events, in order, by one round trip. Never raises for Redis."""
+    async def publish_all(
+        self,
+        told: Sequence[tuple[UUID, Event | SessionEvent]],
+        *,
+        tickets: Mapping[str, int] = NO_TICKETS,
+    ) -> None:
+        """Append events, in order, and then send so many tickets to queues, by one round trip.
+
+        Never raises for Redis: tickets that are not sent the reaper finds missing.
+        """
         if not told or self._outage.is_now(len(told)):
             return
         pipeline = self._redis.pipeline(transaction=False)
         _append(pipeline, told, length=self._length, seconds=self._seconds)
+        for queue, count in tickets.items():
+            pipeline.lpush(queue, *(ticket_message(queue) for _ in range(count)))
         try:
             await pipeline.execute()
         except AWAY as error:
