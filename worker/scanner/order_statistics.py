@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from worker.scanner import weight_kernels
 
-__all__ = ("OrderStatistics", "Quantiles", "add_counts", "look_up", "no_counts")
+__all__ = ("OrderStatistics", "Quantiles", "add_counts", "look_up", "no_counts", "sort")
 
 N_BINS = 1 << 16
 _MOST_SORTED = 1 << 18
@@ -75,6 +75,14 @@ def look_up(
     found = _Found.among(blocks, ordered, np.unique(np.concatenate([cuts >> 16, bins])))
     at_ranks = found.at(bins, sought - before[bins])
     return OrderStatistics(at_ranks.reshape(-1, 2), before[cuts >> 16] + found.below(cuts))
+
+
+def sort(
+    values: Float32s, *, ranks: Sequence[tuple[int, int]], limits: Float64s
+) -> OrderStatistics:
+    """The same of few values."""
+    ascending = np.sort(values).astype(np.float64)
+    return OrderStatistics(ascending[np.array(ranks)], np.searchsorted(ascending, limits))
 
 
 class _Found(NamedTuple):

@@ -34,9 +34,14 @@ def add_rows(
     squares: Float64s,
     peaks: Bits,
     higher: Float64s,
+    extremes: Bits,
 ) -> None:
-    """Set each row's sum, sum of squares and largest magnitude; add to the sums of cubes and fourth powers."""
+    """Set each row's sum, sum of squares and largest magnitude; add to the sums of cubes and fourth powers.
+
+    `extremes` are moved outwards: the largest bits with no sign, the largest with one, the smallest.
+    """
     cubes = fourths = 0.0
+    positive, largest, smallest = np.int32(extremes[0]), extremes[1], extremes[2]
     for row in range(values.shape[0]):
         total = squared = 0.0
         peak = np.uint32(0)
@@ -47,10 +52,15 @@ def add_rows(
             squared += square
             cubes += square * value
             fourths += square * square
-            peak = max(peak, bits[row, column] & _MAGNITUDE)
+            number = bits[row, column]
+            peak = max(peak, number & _MAGNITUDE)
+            positive = max(positive, np.int32(number))
+            largest = max(largest, number)
+            smallest = min(smallest, number)
         sums[row], squares[row], peaks[row] = total, squared, peak
     higher[0] += cubes
     higher[1] += fourths
+    extremes[0], extremes[1], extremes[2] = np.uint32(positive), largest, smallest
 
 
 @_exact  # type: ignore[untyped-decorator]
@@ -78,7 +88,7 @@ def pick(bits: Bits, wanted: npt.NDArray[np.bool_], into: Bits) -> int:
     """Put the numbers of the bins wanted into `into`, as long as `bits`; how many they are."""
     n_picked = 0
     for number in bits:
-        if wanted[number >> _TRAILING]:
-            into[n_picked] = number
-            n_picked += 1
+        # Written first and then kept or not: a branch that nobody can foretell would cost more.
+        into[n_picked] = number
+        n_picked += wanted[number >> _TRAILING]
     return n_picked

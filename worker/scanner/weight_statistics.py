@@ -5,14 +5,21 @@ core's cache while everything is computed from it, and in memory that is used ov
 fresh memory costs more than the arithmetic.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import isfinite, nan, sqrt
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from worker.scanner.order_statistics import Quantiles, add_counts, look_up, no_counts
+from worker.scanner.order_statistics import (
+    OrderStatistics,
+    Quantiles,
+    add_counts,
+    look_up,
+    no_counts,
+    sort,
+)
 from worker.scanner.weight_files import FloatArray, StoredTensor
 from worker.scanner.weight_kernels import add_columns, add_rows
 
@@ -34,6 +41,11 @@ _BLOCK = 1 << 16
 """Values worked on together: with their float64 squares they fit a second-level cache."""
 _KEPT = 1 << 25
 """Values that were decoded are kept between the two looks that quantiles take; more are decoded twice."""
+_FEW = 1 << 12
+"""Values that are sorted at once: to look through all bins would take longer."""
+_SIGN = np.uint32(1 << 31)
+_SMALLEST_NAN = 0xFFFF_FFFF
+"""As bits, above every number's."""
 _FAR_FROM_ZERO = 10.0
 """Means of more standard deviations than this cost raw moments their digits."""
 
@@ -151,15 +163,14 @@ def measure(
     total, squares = float(first.row_sums.sum()), float(first.row_squares.sum())
     if not isfinite(total) or not isfinite(squares):
         return TensorStatistics(nonfinite=_nonfinite(tensor, workspace))
-    low, high = float(first.low), float(first.high)
+    low, high = first.low, first.high
     mean, variance, kurtosis = _moments(tensor, first, workspace, checkpoint)
     std = sqrt(variance)
     far = asked.outlier_sigma * std
     sought = Quantiles.of(tensor.numel, QUANTILES)
     edges = np.linspace(low, high, asked.histogram_bins + 1)[1:-1]
-    found = look_up(
-        lambda: first.blocks(checkpoint),
-        first.bins,
+    found = first.look_up(
+        checkpoint,
         ranks=sought.ranks,
         limits=np.concatenate([edges, [mean - far, np.nextafter(mean + far, np.inf)]]),
     )
@@ -203,9 +214,9 @@ class _FirstLook:
         self.column_squares = np.zeros(width)
         self._column_peaks = np.zeros(width, np.uint32)
         self._higher = np.zeros(2)
-        self.low = np.float32(np.inf)
-        self.high = np.float32(-np.inf)
-        self.bins = no_counts()
+        self._extremes = np.array([0, 0, _SMALLEST_NAN], np.uint32)
+        self._few = tensor.numel <= _FEW
+        self._bins = None if self._few else no_counts()
 
     def take(self, block: slice) -> None:
         """Add a block of rows."""
@@ -218,11 +229,36 @@ class _FirstLook:
             self.row_squares[block],
             self._row_peaks[block],
             self._higher,
+            self._extremes,
         )
         if self._columns:
             add_columns(values, bits, self.column_sums, self.column_squares, self._column_peaks)
-        self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
-        add_counts(values.reshape(-1), self.bins)
+        if self._bins is not None:
+            add_counts(values.reshape(-1), self._bins)
+
+    @property
+    def low(self) -> float:
+        """The least value."""
+        _, largest, smallest = self._extremes
+        return float((largest if largest & _SIGN else smallest).view(np.float32))
+
+    @property
+    def high(self) -> float:
+        """The greatest value."""
+        positive, _, smallest = self._extremes
+        return float((smallest if smallest & _SIGN else positive).view(np.float32))
+
+    def look_up(
+        self, checkpoint: Checkpoint, *, ranks: Sequence[tuple[int, int]], limits: Sums
+    ) -> OrderStatistics:
+        """The values of some ranks, and how many values lie below some limits."""
+
+        def again() -> Iterator[FloatArray]:
+            return self.blocks(checkpoint)
+
+        if self._bins is None:
+            return sort(np.concatenate(list(again())), ranks=ranks, limits=limits)
+        return look_up(again, self._bins, ranks=ranks, limits=limits)
 
     @property
     def cubes(self) -> float:
@@ -271,7 +307,7 @@ def _moments(
 ) -> tuple[float, float, float]:
     """Mean, variance and excess kurtosis (NaN where nothing varies)."""
     if first.low == first.high:
-        return float(first.low), 0.0, nan
+        return first.low, 0.0, nan
     n_values = tensor.numel
     mean = float(first.row_sums.sum()) / n_values
     second = float(first.row_squares.sum()) / n_values
