@@ -165,7 +165,7 @@ def _rows_of_one_forward(
     model = resident.model
     together = list(zip(jobs, asked, listeners, strict=True))
     match asked[0].shared_forward:
-        case Forward.READ | Forward.GRID:
+        case Forward.READ:
             return scan_together(
                 model, [_reading(*one, resident, calibrations) for one in together]
             )

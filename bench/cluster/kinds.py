@@ -1,4 +1,4 @@
-"""Each kind of scan that shares a forward: how it is asked of a service, and run without one."""
+"""Each kind of scan that can share a forward: how it is asked of a service, and run without one."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType

@@ -267,7 +267,9 @@ def of_each_kind(
     sharing: Cluster, alone: Cluster, model: LoadedModel, *, rounds: int
 ) -> Iterator[Figure]:
     """The same of every kind that shares a forward, and of two kinds that share one between them."""
-    asked: dict[str, Sequence[Kind]] = {name: (kind,) for name, kind in KINDS.items()}
+    asked: dict[str, Sequence[Kind]] = {
+        name: (kind,) for name, kind in KINDS.items() if kind.request.shared_forward is not None
+    }
     asked["fMRI and FLAIR at the answer, of the same prompts"] = PAIR
     for name, kinds in asked.items():
         shared, single, bare = [], [], []

@@ -72,10 +72,13 @@ class AnomalyScan(TargetedScan, frozen=True, kw_only=True, tag="FLAIR", tag_fiel
 
     @property
     def shared_forward(self) -> Forward | None:
-        """At the answer with all who read the plain model; who reads more shares with their like."""
-        if self.canonical:
-            return None
-        return Forward.READ if self.token_positions == "target" else Forward.GRID
+        """At the answer with all who read the plain model.
+
+        At many positions the lens takes several times as long as the forward: hardly anything would be
+        saved, and everybody would wait for everybody's lens.
+        """
+        shares = self.token_positions == "target" and not self.canonical
+        return Forward.READ if shares else None
 
     @property
     def needs_calibration(self) -> bool:

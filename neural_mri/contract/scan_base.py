@@ -42,14 +42,11 @@ CalibrationKey = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", max_length=64)]
 class Forward(StrEnum):
     """The forwards that prompts of several scans may be rows of, where they are of as many tokens.
 
-    Never padded: padding changes the numbers. Equal rows are worth little where who asks for little would
-    wait for who asks for much: so there are more of them than models run.
+    Never padded: padding changes the numbers.
     """
 
     READ = "read"
     """The plain model, read: by fMRI, and by FLAIR at the answer."""
-    GRID = "grid"
-    """The same, where reading takes several times as long as running: FLAIR at many positions."""
     PATTERNS = "patterns"
     """The bridged model, which shows how attention is spent."""
     EDITED = "edited"

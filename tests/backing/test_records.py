@@ -76,7 +76,7 @@ def test_jobs_share_a_pass_when_their_forward_weights_and_length_are_equal() -> 
     ("scan", "changes"),
     [
         (ActivationScan(prompt="Hello"), {"layers": ("blocks.0.mlp",)}),
-        (AnomalyScan(prompt="Hello"), {"token_positions": (1, 2)}),
+        (AnomalyScan(prompt="Hello", token_positions="target"), {"appearance": False}),
         (AttentionScan(prompt="Hello", layers=(0,)), {"layers": (1, 2)}),
         (PerturbationScan(prompt="Hello"), {"perturbed_scan": False}),
     ],
