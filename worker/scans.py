@@ -6,6 +6,7 @@ Sees to it that the numbers are those that the job's scan key promises. Knows ne
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -372,5 +373,11 @@ def _memory_bytes(device: str) -> int:
     """Memory that this process holds on the model's device."""
     if device == "cuda":
         return torch.cuda.memory_allocated()
-    resident: int = psutil.Process().memory_info().rss
+    resident: int = _this_process().memory_info().rss
     return resident
+
+
+@cache
+def _this_process() -> psutil.Process:
+    """Looked up once: that takes longer than to ask it."""
+    return psutil.Process()
