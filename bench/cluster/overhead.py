@@ -13,8 +13,14 @@ from bench.cluster.figures import Figure, at_most, percentile, plain
 from bench.cluster.service import Cluster
 from neural_mri.backing import storage
 
-__all__ = ("figures",)
+__all__ = ("INTRODUCTION", "TITLE", "figures")
 
+TITLE = "The price of a job"
+INTRODUCTION = """`python -m bench.cluster --only overhead`: what the queue adds to a scan, from the request to its recorded end: a
+whole service (API, worker, reaper, Valkey, SQLite), a model of three layers, scans one after another. Wall time
+but for the last row: it grows with whatever else runs, and with the disk under `TMPDIR`, to which each result is
+flushed before it counts.
+"""
 BAR_MILLISECONDS = 5.0
 WARM_UP = 30
 

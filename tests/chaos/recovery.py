@@ -1,23 +1,38 @@
-"""How soon a job runs again whose worker was killed in the midst of it, while another is idle.
+"""How soon a job runs again whose worker was killed in the midst of it.
 
-python -m tests.chaos.recovery [--kills 50] [--database sqlite]
+python -m tests.chaos.recovery [--kills 50] [--restarts 20] [--database sqlite] [--page FILE]
+
+Twice: while another worker is idle, and where the only one has to be started anew, as its users start it
+(a Python that has imported nothing, PyTorch and all).
 """
 
 import argparse
+import os
 import random
 import signal
-import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 from uuid import UUID
 
 import httpx
 
-from neural_mri.backing import jobs
+from bench import page
+from bench.cluster.figures import Figure, at_most, percentile, plain, table
+from neural_mri.backing import events, jobs
+from neural_mri.backing.settings import PREFIX
 from neural_mri.contract.jobs import JobState
 from tests.chaos.storm import Stage, Storm, staged
 
-__all__ = ("claimed_again",)
+__all__ = ("Restart", "claimed_after_restart", "claimed_again")
+
+ROOT = Path(__file__).parents[2]
+INTRODUCTION = """`python -m tests.chaos.recovery`: seconds from `kill -9` of the worker that runs a scan until the scan is claimed
+again, on one host, SQLite, a tiny model.
+"""
 
 
 def claimed_again(stage: Stage, kills: int, seed: int = 0) -> list[float]:
@@ -71,19 +86,103 @@ def _claimed_at(stage: Stage, job_id: UUID) -> float:
     raise TimeoutError(f"{job_id} was not claimed again within 60 s")
 
 
+class Restart(NamedTuple):
+    """In seconds."""
+
+    claimed: float
+    """From the kill until the worker that was started in its place had claimed the job."""
+    load: float
+    """Of those, spent on holding the model."""
+
+
+def claimed_after_restart(stage: Stage, kills: int, seed: int = 0) -> list[Restart]:
+    """One worker on a stage that has no other, killed again and again and started anew at once."""
+    chance, found = random.Random(seed), []
+    log = stage.service.crash_points.parent / "restarted-worker.log"
+    with log.open("ab") as output:
+        worker = _started(stage, output)
+        try:
+            for _ in range(kills):
+                stage.service.wait_until_ready(1)
+                job_id = _long_job(stage, chance)
+                _holder(stage, job_id)
+                time.sleep(chance.uniform(0.05, 0.3))
+                killed = time.time()
+                worker.kill()
+                worker.wait()
+                worker = _started(stage, output)
+                claimed = _claimed_at(stage, job_id)
+                stage.service.wait_until_ready(1)
+                found.append(Restart(claimed - killed, _load_seconds(stage, worker.pid)))
+                stage.sessions.write(jobs.request_cancel, job_id)
+                while stage.witness.unfinished():
+                    time.sleep(0.05)
+        finally:
+            worker.kill()
+            worker.wait()
+    return found
+
+
+def _started(stage: Stage, output: BinaryIO) -> subprocess.Popen[bytes]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "worker"],
+        cwd=ROOT,
+        env={**own, **stage.service.settings.environment()},
+        stdout=output,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def _load_seconds(stage: Stage, pid: int) -> float:
+    """What a worker says that it took to load its model."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with stage.service.broker.client() as client:
+            for beat in events.heartbeats(client):
+                loads = [model.load_seconds for model in beat.models if model.load_seconds]
+                if loads and beat.worker.startswith(f"worker-{pid}@"):
+                    return sum(loads)
+        time.sleep(0.2)
+    raise TimeoutError(f"worker {pid} has not said what its model took to load")
+
+
+def _figures(what: str, seconds: Sequence[float], bar: float) -> list[Figure]:
+    return [
+        plain(f"{what}, {len(seconds)} kills, median", f"{percentile(seconds, 0.5):.2f} s"),
+        at_most("the same, 95th percentile", percentile(seconds, 0.95), bar, " s", digits=2),
+        plain("the same, longest", f"{max(seconds):.2f} s"),
+    ]
+
+
 def main() -> int:
-    """Print median and 95th percentile."""
+    """Print median and 95th percentile, and write them on the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.recovery", description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--restarts", type=int, default=20)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     asked = parser.parse_args()
-    with staged(Storm(jobs=0, faults=0, database=asked.database, workers=2)) as stage:
-        seconds = sorted(claimed_again(stage, asked.kills))
-    p95 = seconds[int(0.95 * (len(seconds) - 1))]
-    print(  # noqa: T201
-        f"{len(seconds)} kills of a busy worker, {asked.database}: claimed again after "
-        f"{statistics.median(seconds):.2f} s, p95 {p95:.2f} s, at most {seconds[-1]:.2f} s"
-    )
+    found: list[Figure] = []
+    if asked.kills:
+        with staged(Storm(jobs=0, faults=0, database=asked.database, workers=2)) as stage:
+            seconds = claimed_again(stage, asked.kills)
+        found += _figures("claimed again by a worker that is idle", seconds, 1.0)
+        print(table(found), flush=True)  # noqa: T201
+    if asked.restarts:
+        with staged(Storm(jobs=0, faults=0, database=asked.database, workers=0)) as stage:
+            after = claimed_after_restart(stage, asked.restarts)
+        found += _figures(
+            "claimed again by the worker started in its place, without the model's loading",
+            [each.claimed - each.load for each in after],
+            3.0,
+        )
+        found.append(
+            plain("its loading, median", f"{percentile([each.load for each in after], 0.5):.2f} s")
+        )
+    print(table(found))  # noqa: T201
+    if asked.kills and asked.restarts and asked.database == "sqlite":
+        page.replace_section(asked.page, "Recovery", f"{INTRODUCTION}\n{table(found)}")
     return 0
 
 
