@@ -18,7 +18,6 @@ import torch
 
 from neural_mri.contract.circuits import CircuitMethod
 from neural_mri.contract.models import Architecture
-from neural_mri.contract.perturbations import Noise
 from neural_mri.contract.problems import Problem
 from neural_mri.contract.scans import (
     ActivationScan,
@@ -58,11 +57,9 @@ class OutOfMemory(Problem):
     status = 507
 
 
-def estimate(
-    scan: Scan, shape: Architecture, *, n_tokens: int, itemsize: int, prompts: int = 1
-) -> int:
-    """Bytes that a scan of so many prompts at once needs beside the model; `n_tokens` of each."""
-    return int(MARGIN * _needed(scan, _Sizes(shape, n_tokens, itemsize), prompts))
+def estimate(scan: Scan, shape: Architecture, *, n_tokens: int, itemsize: int) -> int:
+    """Bytes that a scan of so many tokens needs beside the model. Scans that share a forward need their sum."""
+    return int(MARGIN * _needed(scan, _Sizes(shape, n_tokens, itemsize)))
 
 
 class _Sizes:
@@ -121,20 +118,18 @@ class _Sizes:
         return self.shape.n_layers * a_layer * self.n_tokens * FLOAT_BYTES
 
 
-def _needed(scan: Scan, sizes: _Sizes, prompts: int) -> int:
+def _needed(scan: Scan, sizes: _Sizes) -> int:
     shape, n_tokens = sizes.shape, sizes.n_tokens
     match scan:
         case ActivationScan():
-            return _activations(scan, sizes, prompts)
+            return _activations(scan, sizes)
         case AttentionScan():
             patterns = len(scan.layers) * shape.n_heads * n_tokens**2 * 2 * FLOAT_BYTES
             return sizes.forward + 4 * sizes.pattern + patterns
         case AnomalyScan():
             return sizes.forward + 2 * sizes.residuals + sizes.logits(3 * _asked(scan, n_tokens))
         case PerturbationScan():
-            draws = max((p.draws for p in scan.perturbations if isinstance(p, Noise)), default=1)
-            rows = 1 + draws + len(scan.other_prompts)
-            return rows * (sizes.forward + 3 * sizes.logits(n_tokens)) + 4 * sizes.nodes
+            return scan.n_rows * (sizes.forward + 3 * sizes.logits(n_tokens)) + 4 * sizes.nodes
         case CircuitScan():
             return _circuits(scan, sizes)
         case PatchingScan():
@@ -156,13 +151,13 @@ def _asked(scan: AnomalyScan, n_tokens: int) -> int:
     return len(resolve_positions(scan.token_positions, n_tokens))
 
 
-def _activations(scan: ActivationScan, sizes: _Sizes, prompts: int) -> int:
+def _activations(scan: ActivationScan, sizes: _Sizes) -> int:
     positions = len(resolve_positions(scan.token_positions, sizes.n_tokens))
     vectors = 0
     if scan.aggregation is Aggregation.RAW:
         components = len(scan.selected(sizes.shape))
         vectors = components * positions * sizes.shape.d_model * 2 * FLOAT_BYTES
-    return prompts * (sizes.forward + sizes.logits(positions) + 2 * sizes.nodes) + vectors
+    return sizes.forward + sizes.logits(positions) + 2 * sizes.nodes + vectors
 
 
 def _circuits(scan: CircuitScan, sizes: _Sizes) -> int:

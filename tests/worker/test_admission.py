@@ -48,14 +48,6 @@ def test_a_longer_prompt_needs_more_and_half_precision_less(scan: Scan) -> None:
     assert needed(64, itemsize=2) < needed(64)
 
 
-def test_prompts_that_share_a_forward_need_as_much_each() -> None:
-    scan = ActivationScan(prompt="x")
-    one, four = (
-        estimate(scan, TINY, n_tokens=20, itemsize=4, prompts=prompts) for prompts in (1, 4)
-    )
-    assert four == pytest.approx(4 * one, rel=0.01)
-
-
 def test_what_reads_files_needs_no_memory_worth_a_word() -> None:
     for scan in (StructuralScan(), WeightScan()):
         assert estimate(scan, TINY, n_tokens=0, itemsize=4) == 0

@@ -33,6 +33,7 @@ from neural_mri.contract.scans import (
 )
 from neural_mri.contract.tokens import Operands, Span, Tokens
 from tests.worker.bench import Bench
+from worker import admission
 from worker.scanner.loading import LoadedModel
 
 S = JobState
@@ -302,6 +303,23 @@ def test_a_pass_is_so_much_work_at_the_most(bench: Bench) -> None:
     forwards = Forwards(bench)
     assert bench.attempts().take(bench.queue) == 5
     assert forwards.batches == [2, 2, 1]
+
+
+def test_a_pass_takes_no_more_memory_than_there_is(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little there is, one scan at a time is tried."""
+    bench.residency.load("tiny")
+    held = bench.residency.get(bench.tiny.revision)
+    assert held is not None
+    needed = admission.estimate(AT_ANSWER, held.registered.architecture, n_tokens=6, itemsize=4)
+    for left, batches in ((2.5 * needed, [2, 2, 1]), (0.5 * needed, [1, 1])):
+        monkeypatch.setattr(bench.placing, "left", lambda left=left: int(left))
+        for seed in range(sum(batches)):
+            submitted(bench, AT_ANSWER, prompt(seed + int(left)))
+        forwards = Forwards(bench)
+        assert bench.attempts().take(bench.queue) == sum(batches)
+        assert forwards.batches == batches
 
 
 def test_perturbed_rows_count_against_the_token_budget(bench: Bench) -> None:
