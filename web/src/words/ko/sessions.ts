@@ -6,7 +6,7 @@ export const sessions = {
   "The open session": "열린 세션",
   "Save the session": "세션 저장",
   "Write a note": "메모 쓰기",
-  "of the session": "세션의 모델",
+  kept: "보관본",
   "not saved": "저장 안 됨",
   "another session's": "다른 세션의 것",
   // The panel
@@ -20,10 +20,10 @@ export const sessions = {
   "Reached by a link. Read only; a copy of your own can be changed.":
     "링크로 열었습니다. 읽기 전용이며, 내 사본은 바꿀 수 있습니다.",
   "Revision {revision}": "개정 {revision}",
-  "Revision {number}, saved {at}": "개정 {number}, {at} 저장",
+  "Revision {number}, {at}": "개정 {number}, {at}",
   "An older revision than the latest, which is number {number}.":
     "이전 개정입니다. 최신은 {number}번입니다.",
-  "Changes that are not saved": "저장하지 않은 변경",
+  "Unsaved changes": "저장하지 않은 변경",
   Undo: "되돌리기",
   "Save as the latest": "최신으로 저장",
   "Save as a session": "세션으로 저장",
