@@ -1,7 +1,7 @@
 """Diagnoses over a service: a suite's scans sent as batches, results taken as they come."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
 from uuid import UUID
@@ -75,7 +75,7 @@ class ServiceScans:
         """Texts as the checkpoint reads them."""
         return [self._service.tokenize(text, model=self._info.name) for text in texts]
 
-    def scan(self, scans: Sequence[Scan]) -> Iterator[Scanned]:
+    def scan(self, scans: Sequence[Scan]) -> Generator[Scanned, None, None]:
         """What each scan measured, in their order. Left before the end, it cancels what is under way."""
         named = [msgspec.structs.replace(scan, model=self._info.name) for scan in scans]
         for start in range(0, len(named), MOST_LINES):
