@@ -31,7 +31,7 @@ __all__ = ("Restart", "claimed_after_restart", "claimed_again")
 
 ROOT = Path(__file__).parents[2]
 INTRODUCTION = """`python -m tests.chaos.recovery`: seconds from `kill -9` of the worker that runs a scan until the scan is claimed
-again, on one host, SQLite, a tiny model.
+again, on one host, a tiny model.
 """
 
 
@@ -163,27 +163,35 @@ def main() -> int:
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     asked = parser.parse_args()
-    found: list[Figure] = []
-    if asked.kills:
-        with staged(Storm(jobs=0, faults=0, database=asked.database, workers=2)) as stage:
-            seconds = claimed_again(stage, asked.kills)
-        found += _figures("claimed again by a worker that is idle", seconds, 1.0)
-        print(table(found), flush=True)  # noqa: T201
-    if asked.restarts:
-        with staged(Storm(jobs=0, faults=0, database=asked.database, workers=0)) as stage:
-            after = claimed_after_restart(stage, asked.restarts)
-        found += _figures(
+    parts = {
+        "Recovery beside an idle worker": (asked.kills, _beside_an_idle_one),
+        "Recovery by a restart": (asked.restarts, _by_a_restart),
+    }
+    for title, (count, measured) in parts.items():
+        if count:
+            found = table(measured(count, asked.database))
+            print(found, flush=True)  # noqa: T201
+            page.replace_section(asked.page, title, f"{INTRODUCTION}\n{found}")
+    return 0
+
+
+def _beside_an_idle_one(kills: int, database: str) -> list[Figure]:
+    with staged(Storm(jobs=0, faults=0, database=database, workers=2)) as stage:
+        seconds = claimed_again(stage, kills)
+    return _figures("claimed again by a worker that is idle", seconds, 1.0)
+
+
+def _by_a_restart(kills: int, database: str) -> list[Figure]:
+    with staged(Storm(jobs=0, faults=0, database=database, workers=0)) as stage:
+        after = claimed_after_restart(stage, kills)
+    return [
+        *_figures(
             "claimed again by the worker started in its place, without the model's loading",
             [each.claimed - each.load for each in after],
             3.0,
-        )
-        found.append(
-            plain("its loading, median", f"{percentile([each.load for each in after], 0.5):.2f} s")
-        )
-    print(table(found))  # noqa: T201
-    if asked.kills and asked.restarts and asked.database == "sqlite":
-        page.replace_section(asked.page, "Recovery", f"{INTRODUCTION}\n{table(found)}")
-    return 0
+        ),
+        plain("its loading, median", f"{percentile([each.load for each in after], 0.5):.2f} s"),
+    ]
 
 
 if __name__ == "__main__":
