@@ -1,6 +1,7 @@
 /** What is to be saved: scans by what names them, and everything that speaks of a scan by its number. */
 import type { Stimulus } from "../model/stimulus";
 import { SAVED, type KeyImage } from "../state/images.svelte";
+import { counted } from "../words/words.svelte";
 import { isKept } from "./shelf";
 import { fragmentOf, jobsIn, viewOf } from "./view";
 import type {
@@ -133,6 +134,20 @@ export function imageOf(
     thumbnail: picture.startsWith("data:image/png;base64,") ? picture : "",
     at: typeof at === "number" ? at : NaN,
   };
+}
+
+/** What a save adds and takes away, for the list of saves where nobody says it better: `+1 scan, −2 notes`. */
+export function changes(before: SessionDocument, after: Content): string {
+  const kinds = [
+    [before.scans, after.scans, "{count} scan", "{count} scans"],
+    [before.notes, after.notes, "{count} note", "{count} notes"],
+    [before.key_images, after.key_images, "{count} key image", "{count} key images"],
+  ] as const;
+  return kinds
+    .map(([was, is, one, many]) => [is.length - was.length, one, many] as const)
+    .filter(([count]) => count !== 0)
+    .map(([count, one, many]) => `${count > 0 ? "+" : "−"}${counted(Math.abs(count), one, many)}`)
+    .join(", ");
 }
 
 /** After a save: every scan is called by its result. */

@@ -11,7 +11,7 @@ import { START, decode, type Place } from "../state/url";
 import { t } from "../words/words.svelte";
 import { Beside } from "./beside.svelte";
 import { firstOf, grown, promptOf } from "./document";
-import { names, type Draft } from "./draft";
+import { changes, names, type Draft } from "./draft";
 import { DamagedFile, readNmri, type NmriFile } from "./nmri";
 import { Session, type Origin } from "./session.svelte";
 import { Shelf } from "./shelf";
@@ -270,12 +270,13 @@ export class Sessions {
   // Saving
 
   /** Saves the open session, or what is on the screen as one. */
-  async save(message = ""): Promise<boolean> {
+  async save(): Promise<boolean> {
     const { open } = this;
-    if (!open.canSave) return this.saveAs(open.name, message);
+    if (!open.canSave) return this.saveAs(open.name);
     const name = open.name.trim() || (open.detail?.name ?? this.suggestedName());
     return this.#doing(t("Saving…"), async () => {
       const draft = await this.#draft();
+      const message = changes(open.document, draft.content);
       const { notes } = open;
       const images = this.#room.images.all;
       let saved: SessionDetail;
@@ -300,11 +301,11 @@ export class Sessions {
   }
 
   /** As a session of one's own, whatever is open: begun where that stands. */
-  async saveAs(name: string, message = ""): Promise<boolean> {
+  async saveAs(name: string): Promise<boolean> {
     const { open } = this;
     if (open.origin.kind === "new") {
       open.name = name;
-      return this.save(message);
+      return this.save();
     }
     const forked = await this.#doing(t("Saving…"), async () => {
       const isChanged = open.isChanged;
@@ -312,6 +313,7 @@ export class Sessions {
       let made = await this.#beginning(open, name);
       // What was changed here goes on top: the fork begins where the other stands.
       const draft = await this.#draft();
+      const message = changes(open.document, draft.content);
       if (isChanged) made = await this.service.save(made.id, made.head, draft.content, message);
       this.#saved(made, draft, true);
       this.#later(this.open);

@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { beforeAll, expect, test } from "vitest";
 
 import { besides, firstOf, grown, noted } from "../../src/sessions/document";
-import { draftOf, imageOf, names, type Asked } from "../../src/sessions/draft";
+import { changes, draftOf, imageOf, names, type Asked } from "../../src/sessions/draft";
 import { readNmri } from "../../src/sessions/nmri";
 import type { SessionDetail, SessionDocument } from "../../src/sessions/wire";
 import { decode } from "../../src/state/url";
@@ -133,6 +133,15 @@ const EMPTY: SessionDocument = {
   key_images: [],
   view: {},
 };
+
+test("a save says what it adds and takes away", async () => {
+  const { scans, notes } = asked();
+  const { content } = await draftOf(
+    asked({ scans: [...scans, scan(NEW)], notes: [...notes, ...notes], images: [] }),
+  );
+  expect(changes(document, content)).toBe("+1 scan, +1 note, −1 key image");
+  expect(changes(document, (await draftOf(asked())).content)).toBe("");
+});
 
 test("a key image comes back with its scans, and with no picture but the viewer's own", () => {
   const at = 1_764_158_400_000;
