@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import count
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 from uuid import UUID
@@ -501,22 +502,25 @@ class Attempts:
         problem: ProblemDocument | None = None,
     ) -> list[tuple[Holding, Job | None]]:
         """Move jobs in one transaction; None for those that are no longer ours to move."""
+        tries = count()
 
-        def advance(session: Session) -> dict[UUID, Job | None]:
+        def advance(session: Session, job: Job, *, again: bool) -> Job | None:
+            attempt, manifest = job.attempt, manifests.get(job.id)
+            moved = jobs.advance(
+                session, job.id, to, attempt=attempt, manifest=manifest, problem=problem
+            )
+            if moved is None and again:
+                # A database that goes away may have committed what it did not answer.
+                return jobs.made(session, job.id, to, attempt=attempt, manifest=manifest)
+            return moved
+
+        def advance_all(session: Session) -> dict[UUID, Job | None]:
+            again = next(tries) > 0
             # In one order, so that two who move some of the same jobs never wait for each other.
-            return {
-                job.id: jobs.advance(
-                    session,
-                    job.id,
-                    to,
-                    attempt=job.attempt,
-                    manifest=manifests.get(job.id),
-                    problem=problem,
-                )
-                for job in sorted((holding.job for holding in holdings), key=lambda job: job.id)
-            }
+            in_order = sorted((holding.job for holding in holdings), key=lambda job: job.id)
+            return {job.id: advance(session, job, again=again) for job in in_order}
 
-        moved = self._insisting(lambda: self._sessions.write(advance)) if holdings else {}
+        moved = self._insisting(lambda: self._sessions.write(advance_all)) if holdings else {}
         for holding in holdings:
             job = moved[holding.job.id]
             if job is None:

@@ -479,6 +479,18 @@ def advance(
     return msgspec.structs.replace(moved, id=job_id, leader=None if leads_itself else moved.leader)
 
 
+def made(
+    session: Session, job_id: UUID, to: JobState, *, attempt: int, manifest: str | None = None
+) -> Job | None:
+    """The job where `advance` has made that move for that attempt already; None where nobody has.
+
+    For whoever was not told whether a transaction was committed.
+    """
+    parameters = {"job_id": job_id, "held_attempt": attempt, "to": to, "path": manifest}
+    moved = _job_of(_run(session, statements.MADE, parameters))
+    return moved and msgspec.structs.replace(moved, id=job_id)
+
+
 def _settle(session: Session, job: Job) -> None:
     """See to the followers of a job that does not go on as it was."""
     match job.state:

@@ -124,6 +124,14 @@ MOVE_CLOCK = (
 GET = select(*_job).where(_job.id == bindparam("job_id"))
 """Parameter: job_id."""
 
+MADE = select(*_job).where(
+    or_(_job.id == bindparam("job_id"), _job.leader == bindparam("job_id")),
+    _job.attempt == bindparam("held_attempt"),
+    _job.state == bindparam("to", type_=_job.state.type),
+    _job.manifest.is_not_distinct_from(bindparam("path", type_=_job.manifest.type)),
+)
+"""The job as a move has left it. Parameters: job_id, held_attempt, to, path."""
+
 RECENT = (
     select(*_job)
     .where(_job.owner == bindparam("who"))

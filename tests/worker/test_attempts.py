@@ -8,6 +8,7 @@ import pytest
 import structlog
 
 from neural_mri.backing import jobs, keys, models, queue, storage
+from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.storage import NamedBytes, Store, StoreFull, Writing
@@ -212,6 +213,36 @@ def test_a_database_that_is_away_for_a_moment_costs_no_result(
     holding_tiny.attempts().take(holding_tiny.queue)
     assert holding_tiny.now(job).state is JobState.SUCCEEDED
     assert list(refusals) == []
+
+
+def test_a_commit_whose_answer_was_lost_is_a_commit(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database went away after it had committed: what the row names is not taken away."""
+    write, unanswered = Sessions.write, {JobState.STORING, JobState.SUCCEEDED}
+
+    def lost(sessions: Sessions, work: Any, *args: Any, **kwargs: Any) -> Any:
+        written = write(sessions, work, *args, **kwargs)
+        states = (
+            {moved.state for moved in written.values() if moved}
+            if isinstance(written, dict)
+            else set()
+        )
+        if forgotten := states & unanswered:
+            unanswered.difference_update(forgotten)
+            raise Unavailable("away")
+        return written
+
+    monkeypatch.setattr(module, "DATABASE_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(Sessions, "write", lost)
+    job = holding_tiny.submit(PROMPT)
+    holding_tiny.attempts().take(holding_tiny.queue)
+    assert not unanswered, "both commits were made, and neither was answered"
+    done = holding_tiny.now(job)
+    assert done.state is JobState.SUCCEEDED
+    assert done.manifest is not None
+    assert holding_tiny.store.exists(done.manifest)
+    assert isinstance(holding_tiny.told(job.id)[-1], Ended)
 
 
 class Full:
