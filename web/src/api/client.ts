@@ -7,6 +7,7 @@ import { Refusal, isAbort, refused } from "./refusals";
 import type { Identity, JobEvent, JobView, Manifest, ModelInfo, Tokens } from "./schema";
 import { t } from "../words/words.svelte";
 
+export const MODELS = "/api/models";
 export const ARROW_FILE = "application/vnd.apache.arrow.file";
 
 type Fetch = typeof fetch;
@@ -29,7 +30,7 @@ export class Client {
 
   async models(): Promise<readonly ModelInfo[]> {
     const answer = await this.#json<readonly ModelInfo[] | { models: readonly ModelInfo[] }>(
-      "/api/models",
+      MODELS,
     );
     return "models" in answer ? answer.models : answer;
   }
@@ -58,9 +59,8 @@ export class Client {
     request: Readonly<Record<string, unknown>>,
     options: { readonly wait?: number; readonly signal?: AbortSignal } = {},
   ): Promise<JobView> {
-    const init = post(request);
-    if (options.wait !== undefined) init.headers["Prefer"] = `wait=${options.wait}`;
-    return this.#json(endpoint, { ...init, ...given({ signal: options.signal }) });
+    const { path, init } = submission(endpoint, request, options.wait);
+    return this.#json(path, { ...init, ...given({ signal: options.signal }) });
   }
 
   job(id: string): Promise<JobView> {
@@ -178,6 +178,23 @@ export class Client {
     if (answer.status === 401 && path !== "/api/login") this.#stranger();
     throw await refused(answer);
   }
+}
+
+/** One request, as `fetch` takes it. */
+export interface Asked {
+  readonly path: string;
+  readonly init?: RequestInit;
+}
+
+/** How a scan is asked for. */
+export function submission(
+  endpoint: string,
+  request: Readonly<Record<string, unknown>>,
+  wait?: number,
+): Asked {
+  const init = post(request);
+  if (wait !== undefined) init.headers["Prefer"] = `wait=${wait}`;
+  return { path: endpoint, init };
 }
 
 interface Post {

@@ -53,7 +53,7 @@ export interface ScanListener {
 }
 
 /** How long the first answer may take before we follow the job's events instead. */
-const PATIENCE_SECONDS = 10;
+export const PATIENCE_SECONDS = 10;
 
 /** How each series' tables are read. What only one modality needs is fetched with its first scan. */
 const LOADERS: Readonly<Record<SeriesId, () => Promise<Loader>>> = {
@@ -339,9 +339,9 @@ export class Study {
 
   async #structural(): Promise<void> {
     await this.#run("T1", async (signal) => {
-      const request = this.chosen === null ? {} : { model: this.chosen };
       const { endpoint } = sequence("T1");
-      const job = await this.#client.submit(endpoint, request, { wait: PATIENCE_SECONDS, signal });
+      const options = { wait: PATIENCE_SECONDS, signal };
+      const job = await this.#client.submit(endpoint, structural(this.chosen), options);
       return this.#follow("T1", job, null, signal);
     });
   }
@@ -486,6 +486,11 @@ export class Study {
     const state = this.series[id];
     if (state.status === "acquiring") this.#set(id, { ...state, ...change });
   }
+}
+
+/** What T1 is asked with: of the service's own model where none is chosen. */
+export function structural(model: string | null): Readonly<Record<string, unknown>> {
+  return model === null ? {} : { model };
 }
 
 function gone(): string {
