@@ -47,6 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gates", description=__doc__)
     parser.add_argument("--faults", type=int, default=8, help="of each kind")
     parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument(
+        "--again", type=int, default=1, help="whole runs with each number of threads"
+    )
     given = parser.parse_args()
     suite, folder = load_suite("quick"), bundled.folder()
     baseline = _measured(suite, folder, with_noise=True)
@@ -56,11 +59,10 @@ def main() -> None:
     )
     print(f"{given.resamples} recorded runs, resampled: {alarms} false alarms")
     for threads in (1, 2):
-        again = _measured(suite, folder, threads=threads)
-        _tell(
-            f"again, {threads} threads: {_alarms(suite, again, baseline)} false alarms",
-            again.seconds,
-        )
+        runs = [_measured(suite, folder, threads=threads) for _ in range(given.again)]
+        n_alarms = sum(_alarms(suite, run, baseline) for run in runs)
+        seconds = sum(run.seconds for run in runs)
+        _tell(f"{len(runs)} whole runs, {threads} threads: {n_alarms} false alarms", seconds)
     with tempfile.TemporaryDirectory() as workshop:
         copy = Path(workshop) / "copy"
         shutil.copytree(folder, copy)
