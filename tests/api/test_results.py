@@ -271,6 +271,7 @@ def test_attention_is_measured_when_it_is_first_asked_for(
         "model": "tiny",
         "prompt": PROMPT,
         "layers": [1],
+        "canonical": False,
     }
     # Asked for again meanwhile, it is not measured twice.
     assert api.get(path, headers={"prefer": "wait=0"}).json()["id"] == job["id"]
