@@ -29,7 +29,10 @@ class _Look(NamedTuple):
 
 class _Seen(NamedTuple):
     line: Line
-    held: Holdings
+    workers: int | None
+    """How many will serve it; None where nobody knows."""
+    ready_in: float | None
+    """In how many seconds; None where nobody can say."""
 
 
 class Outlook:
@@ -45,14 +48,30 @@ class Outlook:
         """Where a job stands that waits; None for one that does not."""
         if job.state is not JobState.QUEUED:
             return None
-        seen = await self._seen(job.queue)
-        held = seen.held
+        seen = await self._seen(job.queue, job.revision)
+        return seen.line.place(job, workers=seen.workers, ready_in=seen.ready_in)
+
+    async def _seen(self, queue: str, revision: str) -> _Seen:
+        look = self._looks.get(queue)
+        now = time.monotonic()
+        if look is None or now - look.at > KEPT_SECONDS or _failed(look.task):
+            look = _Look(now, asyncio.create_task(self._look(queue, revision)))
+            self._looks.pop(queue, None)
+            self._looks[queue] = look
+            if len(self._looks) > REMEMBERED:
+                del self._looks[next(iter(self._looks))]
+        # Shielded: who goes away while the look is taken takes it from nobody else.
+        return await asyncio.shield(look.task)
+
+    async def _look(self, queue: str, revision: str) -> _Seen:
+        line, held = await asyncio.gather(
+            self._sessions.read(outlook.line, queue), holdings(self._redis)
+        )
         if not held.is_known:
-            return seen.line.place(job, workers=None, ready_in=None)
-        if job.queue in (keys.CPU_QUEUE, keys.CONTROL_QUEUE):
-            return seen.line.place(job, workers=len(held.beats), ready_in=0.0)
-        workers, ready_in = await self._ready(job.revision, held)
-        return seen.line.place(job, workers=workers, ready_in=ready_in)
+            return _Seen(line, None, None)
+        if queue in (keys.CPU_QUEUE, keys.CONTROL_QUEUE):
+            return _Seen(line, len(held.beats), 0.0)
+        return _Seen(line, *await self._ready(revision, held))
 
     async def _ready(self, revision: str, held: Holdings) -> tuple[int, float | None]:
         """How many workers will serve a model, and in how many seconds; None where nobody can say."""
@@ -67,24 +86,6 @@ class Outlook:
             return 1, cost.load_seconds
         # It waits for others to be let go, and nobody knows when they are.
         return 0, None
-
-    async def _seen(self, queue: str) -> _Seen:
-        look = self._looks.get(queue)
-        now = time.monotonic()
-        if look is None or now - look.at > KEPT_SECONDS or _failed(look.task):
-            look = _Look(now, asyncio.create_task(self._look(queue)))
-            self._looks.pop(queue, None)
-            self._looks[queue] = look
-            if len(self._looks) > REMEMBERED:
-                del self._looks[next(iter(self._looks))]
-        # Shielded: who goes away while the look is taken takes it from nobody else.
-        return await asyncio.shield(look.task)
-
-    async def _look(self, queue: str) -> _Seen:
-        line, held = await asyncio.gather(
-            self._sessions.read(outlook.line, queue), holdings(self._redis)
-        )
-        return _Seen(line, held)
 
 
 def _failed(task: "asyncio.Task[_Seen]") -> bool:
