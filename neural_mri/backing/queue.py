@@ -49,7 +49,7 @@ CONFIGURATION: Mapping[str, Any] = MappingProxyType(
         "accept_content": ["json"],
         "task_serializer": "json",
         "task_ignore_result": True,
-        # A killed worker's message comes back only after the visibility timeout; the reaper is sooner.
+        # Acknowledged late, so that a busy worker takes no further ticket than the next.
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "worker_prefetch_multiplier": 1,
@@ -59,7 +59,6 @@ CONFIGURATION: Mapping[str, Any] = MappingProxyType(
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "broker_transport_options": {
-            "visibility_timeout": 12 * 3600,
             # SQL decides who is first: one priority, and so one list a queue.
             "priority_steps": [0],
             # Without them a worker waits for ever on a server that froze.
@@ -75,7 +74,9 @@ def celery_app(settings: Settings) -> Any:
     """A `celery.Celery` as we use it: JSON, no results, late acknowledgement, one list a queue."""
     from celery import Celery
 
-    app = Celery("neural_mri", broker=celery_url(settings), set_as_current=False)
+    from neural_mri.backing.tickets import TicketAMQP
+
+    app = Celery("neural_mri", broker=celery_url(settings), set_as_current=False, amqp=TicketAMQP)
     app.conf.update(CONFIGURATION)
     return app
 

@@ -1,5 +1,7 @@
 import asyncio
+import importlib
 import json
+import tempfile
 import time
 from base64 import b64decode
 from pathlib import Path
@@ -12,7 +14,9 @@ from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.queue import TaskName, TicketSender
 from neural_mri.backing.settings import Settings
 from tests.backing.making import QUEUE
-from tests.servers import Valkey
+from tests.servers import Valkey, valkey
+
+kombu: Any = importlib.import_module("kombu")  # half of it has types
 
 MADE_UP = ("id", "root_id", "correlation_id", "reply_to", "delivery_tag", "origin")
 """Fields that differ from message to message."""
@@ -100,6 +104,55 @@ def test_messages_are_json_late_acknowledged_and_leave_no_result(redis_settings:
     assert conf.task_ignore_result
     assert conf.worker_prefetch_multiplier == 1
     assert conf.result_backend is None
+
+
+def test_a_ticket_in_hand_is_noted_nowhere_and_put_back_by_who_stops(
+    redis_settings: Settings, redis: SyncRedis
+) -> None:
+    taken: list[Any] = []
+    with queue.celery_app(redis_settings).connection_for_read() as connection:
+        channel = connection.channel()
+        channel.basic_qos(0, 1, False)
+        consumer = connection.Consumer(
+            [kombu.Queue(QUEUE, routing_key=QUEUE)],
+            channel=channel,
+            on_message=taken.append,
+            accept=["json"],
+        )
+        queue.send_tickets(redis, QUEUE, 3)
+        with consumer:
+            connection.drain_events(timeout=5)
+            with pytest.raises(TimeoutError):
+                connection.drain_events(timeout=0.2)  # one in hand is as many as are wanted
+            assert (len(taken), queue.waiting_tickets(redis, QUEUE)) == (1, 2)
+            assert not redis.exists("unacked", "unacked_index")
+            taken[0].ack()
+            connection.drain_events(timeout=5)
+            assert (len(taken), queue.waiting_tickets(redis, QUEUE)) == (2, 1)
+        channel.close()
+    assert queue.waiting_tickets(redis, QUEUE) == 2
+    assert taken[1].payload[:2] == [[QUEUE], {}]
+
+
+def test_a_ticket_that_cannot_be_put_back_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    taken: list[Any] = []
+    with valkey() as server:
+        settings = Settings(redis_url=server.url)
+        queue.send_tickets(broker.connect(settings), QUEUE)
+        connection = queue.celery_app(settings).connection_for_read()
+        channel = connection.channel()
+        wanted = kombu.Queue(QUEUE, routing_key=QUEUE)
+        connection.Consumer([wanted], channel=channel, on_message=taken.append).consume()
+        connection.drain_events(timeout=5)
+        server.kill()
+        before = set(tmp_path.iterdir())
+        channel.close()
+        connection.collect()
+    assert len(taken) == 1
+    assert set(tmp_path.iterdir()) <= before
 
 
 def test_a_frozen_server_is_not_waited_for_long(shared_valkey: Valkey) -> None:
