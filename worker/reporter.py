@@ -33,6 +33,8 @@ MOST_AT_ONCE = 256
 """Events that one round trip takes along: a scan posts faster than they travel one by one."""
 GATHER_SECONDS = 0.005
 """How long an event waits for others to go with it: much less than anybody sees. An end goes at once."""
+APART_SECONDS = 0.03
+"""How far apart round trips begin while events keep coming: a forward tells of every layer of every job."""
 IDLE_SECONDS = 60.0
 """How long the thread sleeps while there is nothing to send: it is woken when there is."""
 LARGEST_BACKLOG = 4000
@@ -59,8 +61,12 @@ class Outbox:
         """Progress not yet due."""
         self._due: dict[UUID, float] = {}
         """When each job may next report progress, on the monotonic clock."""
+        self._layers: set[tuple[UUID, int]] = set()
+        """Layers of which a frame waits."""
         self._publish_at = 0.0
         """When what waits is to go, on the monotonic clock."""
+        self._rested_at = 0.0
+        """Until when the thread rests after a round trip, on the monotonic clock."""
         self._sending = False
         self._closing = False
         self._thread = threading.Thread(target=self._publish, name="outbox", daemon=True)
@@ -124,25 +130,24 @@ class Outbox:
             self._append(job_id, progress)
 
     def _replace_or_append(self, job_id: UUID, frame: LayerFrame) -> None:
-        for place, (waiting_id, waiting) in enumerate(self._waiting):
-            if (
-                waiting_id == job_id
-                and isinstance(waiting, LayerFrame)
-                and waiting.layer == frame.layer
-            ):
+        if (job_id, frame.layer) not in self._layers:
+            self._append(job_id, frame)
+            return
+        for place, told in enumerate(self._waiting):
+            if _layer_of(told) == (job_id, frame.layer):
                 self._waiting[place] = Told(job_id, frame)
-                return
-        self._append(job_id, frame)
 
     def _append(self, job_id: UUID, event: Event) -> None:
         if len(self._waiting) >= LARGEST_BACKLOG and not isinstance(event, StateChanged | Ended):
             log.warning("event_dropped", job_id=str(job_id), backlog=len(self._waiting))
             return
         if not self._waiting:
-            self._publish_at = time.monotonic() + GATHER_SECONDS
+            self._publish_at = max(time.monotonic() + GATHER_SECONDS, self._rested_at)
         elif len(self._waiting) == MOST_AT_ONCE:
             self._publish_at = 0.0
         self._waiting.append(Told(job_id, event))
+        if isinstance(event, LayerFrame):
+            self._layers.add((job_id, event.layer))
 
     def _publish(self) -> None:
         while True:
@@ -161,6 +166,8 @@ class Outbox:
                 told = [
                     self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))
                 ]
+                self._layers.difference_update(filter(None, map(_layer_of, told)))
+                self._rested_at = time.monotonic() + APART_SECONDS
                 self._sending = True
             self._sink.publish_all(told)
 
@@ -172,6 +179,12 @@ class Outbox:
                 self._release(job_id)
         pauses = [self._due[job_id] - now for job_id in self._held]
         return min(pauses, default=IDLE_SECONDS)
+
+
+def _layer_of(told: Told) -> tuple[UUID, int] | None:
+    """Whose layer, and which, a frame tells of; None where it tells of none."""
+    job_id, event = told
+    return (job_id, event.layer) if isinstance(event, LayerFrame) else None
 
 
 class Reporter:

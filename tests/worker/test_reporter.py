@@ -189,6 +189,29 @@ def test_what_is_told_within_a_moment_goes_by_one_round_trip(
         assert until(lambda: sink.trips == [20])
 
 
+def test_who_goes_on_telling_makes_round_trips_that_lie_apart() -> None:
+    sink = Collected()
+    with Outbox(sink) as outbox:
+        began = time.monotonic()
+        for token_idx in range(200):
+            outbox.post(JOB, frame(token_idx))
+            time.sleep(0.001)
+        seconds = time.monotonic() - began
+        outbox.flush(5)
+    assert len(sink.trips) <= seconds / reporter.APART_SECONDS + 2
+    assert sink.trips[0] < 200, "the first do not wait for the last"
+    assert [told.token_idx for told in sink.of(ActivationFrame)] == list(range(200))
+
+
+def test_a_layer_told_again_after_its_frame_has_gone_is_told_again() -> None:
+    sink = Collected()
+    with Outbox(sink) as outbox:
+        for value in range(3):
+            outbox.post(JOB, layer_frame(0, value))
+            outbox.flush(5)
+    assert sink.of(LayerFrame) == [layer_frame(0, value) for value in range(3)]
+
+
 def test_an_end_waits_for_nothing_and_takes_along_what_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
