@@ -2,13 +2,16 @@ import { svelte } from "@sveltejs/vite-plugin-svelte";
 import { defineConfig } from "vitest/config";
 
 import { colourMaps } from "./scripts/colour-maps.mjs";
+import { early } from "./scripts/early.mjs";
 import { savedPage } from "./scripts/saved-page.mjs";
 import { standIns } from "./scripts/stand-ins.mjs";
 
 // The API that `npm run dev` talks to; the port is the service's default.
 const api = process.env["NEURAL_MRI_API"] ?? "http://127.0.0.1:8642";
 
-const FIRST = /node_modules\/svelte\/|virtual:colour-maps|src\/(state|model|api|colour|words)\//;
+const EARLY = /src\/(early|api\/(foresight|requests)|state\/first)\.ts/;
+const FIRST =
+  /node_modules\/(svelte|d3-|internmap|esm-env)|virtual:colour-maps|src\/(main|App|theme|state|model|api|colour|words|render\/(ScanRenderer|hit|paint|plane|tracts)|ui\/(Axial|ColourBar|Corners|ModelPicker|PromptBar|SidePanel|TopBar|Views|format)\.)/;
 const LATER =
   /src\/(words\/ko|model\/modes)\/|comparison|difference|api\/events|model\/cards|keymaps|number-format/;
 
@@ -18,18 +21,25 @@ function isFirst(id: string): boolean {
 }
 
 export default defineConfig({
-  plugins: [colourMaps(), svelte(), savedPage()],
+  plugins: [colourMaps(), svelte(), early(), savedPage()],
   resolve: { alias: standIns },
   build: {
     target: "es2022",
     // Nothing is inlined as a data: URL, so that the page runs under `default-src 'self'`.
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
+    // One sheet of 10 kB, once, is sooner there than one more request for every part that comes later.
+    cssCodeSplit: false,
     reportCompressedSize: false,
     rolldownOptions: {
       output: {
-        // What the first picture needs compresses better in one piece than in twenty.
-        codeSplitting: { groups: [{ name: "viewer", test: isFirst }] },
+        // What the first picture needs compresses better in one piece than in twenty, and comes sooner.
+        codeSplitting: {
+          groups: [
+            { name: "early", test: EARLY, priority: 1 },
+            { name: "viewer", test: isFirst },
+          ],
+        },
       },
     },
   },

@@ -1,20 +1,15 @@
 import { mount, unmount } from "svelte";
 
 import { Client } from "./api/client";
-import { foreseeing } from "./api/foresight";
 import App from "./App.svelte";
+import { early } from "./early";
 import type { Archive } from "./export/archive";
-import { firstAsked } from "./state/first";
-import { decode } from "./state/url";
 import { preferred, speak } from "./words/words.svelte";
 import "./theme/base.css";
 
 const target = document.getElementById("viewer");
 if (target === null) throw new Error("index.html has no element #viewer");
-const client = new Client(
-  "",
-  foreseeing(firstAsked(decode(location.hash)), (input, init) => fetch(input, init)),
-);
+const client = new Client("", early);
 // Another language than the page's own is there before the first word is.
 const language = preferred();
 if (language !== "en") await speak(language);

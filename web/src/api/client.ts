@@ -4,11 +4,19 @@
  */
 import type { FollowOptions, StreamEvent } from "./events";
 import { Refusal, isAbort, refused } from "./refusals";
+import {
+  ARROW_FILE,
+  MODELS,
+  jobPath,
+  manifestPath,
+  post,
+  structural,
+  submission,
+  table,
+  type Asked,
+} from "./requests";
 import type { Identity, JobEvent, JobView, Manifest, ModelInfo, Tokens } from "./schema";
 import { t } from "../words/words.svelte";
-
-export const MODELS = "/api/models";
-export const ARROW_FILE = "application/vnd.apache.arrow.file";
 
 type Fetch = typeof fetch;
 
@@ -59,21 +67,29 @@ export class Client {
     request: Readonly<Record<string, unknown>>,
     options: { readonly wait?: number; readonly signal?: AbortSignal } = {},
   ): Promise<JobView> {
-    const { path, init } = submission(endpoint, request, options.wait);
-    return this.#json(path, { ...init, ...given({ signal: options.signal }) });
+    return this.#submitted(submission(endpoint, request, options.wait), options.signal);
+  }
+
+  /** T1 of a model, or of the service's own. */
+  structural(model: string | null, signal?: AbortSignal): Promise<JobView> {
+    return this.#submitted(structural(model), signal);
+  }
+
+  #submitted({ path, init }: Asked, signal?: AbortSignal): Promise<JobView> {
+    return this.#json(path, { ...init, ...given({ signal }) });
   }
 
   job(id: string): Promise<JobView> {
-    return this.#json(`/api/jobs/${encodeURIComponent(id)}`);
+    return this.#json(jobPath(id));
   }
 
   /** Asks for a job to be stopped; its event stream says when it has. */
   async cancel(id: string): Promise<void> {
-    await this.ask(`/api/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
+    await this.ask(jobPath(id), { method: "DELETE" });
   }
 
   manifest(id: string): Promise<Manifest> {
-    return this.#json(`/api/jobs/${encodeURIComponent(id)}/manifest`);
+    return this.#json(manifestPath(id));
   }
 
   /** An answer as it came, byte for byte. */
@@ -84,10 +100,9 @@ export class Client {
     return { type, body: new Uint8Array(await answer.arrayBuffer()) };
   }
 
-  table(id: string, name: string): Promise<ArrayBuffer> {
-    return this.#arrow(
-      `/api/jobs/${encodeURIComponent(id)}/result/${name.split("/").map(encodeURIComponent).join("/")}`,
-    );
+  async table(id: string, name: string): Promise<ArrayBuffer> {
+    const { path, init } = table(id, name);
+    return (await this.ask(path, init)).arrayBuffer();
   }
 
   /**
@@ -95,7 +110,7 @@ export class Client {
    * first asked; while it does (202) we follow that job and ask again.
    */
   async attention(id: string, layer: number, signal?: AbortSignal): Promise<ArrayBuffer> {
-    const path = `/api/jobs/${encodeURIComponent(id)}/attention/${layer}`;
+    const path = `${jobPath(id)}/attention/${layer}`;
     for (let attempt = 0; ; attempt++) {
       const answer = await this.ask(path, {
         headers: { Accept: ARROW_FILE },
@@ -118,7 +133,7 @@ export class Client {
     signal: AbortSignal,
     connected?: (yes: boolean) => void,
   ): AsyncGenerator<JobEvent> {
-    const path = job.links["events"] ?? `/api/jobs/${encodeURIComponent(job.id)}/events`;
+    const path = job.links["events"] ?? `${jobPath(job.id)}/events`;
     return this.stream(path, { signal, ...given({ connected }) });
   }
 
@@ -143,11 +158,6 @@ export class Client {
       if (event.type === "ended") return event;
     }
     return this.job(job.id);
-  }
-
-  async #arrow(path: string): Promise<ArrayBuffer> {
-    const answer = await this.ask(path, { headers: { Accept: ARROW_FILE } });
-    return answer.arrayBuffer();
   }
 
   async #json<T>(path: string, init?: RequestInit): Promise<T> {
@@ -178,37 +188,6 @@ export class Client {
     if (answer.status === 401 && path !== "/api/login") this.#stranger();
     throw await refused(answer);
   }
-}
-
-/** One request, as `fetch` takes it. */
-export interface Asked {
-  readonly path: string;
-  readonly init?: RequestInit;
-}
-
-/** How a scan is asked for. */
-export function submission(
-  endpoint: string,
-  request: Readonly<Record<string, unknown>>,
-  wait?: number,
-): Asked {
-  const init = post(request);
-  if (wait !== undefined) init.headers["Prefer"] = `wait=${wait}`;
-  return { path: endpoint, init };
-}
-
-interface Post {
-  method: "POST";
-  headers: Record<string, string>;
-  body: string;
-}
-
-function post(body: unknown): Post {
-  return {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body),
-  };
 }
 
 /** The members that have a value: an optional property must be absent, not undefined. */

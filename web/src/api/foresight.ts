@@ -1,16 +1,47 @@
 /**
  * Requests that the first picture is sure to need, begun before there is anybody to need them: the service answers
- * while the viewer is still being put up.
+ * while the viewer is still being fetched and put up.
  */
-import type { Asked } from "./client";
+import type { Asked } from "./requests";
 
 type Fetch = typeof fetch;
 
+export interface Foreseen extends Asked {
+  /** What is sure to be needed after this answer. */
+  readonly leads?: (answer: unknown) => readonly Foreseen[];
+  /** Asked before it is sure to be there: what is refused is asked again by who needs it. */
+  readonly isGuess?: boolean;
+}
+
 /** A fetch that has begun these requests already. Each answer goes to the first who asks the same. */
-export function foreseeing(requests: readonly Asked[], fetcher: Fetch): Fetch {
-  const begun = new Map(requests.map(({ path, init }) => [named(path, init), fetcher(path, init)]));
-  // Who never asks is not told that it failed either.
-  for (const answer of begun.values()) answer.catch(() => undefined);
+export function foreseeing(requests: readonly Foreseen[], fetcher: Fetch): Fetch {
+  const begun = new Map<string, Promise<Response>>();
+
+  function begin({ path, init, leads, isGuess = false }: Foreseen): void {
+    const first = answered(path, init, leads);
+    const answer = isGuess
+      ? first.then((early) => (early.ok ? early : fetcher(path, init)))
+      : first;
+    // Who never asks is not told that it failed either.
+    answer.catch(() => undefined);
+    begun.set(named(path, init), answer);
+  }
+
+  /** An answer with all of its body, so that who reads it need not wait once more. */
+  async function answered(
+    path: string,
+    init: RequestInit | undefined,
+    leads: Foreseen["leads"],
+  ): Promise<Response> {
+    const answer = await fetcher(path, init);
+    if (!answer.ok) return answer;
+    const body = await answer.arrayBuffer();
+    leads?.(JSON.parse(new TextDecoder().decode(body))).forEach(begin);
+    return new Response(body, answer);
+  }
+
+  requests.forEach(begin);
+
   return (input, init) => {
     const name = typeof input === "string" ? named(input, init) : "";
     const answer = begun.get(name);

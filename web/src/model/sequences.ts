@@ -2,6 +2,7 @@
  * The sequences a model can be scanned with. A new one is a new entry here and a loader of its tables:
  * tabs, series, windows, keys and addresses follow from it.
  */
+import { STRUCTURAL } from "../api/requests";
 import type { MapName } from "../colour/lut";
 import type { Message } from "../words/words.svelte";
 
@@ -35,7 +36,7 @@ export const SEQUENCES: readonly Sequence[] = [
     about: "Static structure: every head and MLP, and how many parameters it has.",
     reading: "Lighter and larger: more parameters.",
     key: "1",
-    endpoint: "/api/scan/structural",
+    endpoint: STRUCTURAL,
     needsPrompt: false,
     map: "grey",
     size: "parameters",

@@ -3,7 +3,7 @@
  * asked for by its hash, and answered without the service: it may have neither the job any more nor a worker.
  */
 import { readTable } from "../api/arrow";
-import { ARROW_FILE } from "../api/client";
+import { ARROW_FILE } from "../api/requests";
 import type { Architecture, JobView, ModelInfo } from "../api/schema";
 import { t } from "../words/words.svelte";
 import { alone, type KeptResult, type NmriFile } from "./nmri";

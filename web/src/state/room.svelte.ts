@@ -49,6 +49,9 @@ const SHIFT = 0.08;
 /** And comes closer by this factor. */
 const CLOSER = 1.5;
 
+/** How long what stands around the first picture waits for it. */
+const FIRST_MILLISECONDS = 600;
+
 export const [useRoom, provideRoom] = createContext<Room>();
 
 export class Room {
@@ -68,6 +71,8 @@ export class Room {
   sessions = $state.raw<Sessions | null>(null);
   /** Counts requests to write a note. */
   noteCalls = $state(0);
+  /** Whether the first picture is drawn, or long in coming: what stands around it comes then. */
+  isUp = $state(false);
   /** Where the axial picture's nodes stand, whole; null while there is no picture. */
   layout = $state.raw<Layout | null>(null);
   /** What is measured over. */
@@ -114,6 +119,7 @@ export class Room {
       },
       finished: (series) => {
         this.#finished(series.sequence, series.tokens.length);
+        if (series.sequence === this.display.sequence) this.#raise();
         if (!this.#restoring) this.sessions?.scanned(series.acquisition.job);
       },
     });
@@ -124,6 +130,7 @@ export class Room {
   /** The first picture: what the address says, or T1 of the default model. */
   async enter(place: Place): Promise<void> {
     goTo(this, place);
+    setTimeout(() => (this.isUp = true), FIRST_MILLISECONDS);
     this.study.chosen = place.model;
     this.#wanted = place;
     const kept = place.session ?? place.shared;
@@ -134,7 +141,13 @@ export class Room {
       if (protocol(place.protocol).compares) await this.#compared(place.prior);
       this.#restoring = false;
     }
+    this.#raise();
     if (!this.isStranger && !this.#client.isGuest) await this.introduce();
+  }
+
+  /** Lets the rest come, once what is on the screen now has been drawn. */
+  #raise(): void {
+    if (!this.isUp) requestAnimationFrame(() => setTimeout(() => (this.isUp = true)));
   }
 
   async introduce(): Promise<void> {

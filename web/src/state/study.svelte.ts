@@ -6,7 +6,7 @@ import type { Client } from "../api/client";
 import { Refusal, explain, isAbort, sentence } from "../api/refusals";
 import type { JobEvent, JobView, Manifest, ModelInfo, QueuePlace } from "../api/schema";
 import { loadStructural, type Loader, type Series, type SeriesId } from "../model/series";
-import { SEQUENCES, isSequence, sequence, type SequenceId } from "../model/sequences";
+import { SEQUENCES, isSequence, type SequenceId } from "../model/sequences";
 import { topologyOf, type Topology } from "../model/topology";
 import type { Log } from "./log.svelte";
 import { counted, t } from "../words/words.svelte";
@@ -51,9 +51,6 @@ export interface ScanListener {
   readonly tokenReached?: (sequence: SeriesId, column: number) => void;
   readonly finished?: (series: Series) => void;
 }
-
-/** How long the first answer may take before we follow the job's events instead. */
-export const PATIENCE_SECONDS = 10;
 
 /** How each series' tables are read. What only one modality needs is fetched with its first scan. */
 const LOADERS: Readonly<Record<SeriesId, () => Promise<Loader>>> = {
@@ -134,6 +131,8 @@ export class Study {
       await this.refreshModels();
       await this.openAll(jobs, shown);
     };
+    // How the scan is read is fetched beside it.
+    if (jobs.length > 0) LOADERS[shown]().catch(() => undefined);
     await Promise.all([this.#structural(), stored()]);
   }
 
@@ -339,9 +338,7 @@ export class Study {
 
   async #structural(): Promise<void> {
     await this.#run("T1", async (signal) => {
-      const { endpoint } = sequence("T1");
-      const options = { wait: PATIENCE_SECONDS, signal };
-      const job = await this.#client.submit(endpoint, structural(this.chosen), options);
+      const job = await this.#client.structural(this.chosen, signal);
       return this.#follow("T1", job, null, signal);
     });
   }
@@ -486,11 +483,6 @@ export class Study {
     const state = this.series[id];
     if (state.status === "acquiring") this.#set(id, { ...state, ...change });
   }
-}
-
-/** What T1 is asked with: of the service's own model where none is chosen. */
-export function structural(model: string | null): Readonly<Record<string, unknown>> {
-  return model === null ? {} : { model };
 }
 
 function gone(): string {
