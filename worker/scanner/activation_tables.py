@@ -178,17 +178,22 @@ def predictions_table(
     n_ranks = min(request.top_predictions, logits.shape[-1])
     top = largest(logits, n_ranks)
     rows_at_once = max(1, CACHED_BYTES[logits.device.type] // (4 * logits.shape[-1]))
-    # The fused softmax goes over a row once less than `logsumexp`, which makes room for what it subtracts.
-    log_probabilities = torch.cat(
-        [
-            rows.log_softmax(-1, torch.float32).gather(-1, ids)
-            for rows, ids in zip(
-                torch.split(logits, rows_at_once),
-                torch.split(top.indices, rows_at_once),
-                strict=True,
-            )
-        ]
-    ).cpu()
+    # The fused softmax goes over a row once less than `logsumexp`. Into one place: what glibc before 2.38
+    # frees of aligned memory it does not give out again for as much, and all rows would lie there at once.
+    softmax = logits.new_empty(
+        min(rows_at_once, len(logits)), logits.shape[-1], dtype=torch.float32
+    )
+    likeliest = torch.empty_like(top.values, dtype=torch.float32)
+    for rows, ids, found in zip(
+        torch.split(logits, rows_at_once),
+        torch.split(top.indices, rows_at_once),
+        torch.split(likeliest, rows_at_once),
+        strict=True,
+    ):
+        everything = softmax[: len(rows)]
+        torch.log_softmax(rows, -1, torch.float32, out=everything)
+        torch.gather(everything, -1, ids, out=found)
+    log_probabilities = likeliest.cpu()
     top_logits, token_ids = top.values.float().cpu(), top.indices.cpu()
     columns = {
         **_ranks(positions, n_ranks),
