@@ -166,16 +166,22 @@ QUEUE_OF_SHORT = (
 def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
     of_queue = and_(waiting, _job.queue == bindparam("name"))
     head = (
-        select(_job.batch_key)
+        select(_job.batch_key, _job.lane)
         .where(of_queue)
         .order_by(*_FAIR_ORDER)
         .limit(1)
         .with_for_update(skip_locked=True)
         .cte("head")
     )
+    # Whoever looks on does not wait for rows that nobody waits for.
+    in_no_hurry = select(head.c.lane).scalar_subquery() != Lane.INTERACTIVE
     batch = (
         select(_job.id)
-        .where(of_queue, _job.batch_key == select(head.c.batch_key).scalar_subquery())
+        .where(
+            of_queue,
+            _job.batch_key == select(head.c.batch_key).scalar_subquery(),
+            or_(in_no_hurry, _job.lane == Lane.INTERACTIVE),
+        )
         .order_by(*_FAIR_ORDER)
         .limit(bindparam("most", type_=Integer))
         .with_for_update(skip_locked=True)
@@ -196,7 +202,9 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
 
 
 CLAIM = _claim(_WAITING)
-"""Takes the head of a queue and its mates. Parameters: name, most, holder, seconds.
+"""Takes the head of a queue and its mates: of the interactive lane alone where the head is of it.
+
+Parameters: name, most, holder, seconds.
 
 CTEs, because PostgreSQL may run a subquery with LIMIT and row locks more than once.
 """

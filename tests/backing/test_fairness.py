@@ -140,6 +140,21 @@ def test_mates_have_the_heads_exact_length_and_come_in_fair_order(sessions: Sess
     assert [job.id for job in sessions.write(claim, limit=3)] == [sent[1].id, sent[4].id]
 
 
+def test_who_looks_on_waits_for_nobodys_rows(sessions: Sessions) -> None:
+    sessions.write(flood, "ada", 8, lane=Lane.BATCH)
+    sent = [sessions.write(flood, "bob", 1), sessions.write(flood, "cyd", 1)]
+    sessions.write(claim)
+    assert [job.id for job in sessions.write(claim, limit=8)] == [job.id for [job] in sent]
+    assert {job.lane for job in sessions.write(claim, limit=8)} == {Lane.BATCH}
+
+
+def test_who_looks_on_comes_along_where_the_head_is_in_no_hurry(sessions: Sessions) -> None:
+    sessions.write(flood, "ada", 1, lane=Lane.BATCH)
+    sessions.write(flood, "bob", 2)
+    lanes = [job.lane for job in sessions.write(claim, limit=8)]
+    assert lanes == [Lane.BATCH, Lane.INTERACTIVE, Lane.INTERACTIVE]
+
+
 def test_other_passes_and_other_weights_are_no_mates(sessions: Sessions) -> None:
     sessions.write(jobs.submit, submission())
     sessions.write(jobs.submit, submission(request=ATTENTION))

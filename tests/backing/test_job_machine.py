@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from neural_mri.backing import database, jobs
 from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.settings import Settings
-from neural_mri.contract.jobs import HELD, TERMINAL, TRANSITIONS, JobState
+from neural_mri.contract.jobs import HELD, TERMINAL, TRANSITIONS, JobState, Lane
 from tests.backing.making import QUEUE, submission, tokens, unused
 
 S = JobState
@@ -44,6 +44,10 @@ class Model:
         self.state = to
         if to not in HELD:
             self.holder = None
+
+    def may_join(self, head: "Model") -> bool:
+        lanes = {Lane.INTERACTIVE} if head.job.lane is Lane.INTERACTIVE else set(Lane)
+        return self.job.batch_key == head.job.batch_key and self.job.lane in lanes
 
     def after_loss(self) -> JobState:
         if self.cancel_requested:
@@ -69,9 +73,14 @@ class JobMachine(RuleBasedStateMachine):
         self.sessions.close()
         shutil.rmtree(self.folder)
 
-    @rule(owner=st.sampled_from("ab"), length=st.sampled_from([4, 5]))
-    def submit(self, owner: str, length: int) -> None:
-        job = self.sessions.write(jobs.submit, submission(owner=owner, tokens=tokens(length)))
+    @rule(
+        owner=st.sampled_from("ab"),
+        length=st.sampled_from([4, 5]),
+        lane=st.sampled_from([Lane.INTERACTIVE, Lane.BATCH]),
+    )
+    def submit(self, owner: str, length: int, lane: Lane) -> None:
+        asked = submission(owner=owner, tokens=tokens(length), lane=lane)
+        job = self.sessions.write(jobs.submit, asked)
         self.models[job.id] = Model(job)
 
     @rule(
@@ -90,7 +99,7 @@ class JobMachine(RuleBasedStateMachine):
         )
         queued = [model for model in self.models.values() if model.state is S.QUEUED]
         fair = sorted(queued, key=lambda model: (model.job.virtual_start, model.job.id))
-        mates = [model for model in fair if model.job.batch_key == fair[0].job.batch_key]
+        mates = [model for model in fair if model.may_join(fair[0])]
         assert [job.id for job in claimed] == [model.job.id for model in mates[:limit]]
         for job in claimed:
             model = self.models[job.id]
