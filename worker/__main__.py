@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from collections.abc import Callable
 
 import structlog
 
@@ -14,7 +15,10 @@ log = structlog.get_logger("worker")
 
 
 def main() -> int:
-    """Exit status: 0 after SIGTERM, 1 when it could not start."""
+    """Exit status: 0 after SIGTERM, 1 when it could not start.
+
+    Everything up to the fork is done once and is every later worker's: imports, and nothing that is open.
+    """
     try:
         settings = load_settings()
         tracing.check(settings)
@@ -24,17 +28,27 @@ def main() -> int:
     logs.configure(settings, process="worker")
     _choose_gpu(settings)
     os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.data_dir / "compiled"))
+    # An allocator of Arrow's that is not in use would start a thread.
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
     # Millions of objects come with torch and stay. To look for garbage among them is a fifth of the start,
     # so nobody looks until the models are loaded.
     gc.disable()
-    from worker import process
+    from worker import forking, process
 
-    try:
-        with tracing.exported(settings, process="worker"):
-            return process.run(settings)
-    except Problem as problem:
-        log.critical("worker_not_started", reason=problem.detail)
-        return 1
+    forking.import_the_rest(settings)
+
+    def work(held: Callable[[], None]) -> int:
+        try:
+            with tracing.exported(settings, process="worker"):
+                return process.run(settings, held)
+        except Problem as problem:
+            log.critical("worker_not_started", reason=problem.detail)
+            return 1
+
+    if reason := forking.why_not():
+        log.info("worker_not_forked", reason=reason)
+        return work(lambda: None)
+    return forking.kept_alive(work)
 
 
 def _choose_gpu(settings: Settings) -> None:

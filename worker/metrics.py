@@ -20,6 +20,7 @@ __all__ = (
     "ENDED",
     "EVICTED",
     "FORWARD_SECONDS",
+    "KILLED",
     "LOAD_SECONDS",
     "MEMORY",
     "OUT_OF_MEMORY",
@@ -86,6 +87,12 @@ OUT_OF_MEMORY = Counter(
     "neural_mri_worker_out_of_memory",
     "Times that memory ran out, by what was done: batches halved, a scan failed, a load put off",
     ("outcome",),
+    registry=REGISTRY,
+)
+KILLED = Counter(
+    "neural_mri_worker_killed",
+    "Times that a signal ended this worker's process and another was forked in its place",
+    ("signal",),
     registry=REGISTRY,
 )
 

@@ -4,6 +4,7 @@ import gc
 import os
 import socket
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -24,8 +25,8 @@ from worker.residency import Residency
 __all__ = ("run",)
 
 
-def run(settings: Settings) -> int:
-    """Hold the pinned and wanted models, then take tickets until SIGTERM; the exit status."""
+def run(settings: Settings, held: Callable[[], None]) -> int:
+    """Hold the pinned and wanted models, say so, then take tickets until SIGTERM; the exit status."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     name = f"worker-{os.getpid()}@{socket.gethostname()}"
@@ -76,6 +77,7 @@ def run(settings: Settings) -> int:
         ) as placing,
     ):
         placing.begin()
+        held()
         # What stands now stands for good: collections need not look at it again.
         gc.freeze()
         gc.enable()

@@ -27,6 +27,7 @@ from deploy.embedded.watch import Watch, beat_of, resident_revisions
 from neural_mri.backing import broker, database, models
 from neural_mri.backing.broker import AWAY, SyncRedis
 from neural_mri.backing.models import RegisteredModel
+from neural_mri.backing.restarts import FAILURES_BEFORE_GIVING_UP
 from neural_mri.backing.settings import PREFIX, Settings
 
 __all__ = ("Launcher",)
@@ -38,8 +39,6 @@ LOOK_SECONDS = 1.0
 """How often the database is looked at."""
 GRACE_SECONDS = 10.0
 """How long a worker may finish its scan when everything stops."""
-FAILURES_BEFORE_GIVING_UP = 3
-"""Ends in a row while starting: one restart more would not help."""
 
 
 class _Stopped(Exception):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -81,6 +82,24 @@ class Process:
         """Signal the process and its children."""
         if self.exit_status() is None:
             os.killpg(self.pid, signum)
+
+    def kill_worker(self) -> None:
+        """End the process that works: the one it has forked for that, or itself where there is none."""
+        forked = self._forked()
+        if not forked:
+            self.send(signal.SIGKILL)
+            return
+        for each in forked:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        self.send(signal.SIGCONT)  # a stopped parent would fork no other
+
+    def _forked(self) -> list[psutil.Process]:
+        try:
+            children: list[psutil.Process] = psutil.Process(self.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+        return children
 
     def last_lines(self, count: int) -> str:
         """The end of its log."""

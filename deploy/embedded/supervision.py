@@ -5,17 +5,12 @@ import time
 from collections.abc import Callable
 
 from deploy.embedded.processes import Process, Program, Roster, end_all
+from neural_mri.backing.restarts import pause_before_restart
 
-__all__ = ("Supervisor", "pause_before_restart")
+__all__ = ("Supervisor",)
 
 HEALTHY_SECONDS = 30.0
 """A process that ran for so long has not failed at starting."""
-LONGEST_PAUSE_SECONDS = 30.0
-
-
-def pause_before_restart(failures: int) -> float:
-    """Seconds to wait after that many failures in a row: 0, 0.5, 1, 2, ... 30."""
-    return 0.0 if failures <= 1 else min(0.5 * 2.0 ** (failures - 2), LONGEST_PAUSE_SECONDS)
 
 
 class _Kept:
@@ -50,9 +45,9 @@ class Supervisor:
         return self._kept[name].failures
 
     def kill(self, name: str, why: str) -> None:
-        """End a process that no longer does its work; the next tick starts another."""
+        """End a process that no longer does its work: its parent or the next tick starts another."""
         self._report(f"{name}: {why}; killing and restarting it")
-        self.process(name).send(signal.SIGKILL)
+        self.process(name).kill_worker()
 
     def tick(self) -> None:
         """Start again what has ended, once its pause is over. Called several times a second."""

@@ -6,6 +6,7 @@ than a frozen broker explains, or work has waited for it while it did none.
 
 import time
 
+import psutil
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -26,10 +27,9 @@ STARVING_SECONDS = 20.0
 
 
 def beat_of(redis: SyncRedis, pid: int) -> events.WorkerBeat | None:
-    """What the worker with this process id last said. Raises what `broker.AWAY` names."""
+    """What this process, or the worker that it has forked, last said. Raises what `broker.AWAY` names."""
     return next(
-        (beat for beat in events.heartbeats(redis) if beat.worker.startswith(f"worker-{pid}@")),
-        None,
+        (beat for beat in events.heartbeats(redis) if _works_for(_speaker(beat), pid)), None
     )
 
 
@@ -44,15 +44,16 @@ class Watch:
     def __init__(self, settings: Settings) -> None:
         self._sessions = database.sessions(settings)
         self._redis = broker.connect(settings)
-        self._pid = 0
+        self._speaker = 0
+        """The process last heard."""
         self._heard_at: float | None = None
         """When it last said anything, on the monotonic clock; None before its first word."""
         self._starving_since: float | None = None
 
     def what_is_wrong(self, pid: int) -> str | None:
-        """Why the worker with this process id should be killed; None when nothing is known against it."""
-        if pid != self._pid:
-            self._pid, self._heard_at, self._starving_since = pid, None, None
+        """Why this process's worker should be killed; None when nothing is known against it."""
+        if not _works_for(self._speaker, pid):
+            self._heard_at = self._starving_since = None
         try:
             beat = beat_of(self._redis, pid)
             starving = beat is not None and self._sessions.read(_is_starving, beat)
@@ -62,7 +63,7 @@ class Watch:
             return None
         now = time.monotonic()
         if beat is not None:
-            self._heard_at = now
+            self._speaker, self._heard_at = _speaker(beat), now
         elif self._heard_at is not None and now - self._heard_at > SILENT_SECONDS:
             return "has said nothing for too long"
         if not starving:
@@ -77,6 +78,23 @@ class Watch:
         """Close every connection."""
         self._sessions.close()
         self._redis.close()
+
+
+def _speaker(beat: events.WorkerBeat) -> int:
+    """The process that said it; 0 for a name of some other kind."""
+    pid = beat.worker.removeprefix("worker-").partition("@")[0]
+    return int(pid) if pid.isdecimal() else 0
+
+
+def _works_for(speaker: int, pid: int) -> bool:
+    """Whether a process is this one or was forked by it, and is there."""
+    if speaker == pid:
+        return True
+    try:
+        parent: int = psutil.Process(speaker).ppid()
+    except psutil.Error:
+        return False
+    return parent == pid
 
 
 def _is_starving(session: Session, beat: events.WorkerBeat) -> bool:

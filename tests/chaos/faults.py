@@ -84,7 +84,7 @@ class Faults:
         service = self._service
         lease = service.settings.lease_seconds
         kinds = {
-            "kill worker": Fault(14, partial(self._signal, "worker", signal.SIGKILL)),
+            "kill worker": Fault(14, self._kill_worker),
             "end worker": Fault(3, partial(self._signal, "worker", signal.SIGTERM)),
             "freeze worker": Fault(6, partial(self._freeze, "worker", 2.5 * lease)),
             "crash in worker": Fault(14, partial(self._crash, "worker")),
@@ -118,6 +118,14 @@ class Faults:
 
     def _signal(self, program: str, signum: signal.Signals, chance: random.Random) -> None:
         self._service.signal(self._one(program, chance), signum)
+
+    def _kill_worker(self, chance: random.Random) -> None:
+        """The process that works, as the kernel does for want of memory, or its parent and so both."""
+        name = self._one("worker", chance)
+        if chance.random() < 0.5:
+            self._service.kill_working(name)
+        else:
+            self._service.signal(name, signal.SIGKILL)
 
     def _freeze(self, program: str, longest: float, chance: random.Random) -> None:
         self._service.frozen(self._one(program, chance), chance.uniform(0.1, longest))

@@ -1,9 +1,10 @@
 """How soon a job runs again whose worker was killed in the midst of it.
 
-python -m tests.chaos.recovery [--kills 50] [--restarts 20] [--database sqlite] [--page FILE]
+python -m tests.chaos.recovery [--kills 50] [--restarts 20] [--whole 10] [--database sqlite] [--page FILE]
 
-Twice: while another worker is idle, and where the only one has to be started anew, as its users start it
-(a Python that has imported nothing, PyTorch and all).
+Three times: while another worker is idle; where the only one is forked anew by its parent; and where that
+was killed too, so that the only one is started as its users start it (a Python that has imported nothing,
+PyTorch and all). Killed is the process that holds the job.
 """
 
 import argparse
@@ -43,11 +44,8 @@ def claimed_again(stage: Stage, kills: int, seed: int = 0) -> list[float]:
         job_id = _long_job(stage, chance)
         holder = _holder(stage, job_id)
         time.sleep(chance.uniform(0.05, 0.3))
-        name = next(
-            name for name in stage.service.names("worker") if stage.service.pid(name) == holder
-        )
         killed = time.time()
-        stage.service.signal(name, signal.SIGKILL)
+        os.kill(holder, signal.SIGKILL)
         found.append(_claimed_at(stage, job_id) - killed)
         stage.sessions.write(jobs.request_cancel, job_id)
         while stage.witness.unfinished():
@@ -90,13 +88,18 @@ class Restart(NamedTuple):
     """In seconds."""
 
     claimed: float
-    """From the kill until the worker that was started in its place had claimed the job."""
+    """From the kill until the worker in its place had claimed the job."""
     load: float
     """Of those, spent on holding the model."""
 
 
-def claimed_after_restart(stage: Stage, kills: int, seed: int = 0) -> list[Restart]:
-    """One worker on a stage that has no other, killed again and again and started anew at once."""
+def claimed_after_restart(
+    stage: Stage, kills: int, *, whole: bool = False, seed: int = 0
+) -> list[Restart]:
+    """One worker on a stage that has no other, killed again and again.
+
+    Its parent forks another; or is killed too, the `whole` of it, and started anew at once.
+    """
     chance, found = random.Random(seed), []
     log = stage.service.crash_points.parent / "restarted-worker.log"
     with log.open("ab") as output:
@@ -105,15 +108,18 @@ def claimed_after_restart(stage: Stage, kills: int, seed: int = 0) -> list[Resta
             for _ in range(kills):
                 stage.service.wait_until_ready(1)
                 job_id = _long_job(stage, chance)
-                _holder(stage, job_id)
+                holder = _holder(stage, job_id)
                 time.sleep(chance.uniform(0.05, 0.3))
                 killed = time.time()
-                worker.kill()
-                worker.wait()
-                worker = _started(stage, output)
+                if whole:
+                    worker.kill()
+                    worker.wait()
+                    worker = _started(stage, output)
+                else:
+                    os.kill(holder, signal.SIGKILL)
                 claimed = _claimed_at(stage, job_id)
-                stage.service.wait_until_ready(1)
-                found.append(Restart(claimed - killed, _load_seconds(stage, worker.pid)))
+                load = _load_seconds(stage, _holder(stage, job_id))
+                found.append(Restart(claimed - killed, load))
                 stage.sessions.write(jobs.request_cancel, job_id)
                 while stage.witness.unfinished():
                     time.sleep(0.05)
@@ -160,12 +166,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.recovery", description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--restarts", type=int, default=20)
+    parser.add_argument("--whole", type=int, default=10)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     asked = parser.parse_args()
     parts = {
         "Recovery beside an idle worker": (asked.kills, _beside_an_idle_one),
-        "Recovery by a restart": (asked.restarts, _by_a_restart),
+        "Recovery by a fork": (asked.restarts, _by_a_fork),
+        "Recovery by a restart": (asked.whole, _by_a_restart),
     }
     for title, (count, measured) in parts.items():
         if count:
@@ -181,15 +189,21 @@ def _beside_an_idle_one(kills: int, database: str) -> list[Figure]:
     return _figures("claimed again by a worker that is idle", seconds, 1.0)
 
 
+def _by_a_fork(kills: int, database: str) -> list[Figure]:
+    return _in_its_place("claimed again by the worker forked in its place", kills, database)
+
+
 def _by_a_restart(kills: int, database: str) -> list[Figure]:
+    what = "killed with its parent, claimed again by the worker started in its place"
+    return _in_its_place(what, kills, database, whole=True)
+
+
+def _in_its_place(what: str, kills: int, database: str, *, whole: bool = False) -> list[Figure]:
     with staged(Storm(jobs=0, faults=0, database=database, workers=0)) as stage:
-        after = claimed_after_restart(stage, kills)
+        after = claimed_after_restart(stage, kills, whole=whole)
+    without = [each.claimed - each.load for each in after]
     return [
-        *_figures(
-            "claimed again by the worker started in its place, without the model's loading",
-            [each.claimed - each.load for each in after],
-            3.0,
-        ),
+        *_figures(f"{what}, without the model's loading", without, 3.0),
         plain("its loading, median", f"{percentile([each.load for each in after], 0.5):.2f} s"),
     ]
 

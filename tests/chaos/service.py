@@ -135,10 +135,20 @@ class Service:
         with suppress(psutil.NoSuchProcess):
             self._running[name].send_signal(signum)
 
-    def frozen(self, name: str, seconds: float) -> None:
-        """Have a process stand still for a while."""
-        process = self._running[name]
+    def kill_working(self, name: str) -> None:
+        """Kill the process that works and not its parent, as the kernel does for want of memory."""
         with suppress(psutil.NoSuchProcess):
+            self._working(name).kill()
+
+    def _working(self, name: str) -> psutil.Process:
+        """The process at a place, or the one that it has forked to work. Raises `NoSuchProcess`."""
+        process = self._running[name]
+        return next((each for each in process.children() if not _is_gone(each)), process)
+
+    def frozen(self, name: str, seconds: float) -> None:
+        """Have the process that works at a place stand still for a while."""
+        with suppress(psutil.NoSuchProcess):
+            process = self._working(name)
             process.suspend()
             time.sleep(seconds)
             process.resume()

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from deploy.embedded.processes import Process, Program, Roster, end_all
-from deploy.embedded.supervision import Supervisor, pause_before_restart
+from deploy.embedded.supervision import Supervisor
+from neural_mri.backing.restarts import pause_before_restart
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -110,6 +113,21 @@ def test_a_new_worker_is_not_blamed_for_the_silence_of_the_last(
     watch.what_is_wrong(PID - 1)
     time.sleep(0.3)
     assert watch.what_is_wrong(PID) is None
+
+
+def test_a_worker_is_known_by_the_process_that_has_forked_it(
+    watch: Watch, redis: SyncRedis
+) -> None:
+    forked = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with forked:
+        say(redis, pid=forked.pid)
+        assert watch.what_is_wrong(os.getpid()) is None
+        redis.delete(keys.heartbeat(f"worker-{forked.pid}@here"))
+        time.sleep(0.3)
+        assert watch.what_is_wrong(os.getpid()) == "has said nothing for too long"
+        forked.kill()
+        forked.wait()
+        assert watch.what_is_wrong(os.getpid()) is None, "the next one may still be starting"
 
 
 def test_a_worker_that_lets_work_wait_is_named(

@@ -67,7 +67,15 @@ class Service:
         return [self.launcher, *self.launcher.children(recursive=True)]
 
     def child(self, name: str) -> psutil.Process:
-        """A process by what it runs: `api`, `worker`, `worker.reaper` or `valkey-server`."""
+        """A process by what it runs: `api`, `worker`, `worker.reaper` or `valkey-server`.
+
+        Of a worker the one that works; `parent` finds the one that keeps it alive.
+        """
+        parent = self.parent(name)
+        return next((each for each in parent.children() if not is_gone(each)), parent)
+
+    def parent(self, name: str) -> psutil.Process:
+        """The process that the launcher has started under that name."""
         for process in self.launcher.children():
             with suppress(psutil.NoSuchProcess):  # a zombie among them
                 if name in (process.name(), process.cmdline()[-1]):

@@ -87,7 +87,7 @@ def test_neither_a_kill_nor_control_c_leaves_a_process_or_loses_a_result(
 ) -> None:
     first = service.scan("w3 w4 w5", wait=60)
     killed = service.processes()
-    assert len(killed) == 5
+    assert len(killed) == (6 if sys.platform == "linux" else 5)
     service.launcher.kill()
     service.launcher.wait()
     with running(settings) as again:
@@ -138,6 +138,21 @@ def test_models_come_and_go_while_the_worker_runs(lasting_service: Service) -> N
     assert unloaded["state"] == "succeeded", unloaded
     assert lasting_service.model("other")["state"] == "available"
     assert lasting_service.scan("w3 w5", wait=60)["state"] == "succeeded"  # the pinned one stays
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_killed_worker_is_forked_again_and_its_parent_is_started_again(
+    lasting_service: Service,
+) -> None:
+    parent, worker = lasting_service.parent("worker"), lasting_service.child("worker")
+    worker.kill()
+    assert until(lambda: lasting_service.resident_pid() not in (None, worker.pid), 60)
+    assert lasting_service.parent("worker") == parent
+    worker = lasting_service.child("worker")
+    parent.kill()
+    assert until(lambda: is_gone(worker), 5)
+    assert until(lambda: lasting_service.resident_pid() not in (None, worker.pid), 60)
+    assert "worker ended (Killed); starting it again" in lasting_service.says()
 
 
 def test_a_model_that_was_loaded_is_loaded_again_after_a_restart(lasting_service: Service) -> None:
