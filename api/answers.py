@@ -1,5 +1,6 @@
 """How a job is answered: 202 with where to look, or the finished thing for who prefers to wait."""
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated
@@ -46,8 +47,10 @@ IdempotencyKey = Annotated[
 ]
 
 
-async def job_answer(services: Services, job: Job, prefer: str | None) -> Response[JobView]:
-    """The answer to a request that made a job.
+async def job_answer(
+    services: Services, job: Job, prefer: str | None, *, asked: float = -math.inf
+) -> Response[JobView]:
+    """The answer to a request that made a job and came at `asked`, on the monotonic clock, or who knows when.
 
     A job that ended by a fault of its request is answered as the refusal it is.
     """
@@ -56,7 +59,7 @@ async def job_answer(services: Services, job: Job, prefer: str | None) -> Respon
     if seconds is None:
         return Response(await services.view(job), status_code=202, headers=headers)
     headers["preference-applied"] = f"wait={seconds}"
-    job = await settled(services, job, seconds)
+    job = await settled(services, job, seconds, known_at=asked)
     if job.state not in TERMINAL:
         return Response(await services.view(job), status_code=202, headers=headers)
     status = (job.problem or {}).get("status", 500)

@@ -1,10 +1,11 @@
 """What handlers are given: the services of this process, and whose request it is."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -36,6 +37,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+KNOWN_SECONDS = 1.0
+"""How long a model counts as registered as it was, for an answer that waited for its scan."""
+
+
+class _Known(NamedTuple):
+    """A model as it was registered a moment ago."""
+
+    model: RegisteredModel
+    until: float
+    """How long that counts, on the monotonic clock."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Services:
     """What this process stands on, as one caller may use it."""
@@ -60,6 +73,8 @@ class Services:
     """Jobs that are to be told of next."""
     under_way: dict[tuple[str, str], UUID] = field(default_factory=dict)
     """Jobs that requests which only read have made, by owner and scan key."""
+    known: dict[str, _Known] = field(default_factory=dict)
+    """Models as they were read last, by name."""
 
     def on_behalf_of(self, caller: Identity) -> Self:
         """The same services, for a request of this caller."""
@@ -119,7 +134,15 @@ class Services:
                 + (", ".join(each.name for each in known) or "none"),
                 model=wanted,
             )
+        self.known[wanted] = _Known(model, time.monotonic() + KNOWN_SECONDS)
         return model
+
+    async def model_of(self, job: Job) -> RegisteredModel:
+        """The job's model, as it is registered or was a moment ago with the same weights."""
+        known = self.known.get(job.model)
+        if known and known.model.revision == job.revision and time.monotonic() < known.until:
+            return known.model
+        return await self.model(job.model)
 
     def announce(self, job: Job) -> None:
         """Tell of a job's state, and of work where it waits; nobody waits for it to be told."""

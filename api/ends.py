@@ -6,6 +6,9 @@ wait ask the database now and then.
 """
 
 import asyncio
+import math
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -26,6 +29,8 @@ __all__ = ("Ends", "Wait")
 ANSWER_SECONDS = 5.0
 """How long a server may leave a connection without an answer."""
 AWAY_SECONDS = 0.2
+REMEMBERED = 10_000
+"""Ends that have been heard, remembered for who begins to wait when one has just been told."""
 
 log = structlog.get_logger(__name__)
 
@@ -71,8 +76,22 @@ class Ends:
         self._url = settings.effective_redis_url
         self._waiting: dict[UUID, set[Wait]] = {}
         self._task: asyncio.Task[None] | None = None
-        self.is_heard = False
+        self._heard_since = math.inf
+        """Since when every end has been heard, on the monotonic clock; infinite while none is."""
+        self._heard: OrderedDict[UUID, float] = OrderedDict()
+        """Jobs whose ends were heard, and when."""
+
+    @property
+    def is_heard(self) -> bool:
         """Whether an end that comes now would be heard."""
+        return self._heard_since < math.inf
+
+    def nothing_since(self, moment: float, *job_ids: UUID) -> bool:
+        """Whether these jobs have certainly not ended since then, on the monotonic clock."""
+        oldest = next(iter(self._heard.values()), math.inf)
+        is_remembered = len(self._heard) < REMEMBERED or oldest < moment
+        has_listened = self._heard_since <= moment and is_remembered
+        return has_listened and not any(job_id in self._heard for job_id in job_ids)
 
     def start(self) -> None:
         """Begin to listen."""
@@ -115,7 +134,7 @@ class Ends:
             except AWAY as error:
                 if self.is_heard:
                     log.warning("ends_unheard", error=str(error))
-                self.is_heard = False
+                self._heard_since = math.inf
                 self.wake_all()
             finally:
                 with suppress(*AWAY):
@@ -126,8 +145,12 @@ class Ends:
         if message is None:
             return
         if message["type"] == "subscribe":
-            self.is_heard = True
+            self._heard_since = time.monotonic()
             self.wake_all()
         elif message["type"] == "message" and len(message["data"]) == 16:
-            for wait in self._waiting.get(UUID(bytes=message["data"]), ()):
+            ended = UUID(bytes=message["data"])
+            self._heard[ended] = time.monotonic()
+            if len(self._heard) > REMEMBERED:
+                self._heard.popitem(last=False)
+            for wait in self._waiting.get(ended, ()):
                 wait.wake()

@@ -54,6 +54,12 @@ class FinishedJob(JobView, frozen=True, kw_only=True):
 
 async def manifest_of(services: Services, job: Job) -> Manifest:
     """What a job's result consists of. Raises `ResultNotReady` before it has one, `Gone` after."""
+    path = _manifest_path(job)
+    return await _withdrawing(services, job, asyncio.to_thread(load_manifest, services.store, path))
+
+
+def _manifest_path(job: Job) -> str:
+    """Raises `ResultNotReady`."""
     if job.kind is not JobKind.SCAN:
         raise ResultNotReady(f"a {job.kind} job has no result", job=str(job.id))
     if job.manifest is None:
@@ -62,31 +68,25 @@ async def manifest_of(services: Services, job: Job) -> Manifest:
             job=str(job.id),
             state=job.state.value,
         )
-    try:
-        return await asyncio.to_thread(load_manifest, services.store, job.manifest)
-    except Gone as gone:
-        await _withdraw(services, job, gone)
-        raise
+    return job.manifest
 
 
 async def summary_of(services: Services, job: Job) -> Summary:
     """A result in short. Raises as `manifest_of` does."""
-    manifest = await manifest_of(services, job)
+    path = _manifest_path(job)
     model = await services.model(job.model)
+    reading = asyncio.to_thread(_summary, services.store, path, model, job)
+    return await _withdrawing(services, job, reading)
+
+
+def _summary(store: Store, path: str, model: RegisteredModel, job: Job) -> Summary:
+    manifest = load_manifest(store, path)
     if model.revision != manifest.revision:
         raise Conflict(
             f"{job.model} has been registered anew with other weights since: its old results are "
             "served as Arrow only",
             revision=manifest.revision,
         )
-    try:
-        return await asyncio.to_thread(_summary, services.store, manifest, model, job)
-    except Gone as gone:
-        await _withdraw(services, job, gone)
-        raise
-
-
-def _summary(store: Store, manifest: Manifest, model: RegisteredModel, job: Job) -> Summary:
     refs = (manifest.table(name) for name in tables_needed(manifest))
     tables = {ref.name: read_table(store, ref) for ref in refs if ref is not None}
     return summarise(manifest, tables, model.architecture, job_url=job.view().links["self"])
@@ -94,9 +94,20 @@ def _summary(store: Store, manifest: Manifest, model: RegisteredModel, job: Job)
 
 async def finished(services: Services, job: Job) -> bytes:
     """A job that has ended, as JSON."""
-    result = await summary_of(services, job) if job.manifest is not None else None
+    if job.manifest is None:
+        return _finished(job, None)
+    path, model = _manifest_path(job), await services.model_of(job)
+
+    def read() -> bytes:
+        # Encoded in the same thread: a summary may be megabytes.
+        return _finished(job, _summary(services.store, path, model, job))
+
+    return await _withdrawing(services, job, asyncio.to_thread(read))
+
+
+def _finished(job: Job, result: Summary | None) -> bytes:
     fields = msgspec.structs.asdict(job.view())
-    return await asyncio.to_thread(msgspec.json.encode, FinishedJob(**fields, result=result))
+    return msgspec.json.encode(FinishedJob(**fields, result=result))
 
 
 async def is_whole(services: Services, job: Job) -> bool:

@@ -1,5 +1,6 @@
 """`Prefer: wait=N` (RFC 7240): an answer held back until the job has ended, or N seconds are over."""
 
+import math
 import re
 import time
 
@@ -24,10 +25,13 @@ def wait_seconds(prefer: str | None) -> int | None:
     return min(int(match[1]), LONGEST_WAIT_SECONDS) if match else None
 
 
-async def settled(services: Services, job: Job, seconds: float) -> Job:
+async def settled(
+    services: Services, job: Job, seconds: float, *, known_at: float = -math.inf
+) -> Job:
     """The job once it has ended, or as it stands after `seconds`.
 
-    Wakes by its own end, or by that of what it follows; the database has the last word.
+    `known_at`, on the monotonic clock, is a moment before the job was read: what has been heard since then
+    need not be asked. Wakes by its own end, or by that of what it follows; the database has the last word.
     """
     if job.state in TERMINAL or seconds <= 0:
         return job
@@ -37,7 +41,9 @@ async def settled(services: Services, job: Job, seconds: float) -> Job:
             wait.add(job.id, job.source)
             # First to be told, then to look: an end that comes after the look is heard.
             is_heard = services.hub.ends.is_heard
-            job = await services.job(job.id)
+            if not services.hub.ends.nothing_since(known_at, job.id, job.source):
+                job = await services.job(job.id)
+            known_at = -math.inf
             left = until - time.monotonic()
             if job.state in TERMINAL or left <= 0:
                 break

@@ -4,6 +4,7 @@ One table says what can be asked; every row is a route of its own, with its requ
 examples in the OpenAPI document.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -314,8 +315,9 @@ def _handler(route: _Route) -> HTTPRouteHandler:
         lane: AsLane = Lane.INTERACTIVE,
         idempotency_key: IdempotencyKey = None,
     ) -> Response[JobView]:
+        asked = time.monotonic()
         job = await submit_scan(services, _scan(data), lane, idempotency_key)
-        return await job_answer(services, job, prefer)
+        return await job_answer(services, job, prefer, asked=asked)
 
     handle.__doc__ = route.summary + "."
     handle.__name__ = route.operation_id

@@ -1,12 +1,14 @@
 """Those who wait for a job's end, on a real Valkey."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from uuid import uuid4
 
 import pytest
 
+from api import ends as ends_module
 from api.ends import Ends, Wait
 from neural_mri.backing import broker
 from neural_mri.backing.events import Publisher
@@ -72,6 +74,46 @@ def test_no_other_event_and_no_other_jobs_end_does(shared_settings: Settings) ->
             began = time.monotonic()
             await wait.pause(0.3)
             assert time.monotonic() - began >= 0.3
+
+        listening(shared_settings, work)
+
+
+def test_that_a_job_has_not_ended_is_known_of_the_time_that_was_listened_to(
+    shared_settings: Settings,
+) -> None:
+    with broker.connect(shared_settings) as redis:
+        publisher = Publisher(redis, shared_settings)
+
+        async def work(ends: Ends, wait: Wait) -> None:
+            asked, ended = time.monotonic(), uuid4()
+            assert ends.nothing_since(asked, ended, OTHER)
+            assert not ends.nothing_since(asked - 3600, ended), "nobody listened so long ago"
+            assert not ends.nothing_since(-math.inf, ended)
+            wait.add(ended)
+            publisher.publish(ended, SUCCEEDED)
+            assert await seconds(wait) < LONG / 2
+            assert not ends.nothing_since(asked, OTHER, ended)
+            assert not ends.nothing_since(time.monotonic(), ended)
+            assert ends.nothing_since(asked, OTHER)
+
+        listening(shared_settings, work)
+
+
+def test_ends_that_are_forgotten_are_not_taken_for_none(
+    shared_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ends_module, "REMEMBERED", 2)
+    with broker.connect(shared_settings) as redis:
+        publisher = Publisher(redis, shared_settings)
+
+        async def work(ends: Ends, wait: Wait) -> None:
+            asked, told = time.monotonic(), [uuid4() for _ in range(3)]
+            wait.add(told[-1])
+            for job_id in told:
+                publisher.publish(job_id, SUCCEEDED)
+            assert await seconds(wait) < LONG / 2
+            assert not ends.nothing_since(asked, told[0]), "it ended, and has been forgotten"
+            assert ends.nothing_since(time.monotonic(), OTHER)
 
         listening(shared_settings, work)
 
