@@ -261,7 +261,7 @@ test("a service that asks for keys is told one, and the page keeps none", async 
   expect(await violations(page)).toEqual([]);
   await page.keyboard.type("nmri_wrong");
   await page.keyboard.press("Enter");
-  await page.getByText("there is no such API key").waitFor();
+  await page.getByText("unknown, expired or revoked").waitFor();
   await page
     .getByRole("textbox", { name: "API key" })
     .or(page.locator("input[name=key]"))
