@@ -28,8 +28,9 @@ from neural_mri.backing.faults import crash_point
 from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.queue import take_back_tickets
+from neural_mri.backing.saving import SavedResult, Saving, Unsaved
 from neural_mri.backing.settings import Settings
-from neural_mri.backing.storage import SavedResult, Saving, Store, StoreUnavailable, Unsaved
+from neural_mri.backing.storage import Store, StoreUnavailable
 from neural_mri.backing.tracing import Span
 from neural_mri.contract.events import Artifact
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState

@@ -17,6 +17,7 @@ import structlog
 import torch
 
 from neural_mri.backing import keys, storage
+from neural_mri.backing.saving import save_result
 from neural_mri.backing.storage import Store
 from neural_mri.contract.problems import Conflict, Gone, Problem
 from neural_mri.contract.results import Manifest, TableRef, signed
@@ -89,7 +90,7 @@ class Calibrations:
 
     def save(self, manifest: Manifest, tables: Mapping[str, pa.Table]) -> None:
         """Store what a calibration scan has measured, for scans that name its key."""
-        storage.save_result(self._store, keys.calibration_path(manifest.scan_key), manifest, tables)
+        save_result(self._store, keys.calibration_path(manifest.scan_key), manifest, tables)
 
     def _stored(self, key: str, resident: Resident) -> Calibration | None:
         try:

@@ -11,13 +11,11 @@ import os
 import re
 import secrets
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import msgspec
 import pyarrow as pa
@@ -26,7 +24,7 @@ from neural_mri.backing import keys
 from neural_mri.backing.faults import crash_point
 from neural_mri.backing.settings import InvalidSettings, Settings
 from neural_mri.contract.problems import Gone, Unavailable
-from neural_mri.contract.results import Manifest, TableRef, from_ipc, provenance_of, to_ipc
+from neural_mri.contract.results import Manifest, TableRef, from_ipc
 
 __all__ = (
     "Damaged",
@@ -34,18 +32,14 @@ __all__ = (
     "InvalidPath",
     "Missing",
     "NamedBytes",
-    "SavedResult",
-    "Saving",
     "Store",
     "StoreFull",
     "StoreUnavailable",
-    "Unsaved",
     "Writing",
     "checked",
     "load_manifest",
     "open_store",
     "read_table",
-    "save_result",
 )
 
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}")
@@ -59,6 +53,7 @@ start as many takes longer than a scan's tables do. None starts before it is nee
 MOST_OPEN = 64
 """Files beside their places at once, of a result and of results that are begun together."""
 
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -155,7 +150,7 @@ class FolderStore:
 
     def put(self, path: str, body: bytes) -> None:
         """Keep the bytes under the path, all of them or none. Raises `StoreFull`."""
-        writing = _Halves(self, [NamedBytes(path, body)])
+        writing = _Halves(self._root, [NamedBytes(path, body)])
         try:
             writing.place(lambda _index: None)
             writing.settle()
@@ -164,14 +159,7 @@ class FolderStore:
 
     def begin(self, files: Iterable[NamedBytes]) -> Writing:
         """Begin to write files. Raises `StoreFull`."""
-        return _Halves(self, files)
-
-    def half(self, path: str, body: bytes) -> "_Half | None":
-        """The bytes beside their place; None where they stand in it already."""
-        with self._folder(path, create=True) as (folder, name):
-            if _reads_as(folder, name, body):
-                return None
-            return _Half(path, os.dup(folder), name, body)
+        return _Halves(self._root, files)
 
     def get(self, path: str) -> bytes:
         """The bytes under the path. Raises `Missing`."""
@@ -223,35 +211,94 @@ class FolderStore:
         return count
 
     @contextmanager
-    def _folder(self, path: str, *, create: bool = False) -> Iterator["_Place"]:
+    def _folder(self, path: str) -> Iterator["_Place"]:
         """The folder of a path, opened step by step, and the file's name in it."""
         *parents, name = checked(path).split("/")
         with _explained(path):
-            folder = self._opened_root(create=create)
+            folder = os.open(self._root, _FOLDER)
             try:
                 for parent in parents:
-                    inner = _entered(folder, parent, create=create)
+                    inner = _entered(folder, parent, create=False)
                     os.close(folder)
                     folder = inner
                 yield _Place(folder, name)
             finally:
                 os.close(folder)
 
-    def _opened_root(self, *, create: bool) -> int:
-        try:
-            return os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            if not create:
-                raise
+
+class _Folders:
+    """Folders that files are written in, opened step by step, once each, and made where they are not."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._opened: dict[tuple[str, ...], int] = {}
+        """File descriptors, by the names that lead there."""
+        self._changed: dict[int, str] = {}
+        """Folders in which names are not on the disk yet, and one of the paths."""
+        self._flushing: list[_Flushing] = []
+
+    def place(self, path: str) -> "_Place":
+        """Where a file is to stand."""
+        *parents, name = checked(path).split("/")
+        return _Place(self._folder(tuple(parents)), name)
+
+    def _folder(self, parents: tuple[str, ...]) -> int:
+        known = self._opened.get(parents)
+        if known is not None:
+            return known
+        if parents:
+            folder = _entered(self._folder(parents[:-1]), parents[-1], create=True)
+        else:
+            folder = self._opened_root()
+        self._opened[parents] = folder
+        return folder
+
+    def _opened_root(self) -> int:
+        with suppress(FileNotFoundError):
+            return os.open(self._root, _FOLDER)
         self._root.mkdir(parents=True, exist_ok=True)
-        return os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        return os.open(self._root, _FOLDER)
+
+    def name(self, beside: str, place: "_Place", path: str) -> None:
+        """Rename a file in its folder."""
+        os.replace(beside, place.name, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+        self._changed[place.folder] = path
+
+    def flush(self) -> None:
+        """Have the disk write the names, of each folder once."""
+        for folder, path in self._changed.items():
+            self._flushing.append(_Flushing(path, _FLUSHERS.submit(os.fsync, folder)))
+        self._changed.clear()
+
+    def settle(self) -> None:
+        """Wait until all names are on the disk."""
+        for path, flushing in self._flushing:
+            with _explained(path):
+                flushing.result()
+        self._flushing.clear()
+
+    def close(self) -> None:
+        """Close them, when nobody flushes them any more."""
+        wait([flushing for _, flushing in self._flushing])
+        self._flushing.clear()
+        self._changed.clear()
+        for folder in self._opened.values():
+            os.close(folder)
+        self._opened.clear()
+
+
+class _Flushing(NamedTuple):
+    path: str
+    done: Future[None]
 
 
 class _Halves:
     """Files beside their places, which the disk is writing."""
 
-    def __init__(self, store: FolderStore, files: Iterable[NamedBytes]) -> None:
+    def __init__(self, root: Path, files: Iterable[NamedBytes]) -> None:
+        self._folders = _Folders(root)
         self._halves: list[_Half | None] = []
+        """None where the bytes stand in their place already."""
         try:
             for file in files:
                 # Flushing begins when all have been written: whose threads wake up stop this one.
@@ -260,7 +307,7 @@ class _Halves:
                     for half in self._halves[-MOST_OPEN:]:
                         _place(half)
                     self.settle()
-                self._halves.append(store.half(file.path, file.body))
+                self._halves.append(self._half(file))
             self._flush(self._halves[-MOST_OPEN:])
         except BaseException:
             self.drop()
@@ -272,18 +319,25 @@ class _Halves:
             _place(half)
             if index < len(self._halves) - 1:
                 placed(index)
+        self._folders.flush()
 
     def settle(self) -> None:
         """Wait until no power cut would take them away again."""
-        for half in self._halves:
-            if half is not None:
-                half.settle()
+        self._folders.flush()
+        self._folders.settle()
+        self._folders.close()
 
     def drop(self) -> None:
         """Leave nothing half written."""
         for half in self._halves:
             if half is not None:
                 half.drop()
+        self._folders.close()
+
+    def _half(self, file: NamedBytes) -> "_Half | None":
+        with _explained(file.path):
+            place = self._folders.place(file.path)
+            return None if _reads_as(*place, file.body) else _Half(self._folders, place, file)
 
     def _flush(self, halves: Iterable["_Half | None"]) -> None:
         for half in halves:
@@ -299,20 +353,17 @@ def _place(half: "_Half | None") -> None:
 class _Half:
     """A file's bytes beside its place."""
 
-    def __init__(self, path: str, folder: int, name: str, body: bytes) -> None:
-        """Takes over the folder's descriptor."""
-        self._path = path
-        self._folder: int | None = folder
-        self._name = name
+    def __init__(self, folders: _Folders, place: "_Place", file: NamedBytes) -> None:
+        self._folders = folders
+        self._place = place
+        self._path = file.path
         # A leading dot is no path of ours: a half-written file cannot be asked for.
-        self._beside = f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
-        self._file: int | None = None
+        self._beside = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
         self._flushing: Future[None] | None = None
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        self._file: int | None = os.open(self._beside, flags, 0o600, dir_fd=place.folder)
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            self._file = os.open(self._beside, flags, 0o600, dir_fd=folder)
-            with os.fdopen(self._file, "wb", closefd=False) as writer:
-                writer.write(body)
+            _write(self._file, file.body)
         except BaseException:
             self.drop()
             raise
@@ -323,38 +374,32 @@ class _Half:
             self._flushing = _FLUSHERS.submit(os.fsync, self._file)
 
     def place(self) -> None:
-        """Rename it into its place, once its bytes are on the disk, and have the disk write its name."""
-        if self._file is None or self._folder is None or self._flushing is None:
+        """Rename it into its place, once its bytes are on the disk."""
+        if self._file is None or self._flushing is None:
             return
         with _explained(self._path):
             self._flushing.result()
             crash_point("worker.written")
-            os.replace(self._beside, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            self._folders.name(self._beside, self._place, self._path)
             os.close(self._file)
             self._file = None
-            self._flushing = _FLUSHERS.submit(os.fsync, self._folder)
-
-    def settle(self) -> None:
-        """Wait until its name is on the disk too."""
-        if self._folder is None or self._flushing is None:
-            return
-        with _explained(self._path):
-            self._flushing.result()
-            os.close(self._folder)
-            self._folder = None
 
     def drop(self) -> None:
-        """Close what is open, and take away what is not in its place."""
+        """Take it away where it is not in its place."""
+        if self._file is None:
+            return
         if self._flushing is not None:
             wait([self._flushing])
-        if self._file is not None and self._folder is not None:
-            os.close(self._file)
-            with suppress(FileNotFoundError):
-                os.unlink(self._beside, dir_fd=self._folder)
-            self._file = None
-        if self._folder is not None:
-            os.close(self._folder)
-            self._folder = None
+        os.close(self._file)
+        self._file = None
+        with suppress(FileNotFoundError):
+            os.unlink(self._beside, dir_fd=self._place.folder)
+
+
+def _write(file: int, body: bytes) -> None:
+    left = memoryview(body)
+    while left:
+        left = left[os.write(file, left) :]
 
 
 class _Place(NamedTuple):
@@ -378,16 +423,15 @@ def _explained(path: str) -> Iterator[None]:
 
 def _entered(folder: int, name: str, *, create: bool) -> int:
     """A folder in a folder, opened, and made where there is none."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
     try:
-        return os.open(name, flags, dir_fd=folder)
+        return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
     except FileNotFoundError:
         if not create:
             raise
     with suppress(FileExistsError):
         os.mkdir(name, dir_fd=folder)
         os.fsync(folder)
-    return os.open(name, flags, dir_fd=folder)
+    return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
 
 
 @contextmanager
@@ -427,163 +471,6 @@ def open_store(settings: Settings) -> Store:
             ) from error
         return open_s3(settings)
     return FolderStore(settings.store_dir)
-
-
-class SavedResult(NamedTuple):
-    """A result that is whole."""
-
-    path: str
-    """Of the manifest; what the job's row names."""
-    manifest: Manifest
-
-
-class Unsaved(NamedTuple):
-    """A result that is in memory only."""
-
-    path: str
-    """Where its manifest will stand."""
-    manifest: Manifest
-    """Everything but the tables."""
-    tables: Mapping[str, pa.Table]
-    """Each bears its provenance."""
-    stored: Callable[[TableRef], None] = lambda _ref: None
-    """Told of each table as it is written; may raise to stop."""
-
-
-def save_result(
-    store: Store,
-    path: str,
-    manifest: Manifest,
-    tables: Mapping[str, pa.Table],
-    *,
-    stored: Callable[[TableRef], None] = lambda _ref: None,
-) -> SavedResult:
-    """Write a result's tables, then, under the path, the manifest that names them."""
-    with Saving(store, [Unsaved(path, manifest, tables, stored)]) as saving:
-        [saved] = saving.finish([path]).values()
-    if isinstance(saved, Exception):
-        raise saved
-    return saved
-
-
-class Saving:
-    """Several results being written at once, each as `save_result` does; what one raises is its own.
-
-    Whoever begins has time for something else while the disk works, and may then finish some of them only:
-    of the others nothing is named. Use as a context manager, from one thread.
-    """
-
-    def __init__(self, store: Store, results: Iterable[Unsaved]) -> None:
-        self._store = store
-        self._later = deque(results)
-        """Beyond what may be open at once."""
-        self._begun: list[_Begun] = []
-        self._begin_some()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for begun in self._begun:
-            begun.drop()
-
-    def finish(self, paths: Collection[str]) -> dict[str, SavedResult | Exception]:
-        """What became of the results whose manifests were to stand under these paths."""
-        finished: dict[str, SavedResult | Exception] = {}
-        self._later = deque(result for result in self._later if result.path in paths)
-        while self._begun or self._later:
-            self._begin_some()
-            wanted = [begun for begun in self._begun if begun.result.path in paths]
-            # All at once: flushes that meet share one commit of the file system's journal.
-            for step in (_Begun.place, _Begun.settle):
-                for begun in wanted:
-                    begun.attempt(step)
-            finished |= {begun.result.path: begun.outcome for begun in wanted}
-            for begun in self._begun:
-                begun.drop()
-            self._begun.clear()
-        return finished
-
-    def _begin_some(self) -> None:
-        n_files = sum(len(begun.result.tables) + 1 for begun in self._begun)
-        while self._later and (not n_files or n_files < MOST_OPEN):
-            begun = _Begun(self._later.popleft())
-            begun.attempt(partial(_Begun.begin, store=self._store))
-            self._begun.append(begun)
-            n_files += len(begun.result.tables) + 1
-
-
-class _Begun:
-    """One result on its way."""
-
-    def __init__(self, result: Unsaved) -> None:
-        self.result = result
-        self._refs: list[TableRef] = []
-        self._whole = result.manifest
-        self._writing: Writing | None = None
-        self._error: Exception | None = None
-
-    @property
-    def outcome(self) -> SavedResult | Exception:
-        """How it ended."""
-        return self._error or SavedResult(self.result.path, self._whole)
-
-    def attempt(self, step: Callable[["_Begun"], None]) -> None:
-        """Take a step, unless an earlier one has failed."""
-        if self._error is not None:
-            return
-        try:
-            step(self)
-        except Exception as error:  # noqa: BLE001 (handed to whose result it is)
-            self._error = error
-
-    def begin(self, store: Store) -> None:
-        """Begin to write all of its files."""
-        self._writing = store.begin(self._files())
-
-    def place(self) -> None:
-        """Let the tables be found, and then the manifest."""
-        if self._writing is not None:
-            self._writing.place(self._tell)
-
-    def settle(self) -> None:
-        """Wait until it is there to stay."""
-        if self._writing is not None:
-            self._writing.settle()
-            self._writing = None
-
-    def drop(self) -> None:
-        """Leave nothing half written."""
-        if self._writing is not None:
-            self._writing.drop()
-            self._writing = None
-
-    def _files(self) -> Iterator[NamedBytes]:
-        """One after another, so that they are in memory one at a time."""
-        for name, table in self.result.tables.items():
-            body = to_ipc(table)
-            ref = _ref_of(name, table, body)
-            self._refs.append(ref)
-            yield NamedBytes(keys.chunk_path(ref.chunk), body)
-        self._whole = msgspec.structs.replace(self.result.manifest, tables=tuple(self._refs))
-        yield NamedBytes(self.result.path, msgspec.json.encode(self._whole))
-
-    def _tell(self, index: int) -> None:
-        self.result.stored(self._refs[index])
-        if index == len(self._refs) - 1:
-            crash_point("worker.stored")
-
-
-def _ref_of(name: str, table: pa.Table, body: bytes) -> TableRef:
-    provenance = provenance_of(table)
-    return TableRef(
-        name=name,
-        table=provenance.table,
-        chunk=hashlib.sha256(body).hexdigest(),
-        bytes=len(body),
-        rows=table.num_rows,
-        unit=provenance.unit,
-    )
 
 
 _manifest = msgspec.json.Decoder(Manifest)

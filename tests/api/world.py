@@ -24,8 +24,9 @@ from neural_mri.backing import database, jobs, keys, models
 from neural_mri.backing.events import HeldModel, Publisher, WorkerBeat, beat, change_of
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.backing.records import Job
+from neural_mri.backing.saving import save_result
 from neural_mri.backing.settings import Settings
-from neural_mri.backing.storage import load_manifest, open_store, save_result
+from neural_mri.backing.storage import load_manifest, open_store
 from neural_mri.contract.events import ActivationFrame, FrameLayer
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.models import Architecture, ModelState, Numerics

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from neural_mri.backing import keys, storage
 from neural_mri.backing.s3 import S3Store
+from neural_mri.backing.saving import SavedResult, Saving, Unsaved, save_result
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import (
     MOST_OPEN,
@@ -27,12 +28,9 @@ from neural_mri.backing.storage import (
     InvalidPath,
     Missing,
     NamedBytes,
-    SavedResult,
-    Saving,
     Store,
     StoreFull,
     StoreUnavailable,
-    Unsaved,
 )
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.results import Manifest, Provenance, TableRef, stamp
@@ -342,6 +340,30 @@ def test_a_disk_error_at_any_step_tears_none_of_several_files(
     assert psutil.Process().num_fds() == open_before
 
 
+def test_what_files_lie_in_is_flushed_once_for_all_of_them_before_they_are_settled(
+    folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("chunks/aa", "chunks/bb", "manifests"):
+        (root / name).mkdir(parents=True)
+    real, flushed = os.fsync, list[str]()
+
+    def look(file: int) -> None:
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        if path.is_dir():
+            flushed.append(str(path.relative_to(root)))
+            assert not list(path.glob(".*")), "named first"
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", look)
+    names = ("chunks/aa/1", "chunks/bb/1", "chunks/aa/2", "chunks/aa/3", "manifests/1.json")
+    writing = folder.begin(NamedBytes(name, name.encode()) for name in names)
+    assert flushed == []
+    writing.place(lambda _index: None)
+    writing.settle()
+    assert sorted(flushed) == ["chunks/aa", "chunks/bb", "manifests"]
+    assert files(root) == set(names)
+
+
 def test_any_number_of_files_is_written_with_few_of_them_open(
     folder: FolderStore, root: Path
 ) -> None:
@@ -392,9 +414,7 @@ def manifest() -> Manifest:
 def test_a_result_is_read_back_as_it_was_saved(store: Store) -> None:
     told: list[TableRef] = []
     tables = {"tokens": table(), "vectors.1": table(5)}
-    saved = storage.save_result(
-        store, keys.manifest_path(JOB, 2), manifest(), tables, stored=told.append
-    )
+    saved = save_result(store, keys.manifest_path(JOB, 2), manifest(), tables, stored=told.append)
     assert saved.path == keys.manifest_path(JOB, 2)
     assert storage.load_manifest(store, saved.path) == saved.manifest
     assert tuple(told) == saved.manifest.tables
@@ -409,9 +429,7 @@ def test_a_result_is_read_back_as_it_was_saved(store: Store) -> None:
 
 def test_equal_tables_are_stored_once(store: Store) -> None:
     for attempt in (1, 2):
-        storage.save_result(
-            store, keys.manifest_path(JOB, attempt), manifest(), {"tokens": table()}
-        )
+        save_result(store, keys.manifest_path(JOB, attempt), manifest(), {"tokens": table()})
     assert sorted(path.split("/")[0] for path in paths(store)) == [
         "chunks",
         "manifests",
@@ -429,7 +447,7 @@ def test_the_manifest_comes_last(store: Store) -> None:
 
     tables = {"first": table(1), "second": table(2), "third": table(3)}
     with pytest.raises(Interrupted):
-        storage.save_result(store, keys.manifest_path(JOB, 1), manifest(), tables, stored=interrupt)
+        save_result(store, keys.manifest_path(JOB, 1), manifest(), tables, stored=interrupt)
     assert {path.split("/")[0] for path in paths(store)} == {"chunks"}
 
 
@@ -467,7 +485,7 @@ def test_a_result_that_cannot_be_encoded_costs_the_others_nothing(store: Store) 
 
 @pytest.mark.parametrize("change", ["flip", "truncate", "empty"])
 def test_a_damaged_chunk_is_refused(store: Store, change: str) -> None:
-    saved = storage.save_result(store, keys.manifest_path(JOB, 1), manifest(), {"tokens": table()})
+    saved = save_result(store, keys.manifest_path(JOB, 1), manifest(), {"tokens": table()})
     [ref] = saved.manifest.tables
     path = keys.chunk_path(ref.chunk)
     body = store.get(path)
@@ -483,7 +501,7 @@ def test_a_damaged_chunk_is_refused(store: Store, change: str) -> None:
 
 
 def test_a_lost_chunk_is_missing(store: Store) -> None:
-    saved = storage.save_result(store, keys.manifest_path(JOB, 1), manifest(), {"tokens": table()})
+    saved = save_result(store, keys.manifest_path(JOB, 1), manifest(), {"tokens": table()})
     [ref] = saved.manifest.tables
     store.delete(keys.chunk_path(ref.chunk))
     with pytest.raises(Missing):
