@@ -197,8 +197,16 @@ export class Reading {
   readonly focus: number = $derived.by(() => this.#nodeOf(this.#crosshair.focus));
   readonly locked: number = $derived.by(() => this.#nodeOf(this.#crosshair.locked));
 
+  /**
+   * The nodes of this picture that were pointed at, by the leader's addresses that stand for them: several nodes
+   * of a larger model have one address in a smaller one, and what is read must be what the pointer is on.
+   */
+  #meant = $state.raw<ReadonlyMap<string, number>>(new Map());
+
   #nodeOf(component: string | null): number {
     if (component === null || this.topology === null) return -1;
+    const meant = this.isElsewhere ? this.#meant.get(component) : undefined;
+    if (meant !== undefined && meant < this.topology.size) return meant;
     return nodeOf(this.topology, component, this.#role.leader?.topology ?? this.topology);
   }
 
@@ -208,7 +216,11 @@ export class Reading {
     const leader = this.#role.leader?.topology;
     if (own === undefined || this.topology === null) return null;
     if (leader == null) return own;
-    return leader.addresses[nodeOf(leader, own, this.topology)] ?? null;
+    const address = leader.addresses[nodeOf(leader, own, this.topology)] ?? null;
+    if (address !== null && this.isElsewhere && this.#nodeOf(address) !== node) {
+      this.#meant = new Map(this.#meant).set(address, node);
+    }
+    return address;
   }
 
   /** Whether it goes along with another picture of a model of another shape. */

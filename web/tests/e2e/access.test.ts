@@ -137,6 +137,24 @@ const OTHERS: readonly Case[] = [
       await page.getByRole("dialog").waitFor();
     },
   },
+  ...["radial", "network"].map((layout): Case => ({
+    name: `fMRI, ${layout}`,
+    options: { fragment: `layout=${layout}` },
+    reach: ({ page }) => scan(page),
+  })),
+  {
+    name: "fMRI, heads folded",
+    options: { fragment: "fold=true" },
+    reach: ({ page }) => scan(page),
+  },
+  {
+    name: "five sequences at once",
+    options: { fragment: "hang=five" },
+    reach: async ({ page }) => {
+      await page.getByTestId("corner-value-T1").waitFor();
+      await page.getByTestId("strip").waitFor();
+    },
+  },
   {
     name: "T1 at 200 %",
     options: { width: 640, height: 360, zoom: 2 },
