@@ -41,7 +41,7 @@ from worker import admission, metrics, scans
 from worker.admission import OutOfMemory, halving, ran_out
 from worker.calibrations import Calibrations
 from worker.intake import Intake
-from worker.interludes import Interludes
+from worker.interludes import Interludes, Lending
 from worker.keeper import Holding, Keeper, LeaseLost
 from worker.placing import Placing
 from worker.reporter import Outbox, Reporter
@@ -142,7 +142,7 @@ class Attempts:
         released leaves the work to whoever holds the model.
         """
         if queue == self._placing.queue:
-            self._placing.act()
+            self._placing.act(Lending(self._interludes([])))
             return 0
         if queue not in self._residency.queues() or (
             queue == keys.CONTROL_QUEUE and self._placing.leave_to_others()

@@ -23,8 +23,9 @@ from neural_mri.contract.jobs import Lane
 from neural_mri.contract.problems import Unavailable
 from worker.keeper import Holding
 from worker.residency import Residency
+from worker.scanner.listening import Silent
 
-__all__ = ("Interludes",)
+__all__ = ("Interludes", "Lending")
 
 LOOK_SECONDS = 0.05
 """Least time between two looks at the queue."""
@@ -38,10 +39,9 @@ log = structlog.get_logger(__name__)
 
 def _most_cost(together: Sequence[Job]) -> float:
     """Work of the longest scan that may interrupt a pass of these jobs."""
-    if not all(job.tokens for job in together):
-        return (
-            math.inf
-        )  # a load, a calibration: what reads no prompt does not say how long it takes
+    if not together or not all(job.tokens for job in together):
+        # A load, a calibration: what reads no prompt does not say how long it takes.
+        return math.inf
     if len(together) > 1 and any(job.lane is Lane.INTERACTIVE for job in together):
         return 0.0  # who comes meanwhile shares the next pass, which is cheaper for all
     most = SHORT * sum(job.estimated_cost for job in together)
@@ -61,7 +61,10 @@ class Interludes:
         residency: Residency,
         run: Callable[[Sequence[Job], float], None],
     ) -> None:
-        """`run` brings claimed jobs, given with the time when their claim began, to their ends."""
+        """`run` brings claimed jobs, given with the time when their claim began, to their ends.
+
+        No holdings are work that is no job's: a model that is loaded because scans wait for it.
+        """
         self.lent_seconds = 0.0
         self._holdings = holdings
         self._attempts = {holding.job.id: holding.job.attempt for holding in holdings}
@@ -72,7 +75,8 @@ class Interludes:
         self._run = run
         together = [holding.job for holding in holdings]
         self._most = _most_cost(together)
-        weight = max(LANE_WEIGHTS[job.lane] for job in together)
+        lanes = {job.lane for job in together} or {Lane.INTERACTIVE}
+        weight = max(LANE_WEIGHTS[lane] for lane in lanes)
         self._own_share = weight / LANE_WEIGHTS[Lane.INTERACTIVE]
         self._look_at = time.monotonic() + LOOK_SECONDS
 
@@ -123,6 +127,8 @@ class Interludes:
 
     def _reckon(self, *, deadline_seconds: float, begun_seconds: float = 0.0) -> None:
         """Keep time that is others' out of the jobs' own."""
+        if not self._attempts:
+            return
         try:
             self._sessions.write(
                 jobs.reckon,
@@ -133,3 +139,14 @@ class Interludes:
             )
         except Unavailable as error:
             log.warning("time_not_reckoned", error=str(error))
+
+
+class Lending(Silent):
+    """Listens to work that nobody asked to hear of, and lends its pauses."""
+
+    def __init__(self, interludes: Interludes) -> None:
+        self._interludes = interludes
+
+    def pause(self) -> None:
+        """Others may run before it returns."""
+        self._interludes.pause()

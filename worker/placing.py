@@ -152,8 +152,11 @@ class Placing:
             except Problem as problem:
                 log.warning("wanted_model_not_loaded", model=model.name, reason=problem.detail)
 
-    def act(self) -> None:
-        """Let go and load what should be let go and loaded now; most often nothing."""
+    def act(self, listener: Listener = SILENT) -> None:
+        """Let go and load what should be let go and loaded now; most often nothing.
+
+        A load is told to the listener, and pauses as it does.
+        """
         self._poked_at = -POKED_SECONDS
         with self._lock:
             withdrawn, self._withdrawn = self._withdrawn, frozenset()
@@ -168,7 +171,7 @@ class Placing:
             self._refuse_hopeless(demand, seen)
         move = placement.next_move(self._worker, seen.rooms, seen.demands, seen.costs, self._policy)
         if move is not None:
-            self._make(move, seen)
+            self._make(move, seen, listener)
 
     def hold(self, name: str, listener: Listener) -> Resident:
         """Hold a model because somebody asks for it by name; what is in least demand makes room.
@@ -338,7 +341,7 @@ class Placing:
 
     # Loading and letting go.
 
-    def _make(self, move: Move, seen: _Seen) -> None:
+    def _make(self, move: Move, seen: _Seen, listener: Listener) -> None:
         others = sum(room.holds(move.revision) for room in seen.rooms[1:])
         claim = self._claim(move.revision, copies=others + 1)
         if not claim.is_granted:
@@ -357,7 +360,7 @@ class Placing:
         for revision in move.evicted:
             self._evict(revision, in_favour_of=move.model)
         try:
-            self._load(move.model, SILENT)
+            self._load(move.model, listener)
         except Problem as problem:
             log.warning("model_not_loaded", model=move.model, reason=problem.detail)
             self._refuse(move.revision, problem)

@@ -2,7 +2,7 @@
 import type { Browser, Page } from "playwright-core";
 import { afterAll, beforeAll, expect, test } from "vitest";
 
-import { launch, scan, settled, violations } from "./browser";
+import { launch, scan, violations } from "./browser";
 import { serve, type Service } from "./service";
 
 let browser: Browser;
