@@ -373,6 +373,7 @@ def test_a_model_that_is_being_loaded_keeps_nobody_from_the_one_that_is_held(
         waiting = bench.submit(
             ActivationScan(prompt=WORDS, model="other"),
             model="other",
+            n_tokens=10,
             revision=registered.revision,
             queue=keys.scan_queue(registered.revision),
         )
