@@ -262,6 +262,10 @@ class _Folders:
     def name(self, beside: str, place: "_Place", path: str) -> None:
         """Rename a file in its folder."""
         os.replace(beside, place.name, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+        self.note(place, path)
+
+    def note(self, place: "_Place", path: str) -> None:
+        """A name in a folder may not be on the disk yet."""
         self._changed[place.folder] = path
 
     def flush(self) -> None:
@@ -337,7 +341,11 @@ class _Halves:
     def _half(self, file: NamedBytes) -> "_Half | None":
         with _explained(file.path):
             place = self._folders.place(file.path)
-            return None if _reads_as(*place, file.body) else _Half(self._folders, place, file)
+            if not _reads_as(*place, file.body):
+                return _Half(self._folders, place, file)
+            # Whoever wrote them may have been cut short before the name was on the disk.
+            self._folders.note(place, file.path)
+            return None
 
     def _flush(self, halves: Iterable["_Half | None"]) -> None:
         for half in halves:

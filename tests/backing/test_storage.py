@@ -364,6 +364,21 @@ def test_what_files_lie_in_is_flushed_once_for_all_of_them_before_they_are_settl
     assert files(root) == set(names)
 
 
+def test_what_stands_there_already_is_not_taken_for_flushed(
+    folder: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.put(CHUNK, b"arrow")
+    real, flushed = os.fsync, list[str]()
+
+    def look(file: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", look)
+    folder.put(CHUNK, b"arrow")
+    assert flushed == [Path(CHUNK).parent.name], "whoever named it may not have come so far"
+
+
 def test_any_number_of_files_is_written_with_few_of_them_open(
     folder: FolderStore, root: Path
 ) -> None:
