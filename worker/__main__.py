@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-from collections.abc import Callable
 
 import structlog
 
@@ -37,17 +36,17 @@ def main() -> int:
 
     forking.import_the_rest(settings)
 
-    def work(held: Callable[[], None]) -> int:
+    def work(life: forking.Life) -> int:
         try:
             with tracing.exported(settings, process="worker"):
-                return process.run(settings, held)
+                return process.run(settings, life)
         except Problem as problem:
             log.critical("worker_not_started", reason=problem.detail)
             return 1
 
     if reason := forking.why_not():
         log.info("worker_not_forked", reason=reason)
-        return work(lambda: None)
+        return work(forking.Life())
     return forking.kept_alive(work)
 
 

@@ -1,10 +1,10 @@
 """The worker as a Celery program: one thread that runs tickets, one that listens to the broker.
 
-Celery runs things; it remembers nothing. No fork after torch: the pool is a thread.
+Celery runs things; it remembers nothing. Its pool is a thread: nothing forks once threads and a GPU are there.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import structlog
@@ -41,14 +41,24 @@ class CeleryIntake:
 
 
 def serve(
-    app: Celery, attempts: Attempts, intake: CeleryIntake, *, name: str, queues: Iterable[str]
+    app: Celery,
+    attempts: Attempts,
+    intake: CeleryIntake,
+    *,
+    name: str,
+    queues: Iterable[str],
+    served: Callable[[], None],
 ) -> int:
-    """Take tickets until SIGTERM, which lets the running job end. The exit status."""
+    """Take tickets until SIGTERM, which lets the running job end. The exit status.
+
+    Each ticket that was not the worker's end is told to `served`.
+    """
     for noisy in NOISY_LOGGERS:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
     def ticket(queue: str) -> None:
         attempts.take(queue)
+        served()
 
     def keep_our_logs(**_: Any) -> None:
         """A receiver of this signal, whatever it does, keeps Celery from setting up its own."""

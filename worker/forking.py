@@ -27,22 +27,21 @@ from typing import NamedTuple
 import numpy as np
 import structlog
 
-from neural_mri.backing.restarts import FAILURES_BEFORE_GIVING_UP, pause_before_restart
+from neural_mri.backing.restarts import (
+    FAILURES_BEFORE_GIVING_UP,
+    HEALTHY_SECONDS,
+    pause_before_restart,
+)
 from neural_mri.backing.settings import Settings
 from worker import metrics
 
-__all__ = ("import_the_rest", "kept_alive", "why_not")
-
-Work = Callable[[Callable[[], None]], int]
-"""A worker's life, to its exit status. It calls what it is given once it has held its models."""
+__all__ = ("Life", "import_the_rest", "kept_alive", "why_not")
 
 ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
 """After these the child's end is meant."""
 HEARD = ENDING | {signal.SIGCHLD, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2}
 DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
-HEALTHY_SECONDS = 1.0
-"""A worker that took tickets for so long has not failed at starting."""
-MOMENT = struct.Struct("d")
+TOLD = struct.Struct("d?")
 PR_SET_PDEATHSIG = 1
 LIKELIER_VICTIM = 50
 """How much sooner, in thousandths of all memory, the kernel ends the child than its parent."""
@@ -95,7 +94,42 @@ def why_not() -> str | None:
     return None
 
 
-def kept_alive(work: Work) -> int:
+class Life:
+    """How far a child has come; said by the child, read by its parent."""
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, TOLD.size)
+
+    def begin(self) -> None:
+        """Nothing has come of it yet."""
+        self._tell(0.0, has_served=False)
+
+    def held(self) -> None:
+        """Its models are held."""
+        self._tell(time.monotonic(), has_served=False)
+
+    def served(self) -> None:
+        """It has lived through a ticket."""
+        self._tell(self._told()[0], has_served=True)
+
+    def has_held(self) -> bool:
+        """Whether it came so far as to hold its models."""
+        return bool(self._told()[0])
+
+    def was_healthy(self) -> bool:
+        """Whether what ended it cannot have been its start."""
+        since, has_served = self._told()
+        return has_served or (bool(since) and time.monotonic() - since > HEALTHY_SECONDS)
+
+    def _tell(self, held_since: float, *, has_served: bool) -> None:
+        self._shared[:] = TOLD.pack(held_since, has_served)
+
+    def _told(self) -> tuple[float, bool]:
+        since, has_served = TOLD.unpack(self._shared[:])
+        return since, has_served
+
+
+def kept_alive(work: Callable[[Life], int]) -> int:
     """The work, done by a child, and by another whenever a signal has ended it. The exit status.
 
     Returns in the parent when the work is over, and in every child with its own status. Ends this process
@@ -105,28 +139,27 @@ def kept_alive(work: Work) -> int:
     gc.freeze()
     unheard = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    parent, held, failures = os.getpid(), _Held(), 0
+    parent, life, failures = os.getpid(), Life(), 0
     while True:
-        held.forget()
+        life.begin()
         child = _forked()
         if not child:
             _settle(parent)
             signal.pthread_sigmask(signal.SIG_SETMASK, unheard)
-            return work(held.remember)
+            return work(life)
         end = _end_of(child)
         if end.killer is None:
             signal.pthread_sigmask(signal.SIG_SETMASK, unheard)
             return end.status
-        for_seconds = held.seconds()
-        failures = 1 if for_seconds > HEALTHY_SECONDS else failures + 1
-        gives_up = failures >= FAILURES_BEFORE_GIVING_UP and not for_seconds
+        failures = 1 if life.was_healthy() else failures + 1
+        gives_up = failures >= FAILURES_BEFORE_GIVING_UP and not life.has_held()
         pause = None if end.meant or gives_up else pause_before_restart(failures)
         log.log(
             logging.INFO if end.meant else logging.ERROR,
             "worker_killed",
             pid=child,
             signal=end.killer.name,
-            held_seconds=round(for_seconds, 3),
+            had_held_its_models=life.has_held(),
             again_in_seconds=pause,
         )
         if pause is None:
@@ -135,26 +168,6 @@ def kept_alive(work: Work) -> int:
         metrics.KILLED.labels(end.killer.name).inc()
         if _told_to_go(pause):
             return 0
-
-
-class _Held:
-    """When a child has held its models; said by the child, read by its parent."""
-
-    def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, MOMENT.size)
-
-    def forget(self) -> None:
-        """Nothing is held yet."""
-        self._shared[:] = MOMENT.pack(0.0)
-
-    def remember(self) -> None:
-        """Everything is held now."""
-        self._shared[:] = MOMENT.pack(time.monotonic())
-
-    def seconds(self) -> float:
-        """For how long; 0 if never."""
-        [since] = MOMENT.unpack(self._shared[:])
-        return time.monotonic() - since if since else 0.0
 
 
 class _End(NamedTuple):

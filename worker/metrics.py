@@ -95,6 +95,7 @@ KILLED = Counter(
     ("signal",),
     registry=REGISTRY,
 )
+KILLED.labels("SIGKILL")  # from 0 on: a rise from nothing is no rise to Prometheus
 
 
 class Held(Collector):

@@ -4,7 +4,6 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -16,6 +15,7 @@ from worker import metrics
 from worker.app import CeleryIntake, serve
 from worker.attempts import Attempts
 from worker.calibrations import Calibrations
+from worker.forking import Life
 from worker.keeper import Keeper
 from worker.memory import Memory
 from worker.placing import Placing
@@ -25,8 +25,8 @@ from worker.residency import Residency
 __all__ = ("run",)
 
 
-def run(settings: Settings, held: Callable[[], None]) -> int:
-    """Hold the pinned and wanted models, say so, then take tickets until SIGTERM; the exit status."""
+def run(settings: Settings, life: Life) -> int:
+    """Hold the pinned and wanted models, then take tickets until SIGTERM; the exit status."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     name = f"worker-{os.getpid()}@{socket.gethostname()}"
@@ -77,7 +77,7 @@ def run(settings: Settings, held: Callable[[], None]) -> int:
         ) as placing,
     ):
         placing.begin()
-        held()
+        life.held()
         # What stands now stands for good: collections need not look at it again.
         gc.freeze()
         gc.enable()
@@ -95,4 +95,5 @@ def run(settings: Settings, held: Callable[[], None]) -> int:
             redis=broker.connect(settings),
         )
         queues = {*residency.queues(), placing.queue}
-        return serve(queue.celery_app(settings), attempts, intake, name=name, queues=queues)
+        app = queue.celery_app(settings)
+        return serve(app, attempts, intake, name=name, queues=queues, served=life.served)

@@ -5,12 +5,9 @@ import time
 from collections.abc import Callable
 
 from deploy.embedded.processes import Process, Program, Roster, end_all
-from neural_mri.backing.restarts import pause_before_restart
+from neural_mri.backing.restarts import HEALTHY_SECONDS, pause_before_restart
 
 __all__ = ("Supervisor",)
-
-HEALTHY_SECONDS = 30.0
-"""A process that ran for so long has not failed at starting."""
 
 
 class _Kept:

@@ -1,7 +1,9 @@
 """How soon what has ended is started again: at once, and then ever more patiently."""
 
-__all__ = ("FAILURES_BEFORE_GIVING_UP", "pause_before_restart")
+__all__ = ("FAILURES_BEFORE_GIVING_UP", "HEALTHY_SECONDS", "pause_before_restart")
 
+HEALTHY_SECONDS = 30.0
+"""A process that ran for so long has not failed at starting."""
 LONGEST_PAUSE_SECONDS = 30.0
 FAILURES_BEFORE_GIVING_UP = 3
 """Ends in a row while starting: one restart more would not help."""

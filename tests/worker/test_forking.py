@@ -103,14 +103,14 @@ def log(tmp_path: Path) -> Path:
 
 
 def short(body: str) -> list[str]:
-    """A program whose worker does only this, given `held`; its children's parent ends as it says."""
+    """A program whose worker does only this, given its `life`; its children's parent ends as it says."""
     work = "\n".join(f"    {line}" for line in body.splitlines())
-    return ["-c", f"{SHORT}\ndef work(held):\n{work}\nsys.exit(kept_alive(work))"]
+    return ["-c", f"{SHORT}\ndef work(life):\n{work}\nsys.exit(kept_alive(work))"]
 
 
 WAITING = """
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-held()
+life.held()
 say("up")
 time.sleep(60)
 """
@@ -125,7 +125,7 @@ def test_a_worker_that_ends_by_itself_ends_its_parent_with_its_status(
 
 
 def test_killed_workers_are_replaced_and_no_two_draw_the_same_numbers(log: Path) -> None:
-    body = "import numpy, random; held(); say('drew', random.random(), numpy.random.rand())"
+    body = "import numpy, random; life.held(); life.served(); say('drew', random.random(), numpy.random.rand())"
     with keeping(short(f"{body}\ntime.sleep(60)"), log) as kept:
         pids = set()
         for count in range(1, 4):
@@ -169,7 +169,7 @@ def test_what_the_whole_group_is_told_a_worker_is_told_once(log: Path) -> None:
     body = """
     heard = []
     signal.signal(signal.SIGINT, lambda *_: heard.append(1))
-    held()
+    life.held()
     say("up")
     while not heard:
         time.sleep(0.01)
@@ -243,7 +243,7 @@ rows = torch.arange(600 * 600, dtype=torch.float64).reshape(600, 600) % 7
 whole = rows.numpy().astype(np.int64)
 product = whole @ whole  # integers: one thread, no library of linear algebra
 
-def work(held):
+def work(life):
     torch.set_num_threads(2)
     weights = rows.clone().requires_grad_()
     (rows @ weights).sum().backward()
