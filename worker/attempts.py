@@ -221,18 +221,31 @@ class Attempts:
         if len(holdings) == 1:
             self._guarded(holdings[0], self._perform)
             return
+        left = list(holdings)
+
+        def publish(early: Mapping[int, Performed]) -> None:
+            """Those of whom all is measured while their mates go on."""
+            these = [holdings[index] for index in early]
+            for holding in these:
+                left.remove(holding)
+            self._publish(these, list(early.values()))
+
         try:
-            scanned = self._scanned(holdings) if holdings else []
+            scanned = self._scanned(holdings, publish) if holdings else []
         except Exception as error:  # noqa: BLE001
-            log.warning("pass_split", jobs=len(holdings), reason=type(error).__name__)
+            log.warning("pass_split", jobs=len(left), reason=type(error).__name__)
             scanned = None
         if scanned is None:
             # Outside the handler: the error's frames hold memory that may have been too little.
+            if len(left) < len(holdings):
+                self._share(left)
+                return
             middle = len(holdings) // 2
             self._share(holdings[:middle])
             self._share(holdings[middle:])
             return
-        self._publish(holdings, scanned)
+        last = {id(holding): result for holding, result in zip(holdings, scanned, strict=True)}
+        self._publish(left, [last[id(holding)] for holding in left])
 
     def _guarded(self, holding: Holding, work: Callable[[Holding], None]) -> bool:
         """Do one job's part, and end the job where that fails; whether it went well.
@@ -280,10 +293,26 @@ class Attempts:
             case JobKind.UNLOAD:
                 self._unload(holding)
 
-    def _scanned(self, holdings: Sequence[Holding]) -> list[Performed]:
-        """What jobs that share a pass measure, or what kept one from it alone."""
+    def _scanned(
+        self,
+        holdings: Sequence[Holding],
+        ready: Callable[[Mapping[int, Performed]], None] = lambda _early: None,
+    ) -> list[Performed]:
+        """What jobs that share a pass measure, or what kept one from it alone.
+
+        `ready` is given those that stand while others are still measured.
+        """
         job, together = holdings[0].job, [holding.job for holding in holdings]
         interludes = self._interludes(holdings)
+
+        def counted(each: Performed) -> Performed:
+            if not isinstance(each, Scanned):
+                return each
+            return each.without(interludes.lent_seconds, len(together))
+
+        def stand(early: Mapping[int, Performed]) -> None:
+            ready({index: counted(each) for index, each in early.items()})
+
         self._residency.serve(job.revision)
         with (
             self._placing.admitted(job.revision, sum(map(self._needed, together))),
@@ -297,13 +326,9 @@ class Attempts:
                 calibrations=self._calibrations,
                 models_dir=self._settings.models_dir,
                 listeners=[self._reporter(holding, interludes) for holding in holdings],
+                ready=stand,
             )
-            scanned = [
-                each.without(interludes.lent_seconds, len(together))
-                if isinstance(each, Scanned)
-                else each
-                for each in measured
-            ]
+            scanned = [counted(each) for each in measured]
             for span, one in zip(spans, scanned, strict=True):
                 if isinstance(one, Scanned):
                     span.note({"neural_mri.forward_seconds": one.manifest.forward_seconds})
@@ -527,6 +552,9 @@ class Attempts:
             if job is None:
                 with _logged(holding.job):
                     log.warning("lease_lost")
+            if job is None or to in TERMINAL:
+                self._keeper.let_go(holding)
+            if job is None:
                 continue
             if to in TERMINAL:
                 metrics.ENDED.labels(job.model, to.value).inc()

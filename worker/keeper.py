@@ -123,8 +123,15 @@ class Keeper:
         try:
             yield holding
         finally:
-            with self._lock:
-                del self._held[job.id]
+            self.let_go(holding)
+
+    def let_go(self, holding: Holding) -> None:
+        """Its job has ended, or is somebody else's: there is no lease to keep, and nobody to be stopped.
+
+        The block may go on, with the mates that were claimed with it.
+        """
+        with self._lock:
+            self._held.pop(holding.job.id, None)
 
     def beat(self) -> None:
         """Say what the worker holds now: it has just changed, and somebody may be waiting to see it."""

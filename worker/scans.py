@@ -4,7 +4,8 @@ Sees to it that the numbers are those that the job's scan key promises. Knows ne
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -99,6 +100,7 @@ def perform(
     calibrations: Calibrations,
     models_dir: Path,
     listeners: Sequence[Listener],
+    ready: Callable[[Mapping[int, Performed]], None] = lambda _early: None,
 ) -> list[Performed]:
     """Run the scans of jobs that share a pass, one alone most often.
 
@@ -110,6 +112,8 @@ def perform(
         calibrations: What scans are read against.
         models_dir: The model store.
         listeners: One a job.
+        ready: Given what became of some, by index, as soon as it stands while others are still measured; the
+            time that it takes is nobody's.
 
     Gives what became of each: of several, one may be refused or stop while the others go on.
 
@@ -129,23 +133,70 @@ def perform(
         _promised_key(one, of_it, registered, numerics, baseline)
         for one, of_it in zip(jobs, asked, strict=True)
     ]
+    shares = _Shares(started, len(jobs))
+
+    def finished(index: int, outcome: Outcome, seconds: float) -> Performed:
+        if not isinstance(outcome, ScanOutput):
+            return outcome
+        held_bytes = _memory_bytes(numerics.device)
+        return _finished(
+            jobs[index], keys[index], numerics, outcome, seconds, held_bytes, calibrations
+        )
+
+    early: dict[int, Performed] = {}
+
+    def stand(some: Mapping[int, Outcome]) -> None:
+        seconds = shares.of_early(len(some))
+        these = {index: finished(index, outcome, seconds) for index, outcome in some.items()}
+        early.update(these)
+        with shares.lent():
+            ready(these)
+
     with torch.inference_mode():  # this thread's alone, so it is entered here
         outcomes: Sequence[Outcome]
         if len(jobs) > 1:
-            outcomes = _rows_of_one_forward(jobs, asked, resident, calibrations, listeners)
+            outcomes = _rows_of_one_forward(jobs, asked, resident, calibrations, listeners, stand)
         else:
             folder = models_dir / registered.folder
             compared = None if baseline is None else models_dir / baseline.folder
             [listener] = listeners
             outcomes = [_output(job, scan, folder, resident, compared, calibrations, listener)]
-    seconds = (time.perf_counter() - started) / len(jobs)
-    held_bytes = _memory_bytes(numerics.device)
+    seconds = shares.of_last()
     return [
-        _finished(one, key, numerics, outcome, seconds, held_bytes, calibrations)
-        if isinstance(outcome, ScanOutput)
-        else outcome
-        for one, key, outcome in zip(jobs, keys, outcomes, strict=True)
+        early[index] if index in early else finished(index, outcome, seconds)
+        for index, outcome in enumerate(outcomes)
     ]
+
+
+class _Shares:
+    """How the seconds of a pass are shared among its jobs: they sum to what was computed."""
+
+    def __init__(self, started: float, n_jobs: int) -> None:
+        self._from = started
+        """Since when it was computed, moved on by what was lent."""
+        self._n_jobs = n_jobs
+        self._n_left = n_jobs
+        self._given = 0.0
+
+    def of_early(self, count: int) -> float:
+        """Of each of so many that others go on without: its share of what has been computed for all."""
+        seconds = (time.perf_counter() - self._from) / self._n_jobs
+        self._given += count * seconds
+        self._n_left -= count
+        return seconds
+
+    def of_last(self) -> float:
+        """Of each of the others."""
+        return (time.perf_counter() - self._from - self._given) / self._n_left
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Nothing is computed for the pass meanwhile."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._from += time.perf_counter() - began
 
 
 def rows_of(job: Job) -> int:
@@ -160,6 +211,7 @@ def _rows_of_one_forward(
     resident: Resident | None,
     calibrations: Calibrations,
     listeners: Sequence[Listener],
+    ready: Callable[[Mapping[int, Outcome]], None],
 ) -> Sequence[Outcome]:
     if resident is None:
         raise Unavailable(f"{jobs[0].model} is not in this worker's memory: load it first")
@@ -168,7 +220,7 @@ def _rows_of_one_forward(
     match asked[0].shared_forward:
         case Forward.READ:
             return scan_together(
-                model, [_reading(*one, resident, calibrations) for one in together]
+                model, [_reading(*one, resident, calibrations) for one in together], ready
             )
         case Forward.PATTERNS:
             return scan_attention_together(

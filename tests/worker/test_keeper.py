@@ -112,6 +112,24 @@ def test_who_lost_the_lease_is_told(sessions: Sessions, redis: SyncRedis) -> Non
         assert raises_within(LEASE_SECONDS, holding.check) is LeaseLost
 
 
+def test_of_a_job_that_has_ended_nobody_is_told_to_stop(
+    sessions: Sessions, redis: SyncRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.2)
+    gave_up: list[bool] = []
+    job = claimed(sessions)
+    with (
+        running_keeper(sessions, redis, lambda: gave_up.append(True)) as keeper,
+        keeper.holding(job) as holding,
+    ):
+        assert sessions.write(jobs.advance, job.id, JobState.RUNNING, attempt=job.attempt)
+        assert sessions.write(jobs.advance, job.id, JobState.FAILED, attempt=job.attempt)
+        keeper.let_go(holding)
+        # Its mates go on for longer than a renewal and the patience after it.
+        assert raises_within(LEASE_SECONDS / 3 + 0.6, holding.check) is None
+    assert gave_up == []
+
+
 def test_who_does_not_stop_when_told_is_stopped(
     sessions: Sessions, redis: SyncRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 from neural_mri.backing import jobs, keys, storage
 from neural_mri.backing.jobs import Job
 from neural_mri.contract.anomalies import Lens, Sublayers
-from neural_mri.contract.events import ActivationFrame, Progress
+from neural_mri.contract.events import ActivationFrame, Ended, Progress
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.perturbations import (
     Amplify,
@@ -34,6 +34,7 @@ from neural_mri.contract.scans import (
 from neural_mri.contract.tokens import Operands, Span, Tokens
 from tests.worker.bench import Bench
 from worker import admission
+from worker.scanner.anomalies import AnomalyRows
 from worker.scanner.loading import LoadedModel
 
 S = JobState
@@ -292,6 +293,45 @@ def test_one_that_stops_while_the_lens_is_read_takes_nobody_along(holding_tiny: 
     states = [bench.now(job).state for job in mates]
     assert states == [S.SUCCEEDED, S.CANCELLED, S.SUCCEEDED]
     assert forwards.batches == [3]
+
+
+def test_an_fmri_scan_does_not_wait_for_the_lens_of_its_mates(holding_tiny: Bench) -> None:
+    bench = holding_tiny
+    flair, fmri = submitted(bench, AT_ANSWER, prompt(0)), submitted(bench, FMRI, prompt(1))
+    forwards, seen = Forwards(bench), list[tuple[S, S]]()
+
+    def look() -> None:
+        seen.append((bench.now(fmri).state, bench.now(flair).state))
+
+    # Called once in the forward, then for each chunk that the lens is held to.
+    with once(resident(bench).modules.final_norm, look, at_call=2):
+        assert bench.attempts().take(bench.queue) == 2
+    assert seen == [(S.SUCCEEDED, S.RUNNING)]
+    assert forwards.batches == [2]
+    assert "activations" in tables(bench, fmri)
+    mine, mates = (
+        storage.load_manifest(bench.store, bench.now(job).manifest or "") for job in (fmri, flair)
+    )
+    assert 0 < mine.compute_seconds < mates.compute_seconds, "the lens is its mate's alone"
+
+
+def test_what_fails_after_an_fmri_scan_is_stored_leaves_it_alone(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = holding_tiny
+    flair = [submitted(bench, AT_ANSWER, prompt(seed)) for seed in range(2)]
+    fmri = submitted(bench, FMRI, prompt(2))
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the lens is broken")
+
+    monkeypatch.setattr(AnomalyRows, "outcomes", broken)
+    forwards = Forwards(bench)
+    assert bench.attempts().take(bench.queue) == 3
+    assert [bench.now(job).state for job in (*flair, fmri)] == [S.FAILED, S.FAILED, S.SUCCEEDED]
+    assert forwards.batches == [3, 2, 1, 1], "only those without a result are tried again"
+    ends = [event for event in bench.told(fmri.id) if isinstance(event, Ended)]
+    assert len(ends) == 1
 
 
 def test_a_pass_is_so_much_work_at_the_most(bench: Bench) -> None:

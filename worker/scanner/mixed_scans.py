@@ -5,7 +5,7 @@ fMRI and FLAIR read of it stands in the same forward.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -40,14 +40,23 @@ class Asked(NamedTuple):
     foil_id: int | None = None
 
 
+def _nobody_waits(_outcomes: Mapping[int, Outcome]) -> None:
+    """Whoever takes all outcomes together."""
+
+
 @torch.inference_mode()
-def scan_together(model: LoadedModel, asked: Sequence[Asked]) -> list[Outcome]:
+def scan_together(
+    model: LoadedModel,
+    asked: Sequence[Asked],
+    ready: Callable[[Mapping[int, Outcome]], None] = _nobody_waits,
+) -> list[Outcome]:
     """What became of each scan: what it would give alone, to the last digits but one.
 
-    The forward goes on while anybody waits for it. Raises what concerns them all: a prompt or request that
+    `ready` is given those outcomes, by index, for which others have still to be measured: fMRI needs not much
+    more than the forward, and does not wait for a lens. The forward goes on while anybody waits for it. Raises what concerns them all: a prompt or request that
     the model cannot do, and `Cancelled` when nobody waits any more.
     """
-    groups = _alike(asked)
+    groups = sorted(_alike(asked), key=lambda group: _is_long(asked[group[0]]))
     batch = _Batch.of(model, asked, groups)
     # In the order of their rows: what lies side by side is read without being copied.
     groups = [sorted(group, key=lambda index: batch.row_of(asked[index])) for group in groups]
@@ -56,8 +65,16 @@ def scan_together(model: LoadedModel, asked: Sequence[Asked]) -> list[Outcome]:
     outcomes: dict[int, Outcome] = {}
     for group, part, logits in zip(groups, parts, read.logits, strict=True):
         found: Sequence[Outcome] = part.outcomes(logits, read.seconds / len(asked))
-        outcomes |= zip(group, found, strict=True)
+        of_group = dict(zip(group, found, strict=True))
+        if len(outcomes) + len(of_group) < len(asked):
+            ready(of_group)
+        outcomes |= of_group
     return [outcomes[index] for index in range(len(asked))]
+
+
+def _is_long(one: Asked) -> bool:
+    """Whether most of a scan comes after its forward."""
+    return isinstance(one.request, AnomalyScan)
 
 
 def _alike(asked: Sequence[Asked]) -> list[list[int]]:
