@@ -6,6 +6,7 @@ always), of one layer the newest frame only, token frames all and in order. It b
 well: whatever the thread computes the scan does not.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -67,6 +68,8 @@ class Outbox:
         """When what waits is to go, on the monotonic clock."""
         self._rested_at = 0.0
         """Until when the thread rests after a round trip, on the monotonic clock."""
+        self._wakes_at = 0.0
+        """When the thread looks again by itself, on the monotonic clock; 0 while it is awake."""
         self._sending = False
         self._closing = False
         self._thread = threading.Thread(target=self._publish, name="outbox", daemon=True)
@@ -85,7 +88,6 @@ class Outbox:
     def post(self, job_id: UUID, event: Event) -> None:
         """Queue an event; returns at once."""
         with self._changed:
-            held, waiting, publish_at = len(self._held), len(self._waiting), self._publish_at
             match event:
                 case Progress():
                     self._hold(job_id, event)
@@ -99,10 +101,15 @@ class Outbox:
             if isinstance(event, Ended):
                 self._due.pop(job_id, None)
                 self._publish_at = 0.0
-            # The publishing thread need not be woken for what goes with, or instead of, what it knows of.
-            is_first = bool(self._waiting) and not waiting
-            if is_first or len(self._held) > held or self._publish_at < publish_at:
+            # To wake the publishing thread takes the interpreter from the one that computes.
+            if (wanted_at := self._wanted_at(job_id)) < self._wakes_at:
+                self._wakes_at = wanted_at
                 self._changed.notify_all()
+
+    def _wanted_at(self, job_id: UUID) -> float:
+        """When the thread is to do something for a job, or for all."""
+        publish_at = self._publish_at if self._waiting else math.inf
+        return min(publish_at, self._due[job_id]) if job_id in self._held else publish_at
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until everything posted so far is published; whether it was in time."""
@@ -120,8 +127,9 @@ class Outbox:
         if held is not None and held.stage != progress.stage:
             self._release(job_id)
         self._held[job_id] = progress
-        if progress.done >= progress.total:
-            self._release(job_id)  # the last one of its stage
+        is_last = progress.done >= progress.total  # of its stage
+        if is_last or self._due.get(job_id, 0.0) <= time.monotonic():
+            self._release(job_id)
 
     def _release(self, job_id: UUID) -> None:
         progress = self._held.pop(job_id, None)
@@ -153,14 +161,16 @@ class Outbox:
         while True:
             with self._changed:
                 self._sending = False
-                self._changed.notify_all()
+                self._changed.notify_all()  # whoever waits for a flush
                 while not self._closing:
                     pauses = [self._release_due()]
                     if self._waiting:
                         pauses.append(self._publish_at - time.monotonic())
                         if pauses[1] <= 0:
                             break
+                    self._wakes_at = time.monotonic() + min(pauses)
                     self._changed.wait(min(pauses))
+                    self._wakes_at = 0.0
                 if not self._waiting:
                     return
                 told = [

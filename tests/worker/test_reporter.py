@@ -203,6 +203,31 @@ def test_who_goes_on_telling_makes_round_trips_that_lie_apart() -> None:
     assert [told.token_idx for told in sink.of(ActivationFrame)] == list(range(200))
 
 
+def test_a_pass_of_many_jobs_wakes_the_thread_about_once_a_round_trip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sink, woken = Collected(), list[str]()
+    with Outbox(sink) as outbox:
+        real = outbox._changed.notify_all
+
+        def count() -> None:
+            if threading.current_thread().name != "outbox":
+                woken.append("by a job")
+            real()
+
+        monkeypatch.setattr(outbox._changed, "notify_all", count)
+        mates = [uuid4() for _ in range(12)]
+        for layer in range(30):
+            for mate in mates:
+                outbox.post(mate, progress(layer, 30))
+                outbox.post(mate, layer_frame(layer, 1.0))
+            time.sleep(0.01)
+        n_woken, n_trips = len(woken), len(sink.trips)
+        outbox.flush(5)
+    assert n_woken <= 2 * n_trips + 4
+    assert len(sink.of(LayerFrame)) == 12 * 30
+
+
 def test_a_layer_told_again_after_its_frame_has_gone_is_told_again() -> None:
     sink = Collected()
     with Outbox(sink) as outbox:
