@@ -101,7 +101,7 @@ async def _identity(services: Services, connection: Connection) -> Identity:
             )
         return await presented(services, text.strip())
     if (token := connection.cookies.get(COOKIE)) is not None:
-        found = await services.sessions.read(access.login_identity, services.pepper, token)
+        found = await services.sessions.look(access.login_identity, services.pepper, token)
         if found is None:
             raise Unauthenticated("the session has ended: log in again")
         return found
@@ -113,7 +113,7 @@ async def _identity(services: Services, connection: Connection) -> Identity:
 
 async def presented(services: Services, key: str) -> Identity:
     """Whose key this is. Raises `Unauthenticated`, which says nothing of the key."""
-    found = await services.sessions.read(access.authenticate, services.pepper, key)
+    found = await services.sessions.look(access.authenticate, services.pepper, key)
     if found is None:
         raise Unauthenticated("the API key is unknown, expired or revoked")
     return found

@@ -96,7 +96,7 @@ class Services:
 
     async def job(self, job_id: UUID) -> Job:
         """The caller's job of that id. Raises `UnknownJob`, for another owner's as well."""
-        job = await self.sessions.read(jobs.get, job_id)
+        job = await self.sessions.look(jobs.get, job_id)
         if job is None or job.owner != self.caller.user:
             raise UnknownJob(f"there is no job {job_id}", job=str(job_id))
         return job
@@ -126,7 +126,7 @@ class Services:
     async def model(self, name: str | None) -> RegisteredModel:
         """The model of that name, or the default one. Raises `UnknownModel`."""
         wanted = name or self.settings.default_model
-        model = await self.sessions.read(models.get, wanted)
+        model = await self.sessions.look(models.get, wanted)
         if model is None:
             known = await self.sessions.read(models.all)
             raise UnknownModel(

@@ -444,7 +444,7 @@ class Attempts:
         known = self._known.get(job.model)
         if known is None or known.until < time.monotonic() or known.model.revision != job.revision:
             self._known.pop(job.model, None)
-            model = self._insisting(lambda: self._sessions.read(models.get, job.model))
+            model = self._insisting(lambda: self._sessions.look(models.get, job.model))
             if model is None:
                 return None
             known = self._known[job.model] = _Known(model, time.monotonic() + KNOWN_SECONDS)

@@ -189,8 +189,10 @@ def _prepare_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        writing = connection.get_execution_options().get("writing", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+        options = connection.get_execution_options()
+        if options.get("looking", False):
+            return
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writing", False) else "BEGIN")
 
 
 @contextmanager
@@ -240,7 +242,7 @@ class Sessions:
 
     `writing()` commits when its block ends and rolls back when it raises; `reading()` never commits.
     Both raise `Unavailable` when the database does not answer. `write(work, ...)` and `read(work, ...)`
-    call `work(session, ...)` inside one.
+    call `work(session, ...)` inside one; `look(work, ...)` calls it without: for a single statement.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -250,6 +252,8 @@ class Sessions:
             {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
         )
         self._reader = sessionmaker(engine.execution_options(**one_state))
+        by_itself = {} if engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
+        self._looker = sessionmaker(engine.execution_options(looking=True, **by_itself))
         self._writer = sessionmaker(engine.execution_options(writing=True))
 
     @contextmanager
@@ -270,6 +274,16 @@ class Sessions:
     ) -> T:
         """What `work(session, ...)` finds."""
         with self.reading() as session:
+            return work(session, *args, **kwargs)
+
+    def look(
+        self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What `work(session, ...)` finds by one statement: it sees one state of the database by itself.
+
+        To begin a transaction for it and end it again takes as long as it does, and two trips to a server.
+        """
+        with _answering(), self._looker() as session:
             return work(session, *args, **kwargs)
 
     def write(
@@ -315,6 +329,12 @@ class AsyncSessions:
     ) -> T:
         """What `work(session, ...)` finds."""
         return await self._on(self._readers, partial(self._sessions.read, work, *args, **kwargs))
+
+    async def look(
+        self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What `work(session, ...)` finds by one statement."""
+        return await self._on(self._readers, partial(self._sessions.look, work, *args, **kwargs))
 
     async def write(
         self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs

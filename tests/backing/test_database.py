@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Insert, Select, UpdateBase, func, select, text
+from sqlalchemy import Insert, Select, UpdateBase, event, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -81,6 +81,35 @@ def test_a_reading_transaction_sees_one_state_of_the_database(sessions: Sessions
         before = _count(session)
         sessions.write(jobs.submit, submission())
         assert _count(session) == before
+
+
+def test_a_look_sees_what_is_committed_and_begins_nothing(sessions: Sessions) -> None:
+    said = list[str]()
+
+    def count(session: Session) -> int:
+        found = _count(session)
+        driver: Any = session.connection().connection.driver_connection
+        if session.get_bind().dialect.name == "sqlite":
+            assert not driver.in_transaction
+        else:
+            assert driver.info.transaction_status.name == "IDLE"
+        return found
+
+    event.listen(sessions.engine, "before_cursor_execute", lambda *about: said.append(about[2]))
+    with sessions.writing() as session:
+        jobs.submit(session, submission())
+        said.clear()
+        assert sessions.look(count) == 0
+        assert len(said) == 1
+    assert sessions.look(count) == 1
+    with (
+        sessions.reading() as session
+    ):  # what comes after on the same connection is a transaction again
+        assert _count(session) == 1
+        jobs_before = _count(session)
+        sessions.write(jobs.submit, submission())
+        assert _count(session) == jobs_before
+    assert sessions.look(count) == 2
 
 
 @on_sqlite
