@@ -312,7 +312,8 @@ function latency(page, keys, repeats, rest) {
       );
       // What is drawn in a frame is on the screen when the next one begins. Callbacks run in the order they were
       // asked in, so ours may run in the very frame that draws, but before it: frames are told apart by their time.
-      let frame = 0;
+      /** @type {number} */
+      let frame;
       do frame = await new Promise((resolve) => requestAnimationFrame(resolve));
       while (!(frame > (draws[0] ?? Infinity)) && performance.now() - start < 1000);
       taken.push({ drawn: (draws[0] ?? NaN) - start, shown: performance.now() - start });

@@ -3,17 +3,9 @@ import { createContext } from "svelte";
 
 import type { Client } from "../api/client";
 import type { Identity, ModelInfo } from "../api/schema";
-import { DIVERGING_MAPS, SEQUENTIAL_MAPS } from "../colour/lut";
-import { moved, widened } from "../colour/window";
-import { WHOLE, following, zoomedAbout } from "../model/layout/zoom";
+import { WHOLE, following } from "../model/layout/zoom";
 import type { Layout } from "../model/layout";
-import {
-  NO_PRIOR,
-  PROTOCOL_IDS,
-  protocol,
-  type PriorPlace,
-  type ProtocolId,
-} from "../model/protocols";
+import { NO_PRIOR, protocol, type PriorPlace, type ProtocolId } from "../model/protocols";
 import {
   NO_QUESTION,
   asked,
@@ -23,31 +15,27 @@ import {
   type Tracing,
 } from "../model/question";
 import { statistics, valuesIn, type Region, type Statistics } from "../model/region";
-import { SEQUENCES, isSequence, sequence, type SequenceId } from "../model/sequences";
+import { SEQUENCES, sequence, type SequenceId } from "../model/sequences";
 import type { SeriesId } from "../model/series";
 import type { Stimulus } from "../model/stimulus";
-import { columnOf, headsLeft, neighbour, nodeAt, type Direction } from "../model/topology";
-import { spoken, value } from "../ui/format";
+import { columnOf, headsLeft, nodeAt } from "../model/topology";
+import { value } from "../ui/format";
 import { Cine } from "./cine.svelte";
 import { Crosshair } from "./crosshair.svelte";
 import type { Comparison } from "./comparison.svelte";
 import { Desk } from "./desk.svelte";
-import { Display, after, type Tool } from "./display.svelte";
+import { described } from "./described";
+import { Display } from "./display.svelte";
 import { KeyImages } from "./images.svelte";
 import type { Action } from "./keys";
 import { Log } from "./log.svelte";
+import { perform } from "./perform";
 import { Reading } from "./reading.svelte";
 import { Study, titleOf } from "./study.svelte";
 import { decode, type Place } from "./url";
 import { goTo, placeOf, viewOf } from "./places";
 import type { Sessions } from "../sessions/sessions.svelte";
 import { t } from "../words/words.svelte";
-
-/** One key press widens the window by this factor, or moves its level by this share. */
-const WIDEN = 1.2;
-const SHIFT = 0.08;
-/** And comes closer by this factor. */
-const CLOSER = 1.5;
 
 /** How long what stands around the first picture waits for it. */
 const FIRST_MILLISECONDS = 600;
@@ -399,11 +387,6 @@ export class Room {
     this.announce(`${field === null ? "" : t(field.title)}. ${this.describe()}`);
   }
 
-  #sameSource(node: number): boolean {
-    const { locked, sources } = this.reading;
-    return locked >= 0 && sources[node] === sources[locked];
-  }
-
   lock(node: number): void {
     const address = this.reading.topology?.addresses[node];
     if (address === undefined) return;
@@ -446,34 +429,6 @@ export class Room {
     );
   }
 
-  /** Regions by key: the crosshair's layer, then its column, then everything, then none. */
-  #nextRegion(): void {
-    const { locked, topology } = this.reading;
-    if (topology === null || locked < 0) return;
-    const layer = topology.layers[locked] ?? -1;
-    const column = columnOf(topology, locked);
-    const those = (keep: (node: number) => boolean) =>
-      topology.addresses.filter((_, node) => this.#isInLayers(node) && keep(node));
-    const choices = [
-      those((node) => topology.layers[node] === layer),
-      those((node) => columnOf(topology, node) === column),
-      those(() => true),
-    ].filter((components) => components.length > 0);
-    const now = this.region?.components.join() ?? "";
-    const at = choices.findIndex((components) => components.join() === now);
-    const next = choices[at + 1];
-    if (next === undefined) {
-      this.measure(null);
-      this.announce(t("No region."));
-    } else this.measure({ components: next, columns: null });
-  }
-
-  #isInLayers(node: number): boolean {
-    const { topology } = this.reading;
-    const layer = topology?.layers[node] ?? -1;
-    return layer >= 0 && layer < (topology?.nLayers ?? 0);
-  }
-
   /** Keeps the view as it is now, to come back to. */
   async markImage(): Promise<void> {
     const { layout } = this;
@@ -488,25 +443,6 @@ export class Room {
       thumbnail: layout === null ? "" : thumbnailOf(layout, this.reading),
     });
     this.announce(t("Key image {n} marked.", { n: this.images.all.length }));
-  }
-
-  /** Closer or farther by a step, about the crosshair; as far out as it goes, heads are folded. */
-  #zoom(factor: number): void {
-    const { display, layout } = this;
-    const { locked } = this.reading;
-    if (factor < 1 && display.zoom.scale === 1) {
-      this.fold(true);
-      return;
-    }
-    if (factor > 1 && display.folded) {
-      this.fold(false);
-      return;
-    }
-    const x = layout === null || locked < 0 ? 0.5 : (layout.x[locked] ?? 0) / layout.width;
-    const y = layout === null || locked < 0 ? 0.5 : (layout.y[locked] ?? 0) / layout.height;
-    const { zoom } = display;
-    const at = (place: number, middle: number) => (place - middle) * zoom.scale + 0.5;
-    display.zoom = zoomedAbout(zoom, factor, at(x, zoom.x), at(y, zoom.y));
   }
 
   fold(yes: boolean): void {
@@ -528,199 +464,13 @@ export class Room {
     this.announce(this.describe());
   }
 
-  /** Name, value, unit, rank and token of the locked component, to be read out. */
+  /** The locked component as it is read out. */
   describe(): string {
-    const { topology, locked, values, ranks, measured, series, token, tokens, column, unit } =
-      this.reading;
-    if (topology === null) return t("No model yet.");
-    if (series === null) return t("Not scanned yet.");
-    const place =
-      token === null
-        ? ""
-        : `, ${t("token {n} of {count}", { n: column + 1, count: tokens.length })}, ${spoken(token.text)}`;
-    if (locked < 0) return `${t("No component chosen")}${place}.`;
-    const x = values[locked] ?? NaN;
-    const reading = Number.isNaN(x)
-      ? t("not measured")
-      : `${value(x)} ${unit}, ${t("rank {rank} of {count}", { rank: ranks[locked] ?? 0, count: measured })}`;
-    const whole =
-      this.reading.sources[locked] === topology.addresses[locked] || Number.isNaN(x)
-        ? ""
-        : ` (${t("the layer's attention as a whole")})`;
-    const marked = this.reading.marks[locked] === 1 ? `, ${t("marked")}` : "";
-    return `${topology.labels[locked] ?? ""}${whole}, ${reading}${marked}${place}.`;
+    return described(this.reading);
   }
 
   perform(action: Action): void {
-    switch (action) {
-      case "up":
-      case "down":
-      case "left":
-      case "right":
-        this.#move(action);
-        break;
-      case "hottest": {
-        const hottest = this.reading.hottest();
-        if (hottest >= 0) this.lock(hottest);
-        break;
-      }
-      case "release":
-        if (this.help) this.help = false;
-        else if (this.region !== null) this.region = null;
-        else this.crosshair.locked = null;
-        break;
-      case "previous-token":
-        this.goToToken(this.reading.column - 1);
-        break;
-      case "next-token":
-        this.goToToken(this.reading.column + 1);
-        break;
-      case "first-token":
-        this.goToToken(0);
-        break;
-      case "last-token":
-        this.goToToken(this.reading.tokens.length - 1);
-        break;
-      case "play":
-        // While a scan comes in, what can be paused is the scan.
-        if (this.reading.state.status === "acquiring") this.study.hold(!this.study.held);
-        else if (this.canPlay()) this.cine.toggle();
-        break;
-      case "cine-axis":
-        this.display.cineAxis = this.display.cineAxis === "tokens" ? "layers" : "tokens";
-        break;
-      case "fold":
-        this.fold(!this.display.folded);
-        break;
-      case "closer":
-        this.#zoom(CLOSER);
-        break;
-      case "farther":
-        this.#zoom(1 / CLOSER);
-        break;
-      case "region":
-        this.#nextRegion();
-        break;
-      case "swap":
-        this.display.protocol = "planes";
-        this.display.swapped = !this.display.swapped;
-        break;
-      case "mark":
-        void this.markImage();
-        break;
-      case "previous-protocol":
-      case "next-protocol": {
-        const step = action === "next-protocol" ? 1 : -1;
-        const at = PROTOCOL_IDS.indexOf(this.display.protocol) + step;
-        const id = PROTOCOL_IDS[(at + PROTOCOL_IDS.length) % PROTOCOL_IDS.length];
-        if (id !== undefined) void this.hang(id);
-        break;
-      }
-      case "previous-sequence":
-      case "next-sequence":
-        this.display.showSequence(action === "next-sequence" ? 1 : -1);
-        this.show(this.display.sequence);
-        break;
-      case "narrower":
-        this.display.change({ window: widened(this.reading.window, 1 / WIDEN) });
-        break;
-      case "wider":
-        this.display.change({ window: widened(this.reading.window, WIDEN) });
-        break;
-      case "lower":
-        this.display.change({ window: moved(this.reading.window, -SHIFT) });
-        break;
-      case "higher":
-        this.display.change({ window: moved(this.reading.window, SHIFT) });
-        break;
-      case "automatic":
-        this.display.change({ window: null });
-        break;
-      case "scale": {
-        // A window of one scale means nothing on the other, so it goes back to automatic.
-        const scales = this.reading.field?.scales ?? [];
-        if (scales.length > 1) {
-          this.display.change({ scale: after(scales, this.reading.scale), window: null });
-        }
-        break;
-      }
-      case "map": {
-        const maps = this.reading.field?.signed === true ? DIVERGING_MAPS : SEQUENTIAL_MAPS;
-        this.display.change({ map: after(maps, this.reading.map) });
-        break;
-      }
-      case "field": {
-        const ids = this.reading.fields.map(({ id }) => id);
-        if (ids.length > 1) this.showField(after(ids, this.reading.field?.id ?? ""));
-        break;
-      }
-      case "previous-mark":
-      case "next-mark": {
-        const order = this.reading.ordered();
-        const at = order.findIndex((node) => this.#sameSource(node));
-        const next = at < 0 ? 0 : at + (action === "next-mark" ? 1 : -1);
-        const node = order[Math.max(0, Math.min(order.length - 1, next))];
-        if (node !== undefined) this.lock(node);
-        break;
-      }
-      case "stimulate":
-        this.display.panel = "stimulate";
-        this.stimulationCalls++;
-        break;
-      case "invert":
-        this.display.change({ inverted: !this.display.view.inverted });
-        break;
-      case "layout":
-        this.display.nextLayout();
-        break;
-      case "table":
-        this.display.panel = this.display.panel === "table" ? "inspect" : "table";
-        break;
-      case "corners":
-        this.display.corners = !this.display.corners;
-        break;
-      case "hide-prompt":
-        this.display.promptShown = !this.display.promptShown;
-        break;
-      case "reset":
-        this.reset();
-        break;
-      case "prompt":
-        this.callPrompt();
-        break;
-      case "strongest-head": {
-        const strongest = this.reading.strongestHead();
-        if (strongest >= 0) this.lock(strongest);
-        break;
-      }
-      case "export":
-        this.desk.exporting = true;
-        break;
-      case "sessions":
-        this.desk.listing = this.desk.saved === null;
-        break;
-      case "session":
-      case "note":
-        this.display.panel = "session";
-        if (action === "note") this.noteCalls++;
-        break;
-      case "save":
-        this.display.panel = "session";
-        if (this.desk.saved === null) void this.withSessions().then((all) => all.save());
-        break;
-      case "tour":
-        this.desk.touring = true;
-        break;
-      case "help":
-        this.help = !this.help;
-        break;
-      default: {
-        const [kind, id = ""] = action.split(":");
-        if (kind === "tool") this.display.tool = id as Tool;
-        else if (kind === "protocol") void this.hang(id as ProtocolId);
-        else if (isSequence(id)) this.show(id);
-      }
-    }
+    perform(this, action);
   }
 
   /** The view as it was in the beginning; scans stay. */
@@ -733,13 +483,6 @@ export class Room {
     this.crosshair.token = Math.max(0, this.reading.tokens.length - 1);
     this.#suggest();
     this.announce(`${t("View reset")}. ${this.describe()}`);
-  }
-
-  #move(direction: Direction): void {
-    const { topology, locked } = this.reading;
-    if (topology === null) return;
-    const middle = nodeAt(topology, 0, headsLeft(topology.nHeads));
-    this.lock(locked < 0 ? middle : neighbour(topology, locked, direction));
   }
 
   /** Something worth looking at, where nobody has chosen yet: the largest value. */
