@@ -3,18 +3,20 @@
     python -m worker.local FOLDER_OR_NAME
 
 Whoever starts it talks to it over standard input and output, in `contract.local`'s messages: what is the
-checkpoint, what are its tokens, what does this scan measure. A scan runs through `worker.scans`, so its
-numbers and keys are those of the service. It ends when its input does.
+checkpoint, what are its tokens, what do these scans measure. Scans run through `worker.scans`, those that can
+in one forward as a service's do, so their numbers and keys are the service's. It ends when its input does.
+`worker.forge` forks such processes, ready to scan.
 """
 
 import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 import torch
@@ -33,7 +35,8 @@ from neural_mri.contract.local import (
     Failure,
     Measured,
     Prepare,
-    Scan,
+    Results,
+    Scans,
     Tokenize,
     Tokenized,
     Which,
@@ -43,7 +46,14 @@ from neural_mri.contract.local import (
 from neural_mri.contract.problems import Problem, PromptTooLong, UnknownModel, Unprocessable
 from neural_mri.contract.results import to_ipc
 from neural_mri.contract.scan_keys import ANSWERS
-from neural_mri.contract.scans import PromptScan, TargetedScan, WeightScan, decode_scan, encode_scan
+from neural_mri.contract.scans import (
+    PromptScan,
+    Scan,
+    TargetedScan,
+    WeightScan,
+    decode_scan,
+    encode_scan,
+)
 from neural_mri.contract.tokens import Operands, Tokens, tokens_of
 from worker import modelstore, scans
 from worker.calibrations import Calibrations
@@ -52,7 +62,12 @@ from worker.resident import Resident
 from worker.scanner import bridging, conversion, loading, topology
 from worker.scanner.listening import Silent
 
-__all__ = ("LocalScanner", "registered_folder")
+__all__ = ("LocalScanner", "opened", "registered_folder", "serve")
+
+MOST_TOKENS = 2048
+"""Read in one forward."""
+_REFUSALS = (OSError, MemoryError, torch.OutOfMemoryError)
+"""What goes wrong with a scan beside what the scanner refuses."""
 
 
 def registered_folder(
@@ -147,28 +162,52 @@ class LocalScanner:
             )
         return tokens
 
-    def scan(self, body: bytes) -> Measured:
-        """What a scan measures. Raises what the scanner refuses."""
+    def scan(self, bodies: Sequence[bytes]) -> list[Measured | Failure]:
+        """What became of each scan, in their order. Those that may share a forward do."""
+        found: dict[int, Measured | Failure] = {}
+        alike: defaultdict[tuple[object, int], list[_Asked]] = defaultdict(list)
+        for index, body in enumerate(bodies):
+            try:
+                asked = self._understood(index, body)
+            except Problem as problem:
+                found[index] = Failure(problem=problem.document())
+                continue
+            shared = asked.scan.shared_forward
+            alike[(shared or index, asked.job.n_tokens)].append(asked)
+        for (_, n_tokens), group in alike.items():
+            rows = max(1, MOST_TOKENS // max(1, n_tokens))
+            for start in range(0, len(group), rows):
+                found.update(self._performed(group[start : start + rows]))
+        return [found[index] for index in range(len(bodies))]
+
+    def _understood(self, place: int, body: bytes) -> "_Asked":
+        """A scan and what the queue would have had of it. Raises what the scanner refuses."""
         scan = decode_scan(body)
         scan.check(self.registered.architecture)
         scan = msgspec.structs.replace(scan, model=self.registered.name)
         tokens = self.tokens(scan.prompt) if isinstance(scan, PromptScan) else None
         job = _job(self.registered, encode_scan(scan), tokens, self._operands(scan))
-        [scanned] = scans.perform(
-            [job],
-            self.registered,
-            self._resident() if scan.needs_loaded_model else None,
-            baseline=self._baseline(scan),
-            calibrations=self._calibrations,
-            models_dir=self._folder.parent,
-            listeners=[Silent()],
-        )
-        if not isinstance(scanned, scans.Scanned):
-            raise scanned
-        return Measured(
-            scan_key=scanned.manifest.scan_key,
-            tables={name: to_ipc(table) for name, table in scanned.tables.items()},
-        )
+        return _Asked(place, scan, job)
+
+    def _performed(self, group: "Sequence[_Asked]") -> "dict[int, Measured | Failure]":
+        """What became of scans that share a forward, or of one."""
+        scan = group[0].scan
+        done: Sequence[scans.Performed]
+        try:
+            done = scans.perform(
+                [asked.job for asked in group],
+                self.registered,
+                self._resident() if scan.needs_loaded_model else None,
+                baseline=self._baseline(scan),
+                calibrations=self._calibrations,
+                models_dir=self._folder.parent,
+                listeners=[Silent()] * len(group),
+            )
+        except Problem as problem:
+            done = [problem] * len(group)
+        except _REFUSALS as error:
+            done = [_refusal(error)] * len(group)
+        return {asked.place: _told(one) for asked, one in zip(group, done, strict=True)}
 
     def _baseline(self, scan: object) -> RegisteredModel | None:
         if not isinstance(scan, WeightScan) or scan.baseline is None:
@@ -197,6 +236,29 @@ class LocalScanner:
             model = loading.load(self._folder, self.registered.numerics)
             self._loaded = Resident(self.registered, model, model.memory_bytes)
         return self._loaded
+
+
+class _Asked(NamedTuple):
+    """A scan among those that came with it."""
+
+    place: int
+    scan: Scan
+    job: Job
+
+
+def _told(done: scans.Performed) -> Measured | Failure:
+    if isinstance(done, scans.Scanned):
+        return Measured(
+            scan_key=done.manifest.scan_key,
+            tables={name: to_ipc(table) for name, table in done.tables.items()},
+        )
+    if isinstance(done, Problem):
+        return Failure(problem=done.document())
+    raise done
+
+
+def _refusal(error: BaseException) -> Problem:
+    return Unprocessable(f"{type(error).__name__}: {error}")
 
 
 def _job(model: RegisteredModel, request: bytes, tokens: Tokens | None, operands: Operands) -> Job:
@@ -234,12 +296,12 @@ def _job(model: RegisteredModel, request: bytes, tokens: Tokens | None, operands
     )
 
 
-def _answer(scanner: LocalScanner, asked: Ask) -> Describe | Tokenized | Measured:
+def _answer(scanner: LocalScanner, asked: Ask) -> Describe | Tokenized | Results:
     match asked:
         case Tokenize(texts=texts):
             return Tokenized(tokens=tuple(map(scanner.tokens, texts)))
-        case Scan(scan=body):
-            return scanner.scan(body)
+        case Scans(scans=bodies):
+            return Results(results=tuple(scanner.scan(bodies)))
         case Prepare():
             scanner.prepare()
             return Describe(subject=scanner.subject)
@@ -247,18 +309,41 @@ def _answer(scanner: LocalScanner, asked: Ask) -> Describe | Tokenized | Measure
             return Describe(subject=scanner.subject)
 
 
-def serve(open_scanner: Callable[[], LocalScanner], asks: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until the input ends. What goes wrong with one question is that question's answer."""
+def serve(
+    open_scanner: Callable[[], LocalScanner],
+    asks: BinaryIO,
+    answers: BinaryIO,
+    *,
+    until_prepared: bool = False,
+) -> LocalScanner | None:
+    """Answer until the input ends. What goes wrong with one question is that question's answer.
+
+    With `until_prepared` no further than that: the scanner, the checkpoint in its memory. None at the end.
+    """
     scanner: LocalScanner | None = None
     while (asked := read_message(asks, Ask)) is not None:
         try:
             scanner = scanner or open_scanner()
-            answer: Describe | Tokenized | Measured | Failure = _answer(scanner, asked)
+            answer: Describe | Tokenized | Results | Failure = _answer(scanner, asked)
         except Problem as problem:
             answer = Failure(problem=problem.document())
-        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-            answer = Failure(problem=Unprocessable(f"{type(error).__name__}: {error}").document())
+        except _REFUSALS as error:
+            answer = Failure(problem=_refusal(error).document())
         write_message(answers, answer)
+        if until_prepared and isinstance(asked, Prepare) and isinstance(answer, Describe):
+            return scanner
+    return None
+
+
+def opened(settings: Settings, model: str, store: Path) -> LocalScanner:
+    """A checkpoint, by its folder or its name. Raises the `Problem` of one that is not there."""
+    path = Path(model).expanduser()
+    registered = (
+        registered_folder(path.resolve(), dtype=settings.dtype, device=device_class(settings))
+        if path.is_dir()
+        else registered_name(settings, model)
+    )
+    return LocalScanner(registered, store)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -280,20 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.threads:
         torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory(prefix="neural-mri-local-") as own:
-        workshop = given.store or Path(own)
-
-        def opened() -> LocalScanner:
-            path = Path(given.model).expanduser()
-            registered = (
-                registered_folder(
-                    path.resolve(), dtype=settings.dtype, device=device_class(settings)
-                )
-                if path.is_dir()
-                else registered_name(settings, given.model)
-            )
-            return LocalScanner(registered, workshop)
-
-        serve(opened, sys.stdin.buffer, answers)
+        store = given.store or Path(own)
+        serve(lambda: opened(settings, given.model, store), sys.stdin.buffer, answers)
     return 0
 
 

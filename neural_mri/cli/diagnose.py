@@ -18,7 +18,7 @@ from neural_mri.cli.exits import ExitCode
 from neural_mri.cli.terminal import complain, complaints, note, standard_output
 from neural_mri.client import ClientError
 from neural_mri.client.diagnosing import ServiceScans, diagnosed
-from neural_mri.client.local import LocalScans
+from neural_mri.client.local import LocalScans, LocalWorkers
 from neural_mri.contract.findings import Diagnosis, Severity
 from neural_mri.contract.problems import Problem
 from neural_mri.contract.suites import Language, Suite
@@ -172,10 +172,16 @@ def _run(
 ) -> Diagnosis:
     with ExitStack() as opened:
         if local:
-            candidate: Scans = opened.enter_context(LocalScans(model or "", records=records))
-            there: Scans | None = (
-                opened.enter_context(LocalScans(baseline, records=records)) if baseline else None
-            )
+            workers = opened.enter_context(LocalWorkers())
+            # Its imports take as long as it does to know the checkpoints by their contents.
+            workers.start()
+
+            def scans(checkpoint: str) -> Scans:
+                opening = LocalScans(checkpoint, records=records, workers=workers)
+                return opened.enter_context(opening)
+
+            candidate = scans(model or "")
+            there = scans(baseline) if baseline else None
         else:
             client = opened.enter_context(options.open_client(url))
             candidate = ServiceScans(client, model)

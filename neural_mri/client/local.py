@@ -1,12 +1,14 @@
 """A checkpoint scanned on this machine by processes of its own, with no service about.
 
-A short prompt hardly keeps one core busy, so a small model is held by two processes that take turns with the
-scans, one thread each; a large one by a single process that has all cores.
+A short prompt hardly keeps one core busy, so a small model is scanned by two processes, one thread each; a large
+one by a single process that has all cores.
 """
 
 import contextlib
 import hashlib
 import os
+import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,9 +16,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, NoReturn, Self, cast
 
 import msgspec
 
@@ -31,12 +34,16 @@ from neural_mri.contract.tokens import Tokens
 from neural_mri.diagnostics.measuring import Scanned
 from neural_mri.diagnostics.records import Records
 
-__all__ = ("LocalScans", "WorkerEnded", "WorkerMissing")
+__all__ = ("LocalScans", "LocalWorkers", "WorkerEnded", "WorkerMissing")
 
 AHEAD = 2
-"""Scans sent to each process before the first of them is answered: it never waits for the next."""
+"""Questions sent to each process before the first of them is answered: it never waits for the next."""
+MOST_AHEAD_BYTES = 1 << 14
+"""A larger question waits until a process is idle: a pipe takes no more than some of what nobody reads yet."""
+MOST_TOGETHER = 12
+"""Scans that may share a forward and are sent as one question; what is left goes to whoever is done first."""
 TINY_BYTES, SMALL_BYTES = 1 << 25, 1 << 30
-"""A model whose weights take from the one to the other is held twice; for a smaller one starting a process
+"""A model whose weights take from the one to the other is scanned by two; for a smaller one starting a process
 costs more than it saves, for a larger one memory does."""
 
 
@@ -48,23 +55,29 @@ class WorkerEnded(ClientError):
     """The scanning process ended before it had answered."""
 
 
-class _Process:
+class _Lane:
     """One process that scans, and the answers that it owes."""
 
-    def __init__(self, model: str, arguments: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: str,
+        asks: BinaryIO,
+        answers: BinaryIO,
+        process: "subprocess.Popen[bytes] | None" = None,
+    ) -> None:
         self._model = model
-        self.owed = 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.local", *arguments, model],
-            cwd=_tree(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self._asks = cast("BinaryIO", self._process.stdin)
-        self._answers = cast("BinaryIO", self._process.stdout)
+        self._asks, self._answers = asks, answers
+        self._process = process
+        """Where it is a child of our own."""
+        self.owed: deque[int] = deque()
+        """Numbers of the questions."""
 
-    def ask(self, question: local.Ask) -> None:
-        self.owed += 1
+    def fileno(self) -> int:
+        """What becomes readable with an answer."""
+        return self._answers.fileno()
+
+    def ask(self, question: local.Ask, number: int = 0) -> None:
+        self.owed.append(number)
         try:
             local.write_message(self._asks, question)
         except BrokenPipeError:
@@ -72,7 +85,7 @@ class _Process:
 
     def answer(self) -> Any:
         """The oldest answer that is owed. Raises `Refused` and `WorkerEnded`."""
-        self.owed -= 1
+        self.owed.popleft()
         answer = local.read_message(self._answers, local.Answer)
         if answer is None:
             self._complain()
@@ -84,20 +97,91 @@ class _Process:
         """Let it end by itself, or end it where it is in the middle of something."""
         with contextlib.suppress(OSError):
             self._asks.close()
-        if self.owed:
-            self._process.terminate()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         self._answers.close()
+        if self._process is not None:
+            _end(self._process, now=bool(self.owed))
 
-    def _complain(self) -> None:
+    def _complain(self) -> NoReturn:
         raise WorkerEnded(
-            f"the process that scans {self._model} ended with status {self._process.wait()}: what it has "
-            "written above says why"
+            f"the process that scans {self._model} has ended: what it has written above says why"
         )
+
+
+class LocalWorkers:
+    """Where the processes of this machine's scans come from, for several checkpoints at once.
+
+    Where it can be (Linux), imports are made once, by a process that forks the others; `start` begins with
+    them before anything is asked. Elsewhere every process makes its own. A context manager.
+    """
+
+    def __init__(self, *, forks: bool = sys.platform == "linux") -> None:
+        self._forks = forks
+        self._forge: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._store: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Begin to import. Raises `WorkerMissing`."""
+        if self._forks:
+            self._forging()
+
+    def _forging(self) -> socket.socket:
+        """Where the process is asked that forks the others."""
+        if self._socket is None:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._socket, end = ours, theirs.fileno()
+            with theirs:
+                self._forge = _started("worker.forge", str(end), pass_fds=[end])
+        return self._socket
+
+    def lanes(self, model: str, *, count: int, threads: int) -> list[_Lane]:
+        """Processes for one checkpoint. The first must have it in memory before the others answer.
+
+        Raises `WorkerMissing`, `WorkerEnded`.
+        """
+        if self._store is None:
+            # What one has calibrated the others read.
+            self._store = tempfile.TemporaryDirectory(
+                prefix="neural-mri-store-", ignore_cleanup_errors=True
+            )
+        if not self._forks:
+            arguments = ["--store", self._store.name, "--threads", str(threads), model]
+            return [_spawned(model, arguments) for _ in range(count)]
+        wanted = local.Open(model=model, store=self._store.name, threads=threads)
+        return self._forked(wanted, count)
+
+    def _forked(self, wanted: local.Open, count: int) -> list[_Lane]:
+        pipes = [(os.pipe(), os.pipe()) for _ in range(count)]
+        theirs = [end for asks, answers in pipes for end in (asks[0], answers[1])]
+        try:
+            socket.send_fds(self._forging(), [msgspec.msgpack.encode(wanted)], theirs)
+        except OSError as error:
+            raise WorkerEnded(
+                "the process that was to start others has ended: what it has written above says why"
+            ) from error
+        finally:
+            for end in theirs:
+                os.close(end)
+        return [
+            _Lane(wanted.model, os.fdopen(asks[1], "wb"), os.fdopen(answers[0], "rb", 0))
+            for asks, answers in pipes
+        ]
+
+    def close(self) -> None:
+        """End all processes."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._forge is not None:
+            _end(self._forge, now=True)
+        if self._store is not None:
+            self._store.cleanup()
+        self._socket = self._forge = self._store = None
 
 
 class LocalScans:
@@ -113,23 +197,26 @@ class LocalScans:
         processes: int | None = None,
         threads: int | None = None,
         records: Records | None = None,
+        workers: LocalWorkers | None = None,
     ) -> None:
         """Name a checkpoint; nothing is started yet.
 
         Args:
             model: A folder, or a name.
-            processes: How many hold the checkpoint; two where it is small and there are cores for them.
+            processes: How many scan the checkpoint; two where it is small and there are cores for them.
             threads: Threads of each; the cores, shared out.
             records: Where checkpoints that were seen before are known by their files' contents, so that
                 no process has to open them.
+            workers: Where its processes come from; its own where left out.
         """
         self._records = records
         self._model = _absolute(model)
         self._count = processes or _processes(self._model)
         self._threads = threads or max(1, (os.cpu_count() or 1) // self._count)
-        self._running: list[_Process] = []
+        self._workers = workers or LocalWorkers()
+        self._owns_workers = workers is None
+        self._lanes: list[_Lane] = []
         self._prepared = False
-        self._store: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -144,13 +231,12 @@ class LocalScans:
 
     def close(self) -> None:
         """End the processes."""
-        for process in self._running:
-            process.close()
-        self._running = []
+        for lane in self._lanes:
+            lane.close()
+        self._lanes = []
         self._prepared = False
-        if self._store is not None:
-            self._store.cleanup()
-            self._store = None
+        if self._owns_workers:
+            self._workers.close()
 
     @cached_property
     def subject(self) -> Subject:
@@ -171,48 +257,96 @@ class LocalScans:
         return list(answer.tokens)
 
     def scan(self, scans: Sequence[Scan]) -> Iterator[Scanned]:
-        """What each scan measured, in their order. Raises `Refused` where the scanner says no."""
-        processes = self._ready()
-        under_way: deque[_Process] = deque()
-        for number, scan in enumerate(scans):
-            process = processes[number % len(processes)]
-            process.ask(local.Scan(scan=encode_scan(scan)))
-            under_way.append(process)
-            if len(under_way) >= AHEAD * len(processes):
-                yield _scanned(under_way.popleft().answer())
-        while under_way:
-            yield _scanned(under_way.popleft().answer())
+        """What each scan measured, in their order. Raises `Refused` where the scanner says no.
+
+        Scans that stand together and may share a forward do. Whichever process is done has the next.
+        """
+        lanes = self._ready()
+        waiting = deque(enumerate(_questions(scans)))
+        found: dict[int, tuple[local.Measured | local.Failure, ...]] = {}
+        n_given, n_questions = 0, len(waiting)
+        while n_given < n_questions:
+            for owed in range(AHEAD):
+                for lane in lanes:
+                    if (
+                        waiting
+                        and len(lane.owed) <= owed
+                        and (not owed or _is_small(waiting[0][1]))
+                    ):
+                        number, question = waiting.popleft()
+                        lane.ask(question, number)
+            if n_given in found:
+                yield from map(_scanned, found.pop(n_given))
+                n_given += 1
+                continue
+            busy = [lane for lane in lanes if lane.owed]
+            for lane in select.select(busy, (), ())[0]:
+                number = lane.owed[0]
+                found[number] = lane.answer().results
 
     def _asked(self, question: local.Ask) -> Any:
-        [first, *_] = self._started(1)
+        [first, *_] = self._started()
         first.ask(question)
         return first.answer()
 
-    def _ready(self) -> list[_Process]:
-        """All processes, the checkpoint in each one's memory."""
-        processes = self._started(self._count)
+    def _ready(self) -> list[_Lane]:
+        """All processes, the checkpoint in memory."""
+        lanes = self._started()
         if not self._prepared:
-            for process in processes:
-                process.ask(local.Prepare())
-            for process in processes:
-                process.answer()
+            for lane in lanes:
+                lane.ask(local.Prepare())
+            for lane in lanes:
+                lane.answer()
             self._prepared = True
-        return processes
+        return lanes
 
-    def _started(self, count: int) -> list[_Process]:
-        """At least as many processes."""
-        if self._store is None:
-            # What one has calibrated the others read.
-            self._store = tempfile.TemporaryDirectory(prefix="neural-mri-store-")
-        arguments = ["--store", self._store.name, "--threads", str(self._threads)]
-        while len(self._running) < count:
-            self._running.append(_Process(self._model, arguments))
-        return self._running
+    def _started(self) -> list[_Lane]:
+        if not self._lanes:
+            self._lanes = self._workers.lanes(self._model, count=self._count, threads=self._threads)
+        return self._lanes
 
 
-def _scanned(answer: local.Measured) -> Scanned:
-    tables = {name: from_ipc(body) for name, body in answer.tables.items()}
-    return Scanned(answer.scan_key, tables)
+def _questions(scans: Sequence[Scan]) -> Iterator[local.Scans]:
+    """The scans in their order, those together that may share a forward."""
+    for shared, alike in groupby(scans, key=lambda scan: scan.shared_forward):
+        bodies = [encode_scan(scan) for scan in alike]
+        width = 1 if shared is None else MOST_TOGETHER
+        for start in range(0, len(bodies), width):
+            yield local.Scans(scans=tuple(bodies[start : start + width]))
+
+
+def _is_small(question: local.Scans) -> bool:
+    return sum(map(len, question.scans)) < MOST_AHEAD_BYTES
+
+
+def _scanned(result: local.Measured | local.Failure) -> Scanned:
+    if isinstance(result, local.Failure):
+        raise Refused(result.problem)
+    tables = {name: from_ipc(body) for name, body in result.tables.items()}
+    return Scanned(result.scan_key, tables)
+
+
+def _spawned(model: str, arguments: Sequence[str]) -> _Lane:
+    """A process that makes its own imports."""
+    process = _started("worker.local", *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return _Lane(model, cast("BinaryIO", process.stdin), cast("BinaryIO", process.stdout), process)
+
+
+def _started(module: str, *arguments: str, **how: Any) -> "subprocess.Popen[bytes]":
+    # Without a buffer of our own: what has come is known by asking for what is readable.
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments], cwd=_tree(), bufsize=0, **how
+    )
+
+
+def _end(process: "subprocess.Popen[bytes]", *, now: bool) -> None:
+    if now:
+        process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _processes(model: str) -> int:

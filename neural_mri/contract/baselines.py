@@ -22,8 +22,8 @@ __all__ = (
     "record_key",
 )
 
-MEASURES_VERSION = "1"
-"""Raised with every change to how a diagnosis reads the scanner's tables."""
+MEASURES_VERSION = "2"
+"""Raised with every change to how a diagnosis asks the scanner and reads its tables."""
 
 
 class NotComparable(Unprocessable):

@@ -1,6 +1,8 @@
 """What a process that scans one checkpoint is asked, and what it answers: messages over two pipes.
 
-Each message is four bytes of length, big-endian, and as many bytes of MessagePack.
+Each message is four bytes of length, big-endian, and as many bytes of MessagePack. A process is started by
+itself, or forked by one that has imported everything before: that one is sent `Open` over a socket, each
+message a datagram, with the ends of two pipes for every process that is wanted.
 """
 
 from typing import Any, BinaryIO, TypeAlias, TypeVar
@@ -17,8 +19,10 @@ __all__ = (
     "Describe",
     "Failure",
     "Measured",
+    "Open",
     "Prepare",
-    "Scan",
+    "Results",
+    "Scans",
     "Tokenize",
     "Tokenized",
     "Which",
@@ -37,18 +41,28 @@ class Tokenize(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize"):
     texts: tuple[str, ...]
 
 
-class Scan(msgspec.Struct, frozen=True, kw_only=True, tag="scan"):
-    """What does this scan measure?"""
+class Scans(msgspec.Struct, frozen=True, kw_only=True, tag="scans"):
+    """What do these scans measure? Those that can are done in one forward."""
 
-    scan: bytes
-    """As `encode_scan` writes it."""
+    scans: tuple[bytes, ...]
+    """As `encode_scan` writes them."""
 
 
 class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
     """Be ready to scan; answered once the checkpoint is in memory."""
 
 
-Ask: TypeAlias = Which | Tokenize | Prepare | Scan
+Ask: TypeAlias = Which | Tokenize | Prepare | Scans
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True):
+    """Fork processes that scan one checkpoint. Two descriptors come along for each: asks, then answers."""
+
+    model: str
+    """A folder, or the name of a registered model."""
+    store: str
+    """Where calibrations are kept for others to read."""
+    threads: int
 
 
 class Describe(msgspec.Struct, frozen=True, kw_only=True, tag="subject"):
@@ -77,7 +91,13 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
     problem: ProblemDocument
 
 
-Answer: TypeAlias = Describe | Tokenized | Measured | Failure
+class Results(msgspec.Struct, frozen=True, kw_only=True, tag="results"):
+    """What became of each scan, in their order."""
+
+    results: tuple[Measured | Failure, ...]
+
+
+Answer: TypeAlias = Describe | Tokenized | Results | Failure
 
 T = TypeVar("T")
 
@@ -92,10 +112,20 @@ def write_message(pipe: BinaryIO, message: Any) -> None:
 
 
 def read_message(pipe: BinaryIO, kind: type[T] | Any) -> T | Any | None:
-    """The next message; None where the pipe has ended, in the middle of one or before it."""
-    length = pipe.read(_LENGTH)
-    if len(length) < _LENGTH:
-        return None
-    size = int.from_bytes(length, "big")
-    body = pipe.read(size)
-    return None if len(body) < size else msgspec.msgpack.decode(body, type=kind)
+    """The next message; None where the pipe has ended, in the middle of one or before it.
+
+    Of a pipe without a buffer nothing beyond the message is read, so that waiting for more of it is sound.
+    """
+    length = _exactly(pipe, _LENGTH)
+    body = None if length is None else _exactly(pipe, int.from_bytes(length, "big"))
+    return None if body is None else msgspec.msgpack.decode(body, type=kind)
+
+
+def _exactly(pipe: BinaryIO, size: int) -> bytearray | None:
+    found = bytearray()
+    while len(found) < size:
+        part = pipe.read(size - len(found))
+        if not part:
+            return None
+        found += part
+    return found

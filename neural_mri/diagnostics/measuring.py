@@ -1,9 +1,15 @@
-"""From a suite to a record: which scans are asked for, and what is read off their tables."""
+"""From a suite to a record: which scans are asked for, and what is read off their tables.
+
+Scans are asked for in the order in which they are cheapest: what reads the plain model stands beside what reads
+it at as many tokens, so that whoever scans can do them in one forward, and nothing waits for the calibration
+that could be done meanwhile.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
@@ -70,6 +76,8 @@ class Asked(NamedTuple):
     """The corrupt prompt, where it has as many tokens."""
     longer: str | None
     """The prompt with `SUFFIX`, where that leaves the prompt's own tokens as they are."""
+    n_longer: int
+    """Its tokens."""
 
 
 class _Wanted(NamedTuple):
@@ -80,6 +88,9 @@ class _Wanted(NamedTuple):
     modality: str
     replicate: int
     n_tokens: int = 0
+    """Of the prompt itself."""
+    n_read: int = 0
+    """Of all that is read."""
     paired: int = -1
     """Of a noise pair of attributions, which of the two it is."""
 
@@ -126,6 +137,7 @@ def _asked(name: str, item: Item, tokens: Mapping[str, Tokens]) -> Asked | None:
         len(prompt),
         item.corrupt if fits else None,
         longer if _next(prompt, tokens[longer]) is not None else None,
+        len(tokens[longer]),
     )
 
 
@@ -168,29 +180,25 @@ def measure(
             f"suite {suite.name} has no prompt that {scans.subject.model} can be asked: answer and foil "
             "begin with the same token in all of them"
         )
-    calibration = _calibrate(suite, scans)
-    wanted = list(_wanted(suite, asked, scans.subject, calibration, with_noise=with_noise))
+    wanted = list(_wanted(suite, asked, scans.subject, with_noise=with_noise))
     gathered: tuple[Numbers, Numbers] = (Numbers(), Numbers())
     scan_keys: dict[str, str] = {}
-    pairs: dict[str, list[Numbers]] = {}
-    results = scans.scan([each.scan for each in wanted])
-    for done, (each, result) in enumerate(zip(wanted, results, strict=True), 1):
-        numbers = gathered[each.replicate]
-        if each.paired >= 0:
-            numbers = Numbers()
-            pairs.setdefault(each.prompt, []).append(numbers)
+    pairs: tuple[Numbers, Numbers] = (Numbers(), Numbers())
+    for done, (each, result) in enumerate(_scanned(suite, scans, wanted), 1):
+        numbers = gathered[each.replicate] if each.paired < 0 else pairs[each.paired]
         _read(each, result, numbers, suite)
         if not each.replicate:
             scan_keys[f"{each.modality}:{each.prompt}"] = result.scan_key
         advance(done, len(wanted))
-    noise = gathered[1].blocks()
-    noise.update(_attribution_noise(pairs))
+    prompts = ["", *(each.name for each in asked)]
+    noise = gathered[1].blocks(prompts)
+    noise.update(_attribution_noise(pairs, prompts))
     return Record(
         subject=scans.subject,
         suite=suite.name,
         suite_version=suite.version,
         suite_digest=suite.digest,
-        blocks=gathered[0].blocks(),
+        blocks=gathered[0].blocks(prompts),
         noise=noise,
         set_aside=tuple(each for each in everything if isinstance(each, str)),
         scan_keys=scan_keys,
@@ -198,40 +206,65 @@ def measure(
     )
 
 
-def _calibrate(suite: Suite, scans: Scans) -> str:
-    """Scan key of the calibration on the suite's own prompts: the same text for every checkpoint."""
+def _scanned(
+    suite: Suite, scans: Scans, wanted: Sequence[_Wanted]
+) -> Iterator[tuple[_Wanted, Scanned]]:
+    """Everything that is wanted, with what was measured; what can be done together stands together.
+
+    While one process calibrates, the others do what needs no calibration. Circuits come last: each is
+    small and shares no forward, so that all end at about the same time.
+    """
+    early = [each for each in wanted if each.modality in _UNCALIBRATED]
+    late = [each for each in wanted if each.modality not in _UNCALIBRATED]
+    early.sort(key=lambda each: (each.modality != "T2", each.n_read))
+    late.sort(key=lambda each: (each.modality == "DTI", each.n_read))
+    calibrating = [_calibration(suite)] if any(map(_is_calibrated, late)) else []
+    results = scans.scan([*calibrating, *(each.scan for each in early)])
+    keys = [next(results).scan_key for _ in calibrating]
+    yield from zip(early, results, strict=True)
+    asked = [_against(each.scan, *keys) if _is_calibrated(each) else each.scan for each in late]
+    yield from zip(late, scans.scan(asked), strict=True)
+
+
+_UNCALIBRATED = frozenset({"T2", "attention"})
+
+
+def _is_calibrated(each: _Wanted) -> bool:
+    return each.modality in ("fMRI", "FLAIR")
+
+
+def _against(scan: Scan, calibration: str) -> Scan:
+    """The same, read against the calibration of that scan key."""
+    return msgspec.structs.replace(scan, calibration=calibration)
+
+
+def _calibration(suite: Suite) -> CalibrationScan:
+    """A calibration on the suite's own prompts: the same text for every checkpoint."""
     texts = tuple(dict.fromkeys(item.prompt for case in suite.cases for item in case.items))
-    request = CalibrationScan(
+    return CalibrationScan(
         texts=texts,
         n_tokens=suite.reference.n_tokens,
         n_ordinary=suite.reference.n_ordinary,
         lenses=(Lens.RAW,),
     )
-    [result] = scans.scan([request])
-    return result.scan_key
 
 
 def _wanted(
-    suite: Suite,
-    asked: Sequence[Asked],
-    subject: Subject,
-    calibration: str,
-    *,
-    with_noise: bool,
+    suite: Suite, asked: Sequence[Asked], subject: Subject, *, with_noise: bool
 ) -> Iterator[_Wanted]:
     names = [each.name for each in asked]
     attended = spread(names, suite.attention_prompts)
     longer = [each.name for each in asked if each.longer]
     noisy = spread(longer, suite.noise_prompts) if with_noise and longer else set()
-    reading = _Reading(suite, attended, tuple(range(subject.n_layers)), calibration)
+    reading = _Reading(suite, attended, tuple(range(subject.n_layers)))
     if Measure.WEIGHTS in suite.measures:
         yield _Wanted(WeightScan(), "", "T2", 0)
     for each in asked:
-        yield from reading.of(each, each.item.prompt, 0)
+        yield from reading.of(each, 0)
         if Measure.ATTRIBUTION in suite.measures and each.corrupt is not None:
-            yield _Wanted(_circuit(suite, each), each.name, "DTI", 0)
+            yield _Wanted(_circuit(suite, each), each.name, "DTI", 0, n_read=each.n_tokens)
         if each.name in noisy:
-            yield from reading.of(each, each.longer or "", 1)
+            yield from reading.of(each, 1)
             if Measure.ATTRIBUTION in suite.measures:
                 yield from _attribution_pair(each)
 
@@ -242,20 +275,21 @@ class _Reading(NamedTuple):
     suite: Suite
     attended: set[str]
     layers: tuple[int, ...]
-    calibration: str
 
-    def of(self, each: Asked, text: str, replicate: int) -> Iterator[_Wanted]:
-        """Scans of a prompt, or of a text that begins with it."""
+    def of(self, each: Asked, replicate: int) -> Iterator[_Wanted]:
+        """Scans of a prompt, or as replicate 1 of the longer text that begins with it."""
         measures = set(self.suite.measures)
+        text, n_read = each.item.prompt, each.n_tokens
+        if replicate:
+            text, n_read = each.longer or "", each.n_longer
         if Measure.NORMS in measures:
             scan: Scan = ActivationScan(
                 prompt=text,
                 include_residual=False,
                 top_neurons=0,
                 top_predictions=1,
-                calibration=self.calibration,
             )
-            yield _Wanted(scan, each.name, "fMRI", replicate, each.n_tokens)
+            yield _Wanted(scan, each.name, "fMRI", replicate, each.n_tokens, n_read)
         if measures & {Measure.LENS, Measure.RISK, Measure.SCORES}:
             scan = AnomalyScan(
                 prompt=text,
@@ -265,12 +299,11 @@ class _Reading(NamedTuple):
                 lens=Lens.RAW,
                 token_positions="target",
                 sublayers=Sublayers.NONE,
-                calibration=self.calibration,
             )
-            yield _Wanted(scan, each.name, "FLAIR", replicate, each.n_tokens)
+            yield _Wanted(scan, each.name, "FLAIR", replicate, each.n_tokens, n_read)
         if Measure.ATTENTION in measures and each.name in self.attended:
             scan = AttentionScan(prompt=text, layers=self.layers)
-            yield _Wanted(scan, each.name, "attention", replicate, each.n_tokens)
+            yield _Wanted(scan, each.name, "attention", replicate, each.n_tokens, n_read)
 
 
 def _circuit(suite: Suite, each: Asked) -> CircuitScan:
@@ -297,7 +330,7 @@ def _attribution_pair(each: Asked) -> Iterator[_Wanted]:
             ablation=Ablation.ZERO,
             edges=0,
         )
-        yield _Wanted(circuit, each.name, "DTI", 1, paired=which)
+        yield _Wanted(circuit, each.name, "DTI", 1, n_read=each.n_tokens, paired=which)
 
 
 def _read(each: _Wanted, result: Scanned, numbers: Numbers, suite: Suite) -> None:
@@ -318,14 +351,10 @@ def _read(each: _Wanted, result: Scanned, numbers: Numbers, suite: Suite) -> Non
             attributions(tables, each.prompt, numbers)
 
 
-def _attribution_noise(pairs: Mapping[str, Sequence[Numbers]]) -> dict[Quantity, Block]:
+def _attribution_noise(
+    pairs: Sequence[Numbers], prompts: Sequence[str]
+) -> Iterator[tuple[Quantity, Block]]:
     """Both halves of each pair of attributions, as two quantities of the noise."""
-    found: dict[Quantity, Block] = {}
-    for half, name in enumerate(("alone", "accompanied")):
-        together = Numbers()
-        for numbers in pairs.values():
-            if len(numbers) == 2:
-                together.take(numbers[half])
-        for block in together.blocks().values():
-            found[Quantity(Measure.ATTRIBUTION, name)] = block
-    return found
+    for name, half in zip(("alone", "accompanied"), pairs, strict=True):
+        for block in half.blocks(prompts).values():
+            yield Quantity(Measure.ATTRIBUTION, name), block

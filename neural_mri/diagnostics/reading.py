@@ -3,7 +3,7 @@
 Norms and entropies leave position 0 out: it holds the attention sink.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -90,12 +90,14 @@ class Numbers:
                 components = other._components[quantity]  # noqa: SLF001
                 self.add(quantity.measure, quantity.name, prompt, components, values)
 
-    def blocks(self) -> dict[Quantity, Block]:
-        """What was gathered."""
-        return {
-            quantity: Block(tuple(rows), self._components[quantity], np.stack(list(rows.values())))
-            for quantity, rows in self._rows.items()
-        }
+    def blocks(self, prompts: Sequence[str]) -> dict[Quantity, Block]:
+        """What was gathered, in the order of the prompts; `prompts` names all that may be there."""
+        found = {}
+        for quantity, rows in self._rows.items():
+            mine = tuple(prompt for prompt in prompts if prompt in rows)
+            values = np.stack([rows[prompt] for prompt in mine])
+            found[quantity] = Block(mine, self._components[quantity], values)
+        return found
 
 
 def activation_norms(tables: Tables, prompt: str, n_tokens: int, into: Numbers) -> None:

@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from neural_mri.contract.baselines import Subject
+from neural_mri.contract.local import Measured
 from neural_mri.contract.results import from_ipc
 from neural_mri.contract.scans import Scan, encode_scan
 from neural_mri.contract.suites import (
@@ -123,8 +124,8 @@ class InProcess:
         return [self._scanner.tokens(text) for text in texts]
 
     def scan(self, scans: Sequence[Scan]) -> Iterator[Scanned]:
-        for scan in scans:
-            found = self._scanner.scan(encode_scan(scan))
+        for found in self._scanner.scan([encode_scan(scan) for scan in scans]):
+            assert isinstance(found, Measured), found
             yield Scanned(found.scan_key, {n: from_ipc(body) for n, body in found.tables.items()})
 
 

@@ -1,0 +1,160 @@
+"""Processes of this machine's own: forked or started, they measure the same and none is left behind."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from neural_mri.client.errors import Refused
+from neural_mri.client.local import LocalScans, LocalWorkers, WorkerEnded
+from neural_mri.contract.anomalies import AnomalyScan, CalibrationScan, Lens
+from neural_mri.contract.scans import (
+    ActivationScan,
+    AttentionScan,
+    Scan,
+    StructuralScan,
+    WeightScan,
+)
+from neural_mri.contract.suites import Measure, Suite
+from neural_mri.diagnostics import Record, measure
+from tests.diagnostics.making import InProcess
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[LocalWorkers]:
+    with LocalWorkers() as workers:
+        yield workers
+
+
+def forked(workers: LocalWorkers) -> list[psutil.Process]:
+    """Processes that scan: who has loaded a checkpoint, and who was forked from that one."""
+    if workers._forge is None:
+        return []
+    return psutil.Process(workers._forge.pid).children(recursive=True)
+
+
+def soon(true: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return true()
+
+
+def test_forked_processes_measure_what_this_one_measures_and_end_with_their_input(
+    suite: Suite, baseline: Record, tiny_folder: Path, workers: LocalWorkers
+) -> None:
+    with LocalScans(str(tiny_folder), processes=2, threads=1, workers=workers) as scans:
+        found = measure(suite, scans, with_noise=True)
+        assert len(forked(workers)) == 2
+    assert soon(lambda: not forked(workers))
+    assert found.key == baseline.key
+    assert found.scan_keys == baseline.scan_keys
+    for here, there in ((found.blocks, baseline.blocks), (found.noise, baseline.noise)):
+        assert set(here) == set(there)
+        for quantity, block in there.items():
+            assert here[quantity][:2] == block[:2]
+            if quantity.measure is not Measure.RISK:  # support divides by what is ordinary
+                values = here[quantity].values
+                assert np.allclose(values, block.values, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_where_nothing_can_be_forked_processes_make_their_own_imports(tiny_folder: Path) -> None:
+    asked = (StructuralScan(), ActivationScan(prompt="w3 w4 w5", canonical=True))
+    with (
+        LocalWorkers(forks=False) as workers,
+        LocalScans(str(tiny_folder), processes=1, threads=1, workers=workers) as scans,
+    ):
+        started, _ = scans.scan(asked)
+        assert started.tables
+        assert scans.subject.model == "main"
+        assert forked(workers) == []
+
+
+def test_prompts_of_one_length_are_read_from_one_forward(tiny_folder: Path, tmp_path: Path) -> None:
+    scanner = InProcess(tiny_folder, tmp_path)
+    texts = tuple(" ".join(f"w{3 + i * (7 + n) % 50}" for i in range(60)) for n in range(10))
+    [calibration] = scanner.scan([CalibrationScan(texts=texts, n_tokens=512, lenses=(Lens.RAW,))])
+    read = calibration.scan_key
+    wanted: list[Scan] = []
+    for prompt in ("w3 w4 w5 w6", "w7 w8 w9 w10"):
+        wanted += [
+            ActivationScan(prompt=prompt, calibration=read),
+            AttentionScan(prompt=prompt, layers=(0, 1)),
+            AnomalyScan(prompt=prompt, lens=Lens.RAW, token_positions="target", calibration=read),
+        ]
+    forwards = {"plain": 0, "bridge": 0}
+
+    def count(which: str) -> Callable[..., None]:
+        def counted(*_: object) -> None:
+            forwards[which] += 1
+
+        return counted
+
+    model = scanner._scanner._resident().model
+    model.modules.blocks[0].block.register_forward_hook(count("plain"))
+    model.bridge.blocks[0].register_forward_hook(count("bridge"))
+    together = list(scanner.scan(wanted))
+    assert forwards == {"plain": 1, "bridge": 1}
+    alone = [found for scan in wanted for found in scanner.scan([scan])]
+    assert forwards == {"plain": 1 + 4, "bridge": 1 + 2}
+    for one, other in zip(together, alone, strict=True):
+        assert one.scan_key == other.scan_key
+        for name in set(one.tables) & {"activations", "attention.0", "attention.1", "uncertainty"}:
+            column = "entropy" if name == "uncertainty" else "value"
+            here, there = (
+                np.array(each.tables[name][column].to_pylist(), np.float64) for each in (one, other)
+            )
+            assert np.allclose(here, there, rtol=1e-4, atol=1e-6, equal_nan=True), name
+
+
+def test_a_scan_that_is_refused_takes_nobody_along(
+    tiny_folder: Path, workers: LocalWorkers
+) -> None:
+    with LocalScans(str(tiny_folder), processes=1, threads=1, workers=workers) as scans:
+        found = scans.scan(
+            [
+                ActivationScan(prompt="w3 w4", canonical=True),
+                AttentionScan(prompt="w3 w4", layers=(0,)),
+                AttentionScan(prompt="w3 w4", layers=(99,)),
+                WeightScan(),
+            ]
+        )
+        assert "activations" in next(found).tables
+        assert "attention.0" in next(found).tables
+        with pytest.raises(Refused, match=r"blocks\.99\.attn does not exist"):
+            next(found)
+
+
+def test_a_process_that_is_killed_is_told_of_and_the_others_go_on(
+    tiny_folder: Path, workers: LocalWorkers, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert soon(lambda: not forked(workers))
+    with (
+        LocalScans(str(tiny_folder), processes=1, threads=1, workers=workers) as killed,
+        LocalScans(str(tiny_folder), processes=1, threads=1, workers=workers) as other,
+    ):
+        assert killed.subject == killed.subject
+        [victim] = forked(workers)
+        assert other.subject == killed.subject
+        os.kill(victim.pid, signal.SIGKILL)
+        with pytest.raises(WorkerEnded, match=r"scans .*main has ended"):
+            killed.tokenize(["w3"])
+        assert [len(tokens) for tokens in other.tokenize(["w3 w4"])] == [2]
+    said: list[str] = []
+    assert soon(lambda: bool(said.append(capfd.readouterr().err) or "SIGKILL" in "".join(said)))
+
+
+def test_nobody_outlives_whoever_asked(tiny_folder: Path) -> None:
+    with LocalWorkers() as workers:
+        scans = LocalScans(str(tiny_folder), processes=2, threads=1, workers=workers)
+        under_way = scans.scan([WeightScan()] * 40)
+        next(under_way)
+        running = forked(workers)
+        assert len(running) == 2
+    scans.close()
+    assert soon(lambda: not any(each.is_running() for each in running))

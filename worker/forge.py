@@ -1,0 +1,171 @@
+"""Forks processes that scan checkpoints: `python -m worker.forge SOCKET`, a descriptor to inherit.
+
+Importing PyTorch and its like takes longer than measuring a small checkpoint, and nothing in it depends on
+which. So it is done once, and each checkpoint has processes that begin where the imports end
+(`contract.local.Open`). The second to hold a checkpoint is forked from the first once that has loaded it:
+weights that nobody changes are in memory once. It ends when the socket does, and its processes with it.
+"""
+
+import argparse
+import ctypes
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, NoReturn
+
+import msgspec
+
+from neural_mri.backing import logs
+from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
+from neural_mri.contract.local import Open
+
+__all__ = ("main",)
+
+_LARGEST_MESSAGE = 1 << 16
+_MOST_DESCRIPTORS = 2 * 64
+_PR_SET_PDEATHSIG = 1
+
+
+class _Pipes(NamedTuple):
+    """One process's."""
+
+    asks: int
+    answers: int
+
+    def opened(self) -> tuple[BinaryIO, BinaryIO]:
+        """As files."""
+        return os.fdopen(self.asks, "rb"), os.fdopen(self.answers, "wb")
+
+    def close(self) -> None:
+        """They are another process's."""
+        os.close(self.asks)
+        os.close(self.answers)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Import, then fork whoever is asked for until the socket ends."""
+    parser = argparse.ArgumentParser(prog="python -m worker.forge")
+    parser.add_argument("socket", type=int, help="the descriptor of a datagram socket")
+    given = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        settings = load_settings()
+    except InvalidSettings as error:
+        sys.stderr.write(f"neural-mri: {error}\n")
+        return 1
+    logs.configure(settings, process="local")
+    # An allocator of Arrow's that is not in use would start a thread.
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
+    # Nothing that torch brings is garbage; to look for it there is a fifth of the start.
+    gc.disable()
+    import worker.local  # noqa: F401
+
+    # What stands now is every child's: a collection that marked it would copy it.
+    gc.freeze()
+    gc.enable()
+    with socket.socket(fileno=given.socket) as asked:
+        _fork_for(settings, asked)
+    return 0
+
+
+def _fork_for(settings: Settings, asked: socket.socket) -> None:
+    """Until the socket ends."""
+    with selectors.DefaultSelector() as either:
+        either.register(asked, selectors.EVENT_READ)
+        while True:
+            for key, _ in either.select():
+                if key.data is not None:
+                    either.unregister(key.fd)
+                    os.close(key.fd)
+                    _bury(*key.data)
+                    continue
+                message, descriptors, *_ = socket.recv_fds(
+                    asked, _LARGEST_MESSAGE, _MOST_DESCRIPTORS
+                )
+                if not message:
+                    return
+                wanted = msgspec.msgpack.decode(message, type=Open)
+                pairs = zip(descriptors[::2], descriptors[1::2], strict=True)
+                pipes = [_Pipes(*pair) for pair in pairs]
+                child = _forked()
+                if not child:
+                    asked.close()
+                    _be(settings, wanted, pipes)
+                for each in pipes:
+                    each.close()
+                ended = os.pidfd_open(child)
+                either.register(ended, selectors.EVENT_READ, (child, wanted.model))
+
+
+def _bury(child: int, model: str) -> None:
+    """Say by what a process ended that did not end with its input."""
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code:
+        how = f"status {code}" if code > 0 else signal.Signals(-code).name
+        sys.stderr.write(f"neural-mri: the process that scans {model} ended by {how}\n")
+
+
+def _forked() -> int:
+    """0 in the child, which ends with its parent."""
+    parent, child = os.getpid(), os.fork()
+    if not child:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before we asked
+            os._exit(1)
+    return child
+
+
+def _be(settings: Settings, wanted: Open, pipes: Sequence[_Pipes]) -> NoReturn:
+    """A process that scans, to its end. What is left of the parent's in it is not taken apart."""
+    status = 1
+    try:
+        _serve(settings, wanted, pipes)
+        status = 0
+    except BrokenPipeError:  # nobody waits any more
+        status = 0
+    except BaseException:  # noqa: BLE001  whatever it is, the caller's frames are the parent's
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _serve(settings: Settings, wanted: Open, pipes: Sequence[_Pipes]) -> None:
+    """Be the first process, and fork the others once the checkpoint stands in memory."""
+    import torch
+
+    from worker import local
+
+    own, *others = pipes
+    # A pool of threads would be missing in whoever is forked later, who would wait for it for ever.
+    torch.set_num_threads(1 if others else wanted.threads)
+    asks, answers = own.opened()
+    scanner = local.serve(
+        lambda: local.opened(settings, wanted.model, Path(wanted.store)),
+        asks,
+        answers,
+        until_prepared=True,
+    )
+    if scanner is None:
+        return
+    for index, its in enumerate(others):
+        if not _forked():
+            asks.close()
+            answers.close()
+            for each in others[index + 1 :]:
+                each.close()
+            asks, answers = its.opened()
+            break
+        its.close()
+    torch.set_num_threads(wanted.threads)
+    local.serve(lambda: scanner, asks, answers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
