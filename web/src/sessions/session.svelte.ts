@@ -8,17 +8,10 @@ import type { Room } from "../state/room.svelte";
 import { viewOf as seen } from "../state/places";
 import { EMPTY, besides, noted, promptOf } from "./document";
 import { draftOf, imageOf, type Asked, type Draft } from "./draft";
+import type { Origin } from "./origin";
 import { isKept, type Shelf } from "./shelf";
 import { fragmentOf } from "./view";
 import type { Note, SavedScan, SessionDetail, SessionDocument } from "./wire";
-
-/** Where it comes from, which says what may be done with it. */
-export type Origin =
-  | { readonly kind: "new" }
-  /** One's own; `revision` where an older one than the latest is looked at. */
-  | { readonly kind: "own"; readonly id: string; readonly revision: string | null }
-  | { readonly kind: "shared"; readonly token: string }
-  | { readonly kind: "file"; readonly file: string; readonly bytes: ArrayBuffer };
 
 /** A scan of the session, or on the screen and about to be one. */
 export interface Listed {

@@ -2,7 +2,7 @@
 /* eslint-disable svelte/prefer-svelte-reactivity */
 /** What is done with sessions: opened, saved, forked, shared, compared, followed. One is open at a time. */
 import type { Client } from "../api/client";
-import { Refusal, explain, isAbort } from "../api/refusals";
+import { explain } from "../api/refusals";
 import { download } from "../export/download";
 import { isSequence } from "../model/sequences";
 import type { Room } from "../state/room.svelte";
@@ -12,18 +12,19 @@ import { t } from "../words/words.svelte";
 import { Beside } from "./beside.svelte";
 import { firstOf, grown, promptOf } from "./document";
 import { changes, names, type Draft } from "./draft";
+import { Following } from "./following.svelte";
 import { DamagedFile, readNmri, type NmriFile } from "./nmri";
-import { Session, type Origin } from "./session.svelte";
+import { whereOf, whyNot, type Origin } from "./origin";
+import { Session } from "./session.svelte";
 import { Shelf } from "./shelf";
 import { isBare } from "./view";
 import {
   SessionsService,
   conflict,
-  type Arrival,
   type RevisionView,
   type SessionDetail,
   type SessionDocument,
-  type SessionEvent,
+  type Saved,
   type Where,
 } from "./wire";
 
@@ -46,20 +47,28 @@ export class Sessions {
   told = $state("");
   conflict = $state.raw<Conflict | null>(null);
   readonly beside: Beside;
-  /** Scans of others that are on their way. */
-  arriving = $state.raw<readonly Arrival[]>([]);
+  readonly following: Following;
   /** Results that have arrived since the session was opened here. */
   arrived = $state.raw<readonly string[]>([]);
-  connected = $state(true);
   /** Whether scans taken here join the session as they finish. */
   joins = $state(false);
-  #following: AbortController | null = null;
 
   constructor(room: Room, client: Client) {
     this.#room = room;
     this.#client = client;
     this.service = new SessionsService(client);
     this.beside = new Beside(room, this.#shelf, this.service);
+    this.following = new Following(this.service, {
+      saved: (session, saved) => this.#refresh(session, saved),
+      closed: () => {
+        this.problem = t(
+          "This session has been deleted. What is on the screen stays until you leave.",
+        );
+      },
+      failed: (sentence) => {
+        this.problem = sentence;
+      },
+    });
     client.kept = (path, init) => this.#shelf.answer(path, init);
     this.open = new Session(room, this.#shelf, { kind: "new" });
   }
@@ -168,7 +177,7 @@ export class Sessions {
       const told =
         origin.kind === "file" ? null : this.service.detail(whereOf(origin)).catch(ignored);
       const file = await read();
-      this.#following?.abort();
+      this.following.stop();
       const session = new Session(this.#room, this.#shelf, origin);
       session.name = file.name;
       this.#shelf.take(file);
@@ -179,7 +188,7 @@ export class Sessions {
       await this.#show(session, file, place);
       session.detail = await told;
       session.name = session.detail?.name ?? file.name;
-      this.arriving = session.detail?.arriving ?? [];
+      this.following.arriving = session.detail?.arriving ?? [];
       this.told = t("Opened “{name}”.", { name: session.name });
       this.#room.announce(this.told);
       this.#later(session);
@@ -192,31 +201,15 @@ export class Sessions {
       void this.#room.study.refreshModels();
       void this.#room.introduce();
     }
-    void this.#follow(session);
+    void this.following.follow(session);
   }
 
   async #read(origin: Origin): Promise<NmriFile> {
     try {
       return await readNmri(await this.service.file(whereOf(origin)));
     } catch (error) {
-      throw new Error(this.#sentenceOf(origin, error), { cause: error });
+      throw new Error(whyNot(origin, error), { cause: error });
     }
-  }
-
-  #sentenceOf(origin: Origin, error: unknown): string {
-    const status = error instanceof Refusal ? error.status : 0;
-    if (origin.kind === "own" && status === 404) {
-      return origin.revision === null
-        ? t(
-            "There is no session {id} of yours: it was deleted, or it is somebody else's. Ask for a link to it.",
-            { id: origin.id },
-          )
-        : t("There is no session {id} of yours with this revision.", { id: origin.id });
-    }
-    if (origin.kind === "shared" && (status === 404 || status === 400)) {
-      return t("This link leads nowhere: it has expired, was revoked, or is not whole.");
-    }
-    return explain(error);
   }
 
   /** Its view as it was saved, or as an address has it. */
@@ -251,9 +244,9 @@ export class Sessions {
 
   /** Nothing is open any more; scans stay on the screen. */
   #close(): void {
-    this.#following?.abort();
+    this.following.stop();
     this.#client.isGuest = false;
-    this.arriving = [];
+    this.following.arriving = [];
     this.beside.other = null;
     this.conflict = null;
     this.open = new Session(this.#room, this.#shelf, { kind: "new" });
@@ -362,7 +355,7 @@ export class Sessions {
         : ` ${t("Left out: {count} that another session keeps.", { count: length })}`;
     this.told = `${t("Saved as revision {number}.", { number: saved.revision })}${foreign}`;
     this.#room.announce(this.told);
-    if (!stays) void this.#follow(session);
+    if (!stays) void this.following.follow(session);
   }
 
   async #clash(): Promise<void> {
@@ -484,52 +477,10 @@ export class Sessions {
     });
   }
 
-  async #follow(session: Session): Promise<void> {
-    this.#following?.abort();
-    const { origin } = session;
-    if (origin.kind !== "own" && origin.kind !== "shared") return;
-    if (origin.kind === "own" && origin.revision !== null) return;
-    const following = new AbortController();
-    this.#following = following;
-    this.connected = true;
-    const connected = (yes: boolean) => (this.connected = yes);
-    try {
-      const events = this.service.events(whereOf(origin), following.signal, connected);
-      for await (const event of events) {
-        if (this.#following !== following) return;
-        try {
-          await this.#heard(session, event);
-        } catch (error) {
-          this.problem = explain(error);
-        }
-      }
-    } catch (error) {
-      // The stream of a link ends with the link, and what has been read stays.
-      if (!isAbort(error) && this.#following === following) this.connected = false;
-    }
-  }
-
-  async #heard(session: Session, event: SessionEvent): Promise<void> {
-    if (event.type === "closed") {
-      this.problem = t(
-        "This session has been deleted. What is on the screen stays until you leave.",
-      );
-      return;
-    }
-    if (event.type === "scan") {
-      const others = this.arriving.filter(({ job }) => job !== event.job);
-      const ended = ["succeeded", "failed", "cancelled", "expired", "quarantined"];
-      this.arriving = ended.includes(event.state) ? others : [...others, event];
-      return;
-    }
-    await this.#saving;
-    const { detail } = session;
-    if (event.revision === session.revision || event.number <= (detail?.revision ?? 0)) return;
-    await this.#refresh(session, event.author, event.number);
-  }
-
   /** Somebody has saved: scans that were added join; other changes do too, unless something is changed here. */
-  async #refresh(session: Session, author: string, number: number): Promise<void> {
+  async #refresh(session: Session, { author, number, revision }: Saved): Promise<void> {
+    await this.#saving;
+    if (revision === session.revision || number <= (session.detail?.revision ?? 0)) return;
     const where = whereOf(session.origin);
     const [file, detail] = await Promise.all([
       this.service.file(where),
@@ -549,7 +500,7 @@ export class Sessions {
     session.name = detail.name;
     if (isGrown) session.grow(document, detail.opened);
     else session.read(document, detail.opened, true);
-    this.arriving = detail.arriving;
+    this.following.arriving = detail.arriving;
     this.arrived = [...this.arrived, ...added.map(({ result }) => result)];
     const [first] = added;
     this.told =
@@ -589,11 +540,6 @@ export class Sessions {
       release();
     }
   }
-}
-
-function whereOf(origin: Origin): Where {
-  if (origin.kind === "own") return { id: origin.id, revision: origin.revision };
-  return { token: origin.kind === "shared" ? origin.token : "" };
 }
 
 /** A session can be read without what else the service knows of it. */

@@ -139,17 +139,17 @@ export interface SessionDifference {
   readonly key_images_removed: number;
 }
 
+export interface Saved {
+  readonly type: "saved";
+  readonly revision: string;
+  readonly number: number;
+  readonly name: string;
+  readonly author: string;
+  readonly added: readonly string[];
+}
+
 export type SessionEvent =
-  | {
-      readonly type: "saved";
-      readonly revision: string;
-      readonly number: number;
-      readonly name: string;
-      readonly author: string;
-      readonly added: readonly string[];
-    }
-  | ({ readonly type: "scan" } & Arrival)
-  | { readonly type: "closed" };
+  Saved | ({ readonly type: "scan" } & Arrival) | { readonly type: "closed" };
 
 /** A scan by the job that measured it, or by the result that the session has already. */
 export type ScanReference = { readonly label: string } & (
