@@ -1,14 +1,13 @@
 """How long a person waits beside a flood of batch work, and how soon a cancelled scan leaves its worker.
 
-    python -m bench.lanes [SCANS] [CANCELS]
+    python -m bench.lanes [--scans 40] [--cancels 20] [--page FILE]
 
 The embedded service with its default model in a temporary folder. Ratios are of one run: the same scans
 alone, then beside batch work that never ends.
 """
 
+import argparse
 import random
-import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -21,8 +20,9 @@ from uuid import UUID, uuid4
 import httpx
 import psutil
 
-from bench import bundled
+from bench import bundled, page
 from bench.bundled import MODEL
+from bench.cluster.figures import Figure, at_most, percentile, plain, table
 from neural_mri.backing import database, jobs
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.jobs import Job
@@ -30,6 +30,10 @@ from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import TERMINAL, JobState, Lane
 from tests.system.service import Service, free_port, register, running
 
+TITLE = "Lanes, and cancelling"
+INTRODUCTION = """`python -m bench.lanes`: the embedded service with its default model, one worker; from the request to the
+answer, with batch work that never ends beside it. Cancelled scans are stopped at a random moment of their run.
+"""
 TEN_TOKENS = "The Eiffel Tower {} is located in the city of"
 LONG_PROMPT = "{} " + "The quick brown fox jumps over the lazy dog. " * 65
 LOOK_SECONDS = 0.002
@@ -136,12 +140,7 @@ def saturated(caller: Caller, work: Callable[[], Asked]) -> Iterator[None]:
             caller.until(one, *TERMINAL)
 
 
-def p95(values: list[float]) -> float:
-    """The 95th percentile."""
-    return sorted(values)[int(0.95 * (len(values) - 1))]
-
-
-def lanes(caller: Caller, scans: int) -> None:
+def lanes(caller: Caller, scans: int) -> Iterator[Figure]:
     """Interactive scans alone, and beside batch work of several kinds."""
 
     def ask() -> list[float]:
@@ -153,18 +152,20 @@ def lanes(caller: Caller, scans: int) -> None:
 
     ask()
     alone = ask()
-    print(f"{'interactive scan of 12 tokens, alone':<54} {_line(alone)}")
+    yield plain("an interactive scan of 12 tokens, alone", _line(alone))
     for name, work in BATCH_WORK.items():
         with saturated(caller, work):
             beside = ask()
-        ratio = p95(beside) / p95(alone)
-        print(
-            f"{f'the same beside batch {name}':<54} {_line(beside)}   {ratio:.2f} x  bar: 2 x p95"
+        yield plain(f"the same beside batch {name}", _line(beside))
+        ratio = percentile(beside, 0.95) / percentile(alone, 0.95)
+        yield at_most(
+            f"the same, 95th percentile against that of {scans} alone", ratio, 2, " x", digits=2
         )
 
 
 def _line(seconds: list[float]) -> str:
-    return f"p50 {statistics.median(seconds) * 1e3:7.1f} ms   p95 {p95(seconds) * 1e3:7.1f} ms"
+    median, late = (1e3 * percentile(seconds, share) for share in (0.5, 0.95))
+    return f"median {median:.0f} ms, 95th percentile {late:.0f} ms"
 
 
 class Stopped(NamedTuple):
@@ -197,19 +198,26 @@ def _cpu_seconds(process: psutil.Process) -> float:
     return float(used.user + used.system)
 
 
-def cancels(caller: Caller, worker: psutil.Process, count: int) -> None:
+def cancels(caller: Caller, worker: psutil.Process, count: int) -> Iterator[Figure]:
     """Scans of every long kind, each cancelled at a random moment."""
+    n_ended = n_working = 0
     for name, (work, seconds) in CANCELLED.items():
         found = [
             stopped(caller, worker, work(), random.uniform(0.0, seconds))  # noqa: S311
             for _ in range(count)
         ]
         ended = [each for each in found if each is not None]
-        idle = [each.idle for each in ended]
-        working = sum(each.works_on for each in ended)
-        print(
-            f"{f'cancel to idle, {name}':<54} {_line(idle)}   worked on: {working} of {len(ended)}"
+        n_ended += len(ended)
+        n_working += sum(each.works_on for each in ended)
+        late = percentile([each.idle for each in ended], 0.95)
+        yield at_most(
+            f"cancelled to idle, {name}, 95th percentile of {len(ended)}", 1e3 * late, 250, " ms"
         )
+    yield Figure(
+        f"said cancelled while work went on, of {n_ended}",
+        str(n_working),
+        f"0: {'missed' if n_working else 'met'}",
+    )
 
 
 BATCH_WORK: dict[str, Callable[[], Asked]] = {
@@ -225,9 +233,20 @@ CANCELLED: dict[str, tuple[Callable[[], Asked], float]] = {
 
 
 def main() -> None:
-    """Print the figures."""
-    scans = int(sys.argv[1]) if len(sys.argv) > 1 else 40
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 20
+    """Print the figures, and write them on the page."""
+    parser = argparse.ArgumentParser(prog="python -m bench.lanes", description=__doc__)
+    parser.add_argument("--scans", type=int, default=40, help="of each kind of company (40)")
+    parser.add_argument("--cancels", type=int, default=20, help="of each kind of scan (20)")
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
+    asked = parser.parse_args()
+    found = []
+    for figure in _figures(asked.scans, asked.cancels):
+        print(*filter(None, figure), sep="   ", flush=True)
+        found.append(figure)
+    page.replace_section(asked.page, TITLE, f"{INTRODUCTION}\n{table(found)}")
+
+
+def _figures(scans: int, count: int) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(prefix="nmri-") as folder:
         settings = Settings(data_dir=Path(folder) / "data", port=free_port())
         register(settings, MODEL, bundled.folder())
@@ -235,10 +254,10 @@ def main() -> None:
             service.wait_until_ready()
             sessions = database.sessions(settings)
             caller = Caller(service, sessions)
-            if count:
-                cancels(caller, service.child("worker"), count)
             if scans:
-                lanes(caller, scans)
+                yield from lanes(caller, scans)
+            if count:
+                yield from cancels(caller, service.child("worker"), count)
             sessions.close()
 
 
