@@ -97,6 +97,13 @@ Quiet = Annotated[
 NoWait = Annotated[
     bool, typer.Option("--no-wait", help="Print the job's id and leave; see `neural-mri result`.")
 ]
+Canonical = Annotated[
+    bool,
+    typer.Option(
+        "--canonical",
+        help="Share no forward pass with others: bit-identical, whatever else is asked meanwhile.",
+    ),
+]
 ArrowFile = Annotated[
     Path | None, typer.Option("--arrow", help="Write the main table here, as an Arrow file.")
 ]

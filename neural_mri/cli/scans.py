@@ -4,12 +4,11 @@ from typing import Annotated
 
 import typer
 
-from neural_mri.cli import options, outcomes
-from neural_mri.cli.options import Outputs
+from neural_mri.cli import options
+from neural_mri.cli.asking import Asking, asks
 from neural_mri.client.client import addresses
 from neural_mri.contract.anomalies import Lens, Sublayers
 from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
-from neural_mri.contract.jobs import Lane
 from neural_mri.contract.scans import (
     ActivationScan,
     Aggregation,
@@ -24,31 +23,22 @@ __all__ = ("commands",)
 
 commands = typer.Typer(no_args_is_help=True, help="Scan a model.")
 
-_SHOWN = 5
 _SHOWN_EFFECTS = 10
 
 
 @commands.command()
+@asks()
 def structural(
     *,
     model: options.Model = None,
-    lane: options.InLane = Lane.INTERACTIVE,
-    top: options.Top = _SHOWN,
-    as_json: options.Json = False,
-    arrow: options.ArrowFile = None,
-    csv: options.CsvFile = None,
-    plot: options.PlotFile = None,
-    no_wait: options.NoWait = False,
-    quiet: options.Quiet = False,
-    url: options.Url = None,
+    asking: Asking,
 ) -> None:
     """Structure (T1): layers, heads, widths and exact parameter counts. Loads no model."""
-    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
-    with options.open_client(url) as client:
-        outcomes.scan(client, StructuralScan(model=model), outputs, lane=lane, wait=not no_wait)
+    asking.scan(StructuralScan(model=model))
 
 
 @commands.command()
+@asks()
 def activation(
     prompt: options.Prompt,
     *,
@@ -66,18 +56,10 @@ def activation(
         str, typer.Option(help="Token positions, with commas between; -1 is the last token.")
     ] = "all",
     residual: Annotated[bool, typer.Option(help="Report the residual stream as well.")] = True,
-    lane: options.InLane = Lane.INTERACTIVE,
-    top: options.Top = _SHOWN,
-    as_json: options.Json = False,
-    arrow: options.ArrowFile = None,
-    csv: options.CsvFile = None,
-    plot: options.PlotFile = None,
-    no_wait: options.NoWait = False,
-    quiet: options.Quiet = False,
-    url: options.Url = None,
+    canonical: options.Canonical = False,
+    asking: Asking,
 ) -> None:
     """Activations (fMRI): what each component writes to the residual stream at each token of a prompt."""
-    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
     chosen = options.read_layers(layers)
     request = ActivationScan(
         model=model,
@@ -86,13 +68,14 @@ def activation(
         aggregation=options.read_aggregation(aggregation),
         include_residual=residual,
         token_positions=options.read_positions(tokens),
-        top_predictions=max(top, 10),
+        top_predictions=max(asking.top, 10),
+        canonical=canonical,
     )
-    with options.open_client(url) as client:
-        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)
+    asking.scan(request)
 
 
 @commands.command()
+@asks()
 def attention(
     prompt: options.Prompt,
     *,
@@ -105,26 +88,21 @@ def attention(
         typer.Option(parser=options.whole_number(0), metavar="N", help="Show this head alone."),
     ] = None,
     model: options.Model = None,
-    lane: options.InLane = Lane.INTERACTIVE,
-    top: options.Top = _SHOWN,
-    as_json: options.Json = False,
-    arrow: options.ArrowFile = None,
-    csv: options.CsvFile = None,
-    plot: options.PlotFile = None,
-    no_wait: options.NoWait = False,
-    quiet: options.Quiet = False,
-    url: options.Url = None,
+    canonical: options.Canonical = False,
+    asking: Asking,
 ) -> None:
     """Attention patterns: which tokens each head of some layers reads."""
-    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
     request = AttentionScan(
-        model=model, prompt=options.read_prompt(prompt), layers=options.read_layer_numbers(layer)
+        model=model,
+        prompt=options.read_prompt(prompt),
+        layers=options.read_layer_numbers(layer),
+        canonical=canonical,
     )
-    with options.open_client(url) as client:
-        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait, head=head)
+    asking.scan(request, head=head)
 
 
 @commands.command()
+@asks()
 def weights(
     *,
     model: options.Model = None,
@@ -146,21 +124,12 @@ def weights(
             help="Standard deviations beyond which a weight is an outlier.",
         ),
     ] = 6.0,
-    lane: options.InLane = Lane.INTERACTIVE,
-    top: options.Top = _SHOWN,
-    as_json: options.Json = False,
-    arrow: options.ArrowFile = None,
-    csv: options.CsvFile = None,
-    plot: options.PlotFile = None,
-    no_wait: options.NoWait = False,
-    quiet: options.Quiet = False,
-    url: options.Url = None,
+    asking: Asking,
 ) -> None:
     """Weights (T2): how large they are, which lie far out, what heads copy. Loads no model.
 
     neural-mri scan weights --plot weights.png
     """
-    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
     chosen = options.read_layers(layers)
     request = WeightScan(
         model=model,
@@ -168,11 +137,11 @@ def weights(
         baseline=baseline,
         outlier_sigma=sigma,
     )
-    with options.open_client(url) as client:
-        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)
+    asking.scan(request)
 
 
 @commands.command()
+@asks(shown=_SHOWN_EFFECTS)
 def circuits(
     prompt: options.Prompt,
     *,
@@ -239,15 +208,7 @@ def circuits(
         ),
     ] = 5,
     calibration: options.Calibration = None,
-    lane: options.InLane = Lane.INTERACTIVE,
-    top: options.Top = _SHOWN_EFFECTS,
-    as_json: options.Json = False,
-    arrow: options.ArrowFile = None,
-    csv: options.CsvFile = None,
-    plot: options.PlotFile = None,
-    no_wait: options.NoWait = False,
-    quiet: options.Quiet = False,
-    url: options.Url = None,
+    asking: Asking,
 ) -> None:
     """Circuits (DTI): which components carry an answer, and along which paths.
 
@@ -256,7 +217,6 @@ def circuits(
     neural-mri scan circuits "The Eiffel Tower is located in the city of"
       --answer " Paris"
     """
-    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
     request = CircuitScan(
         model=model,
         prompt=options.read_prompt(prompt),
@@ -273,11 +233,11 @@ def circuits(
         steps=steps,
         calibration=calibration,
     )
-    with options.open_client(url) as client:
-        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)
+    asking.scan(request)
 
 
 @commands.command()
+@asks()
 def anomaly(
     prompt: options.Prompt,
     *,
@@ -322,22 +282,14 @@ def anomaly(
         ),
     ] = 0.01,
     calibration: options.Calibration = None,
-    lane: options.InLane = Lane.INTERACTIVE,
-    top: options.Top = _SHOWN,
-    as_json: options.Json = False,
-    arrow: options.ArrowFile = None,
-    csv: options.CsvFile = None,
-    plot: options.PlotFile = None,
-    no_wait: options.NoWait = False,
-    quiet: options.Quiet = False,
-    url: options.Url = None,
+    canonical: options.Canonical = False,
+    asking: Asking,
 ) -> None:
     """Anomalies (FLAIR): uncertainty, where the answer appears, and whether it is supported.
 
     neural-mri scan anomaly "The Eiffel Tower is located in the city of"
       --answer " Paris"
     """
-    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
     request = AnomalyScan(
         model=model,
         prompt=options.read_prompt(prompt),
@@ -350,6 +302,6 @@ def anomaly(
         sublayers=sublayers,
         false_alarm_rate=false_alarms,
         calibration=calibration,
+        canonical=canonical,
     )
-    with options.open_client(url) as client:
-        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)
+    asking.scan(request)

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from neural_mri.cli import operations, options, outcomes
-from neural_mri.cli.options import Outputs
+from neural_mri.cli import operations, options
+from neural_mri.cli.asking import Asking, asks
 from neural_mri.contract.anomalies import Lens
-from neural_mri.contract.jobs import Lane
 from neural_mri.contract.perturbations import Direction, PatchSite, TraceKind
 from neural_mri.contract.scans import (
     CalibrationScan,
@@ -19,12 +18,11 @@ from neural_mri.contract.scans import (
 
 __all__ = ("calibrate", "patching", "perturb", "trace")
 
-_SHOWN = 5
-
 _EVERY_SITE = [PatchSite.RESIDUAL, PatchSite.ATTENTION, PatchSite.MLP]
 _EVERY_KIND = list(TraceKind)
 
 
+@asks()
 def perturb(
     prompt: options.Prompt,
     *,
@@ -81,15 +79,8 @@ def perturb(
     at: options.At = -1,
     activations: Annotated[bool, typer.Option(help="Report what changed inside as well.")] = True,
     calibration: options.Calibration = None,
-    lane: options.InLane = Lane.INTERACTIVE,
-    top: options.Top = _SHOWN,
-    as_json: options.Json = False,
-    arrow: options.ArrowFile = None,
-    csv: options.CsvFile = None,
-    plot: options.PlotFile = None,
-    no_wait: options.NoWait = False,
-    quiet: options.Quiet = False,
-    url: options.Url = None,
+    canonical: options.Canonical = False,
+    asking: Asking,
 ) -> None:
     """Stimulate components: the next token before and after. No weight is ever changed.
 
@@ -100,7 +91,6 @@ def perturb(
     neural-mri perturb "The Eiffel Tower is located in the city of"
       --zero blocks.21.attn.h3 --amplify blocks.4.mlp=2 --ablate blocks.11.mlp@1,-1
     """
-    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
     given = operations.Given(
         zero=zero,
         amplify=amplify,
@@ -124,14 +114,15 @@ def perturb(
             draws=draws,
             seed=seed,
         ),
-        top_predictions=max(top, 10),
+        top_predictions=max(asking.top, 10),
         perturbed_scan=activations,
         calibration=calibration,
+        canonical=canonical,
     )
-    with options.open_client(url) as client:
-        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)
+    asking.scan(request)
 
 
+@asks()
 def patching(
     prompt: options.Prompt,
     *,
@@ -158,22 +149,13 @@ def patching(
     answer: options.Answer = None,
     foil: options.Foil = None,
     at: options.At = -1,
-    lane: options.InLane = Lane.INTERACTIVE,
-    top: options.Top = _SHOWN,
-    as_json: options.Json = False,
-    arrow: options.ArrowFile = None,
-    csv: options.CsvFile = None,
-    plot: options.PlotFile = None,
-    no_wait: options.NoWait = False,
-    quiet: options.Quiet = False,
-    url: options.Url = None,
+    asking: Asking,
 ) -> None:
     """Activation patching between two prompts: recovery of the answer by layer and token.
 
     neural-mri patching "The Eiffel Tower is located in the city of"
       --corrupt "The Brandenburg Gate is located in the city of"
     """
-    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
     request = PatchingScan(
         model=model,
         prompt=options.read_prompt(prompt),
@@ -184,10 +166,10 @@ def patching(
         direction=direction,
         sites=tuple(dict.fromkeys(site)),
     )
-    with options.open_client(url) as client:
-        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)
+    asking.scan(request)
 
 
+@asks()
 def trace(
     prompt: options.Prompt,
     *,
@@ -228,22 +210,13 @@ def trace(
     answer: options.Answer = None,
     foil: options.Foil = None,
     at: options.At = -1,
-    lane: options.InLane = Lane.INTERACTIVE,
-    top: options.Top = _SHOWN,
-    as_json: options.Json = False,
-    arrow: options.ArrowFile = None,
-    csv: options.CsvFile = None,
-    plot: options.PlotFile = None,
-    no_wait: options.NoWait = False,
-    quiet: options.Quiet = False,
-    url: options.Url = None,
+    asking: Asking,
 ) -> None:
     """Causal tracing: corrupt the subject, then restore states one at a time.
 
     neural-mri trace "The Eiffel Tower is located in the city of"
       --subject "The Eiffel Tower"
     """
-    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
     text = options.read_prompt(prompt)
     if not subject or subject not in text:
         raise typer.BadParameter(
@@ -263,10 +236,10 @@ def trace(
         window=window,
         kinds=tuple(dict.fromkeys(kind)),
     )
-    with options.open_client(url) as client:
-        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)
+    asking.scan(request)
 
 
+@asks()
 def calibrate(
     texts: Annotated[
         list[Path],
@@ -300,21 +273,12 @@ def calibrate(
         ),
     ] = 0,
     model: options.Model = None,
-    lane: options.InLane = Lane.INTERACTIVE,
-    top: options.Top = _SHOWN,
-    as_json: options.Json = False,
-    arrow: options.ArrowFile = None,
-    csv: options.CsvFile = None,
-    plot: options.PlotFile = None,
-    no_wait: options.NoWait = False,
-    quiet: options.Quiet = False,
-    url: options.Url = None,
+    asking: Asking,
 ) -> None:
     """Measure what scans are read against: reference means, ordinary values, lenses.
 
     neural-mri calibrate --lens bias --lens ridge --n-tokens 8192
     """
-    outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check(wait=not no_wait)
     request = CalibrationScan(
         model=model,
         texts=tuple(map(operations.read_text, texts)),
@@ -322,5 +286,4 @@ def calibrate(
         seed=seed,
         lenses=tuple(dict.fromkeys(lens)),
     )
-    with options.open_client(url) as client:
-        outcomes.scan(client, request, outputs, lane=lane, wait=not no_wait)
+    asking.scan(request)

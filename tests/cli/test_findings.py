@@ -1,5 +1,6 @@
 """The commands for weights, circuits, anomalies and stimulation: what they ask, print and refuse."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from neural_mri.cli import scans
+from neural_mri.cli.app import app
 from neural_mri.cli.exits import ExitCode
 from neural_mri.contract.jobs import JobView
 from neural_mri.contract.perturbations import (
@@ -281,3 +284,33 @@ def test_estimates_are_shown_while_a_circuit_is_measured_and_then_replaced(wire:
     assert re.search(rb"L1H2 .*\+0\.2200 nats  estimate", said.stderr)
     assert re.search(rb"L3 MLP .*-4\.0000 nats  measured", said.stderr)
     assert b"Embed" not in said.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("scan", "activation", PROMPT),
+        ("scan", "attention", PROMPT, "--layer", "1"),
+        ("scan", "anomaly", PROMPT),
+        ("perturb", PROMPT, "--zero", "blocks.1.attn.h2"),
+    ],
+)
+def test_what_can_share_a_forward_can_be_asked_to_have_its_own(
+    shell: Shell, wire: Wire, arguments: tuple[str, ...]
+) -> None:
+    assert shell(*arguments, "-q", "--canonical").code == ExitCode.DONE
+    assert asked_for(wire).canonical
+    assert asked_for(wire).shared_forward is None
+
+
+def test_every_command_that_scans_has_the_same_options_after_its_own() -> None:
+    common = ["lane", "top", "as_json", "arrow", "csv", "plot", "no_wait", "quiet", "url"]
+    found = {}
+    for group in (app, scans.commands):
+        for each in group.registered_commands:
+            assert each.callback is not None
+            names = list(inspect.signature(each.callback).parameters)
+            if "lane" in names:
+                found[each.callback.__name__] = names[-len(common) :]
+    assert set(found) >= {"structural", "circuits", "perturb", "patching", "trace", "calibrate"}
+    assert all(names == common for names in found.values())
