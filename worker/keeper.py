@@ -28,7 +28,7 @@ __all__ = ("Holding", "Keeper", "LeaseLost")
 TICK_SECONDS = 0.1
 BEAT_SECONDS = 1.0
 STOP_SECONDS = 5.0
-"""How long a task may go on after it was told to stop."""
+"""How long a task may go on after it was told to stop, without asking."""
 
 log = structlog.get_logger(__name__)
 
@@ -43,25 +43,29 @@ class Holding:
     def __init__(self, job: Job) -> None:
         self.job = job
         self._stop: type[Cancelled] | None = None
-        self._told_at = 0.0
+        self._unheard_since = 0.0
         self._is_aside = False
 
     def check(self) -> None:
-        """Raises `Cancelled` or `LeaseLost` once the attempt should stop. Costs nothing."""
+        """Raises `Cancelled` or `LeaseLost` once the attempt should stop. Costs nothing.
+
+        Whoever asks has heard it, and may go on for the sake of mates in the same pass.
+        """
         if self._stop is not None:
+            self._unheard_since = time.monotonic()
             raise self._stop(f"job {self.job.id}, attempt {self.job.attempt}")
 
     def stop(self, reason: type[Cancelled]) -> None:
         """Tell it to stop; the first reason stands."""
         if self._stop is None:
-            self._told_at = time.monotonic()
+            self._unheard_since = time.monotonic()
             self._stop = reason
 
     def seconds_unheeded(self) -> float:
-        """How long ago it was told to stop; 0 when it was not, or cannot hear it now."""
+        """How long it has not asked since it was told to stop; 0 when it was not, or cannot ask now."""
         if self._stop is None or self._is_aside:
             return 0.0
-        return time.monotonic() - self._told_at
+        return time.monotonic() - self._unheard_since
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -70,7 +74,7 @@ class Holding:
         try:
             yield
         finally:
-            self._told_at = time.monotonic()
+            self._unheard_since = time.monotonic()
             self._is_aside = False
 
 

@@ -168,3 +168,25 @@ def test_a_worker_is_heard_while_it_lives(sessions: Sessions, redis: SyncRedis) 
     with running_keeper(sessions, redis):
         time.sleep(3 * module.TICK_SECONDS)
         assert [beat.worker for beat in events.heartbeats(redis)] == ["worker-1@here"]
+
+
+def test_who_goes_on_for_its_mates_and_asks_has_heard_that_it_should_stop(
+    sessions: Sessions, redis: SyncRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STOP_SECONDS", 1.5)
+    ended: list[str] = []
+    with (
+        running_keeper(sessions, redis, lambda: ended.append("the worker")) as keeper,
+        keeper.holding(claimed(sessions)) as holding,
+    ):
+        holding.stop(Cancelled)
+        deadline = time.monotonic() + 2.5
+        while time.monotonic() < deadline:
+            with pytest.raises(Cancelled):
+                holding.check()
+            time.sleep(0.02)
+        assert not ended
+        deadline = time.monotonic() + 20.0
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert ended, "it asks no more"

@@ -88,15 +88,19 @@ class Company(Silent):
             self._go_on(lambda listener: listener.pause())
 
     def _go_on(self, ask: Callable[[Listener], None]) -> None:
-        stopped = None
+        """Ask one that waits; the others only whether they do, for all must be asked again and again."""
+        stopped, is_waited_for = None, False
         for listener in self._listeners:
             try:
-                ask(listener)
+                if is_waited_for:
+                    listener.checkpoint()
+                else:
+                    ask(listener)
             except Cancelled as cancelled:
                 stopped = cancelled
             else:
-                return
-        if stopped is not None:
+                is_waited_for = True
+        if stopped is not None and not is_waited_for:
             raise stopped
 
     @contextmanager

@@ -206,6 +206,24 @@ def test_a_company_goes_on_while_anybody_waits() -> None:
         Company([Stops(), Stops()]).pause()
 
 
+def test_everybody_of_a_company_is_asked_and_one_alone_lets_others_in() -> None:
+    class Counted(Silent):
+        paused = asked = 0
+
+        def checkpoint(self) -> None:
+            self.asked += 1
+
+        def pause(self) -> None:
+            self.paused += 1
+
+    first, last = Counted(), Counted()
+    company = Company([Stops(), first, last])
+    company.pause()
+    assert (first.paused, last.paused, last.asked) == (1, 0, 1)
+    company.checkpoint()
+    assert (first.asked, last.asked) == (1, 2)
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
 def test_rows_are_taken_in_their_order(rows: list[int]) -> None:
     batch = torch.arange(6).unsqueeze(-1).expand(6, 3).float()
