@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import bundled
-from neural_mri.client.local import LocalScans
+from neural_mri.client.local import LocalScans, LocalWorkers
 from neural_mri.contract.findings import Rule
 from neural_mri.contract.suites import Measure, Suite
 from neural_mri.diagnostics import Record, diagnose, load_suite, measure
@@ -51,15 +51,20 @@ def main() -> None:
         "--again", type=int, default=1, help="whole runs with each number of threads"
     )
     given = parser.parse_args()
+    with LocalWorkers() as workers:
+        _measure(given, workers)
+
+
+def _measure(given: argparse.Namespace, workers: LocalWorkers) -> None:
     suite, folder = load_suite("quick"), bundled.folder()
-    baseline = _measured(suite, folder, with_noise=True)
+    baseline = _measured(suite, folder, workers, with_noise=True)
     _tell("baseline with its noise", baseline.seconds)
     alarms = sum(
         _alarms(suite, _redrawn(baseline, seed), baseline) for seed in range(given.resamples)
     )
     print(f"{given.resamples} recorded runs, resampled: {alarms} false alarms")
     for threads in (1, 2):
-        runs = [_measured(suite, folder, threads=threads) for _ in range(given.again)]
+        runs = [_measured(suite, folder, workers, threads=threads) for _ in range(given.again)]
         n_alarms = sum(_alarms(suite, run, baseline) for run in runs)
         seconds = sum(run.seconds for run in runs)
         _tell(f"{len(runs)} whole runs, {threads} threads: {n_alarms} false alarms", seconds)
@@ -67,7 +72,10 @@ def main() -> None:
         copy = Path(workshop) / "copy"
         shutil.copytree(folder, copy)
         for kind in KINDS:
-            found = [_caught(suite, copy, fault, baseline) for fault in _faults(kind, given.faults)]
+            found = [
+                _caught(suite, copy, fault, baseline, workers)
+                for fault in _faults(kind, given.faults)
+            ]
             caught = sum(each is not None for each in found)
             print(
                 f"{kind}: {caught} of {len(found)} caught, {sum(map(bool, found))} at their layer"
@@ -79,11 +87,16 @@ def _tell(what: str, seconds: float) -> None:
 
 
 def _measured(
-    suite: Suite, folder: Path, *, with_noise: bool = False, threads: int | None = None
+    suite: Suite,
+    folder: Path,
+    workers: LocalWorkers,
+    *,
+    with_noise: bool = False,
+    threads: int | None = None,
 ) -> Record:
     started = time.perf_counter()
     processes = None if threads is None else 1
-    with LocalScans(str(folder), processes=processes, threads=threads) as scans:
+    with LocalScans(str(folder), processes=processes, threads=threads, workers=workers) as scans:
         record = measure(suite, scans, with_noise=with_noise)
     return msgspec.structs.replace(record, seconds=time.perf_counter() - started)
 
@@ -137,10 +150,12 @@ def _faults(kind: str, count: int) -> Iterator[Fault]:
         yield Fault(kind, draw.randrange(N_LAYERS), draw.randrange(N_HEADS))
 
 
-def _caught(suite: Suite, copy: Path, fault: Fault, baseline: Record) -> bool | None:
+def _caught(
+    suite: Suite, copy: Path, fault: Fault, baseline: Record, workers: LocalWorkers
+) -> bool | None:
     """Whether what is computed names the fault's layer; None where no gate failed."""
     with _planted(copy, fault):
-        diagnosis = diagnose(suite, _measured(suite, copy), baseline)
+        diagnosis = diagnose(suite, _measured(suite, copy, workers), baseline)
     layers = [
         finding.evidence.layer for finding in diagnosis.findings if finding.rule is Rule.CHANGED_AT
     ]

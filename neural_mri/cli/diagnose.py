@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ from neural_mri.cli.exits import ExitCode
 from neural_mri.cli.terminal import complain, complaints, note, standard_output
 from neural_mri.client import ClientError
 from neural_mri.client.diagnosing import ServiceScans, diagnosed
-from neural_mri.client.local import LocalScans, LocalWorkers
+from neural_mri.client.local import LocalScans, LocalWorkers, WorkerMissing
 from neural_mri.contract.findings import Diagnosis, Severity
 from neural_mri.contract.problems import Problem
 from neural_mri.contract.suites import Language, Suite
@@ -173,8 +173,10 @@ def _run(
     with ExitStack() as opened:
         if local:
             workers = opened.enter_context(LocalWorkers())
-            # Its imports take as long as it does to know the checkpoints by their contents.
-            workers.start()
+            # Imports take as long as it does to know the checkpoints by their contents. Where both have been
+            # measured nobody needs them.
+            with suppress(WorkerMissing):
+                workers.start()
 
             def scans(checkpoint: str) -> Scans:
                 opening = LocalScans(checkpoint, records=records, workers=workers)

@@ -122,19 +122,24 @@ def recorded(
     with_noise: bool,
     on_progress: Progress = silent,
 ) -> tuple[Record, float]:
-    """What the suite measures of a checkpoint, and the seconds it took now: 0 where it was stored."""
+    """What the suite measures of a checkpoint, and the seconds it took now: 0 where it was stored.
+
+    Of a candidate that has become a baseline only the noise is still to be measured.
+    """
     subject = scans.subject
-    for noisy in (with_noise, True):
-        found = records.get(record_key(subject, suite.digest, with_noise=noisy))
-        if found is not None:
-            on_progress(subject.model, 0, 0)
-            # The checkpoint may have been stored under another name.
-            return msgspec.structs.replace(found, subject=subject), 0.0
+    without, noisy = (
+        records.get(record_key(subject, suite.digest, with_noise=noise)) for noise in (False, True)
+    )
+    if (found := noisy if with_noise else noisy or without) is not None:
+        on_progress(subject.model, 0, 0)
+        # The checkpoint may have been stored under another name.
+        return msgspec.structs.replace(found, subject=subject), 0.0
     started = time.perf_counter()
     record = measure(
         suite,
         scans,
         with_noise=with_noise,
+        known=without,
         advance=lambda done, total: on_progress(subject.model, done, total),
     )
     records.put(record)

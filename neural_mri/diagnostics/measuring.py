@@ -166,9 +166,12 @@ def measure(
     scans: Scans,
     *,
     with_noise: bool,
+    known: Record | None = None,
     advance: Advance = lambda _done, _total: None,
 ) -> Record:
     """Everything the suite measures of one checkpoint; with `with_noise`, numerical noise as well.
+
+    What a record without noise holds is taken from there, and only what it lacks is measured.
 
     Raises `Unprocessable` where the tokenizer can be asked none of its prompts.
     """
@@ -180,9 +183,13 @@ def measure(
             f"suite {suite.name} has no prompt that {scans.subject.model} can be asked: answer and foil "
             "begin with the same token in all of them"
         )
-    wanted = list(_wanted(suite, asked, scans.subject, with_noise=with_noise))
+    wanted = [
+        each
+        for each in _wanted(suite, asked, scans.subject, with_noise=with_noise)
+        if known is None or each.replicate
+    ]
     gathered: tuple[Numbers, Numbers] = (Numbers(), Numbers())
-    scan_keys: dict[str, str] = {}
+    scan_keys: dict[str, str] = {} if known is None else dict(known.scan_keys)
     pairs: tuple[Numbers, Numbers] = (Numbers(), Numbers())
     for done, (each, result) in enumerate(_scanned(suite, scans, wanted), 1):
         numbers = gathered[each.replicate] if each.paired < 0 else pairs[each.paired]
@@ -198,11 +205,11 @@ def measure(
         suite=suite.name,
         suite_version=suite.version,
         suite_digest=suite.digest,
-        blocks=gathered[0].blocks(prompts),
+        blocks=gathered[0].blocks(prompts) if known is None else known.blocks,
         noise=noise,
         set_aside=tuple(each for each in everything if isinstance(each, str)),
         scan_keys=scan_keys,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - started + (known.seconds if known is not None else 0.0),
     )
 
 

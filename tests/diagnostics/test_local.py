@@ -35,7 +35,8 @@ def forked(workers: LocalWorkers) -> list[psutil.Process]:
     """Processes that scan: who has loaded a checkpoint, and who was forked from that one."""
     if workers._forge is None:
         return []
-    return psutil.Process(workers._forge.pid).children(recursive=True)
+    found: list[psutil.Process] = psutil.Process(workers._forge.pid).children(recursive=True)
+    return found
 
 
 def soon(true: Callable[[], bool]) -> bool:
@@ -145,8 +146,14 @@ def test_a_process_that_is_killed_is_told_of_and_the_others_go_on(
         with pytest.raises(WorkerEnded, match=r"scans .*main has ended"):
             killed.tokenize(["w3"])
         assert [len(tokens) for tokens in other.tokenize(["w3 w4"])] == [2]
-    said: list[str] = []
-    assert soon(lambda: bool(said.append(capfd.readouterr().err) or "SIGKILL" in "".join(said)))
+    said = ""
+
+    def told() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "main ended by SIGKILL" in said
+
+    assert soon(told)
 
 
 def test_nobody_outlives_whoever_asked(tiny_folder: Path) -> None:

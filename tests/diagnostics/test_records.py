@@ -1,6 +1,7 @@
 """Records: what was measured, under a key that says of what."""
 
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 
 from neural_mri.client import local
+from neural_mri.client.diagnosing import recorded
 from neural_mri.contract.baselines import record_key
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import Gone
+from neural_mri.contract.scans import Scan
 from neural_mri.contract.suites import Measure, Suite
-from neural_mri.diagnostics import Record, Records
+from neural_mri.diagnostics import Record, Records, Scanned, diagnose
 from neural_mri.diagnostics.records import Quantity, default_folder
+from tests.diagnostics.making import InProcess
 
 
 def test_a_record_is_read_as_it_was_written(baseline: Record) -> None:
@@ -77,6 +81,31 @@ def test_records_are_kept_whole_and_damaged_ones_are_refused(
     records.path(key).write_bytes(records.path(key).read_bytes()[:-100])
     with pytest.raises(Gone, match="damaged"):
         records.get(key)
+
+
+def test_of_a_candidate_that_becomes_a_baseline_only_the_noise_is_measured(
+    suite: Suite, baseline: Record, tiny_folder: Path, tmp_path: Path
+) -> None:
+    records = Records(tmp_path / "records")
+    asked: list[Scan] = []
+
+    class Counted(InProcess):
+        def scan(self, scans: Sequence[Scan]) -> Iterator[Scanned]:
+            asked.extend(scans)
+            return super().scan(scans)
+
+    scans = Counted(tiny_folder, tmp_path / "store")
+    first, _ = recorded(suite, scans, records, with_noise=False)
+    n_first = len(asked)
+    found, _ = recorded(suite, scans, records, with_noise=True)
+    # Calibrated again; each of the prompts read with what follows, and its attributions taken twice.
+    assert len(asked) - n_first == 1 + (3 + 2) * suite.noise_prompts
+    assert found.key == baseline.key
+    assert (found.scan_keys, set(found.noise)) == (baseline.scan_keys, set(baseline.noise))
+    for quantity, block in first.blocks.items():
+        assert np.array_equal(found.blocks[quantity].values, block.values, equal_nan=True)
+    assert diagnose(suite, baseline, found).passed
+    assert recorded(suite, scans, records, with_noise=False)[1] == 0.0
 
 
 def test_where_records_are_kept_is_the_callers_to_say(
