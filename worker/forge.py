@@ -3,7 +3,8 @@
 Importing PyTorch and its like takes longer than measuring a small checkpoint, and nothing in it depends on
 which. So it is done once, and each checkpoint has processes that begin where the imports end
 (`contract.local.Open`). The second to hold a checkpoint is forked from the first once that has loaded it:
-weights that nobody changes are in memory once. It ends when the socket does, and its processes with it.
+weights that nobody changes are in memory once. Not so where there may be a GPU, whose context no fork
+survives: there each loads for itself. It ends when the socket does, and its processes with it.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from neural_mri.backing import logs
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
 from neural_mri.contract.local import Open
 
-__all__ = ("main",)
+__all__ = ("main", "may_share_weights")
 
 _LARGEST_MESSAGE = 1 << 16
 _MOST_DESCRIPTORS = 2 * 64
 _PR_SET_PDEATHSIG = 1
+_GPUS = ("/dev/nvidiactl", "/dev/kfd")
 
 
 class _Pipes(NamedTuple):
@@ -142,29 +144,46 @@ def _serve(settings: Settings, wanted: Open, pipes: Sequence[_Pipes]) -> None:
 
     from worker import local
 
+    def opened() -> local.LocalScanner:
+        return local.opened(settings, wanted.model, Path(wanted.store))
+
     own, *others = pipes
+    if not may_share_weights(settings):
+        mine = _fork_each(others)
+        if mine is not None:
+            own.close()
+        torch.set_num_threads(wanted.threads)
+        local.serve(opened, *(mine or own).opened())
+        return
     # A pool of threads would be missing in whoever is forked later, who would wait for it for ever.
     torch.set_num_threads(1 if others else wanted.threads)
     asks, answers = own.opened()
-    scanner = local.serve(
-        lambda: local.opened(settings, wanted.model, Path(wanted.store)),
-        asks,
-        answers,
-        until_prepared=True,
-    )
+    scanner = local.serve(opened, asks, answers, until_prepared=True)
     if scanner is None:
         return
-    for index, its in enumerate(others):
-        if not _forked():
-            asks.close()
-            answers.close()
-            for each in others[index + 1 :]:
-                each.close()
-            asks, answers = its.opened()
-            break
-        its.close()
+    if (mine := _fork_each(others)) is not None:
+        asks.close()
+        answers.close()
+        asks, answers = mine.opened()
     torch.set_num_threads(wanted.threads)
     local.serve(lambda: scanner, asks, answers)
+
+
+def may_share_weights(settings: Settings) -> bool:
+    """Whether a process that has loaded a checkpoint may still be forked."""
+    on_cpu = settings.device == "cpu"
+    return on_cpu or (settings.device == "auto" and not any(map(os.path.exists, _GPUS)))
+
+
+def _fork_each(others: Sequence[_Pipes]) -> _Pipes | None:
+    """Fork a process for each. Its pipes, in such a process; None in the one that forked them."""
+    for index, its in enumerate(others):
+        if not _forked():
+            for each in others[index + 1 :]:
+                each.close()
+            return its
+        its.close()
+    return None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
+from neural_mri.backing.settings import Settings
+from neural_mri.client import local
 from neural_mri.client.errors import Refused
 from neural_mri.client.local import LocalScans, LocalWorkers, WorkerEnded
 from neural_mri.contract.anomalies import AnomalyScan, CalibrationScan, Lens
@@ -23,6 +27,7 @@ from neural_mri.contract.scans import (
 from neural_mri.contract.suites import Measure, Suite
 from neural_mri.diagnostics import Record, measure
 from tests.diagnostics.making import InProcess
+from worker import forge
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,30 @@ def test_where_nothing_can_be_forked_processes_make_their_own_imports(tiny_folde
         assert started.tables
         assert scans.subject.model == "main"
         assert forked(workers) == []
+
+
+def test_where_there_may_be_a_gpu_each_process_loads_for_itself(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert forge.may_share_weights(Settings(device="cpu"))
+    assert not forge.may_share_weights(Settings(device="cuda:1"))
+    assert not forge.may_share_weights(Settings(device="auto")) or not Path("/dev/nvidia0").exists()
+    apart = "from worker import forge as f; f.may_share_weights = lambda _: False; f.main(['{}'])"
+    monkeypatch.setattr(
+        local,
+        "_started",
+        lambda _module, end, **how: subprocess.Popen(
+            [sys.executable, "-c", apart.format(end)], cwd=local._tree(), **how
+        ),
+    )
+    scan = ActivationScan(prompt="w3 w4 w5", canonical=True)
+    with (
+        LocalWorkers() as workers,
+        LocalScans(str(tiny_folder), processes=3, threads=2, workers=workers) as scans,
+    ):
+        found = [each.tables["activations"] for each in scans.scan([scan] * 6)]
+        assert len(forked(workers)) == 3
+    assert all(each["value"] == found[0]["value"] for each in found)
 
 
 def test_prompts_of_one_length_are_read_from_one_forward(tiny_folder: Path, tmp_path: Path) -> None:
@@ -131,37 +160,30 @@ def test_a_scan_that_is_refused_takes_nobody_along(
             next(found)
 
 
-def test_a_process_that_is_killed_is_told_of_and_the_others_go_on(
-    tiny_folder: Path, workers: LocalWorkers, capfd: pytest.CaptureFixture[str]
+def test_a_process_that_is_killed_is_told_of_the_others_go_on_and_none_outlives_whoever_asked(
+    tiny_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert soon(lambda: not forked(workers))
-    with (
-        LocalScans(str(tiny_folder), processes=1, threads=1, workers=workers) as killed,
-        LocalScans(str(tiny_folder), processes=1, threads=1, workers=workers) as other,
-    ):
-        assert killed.subject == killed.subject
+    with LocalWorkers() as workers:
+        killed = LocalScans(str(tiny_folder), processes=1, threads=1, workers=workers)
+        other = LocalScans(str(tiny_folder), processes=2, threads=1, workers=workers)
+        subject = killed.subject
         [victim] = forked(workers)
-        assert other.subject == killed.subject
+        assert other.subject == subject
         os.kill(victim.pid, signal.SIGKILL)
         with pytest.raises(WorkerEnded, match=r"scans .*main has ended"):
             killed.tokenize(["w3"])
-        assert [len(tokens) for tokens in other.tokenize(["w3 w4"])] == [2]
-    said = ""
+        killed.close()
+        said = ""
 
-    def told() -> bool:
-        nonlocal said
-        said += capfd.readouterr().err
-        return "main ended by SIGKILL" in said
+        def told() -> bool:
+            nonlocal said
+            said += capfd.readouterr().err
+            return "main ended by SIGKILL" in said
 
-    assert soon(told)
-
-
-def test_nobody_outlives_whoever_asked(tiny_folder: Path) -> None:
-    with LocalWorkers() as workers:
-        scans = LocalScans(str(tiny_folder), processes=2, threads=1, workers=workers)
-        under_way = scans.scan([WeightScan()] * 40)
-        next(under_way)
+        assert soon(told)
+        under_way = other.scan([WeightScan()] * 40)
+        assert next(under_way).tables
         running = forked(workers)
         assert len(running) == 2
-    scans.close()
+    other.close()
     assert soon(lambda: not any(each.is_running() for each in running))
