@@ -5,6 +5,7 @@ here. A task that has been told to stop and does not is stopped with the whole p
 taken back by the reaper, and a supervisor starts another worker.
 """
 
+import math
 import os
 import signal
 import threading
@@ -28,7 +29,7 @@ __all__ = ("Holding", "Keeper", "LeaseLost")
 TICK_SECONDS = 0.1
 BEAT_SECONDS = 1.0
 STOP_SECONDS = 5.0
-"""How long a task may go on after it was told to stop, without asking."""
+"""How long a task may go on after one of its jobs was told to stop, without asking for any."""
 
 log = structlog.get_logger(__name__)
 
@@ -37,11 +38,20 @@ class LeaseLost(Cancelled):
     """Somebody else holds the job now, or it has ended: whatever this attempt does is in vain."""
 
 
+class _Thread:
+    """The one that all jobs of a worker are run by."""
+
+    def __init__(self) -> None:
+        self.asked_at = -math.inf
+        """When it last asked, for any of them, whether to go on; on the monotonic clock."""
+
+
 class Holding:
     """One job that this process holds, and whether its attempt should go on."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, thread: _Thread) -> None:
         self.job = job
+        self._thread = thread
         self._stop: type[Cancelled] | None = None
         self._unheard_since = 0.0
         self._is_aside = False
@@ -51,8 +61,8 @@ class Holding:
 
         Whoever asks has heard it, and may go on for the sake of mates in the same pass.
         """
+        self._thread.asked_at = time.monotonic()
         if self._stop is not None:
-            self._unheard_since = time.monotonic()
             raise self._stop(f"job {self.job.id}, attempt {self.job.attempt}")
 
     def stop(self, reason: type[Cancelled]) -> None:
@@ -62,10 +72,13 @@ class Holding:
             self._stop = reason
 
     def seconds_unheeded(self) -> float:
-        """How long it has not asked since it was told to stop; 0 when it was not, or cannot ask now."""
+        """How long nobody has asked since it was told to stop; 0 when it was not, or cannot ask now.
+
+        Who asks may be another that the same thread runs: a mate whose turn comes first.
+        """
         if self._stop is None or self._is_aside:
             return 0.0
-        return time.monotonic() - self._unheard_since
+        return time.monotonic() - max(self._unheard_since, self._thread.asked_at)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -98,6 +111,7 @@ class Keeper:
         self._describe = describe
         self._give_up = give_up
         self._lock = threading.Lock()
+        self._thread = _Thread()
         self._held: dict[UUID, Holding] = {}
         self._closing = threading.Event()
         self._renew_at = 0.0
@@ -121,7 +135,7 @@ class Keeper:
     @contextmanager
     def holding(self, job: Job) -> Iterator[Holding]:
         """Keep a claimed job's lease while the block runs."""
-        holding = Holding(job)
+        holding = Holding(job, self._thread)
         with self._lock:
             self._held[job.id] = holding
         try:

@@ -178,12 +178,18 @@ def test_who_goes_on_for_its_mates_and_asks_has_heard_that_it_should_stop(
     with (
         running_keeper(sessions, redis, lambda: ended.append("the worker")) as keeper,
         keeper.holding(claimed(sessions)) as holding,
+        keeper.holding(claimed(sessions)) as mate,
     ):
         holding.stop(Cancelled)
         deadline = time.monotonic() + 2.5
         while time.monotonic() < deadline:
             with pytest.raises(Cancelled):
                 holding.check()
+            time.sleep(0.02)
+        assert not ended
+        deadline = time.monotonic() + 2.5
+        while time.monotonic() < deadline:
+            mate.check()  # its turn comes first
             time.sleep(0.02)
         assert not ended
         deadline = time.monotonic() + 20.0

@@ -33,7 +33,8 @@ from neural_mri.contract.scans import (
 )
 from neural_mri.contract.tokens import Operands, Span, Tokens
 from tests.worker.bench import Bench
-from worker import admission
+from worker import admission, keeper
+from worker.scanner import logit_lens
 from worker.scanner.anomalies import AnomalyRows
 from worker.scanner.loading import LoadedModel
 
@@ -293,6 +294,29 @@ def test_one_that_stops_while_the_lens_is_read_takes_nobody_along(holding_tiny: 
     states = [bench.now(job).state for job in mates]
     assert states == [S.SUCCEEDED, S.CANCELLED, S.SUCCEEDED]
     assert forwards.batches == [3]
+
+
+def test_one_that_stops_before_its_turn_with_the_lens_is_not_taken_for_deaf(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, given_up = holding_tiny, list[None]()
+    monkeypatch.setattr(bench.keeper, "_give_up", lambda: given_up.append(None))
+    monkeypatch.setattr(keeper, "STOP_SECONDS", 0.7)
+    monkeypatch.setattr(logit_lens, "_PRODUCT_BYTES", {"cpu": 1})  # a chunk a position
+    another = msgspec.structs.replace(AT_ANSWER, kl_weight=1.0)
+    mates = [submitted(bench, AT_ANSWER, prompt(seed)) for seed in range(4)]
+    last = submitted(bench, another, prompt(4))
+    forwards, final_norm = Forwards(bench), resident(bench).modules.final_norm
+    with (
+        once(final_norm, lambda: cancel(bench, last), at_call=2),
+        once(final_norm, lambda: time.sleep(0.5), at_call=3),
+        once(final_norm, lambda: time.sleep(0.5), at_call=4),
+    ):
+        assert bench.attempts().take(bench.queue) == 5
+    assert not given_up, "others are measured before it"
+    assert [bench.now(job).state for job in mates] == [S.SUCCEEDED] * 4
+    assert bench.now(last).state is S.CANCELLED
+    assert forwards.batches == [5]
 
 
 def test_an_fmri_scan_does_not_wait_for_the_lens_of_its_mates(holding_tiny: Bench) -> None:

@@ -88,19 +88,16 @@ class Company(Silent):
             self._go_on(lambda listener: listener.pause())
 
     def _go_on(self, ask: Callable[[Listener], None]) -> None:
-        """Ask one that waits; the others only whether they do, for all must be asked again and again."""
-        stopped, is_waited_for = None, False
+        """Ask until one waits: whether the others still do makes no difference now."""
+        stopped = None
         for listener in self._listeners:
             try:
-                if is_waited_for:
-                    listener.checkpoint()
-                else:
-                    ask(listener)
+                ask(listener)
             except Cancelled as cancelled:
                 stopped = cancelled
             else:
-                is_waited_for = True
-        if stopped is not None and not is_waited_for:
+                return
+        if stopped is not None:
             raise stopped
 
     @contextmanager
