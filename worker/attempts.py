@@ -308,7 +308,7 @@ class Attempts:
         def counted(each: Performed) -> Performed:
             if not isinstance(each, Scanned):
                 return each
-            return each.without(interludes.lent_seconds, len(together))
+            return each.without(interludes.lent_seconds / len(together))
 
         def stand(early: Mapping[int, Performed]) -> None:
             ready({index: counted(each) for index, each in early.items()})
@@ -327,6 +327,7 @@ class Attempts:
                 models_dir=self._settings.models_dir,
                 listeners=[self._reporter(holding, interludes) for holding in holdings],
                 ready=stand,
+                lent_seconds=lambda: interludes.lent_seconds,
             )
             scanned = [counted(each) for each in measured]
             for span, one in zip(spans, scanned, strict=True):

@@ -77,14 +77,12 @@ class Scanned(NamedTuple):
     """Everything but the tables' addresses."""
     tables: Mapping[str, pa.Table]
 
-    def without(self, seconds: float, n_jobs: int) -> "Scanned":
-        """The same, not counting seconds that its pass, of so many jobs, lent to others."""
+    def without(self, seconds: float) -> "Scanned":
+        """The same, its forward without its share of the seconds that its pass has lent to others."""
         forward = max(0.0, self.manifest.forward_seconds - seconds)
-        compute = max(0.0, self.manifest.compute_seconds - seconds / n_jobs)
-        counted = msgspec.structs.replace(
-            self.manifest, forward_seconds=forward, compute_seconds=compute
+        return self._replace(
+            manifest=msgspec.structs.replace(self.manifest, forward_seconds=forward)
         )
-        return self._replace(manifest=counted)
 
 
 Performed: TypeAlias = Scanned | Problem | Cancelled
@@ -101,6 +99,7 @@ def perform(
     models_dir: Path,
     listeners: Sequence[Listener],
     ready: Callable[[Mapping[int, Performed]], None] = lambda _early: None,
+    lent_seconds: Callable[[], float] = lambda: 0.0,
 ) -> list[Performed]:
     """Run the scans of jobs that share a pass, one alone most often.
 
@@ -114,6 +113,7 @@ def perform(
         listeners: One a job.
         ready: Given what became of some, by index, as soon as it stands while others are still measured; the
             time that it takes is nobody's.
+        lent_seconds: How long the pass has stood still for others until now; that is nobody's either.
 
     Gives what became of each: of several, one may be refused or stop while the others go on.
 
@@ -133,7 +133,7 @@ def perform(
         _promised_key(one, of_it, registered, numerics, baseline)
         for one, of_it in zip(jobs, asked, strict=True)
     ]
-    shares = _Shares(started, len(jobs))
+    shares = _Shares(started, len(jobs), lent_seconds)
 
     def finished(index: int, outcome: Outcome, seconds: float) -> Performed:
         if not isinstance(outcome, ScanOutput):
@@ -149,7 +149,7 @@ def perform(
         seconds = shares.of_early(len(some))
         these = {index: finished(index, outcome, seconds) for index, outcome in some.items()}
         early.update(these)
-        with shares.lent():
+        with shares.set_aside():
             ready(these)
 
     with torch.inference_mode():  # this thread's alone, so it is entered here
@@ -171,32 +171,36 @@ def perform(
 class _Shares:
     """How the seconds of a pass are shared among its jobs: they sum to what was computed."""
 
-    def __init__(self, started: float, n_jobs: int) -> None:
+    def __init__(self, started: float, n_jobs: int, lent_seconds: Callable[[], float]) -> None:
         self._from = started
-        """Since when it was computed, moved on by what was lent."""
+        """Since when it was computed, moved on by what was set aside."""
         self._n_jobs = n_jobs
+        self._lent_seconds = lent_seconds
         self._n_left = n_jobs
         self._given = 0.0
 
     def of_early(self, count: int) -> float:
         """Of each of so many that others go on without: its share of what has been computed for all."""
-        seconds = (time.perf_counter() - self._from) / self._n_jobs
+        seconds = self._computed() / self._n_jobs
         self._given += count * seconds
         self._n_left -= count
         return seconds
 
     def of_last(self) -> float:
         """Of each of the others."""
-        return (time.perf_counter() - self._from - self._given) / self._n_left
+        return (self._computed() - self._given) / self._n_left
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
+    def set_aside(self) -> Iterator[None]:
         """Nothing is computed for the pass meanwhile."""
         began = time.perf_counter()
         try:
             yield
         finally:
             self._from += time.perf_counter() - began
+
+    def _computed(self) -> float:
+        return time.perf_counter() - self._from - self._lent_seconds()
 
 
 def rows_of(job: Job) -> int:

@@ -213,6 +213,37 @@ def test_what_is_lent_is_neither_held_against_a_scan_nor_counted(
     assert 0 < manifest.forward_seconds <= manifest.compute_seconds < own
 
 
+def test_what_is_lent_while_a_lens_is_read_is_nobodys_though_mates_have_their_results(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, lent, short = holding_tiny, 2.0, list[Job]()
+    flair = AnomalyScan(prompt=WORDS, model="tiny", token_positions="target")
+    mates = [
+        bench.submit(scan, tokens=read(*range(3 + number, 9 + number)), lane=Lane.BATCH)
+        for number, scan in enumerate([SHORT] * 8 + [flair])
+    ]
+    lend = Interludes._lend
+
+    def slowly(self: Interludes, *args: Any) -> float:
+        monkeypatch.setattr(self, "_run", lambda *_: time.sleep(lent))
+        return lend(self, *args)
+
+    def somebody_asks(_: int) -> None:
+        if not short and bench.now(mates[0]).state is S.SUCCEEDED:
+            short.append(bench.submit(SHORT, n_tokens=5))
+
+    monkeypatch.setattr(Interludes, "_lend", slowly)
+    began = time.monotonic()
+    with at_each_pause(monkeypatch, somebody_asks):
+        assert bench.attempts().take(bench.queue) == len(mates)
+    own = time.monotonic() - began - lent
+    assert bench.now(short[0]).state is not S.QUEUED, "it was let in while the lens was read"
+    done = [bench.now(job).manifest or "" for job in mates]
+    seconds = [storage.load_manifest(bench.store, path).compute_seconds for path in done]
+    assert all(seconds)
+    assert sum(seconds) < own
+
+
 def test_leases_of_both_are_renewed(holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = holding_tiny
     bench.settings = msgspec.structs.replace(bench.settings, lease_seconds=0.6)
@@ -309,6 +340,9 @@ def test_a_forward_that_many_share_is_interrupted_where_nobody_waits_for_it(
         assert bench.attempts().take(bench.queue) == len(mates)
     assert {bench.now(job).state for job in mates} == {S.SUCCEEDED}
     assert bench.now(short[0]).state is (S.SUCCEEDED if lends else S.QUEUED)
+    for job in mates:
+        manifest = storage.load_manifest(bench.store, bench.now(job).manifest or "")
+        assert 0 < manifest.forward_seconds <= manifest.compute_seconds
 
 
 def test_a_short_one_that_fails_takes_no_other_along(
