@@ -5,7 +5,6 @@ measured; the store may lose it, and then it is measured again, to the same digi
 thread alone.
 """
 
-import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ from neural_mri.contract.scans import CalibrationScan, ScanKind
 from worker.resident import Resident
 from worker.scanner.calibrating import calibrate
 from worker.scanner.calibration import Calibration
-from worker.scanner.listening import Listener
+from worker.scanner.listening import Listener, Timed
 
 __all__ = ("Calibrations",)
 
@@ -110,10 +109,10 @@ class Calibrations:
         return storage.read_table(self._store, ref)
 
     def _measured(self, key: str, resident: Resident, listener: Listener) -> Calibration:
-        started = time.perf_counter()
+        listener = Timed(listener)
         request = CalibrationScan(model=resident.registered.name)
         measured = calibrate(resident.model, request, listener, prefix=resident.model.prefix)
-        seconds = time.perf_counter() - started
+        seconds = listener.own_seconds
         manifest = Manifest(
             scan_key=key,
             kind=ScanKind.CALIBRATION,

@@ -38,7 +38,7 @@ from worker.memory import Memory
 from worker.reporter import Outbox
 from worker.residency import Residency
 from worker.resident import Resident
-from worker.scanner.listening import Listener, Silent
+from worker.scanner.listening import Listener, Silent, Timed
 
 __all__ = ("LoadsKillWorkers", "Placing")
 
@@ -115,7 +115,7 @@ class Placing:
         self._withdrawn: frozenset[str] = frozenset()
         self._renew_at = 0.0
         self._poked_at = -POKED_SECONDS
-        self._loading_since: float | None = None
+        self._loading: Timed | None = None
         self._in_use: list[str] = []
         """Models that scans run on: more than one where a short scan runs inside a long one."""
 
@@ -381,14 +381,14 @@ class Placing:
     def _load(self, name: str, listener: Listener, *, pin: bool = False) -> Resident:
         """Load a model that this worker has claimed."""
         revision = self._registered(name).revision
-        self._loading_since = time.monotonic()
+        self._loading = Timed(listener)
         try:
-            resident = self._residency.load(name, listener, pin=pin)
+            resident = self._residency.load(name, self._loading, pin=pin)
         except BaseException:
             self._quietly(residences.release, revision)
             raise
         finally:
-            self._loading_since = None
+            self._loading = None
         self._quietly(
             residences.settle,
             revision,
@@ -511,8 +511,8 @@ class Placing:
             log.debug("nothing_seen", error=str(error))
 
     def _renew(self) -> None:
-        since = self._loading_since
-        if since is not None and time.monotonic() - since > self._settings.job_deadline_seconds:
+        loading = self._loading
+        if loading is not None and loading.own_seconds > self._settings.job_deadline_seconds:
             log.error("load_unheeded", seconds=self._settings.job_deadline_seconds)
             os.kill(os.getpid(), signal.SIGKILL)
         if time.monotonic() < self._renew_at:

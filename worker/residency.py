@@ -25,7 +25,7 @@ from worker.calibrations import Calibrations
 from worker.memory import free_of_each
 from worker.resident import Resident
 from worker.scanner import loading
-from worker.scanner.listening import Listener, Silent
+from worker.scanner.listening import Listener, Silent, Timed
 
 __all__ = ("Residency", "device_class")
 
@@ -117,7 +117,7 @@ class Residency:
         numerics = msgspec.structs.replace(
             registered.numerics, dtype=self._dtype, device=self.device
         )
-        started = time.perf_counter()
+        listener = Timed(listener)
         with self._announced(registered, ModelState.LOADING):
             free = free_of_each(self._settings, self.device)
             model = loading.load(self._models_dir / registered.folder, numerics, free)
@@ -128,7 +128,7 @@ class Residency:
             except BaseException:
                 model.release()
                 raise
-            seconds = round(time.perf_counter() - started, 3)
+            seconds = round(listener.own_seconds, 3)
             resident = resident._replace(load_seconds=seconds, loaded_at=time.monotonic())
             with self._lock:
                 self._residents[registered.revision] = resident

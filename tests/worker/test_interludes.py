@@ -431,3 +431,36 @@ def test_a_model_that_is_being_loaded_keeps_nobody_from_the_one_that_is_held(
     assert served.state is S.SUCCEEDED, served.problem
     assert scanned.finished_at is not None
     assert scanned.finished_at < (served.finished_at or scanned.finished_at)
+
+
+def test_what_a_load_lends_is_neither_held_against_it_nor_counted(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bench, lent, killed = holding_tiny, 1.0, list[int]()
+    other = save_tiny_model(tmp_path_factory.mktemp("other") / "other", seed=1)
+    registered = modelstore.add(bench.settings, "other", f"folder:{other}")
+    monkeypatch.setattr("worker.placing.os.kill", lambda _pid, signum: killed.append(signum))
+    bench.sessions.write(jobs.submit, load_of("other", registered.revision))
+
+    def somebody_asks(pause: int) -> None:
+        if pause == 0:
+            bench.submit(SHORT)
+
+    def slowly(self: Interludes, *_: Any) -> float:
+        allowed = time.monotonic() - began + lent / 2
+        hurried = msgspec.structs.replace(bench.settings, job_deadline_seconds=allowed)
+        monkeypatch.setattr(bench.placing, "_settings", hurried)
+        time.sleep(lent)
+        bench.placing._renew()
+        monkeypatch.setattr(bench.placing, "_settings", bench.settings)
+        return lent
+
+    monkeypatch.setattr(Interludes, "_lend", slowly)
+    began = time.monotonic()
+    with at_each_pause(monkeypatch, somebody_asks):
+        bench.attempts().take(keys.CONTROL_QUEUE)
+    own = time.monotonic() - began - lent
+    resident = bench.residency.get(registered.revision)
+    assert resident is not None
+    assert not killed
+    assert 0 < resident.load_seconds < own

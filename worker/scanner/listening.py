@@ -1,10 +1,11 @@
 """What a scan tells while it runs, and how it is stopped."""
 
+import time
 from typing import Protocol, runtime_checkable
 
 from neural_mri.contract.events import ActivationFrame, EffectsFrame, LayerFrame
 
-__all__ = ("Cancelled", "Listener", "Silent")
+__all__ = ("Cancelled", "Listener", "Silent", "Timed")
 
 
 class Cancelled(Exception):
@@ -58,3 +59,39 @@ class Silent:
     def pause(self) -> None:
         """Only a checkpoint: there is nobody to let in between."""
         self.checkpoint()
+
+
+class Timed(Silent):
+    """Passes on what work tells and asks, and knows how much of the time since then was the work's own.
+
+    May be asked for it by another thread.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._since = time.monotonic()
+        """When it began, moved on by what it has lent."""
+        self._paused_at: float | None = None
+
+    @property
+    def own_seconds(self) -> float:
+        """How long it has run, without its pauses: others run in them."""
+        paused_at = self._paused_at
+        return (time.monotonic() if paused_at is None else paused_at) - self._since
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Passed on."""
+        self._listener.progress(stage, done, total)
+
+    def checkpoint(self) -> None:
+        """Passed on."""
+        self._listener.checkpoint()
+
+    def pause(self) -> None:
+        """Passed on; what it takes is not the work's."""
+        self._paused_at = began = time.monotonic()
+        try:
+            self._listener.pause()
+        finally:
+            self._since += time.monotonic() - began
+            self._paused_at = None
