@@ -30,7 +30,8 @@ __all__ = ("main", "may_share_weights")
 _LARGEST_MESSAGE = 1 << 16
 _MOST_DESCRIPTORS = 2 * 64
 _PR_SET_PDEATHSIG = 1
-_GPUS = ("/dev/nvidiactl", "/dev/kfd")
+_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Of NVIDIA's driver, of AMD's, and of Linux under Windows."""
 
 
 class _Pipes(NamedTuple):
@@ -55,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("socket", type=int, help="the descriptor of a datagram socket")
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Where our output goes is where whoever started us prints what was asked for.
+    os.dup2(2, 1)
     try:
         settings = load_settings()
     except InvalidSettings as error:

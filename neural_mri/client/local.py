@@ -85,10 +85,10 @@ class _Lane:
 
     def answer(self) -> Any:
         """The oldest answer that is owed. Raises `Refused` and `WorkerEnded`."""
-        self.owed.popleft()
         answer = local.read_message(self._answers, local.Answer)
         if answer is None:
             self._complain()
+        self.owed.popleft()
         if isinstance(answer, local.Failure):
             raise Refused(answer.problem)
         return answer
@@ -135,9 +135,12 @@ class LocalWorkers:
         """Where the process is asked that forks the others."""
         if self._socket is None:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._socket, end = ours, theirs.fileno()
-            with theirs:
+            with theirs, contextlib.ExitStack() as unless_started:
+                unless_started.enter_context(ours)
+                end = theirs.fileno()
                 self._forge = _started("worker.forge", str(end), pass_fds=[end])
+                unless_started.pop_all()
+            self._socket = ours
         return self._socket
 
     def lanes(self, model: str, *, count: int, threads: int) -> list[_Lane]:
@@ -157,11 +160,15 @@ class LocalWorkers:
         return self._forked(wanted, count)
 
     def _forked(self, wanted: local.Open, count: int) -> list[_Lane]:
+        forge = self._forging()
         pipes = [(os.pipe(), os.pipe()) for _ in range(count)]
         theirs = [end for asks, answers in pipes for end in (asks[0], answers[1])]
         try:
-            socket.send_fds(self._forging(), [msgspec.msgpack.encode(wanted)], theirs)
+            socket.send_fds(forge, [msgspec.msgpack.encode(wanted)], theirs)
         except OSError as error:
+            for asks, answers in pipes:
+                os.close(asks[1])
+                os.close(answers[0])
             raise WorkerEnded(
                 "the process that was to start others has ended: what it has written above says why"
             ) from error
@@ -187,7 +194,8 @@ class LocalWorkers:
 class LocalScans:
     """One checkpoint, a folder of safetensors or a name of the embedded set-up's model store.
 
-    Its processes start with the first question and end with `close`; use it as a context manager.
+    Its processes start with the first question and end with `close`; use it as a context manager. One
+    question is asked at a time: what is left of a scan's results must be let go before the next.
     """
 
     def __init__(
@@ -231,10 +239,7 @@ class LocalScans:
 
     def close(self) -> None:
         """End the processes."""
-        for lane in self._lanes:
-            lane.close()
-        self._lanes = []
-        self._prepared = False
+        self._part()
         if self._owns_workers:
             self._workers.close()
 
@@ -261,49 +266,74 @@ class LocalScans:
 
         Scans that stand together and may share a forward do. Whichever process is done has the next.
         """
-        lanes = self._ready()
-        waiting = deque(enumerate(_questions(scans)))
-        found: dict[int, tuple[local.Measured | local.Failure, ...]] = {}
-        n_given, n_questions = 0, len(waiting)
-        while n_given < n_questions:
-            for owed in range(AHEAD):
-                for lane in lanes:
-                    if (
-                        waiting
-                        and len(lane.owed) <= owed
-                        and (not owed or _is_small(waiting[0][1]))
-                    ):
-                        number, question = waiting.popleft()
-                        lane.ask(question, number)
-            if n_given in found:
-                yield from map(_scanned, found.pop(n_given))
-                n_given += 1
-                continue
-            busy = [lane for lane in lanes if lane.owed]
-            for lane in select.select(busy, (), ())[0]:
-                number = lane.owed[0]
-                found[number] = lane.answer().results
+        with self._asking() as lanes:
+            self._prepare(lanes)
+            waiting = deque(enumerate(_questions(scans)))
+            found: dict[int, tuple[local.Measured | local.Failure, ...]] = {}
+            n_given, n_questions = 0, len(waiting)
+            while n_given < n_questions:
+                for owed in range(AHEAD):
+                    for lane in lanes:
+                        if (
+                            waiting
+                            and len(lane.owed) <= owed
+                            and (not owed or _is_small(waiting[0][1]))
+                        ):
+                            number, question = waiting.popleft()
+                            lane.ask(question, number)
+                if n_given in found:
+                    yield from map(_scanned, found.pop(n_given))
+                    n_given += 1
+                    continue
+                busy = [lane for lane in lanes if lane.owed]
+                for lane in select.select(busy, (), ())[0]:
+                    number = lane.owed[0]
+                    found[number] = lane.answer().results
 
     def _asked(self, question: local.Ask) -> Any:
-        [first, *_] = self._started()
-        first.ask(question)
-        return first.answer()
+        with self._asking() as [first, *_]:
+            first.ask(question)
+            return first.answer()
 
-    def _ready(self) -> list[_Lane]:
-        """All processes, the checkpoint in memory."""
-        lanes = self._started()
-        if not self._prepared:
-            for lane in lanes:
-                lane.ask(local.Prepare())
-            for lane in lanes:
-                lane.answer()
-            self._prepared = True
-        return lanes
+    def _prepare(self, lanes: Sequence[_Lane]) -> None:
+        """Have the checkpoint in memory of all processes."""
+        if self._prepared:
+            return
+        for lane in lanes:
+            lane.ask(local.Prepare())
+        for lane in lanes:
+            lane.answer()
+        self._prepared = True
 
-    def _started(self) -> list[_Lane]:
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[list[_Lane]]:
+        """All processes, for one question; those are let go whose answers nobody has waited for.
+
+        Whoever asked them next would take the answers for his own.
+        """
         if not self._lanes:
             self._lanes = self._workers.lanes(self._model, count=self._count, threads=self._threads)
-        return self._lanes
+        lanes = self._lanes
+        if _owe(lanes):
+            raise RuntimeError(
+                f"{self._model} is still asked something else: expected one at a time"
+            )
+        try:
+            yield lanes
+        finally:
+            if _owe(lanes) and lanes is self._lanes:
+                self._part()
+
+    def _part(self) -> None:
+        """Let the processes go."""
+        for lane in self._lanes:
+            lane.close()
+        self._lanes = []
+        self._prepared = False
+
+
+def _owe(lanes: Sequence[_Lane]) -> bool:
+    return any(lane.owed for lane in lanes)
 
 
 def _questions(scans: Sequence[Scan]) -> Iterator[local.Scans]:

@@ -15,7 +15,7 @@ import pytest
 from neural_mri.backing.settings import Settings
 from neural_mri.client import local
 from neural_mri.client.errors import Refused
-from neural_mri.client.local import LocalScans, LocalWorkers, WorkerEnded
+from neural_mri.client.local import LocalScans, LocalWorkers, WorkerEnded, WorkerMissing
 from neural_mri.contract.anomalies import AnomalyScan, CalibrationScan, Lens
 from neural_mri.contract.scans import (
     ActivationScan,
@@ -87,6 +87,11 @@ def test_where_there_may_be_a_gpu_each_process_loads_for_itself(
     assert forge.may_share_weights(Settings(device="cpu"))
     assert not forge.may_share_weights(Settings(device="cuda:1"))
     assert not forge.may_share_weights(Settings(device="auto")) or not Path("/dev/nvidia0").exists()
+    for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"):
+        with monkeypatch.context() as there:
+            there.setattr(os.path, "exists", driver.__eq__)
+            assert not forge.may_share_weights(Settings(device="auto"))
+            assert forge.may_share_weights(Settings(device="cpu"))
     apart = "from worker import forge as f; f.may_share_weights = lambda _: False; f.main(['{}'])"
     monkeypatch.setattr(
         local,
@@ -158,6 +163,64 @@ def test_a_scan_that_is_refused_takes_nobody_along(
         assert "attention.0" in next(found).tables
         with pytest.raises(Refused, match=r"blocks\.99\.attn does not exist"):
             next(found)
+
+
+def test_what_a_refused_or_left_scan_has_still_to_measure_is_nobody_elses_answer(
+    tiny_folder: Path, workers: LocalWorkers
+) -> None:
+    def reads(*prompts: str) -> list[Scan]:
+        return [ActivationScan(prompt=prompt, canonical=True) for prompt in prompts]
+
+    with LocalScans(str(tiny_folder), processes=1, threads=1, workers=workers) as scans:
+        nowhere = AttentionScan(prompt="w3 w4", layers=(99,))
+        with pytest.raises(Refused):
+            list(scans.scan([nowhere, *reads("w3", "w3 w4")]))
+        assert [len(tokens) for tokens in scans.tokenize(["w3 w4 w5"])] == [3]
+        left = scans.scan(reads("w3", "w3 w4", "w3 w4 w5"))
+        next(left)
+        with pytest.raises(RuntimeError, match="expected one at a time"):
+            scans.tokenize(["w3"])
+        del left
+        found = scans.scan(reads("w3 w4 w5 w6", "w3 w4 w5 w6 w7"))
+        assert [each.tables["tokens"].num_rows for each in found] == [4, 5]
+
+
+def test_a_machine_without_the_worker_says_so_however_often_it_is_asked(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "find_spec", lambda _name: None)
+    with LocalWorkers() as workers:
+        for _ in range(2):
+            with pytest.raises(WorkerMissing, match="the worker, which is not installed here"):
+                workers.start()
+        with (
+            pytest.raises(WorkerMissing),
+            LocalScans(str(tiny_folder), workers=workers) as scans,
+        ):
+            scans.tokenize(["w3"])
+
+
+def test_what_a_library_prints_while_it_scans_does_not_stand_in_who_asks_output(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loud = (
+        "from worker import forge, local; opened = local.opened; "
+        "local.opened = lambda *a: (print('loaded', flush=True), opened(*a))[1]; forge.main(['{}'])"
+    )
+    monkeypatch.setattr(
+        local,
+        "_started",
+        lambda _module, end, **how: subprocess.Popen(
+            [sys.executable, "-c", loud.format(end)], cwd=local._tree(), **how
+        ),
+    )
+    with (
+        LocalWorkers() as workers,
+        LocalScans(str(tiny_folder), processes=1, threads=1, workers=workers) as scans,
+    ):
+        assert scans.tokenize(["w3"])
+    out, err = capfd.readouterr()
+    assert (out, "loaded" in err) == ("", True)
 
 
 def test_a_process_that_is_killed_is_told_of_the_others_go_on_and_none_outlives_whoever_asked(
