@@ -1,8 +1,9 @@
 """The object store: results under their own hash, manifests under their attempt.
 
-A folder of this machine's, or a bucket (`s3`). In the folder a file is seen whole or not at all: it is written beside its place, flushed, and renamed into it. Paths
-come from `keys.py` and are checked all the same; no symbolic link is followed, on no step of a path.
-Knows bytes, tables and manifests; nothing of jobs' states.
+A folder of this machine's, or a bucket (`s3`). In the folder a file is seen whole or not at all: it is
+written beside its place, flushed, and renamed into it. Paths come from `keys.py` and are checked all the
+same; no symbolic link is followed, on no step of a path. Knows bytes, tables and manifests; nothing of jobs'
+states.
 """
 
 import errno

@@ -52,9 +52,10 @@ def scan_together(
 ) -> list[Outcome]:
     """What became of each scan: what it would give alone, to the last digits but one.
 
-    `ready` is given those outcomes, by index, for which others have still to be measured: fMRI needs not much
-    more than the forward, and does not wait for a lens. The forward goes on while anybody waits for it. Raises what concerns them all: a prompt or request that
-    the model cannot do, and `Cancelled` when nobody waits any more.
+    `ready` is given outcomes, by index, that stand while others have still to be measured: fMRI needs not
+    much more than the forward, and does not wait for a lens. The forward goes on while anybody waits for it.
+    Raises what concerns them all: a prompt or request that the model cannot do, and `Cancelled` when nobody
+    waits any more.
     """
     groups = sorted(_alike(asked), key=lambda group: _is_long(asked[group[0]]))
     batch = _Batch.of(model, asked, groups)
