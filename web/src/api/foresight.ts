@@ -15,16 +15,13 @@ export interface Foreseen extends Asked {
 
 /** A fetch that has begun these requests already. Each answer goes to the first who asks the same. */
 export function foreseeing(requests: readonly Foreseen[], fetcher: Fetch): Fetch {
-  const begun = new Map<string, Promise<Response>>();
+  const begun = new Map<string, { answer: Promise<Response>; isGuess: boolean }>();
 
   function begin({ path, init, leads, isGuess = false }: Foreseen): void {
-    const first = answered(path, init, leads);
-    const answer = isGuess
-      ? first.then((early) => (early.ok ? early : fetcher(path, init)))
-      : first;
+    const answer = answered(path, init, leads);
     // Who never asks is not told that it failed either.
     answer.catch(() => undefined);
-    begun.set(named(path, init), answer);
+    begun.set(named(path, init), { answer, isGuess });
   }
 
   /** An answer with all of its body, so that who reads it need not wait once more. */
@@ -44,9 +41,13 @@ export function foreseeing(requests: readonly Foreseen[], fetcher: Fetch): Fetch
 
   return (input, init) => {
     const name = typeof input === "string" ? named(input, init) : "";
-    const answer = begun.get(name);
+    const early = begun.get(name);
+    if (early === undefined) return fetcher(input, init);
     begun.delete(name);
-    return answer ?? fetcher(input, init);
+    if (!early.isGuess) return early.answer;
+    // Not before it is needed: by then the scan may have finished, or somebody have signed in.
+    const again = () => fetcher(input, init);
+    return early.answer.then((guessed) => (guessed.ok ? guessed : again()), again);
   };
 }
 

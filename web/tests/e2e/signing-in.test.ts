@@ -83,6 +83,15 @@ test("a key opens the service to its holder alone, until they sign out or it is 
   await ada.page.waitForFunction(() => location.hash.includes("job="));
   const address = new URL(ada.page.url()).hash;
 
+  // Who comes back by the address is asked once, and then sees the scan.
+  const back = await visitor(address);
+  await back.page.getByTestId("login").waitFor();
+  await sign(back.page, made.key);
+  await back.page.getByTestId("corner-value").waitFor();
+  await back.page.waitForFunction(() => !document.querySelector('[data-testid="problem"]'));
+  expect(await back.page.getByTestId("login").count()).toBe(0);
+  await back.context.close();
+
   // Somebody else with her address sees no more of her scan than that it is none of theirs.
   const bob = await visitor(address);
   await sign(bob.page, await service.key("bob"));
