@@ -198,27 +198,36 @@ export class Reading {
   readonly locked: number = $derived.by(() => this.#nodeOf(this.#crosshair.locked));
 
   /**
-   * The nodes of this picture that were pointed at, by the leader's addresses that stand for them: several nodes
+   * The components of this picture that were pointed at, by the leader's addresses that stand for them: several
    * of a larger model have one address in a smaller one, and what is read must be what the pointer is on.
    */
-  #meant = $state.raw<ReadonlyMap<string, number>>(new Map());
+  #meant = $state.raw<ReadonlyMap<string, string>>(new Map());
 
   #nodeOf(component: string | null): number {
     if (component === null || this.topology === null) return -1;
     const meant = this.isElsewhere ? this.#meant.get(component) : undefined;
-    if (meant !== undefined && meant < this.topology.size) return meant;
+    // Another model since then, or folded heads: it need not be there, nor stand at the same depth.
+    if (meant !== undefined && this.#standIn(meant) === component) {
+      return this.topology.indexOf.get(meant) ?? -1;
+    }
     return nodeOf(this.topology, component, this.#role.leader?.topology ?? this.topology);
+  }
+
+  /** The leader's address for a component of this picture; null where either has none such. */
+  #standIn(own: string): string | null {
+    const leader = this.#role.leader?.topology;
+    if (leader == null || this.topology?.indexOf.has(own) !== true) return null;
+    return leader.addresses[nodeOf(leader, own, this.topology)] ?? null;
   }
 
   /** The address that the crosshair has where a node of this picture is meant. */
   addressOf(node: number): string | null {
     const own = this.topology?.addresses[node];
-    const leader = this.#role.leader?.topology;
-    if (own === undefined || this.topology === null) return null;
-    if (leader == null) return own;
-    const address = leader.addresses[nodeOf(leader, own, this.topology)] ?? null;
+    if (own === undefined) return null;
+    if (this.#role.leader?.topology == null) return own;
+    const address = this.#standIn(own);
     if (address !== null && this.isElsewhere && this.#nodeOf(address) !== node) {
-      this.#meant = new Map(this.#meant).set(address, node);
+      this.#meant = new Map(this.#meant).set(address, own);
     }
     return address;
   }

@@ -9,6 +9,10 @@ import { coronalOf } from "../../src/model/section";
 import { bare, type Acquisition } from "../../src/model/series";
 import { nodeAt, topologyOf } from "../../src/model/topology";
 import { Volume } from "../../src/model/volume";
+import { Crosshair } from "../../src/state/crosshair.svelte";
+import { Display } from "../../src/state/display.svelte";
+import { Reading, type Scene } from "../../src/state/reading.svelte";
+import type { AllSeries } from "../../src/state/study.svelte";
 import { architecture } from "./architectures";
 import { chance } from "./fixtures";
 
@@ -175,5 +179,35 @@ describe("the coronal plane", () => {
     expect(plane.names).toEqual(["Attn", "MLP"]);
     expect([...plane.values]).toEqual([4, 5]);
     expect(plane.tokens).toBe(false);
+  });
+});
+
+describe("a picture of a larger model beside a smaller one", () => {
+  const scene = (layers: number, heads: number): Scene => ({
+    model: null,
+    topology: topologyOf(architecture(layers, heads)),
+    series: {} as AllSeries,
+  });
+
+  test("reads what was pointed at in it, and after another model is hung there the same depth of that", () => {
+    let other = scene(30, 9);
+    const [display, crosshair] = [new Display(), new Crosshair()];
+    const current = new Reading(scene(2, 4), display, crosshair);
+    const changing: Scene = {
+      get model() {
+        return other.model;
+      },
+      get topology() {
+        return other.topology;
+      },
+      series: other.series,
+    };
+    const prior = new Reading(changing, display, crosshair, { leader: current });
+    const read = () => prior.topology?.addresses[prior.locked];
+    const at = other.topology?.indexOf.get("blocks.10.mlp") ?? -1;
+    crosshair.lock(prior.addressOf(at) ?? "");
+    expect([crosshair.locked, read()]).toEqual(["blocks.0.mlp", "blocks.10.mlp"]);
+    other = scene(12, 12);
+    expect(read()).toBe("blocks.0.mlp");
   });
 });
