@@ -83,13 +83,6 @@ class Numbers:
             raise ValueError(f"{measure} {name} of {prompt} has other components than before")
         self._rows.setdefault(quantity, {})[prompt] = values.astype(np.float32)
 
-    def take(self, other: "Numbers") -> None:
-        """Everything that another has gathered."""
-        for quantity, rows in other._rows.items():  # noqa: SLF001 -- of its own kind
-            for prompt, values in rows.items():
-                components = other._components[quantity]  # noqa: SLF001
-                self.add(quantity.measure, quantity.name, prompt, components, values)
-
     def blocks(self, prompts: Sequence[str]) -> dict[Quantity, Block]:
         """What was gathered, in the order of the prompts; `prompts` names all that may be there."""
         found = {}
