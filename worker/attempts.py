@@ -253,21 +253,28 @@ class Attempts:
         The process's one broad except beside the halving: a job takes no other along.
         """
         with _logged(holding.job):
+            end: tuple[JobState, ProblemDocument | None] | None = None
+            is_lost = False
             try:
                 work(holding)
             except LeaseLost:
                 log.warning("lease_lost")
+                return False
             except Cancelled:
-                self._end(holding, JobState.CANCELLED)
+                end = JobState.CANCELLED, None
             except Problem as problem:
-                self._end(holding, JobState.FAILED, problem.document())
+                end = JobState.FAILED, problem.document()
             except Exception as error:  # noqa: BLE001
-                self._end(holding, JobState.FAILED, _diagnosis(error).document())
-                if isinstance(error, torch.AcceleratorError):
-                    # The device's context is lost with it: this process will compute nothing more.
-                    os.kill(os.getpid(), signal.SIGTERM)
-            else:
+                end = JobState.FAILED, _diagnosis(error).document()
+                is_lost = isinstance(error, torch.AcceleratorError)
+            if end is None:
                 return True
+            # Outside the handlers: an error's frames hold the scan's memory, and who has said that it
+            # stopped should have nothing left to do.
+            self._end(holding, *end)
+            if is_lost:
+                # The device's context is lost with it: this process will compute nothing more.
+                os.kill(os.getpid(), signal.SIGTERM)
             return False
 
     def _begun(self, together: Sequence[Holding]) -> list[Holding]:
