@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ("Before", "Reader", "hooked", "set_aside", "tensor_in", "tensor_out")
+__all__ = ("Before", "Reader", "awake", "hooked", "set_aside", "tensor_in", "tensor_out")
 
 Reader = Callable[[nn.Module, tuple[Any, ...], Any], None]
 """Called with a module, its positional arguments and its output."""
@@ -31,6 +31,12 @@ def set_aside() -> Iterator[None]:
         _Awake.now = before
 
 
+def awake() -> Callable[[], bool]:
+    """Says later whether the forward that is being prepared now runs, and not another's in its pause."""
+    mine = _Awake.now
+    return lambda: _Awake.now is mine
+
+
 @contextmanager
 def hooked(
     *readers: tuple[nn.Module, Reader], before: Sequence[tuple[nn.Module, Before]] = ()
@@ -39,14 +45,14 @@ def hooked(
 
     All are gone afterwards, whatever happened.
     """
-    mine, handles = _Awake.now, []
+    is_awake, handles = awake(), []
 
     def call(reader: Reader, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if _Awake.now is mine:
+        if is_awake():
             reader(module, args, output)
 
     def prepare(what: Before, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return what(module, args) if _Awake.now is mine else None
+        return what(module, args) if is_awake() else None
 
     try:
         for module, what in before:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neural_mri.contract.problems import Problem
 from neural_mri.contract.tokens import Tokens
-from worker.scanner.hooks import hooked, set_aside, tensor_in
+from worker.scanner.hooks import awake, hooked, set_aside, tensor_in
 from worker.scanner.listening import Cancelled, Listener, Silent
 from worker.scanner.loading import LoadedModel
 from worker.scanner.prompts import ScanOutput
@@ -33,6 +33,10 @@ __all__ = (
     "read_forward",
     "settled",
 )
+
+
+_ROWS_AT_ONCE = 96
+"""Positions whose logits are computed between two questions whether anybody still waits: 40 ms on a CPU."""
 
 
 class AskedOf(NamedTuple):
@@ -167,6 +171,7 @@ def read_forward(
         for reader in readers:
             reading.enter_context(reader.listening())
         reading.enter_context(company.listening(model))
+        reading.enter_context(_unembedding_in_portions(model, company))
         if places:
             if places != list(range(ids.numel())):
                 reading.enter_context(_unembedding(model, places))
@@ -179,6 +184,36 @@ def read_forward(
     seconds = time.perf_counter() - started
     places_of_each = [len(reader.logits_at) for reader in readers]
     return ForwardRead(list(torch.split(logits, places_of_each)), seconds)
+
+
+@contextmanager
+def _unembedding_in_portions(model: LoadedModel, company: Company) -> Iterator[None]:
+    """Let the company be asked between portions of a long prompt's logits, where a CPU computes them.
+
+    They are a sixth of a small model's forward pass, and one product that nobody can stop. Only where oneDNN
+    computes it (`linear_maps`), which gives a row the same digits whatever rows are beside it.
+    """
+    module, is_ours = model.modules.unembed, awake()
+    whole: Callable[[Tensor], Tensor] | None = vars(module).get("forward")
+    if whole is None or model.device.type != "cpu":
+        yield
+        return
+
+    def forward(read: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_vocab"]:
+        rows = read.flatten(0, -2)
+        if len(rows) <= _ROWS_AT_ONCE or not is_ours():
+            return whole(read)
+        found = read.new_empty(len(rows), model.architecture.d_vocab)
+        for at in range(0, len(rows), _ROWS_AT_ONCE):
+            company.checkpoint()
+            found[at : at + _ROWS_AT_ONCE] = whole(rows[at : at + _ROWS_AT_ONCE])
+        return found.view(*read.shape[:-1], -1)
+
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        vars(module)["forward"] = whole
 
 
 @contextmanager

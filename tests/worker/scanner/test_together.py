@@ -23,6 +23,7 @@ from neural_mri.contract.perturbations import (
 from neural_mri.contract.problems import Conflict
 from neural_mri.contract.scans import ActivationScan
 from neural_mri.contract.tokens import Tokens
+from worker.scanner import shared_forward
 from worker.scanner.activations import scan_activations
 from worker.scanner.anomalies import scan_anomalies
 from worker.scanner.listening import Cancelled, Silent
@@ -216,6 +217,37 @@ def test_of_a_company_one_that_waits_lets_others_in() -> None:
     first, last = Counted(), Counted()
     Company([Stops(), first, last]).pause()
     assert (first.paused, last.paused) == (1, 0)
+
+
+class StopsAmongLogits(Silent):
+    """Once the blocks are behind it and some of the logits are computed."""
+
+    def __init__(self, n_layers: int) -> None:
+        self._n_layers = n_layers
+        self.asked = 0
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self._n_layers -= stage == "forward"
+
+    def checkpoint(self) -> None:
+        self.asked += self._n_layers == 0
+        if self.asked > 2:
+            raise Cancelled
+
+
+@pytest.mark.smollm2
+def test_a_long_prompts_logits_can_be_stopped_and_are_the_same_to_the_last_bit(
+    smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, tokens = ActivationScan(prompt="x"), prompt(smollm2, 200)
+    in_portions = scan_activations(smollm2, request, tokens, Silent())
+    stopped = StopsAmongLogits(smollm2.architecture.n_layers)
+    with pytest.raises(Cancelled):
+        scan_activations(smollm2, request, tokens, stopped)
+    assert stopped.asked == 3
+    monkeypatch.setattr(shared_forward, "_ROWS_AT_ONCE", 200)
+    whole = scan_activations(smollm2, request, tokens, Silent())
+    assert in_portions.tables == whole.tables
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
