@@ -239,12 +239,14 @@ forking.import_the_rest(Settings())
 assert asked == [], asked
 assert forking.why_not() is None, forking.why_not()
 
-rows = torch.arange(600 * 600, dtype=torch.float64).reshape(600, 600) % 7
-whole = rows.numpy().astype(np.int64)
-product = whole @ whole  # integers: one thread, no library of linear algebra
+# Integers of numpy: one thread, no library of linear algebra. What torch makes of several threads here,
+# as of so many numbers it would, a child would wait for in vain.
+whole = np.arange(600 * 600).reshape(600, 600) % 7
+product = whole @ whole
 
 def work(life):
     torch.set_num_threads(2)
+    rows = torch.from_numpy(whole).double()
     weights = rows.clone().requires_grad_()
     (rows @ weights).sum().backward()
     assert np.array_equal((rows @ rows).numpy(), product)
