@@ -1,6 +1,5 @@
 """`python -m worker`: hold the pinned and wanted models, then take tickets until SIGTERM."""
 
-import gc
 import os
 import sys
 
@@ -9,6 +8,7 @@ import structlog
 from neural_mri.backing import logs, tracing
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
 from neural_mri.contract.problems import Problem
+from worker import children
 
 log = structlog.get_logger("worker")
 
@@ -27,11 +27,8 @@ def main() -> int:
     logs.configure(settings, process="worker")
     _choose_gpu(settings)
     os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.data_dir / "compiled"))
-    # An allocator of Arrow's that is not in use would start a thread.
-    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
-    # Millions of objects come with torch and stay. To look for garbage among them is a fifth of the start,
-    # so nobody looks until the models are loaded.
-    gc.disable()
+    # Nobody looks for garbage again until the models are loaded.
+    children.ready_to_import()
     from worker import forking, process
 
     forking.import_the_rest(settings)

@@ -8,7 +8,6 @@ survives: there each loads for itself. It ends when the socket does, and its pro
 """
 
 import argparse
-import ctypes
 import gc
 import os
 import selectors
@@ -24,12 +23,12 @@ import msgspec
 from neural_mri.backing import logs
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
 from neural_mri.contract.local import Open
+from worker.children import forked, ready_to_import
 
 __all__ = ("main", "may_share_weights")
 
 _LARGEST_MESSAGE = 1 << 16
 _MOST_DESCRIPTORS = 2 * 64
-_PR_SET_PDEATHSIG = 1
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Of NVIDIA's driver, of AMD's, and of Linux under Windows."""
 
@@ -64,10 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"neural-mri: {error}\n")
         return 1
     logs.configure(settings, process="local")
-    # An allocator of Arrow's that is not in use would start a thread.
-    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
-    # Nothing that torch brings is garbage; to look for it there is a fifth of the start.
-    gc.disable()
+    ready_to_import()
     import worker.local  # noqa: F401
 
     # What stands now is every child's: a collection that marked it would copy it.
@@ -97,7 +93,7 @@ def _fork_for(settings: Settings, asked: socket.socket) -> None:
                 wanted = msgspec.msgpack.decode(message, type=Open)
                 pairs = zip(descriptors[::2], descriptors[1::2], strict=True)
                 pipes = [_Pipes(*pair) for pair in pairs]
-                child = _forked()
+                child = forked()
                 if not child:
                     asked.close()
                     _be(settings, wanted, pipes)
@@ -114,16 +110,6 @@ def _bury(child: int, model: str) -> None:
     if code:
         how = f"status {code}" if code > 0 else signal.Signals(-code).name
         sys.stderr.write(f"neural-mri: the process that scans {model} ended by {how}\n")
-
-
-def _forked() -> int:
-    """0 in the child, which ends with its parent."""
-    parent, child = os.getpid(), os.fork()
-    if not child:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before we asked
-            os._exit(1)
-    return child
 
 
 def _be(settings: Settings, wanted: Open, pipes: Sequence[_Pipes]) -> NoReturn:
@@ -181,7 +167,7 @@ def may_share_weights(settings: Settings) -> bool:
 def _fork_each(others: Sequence[_Pipes]) -> _Pipes | None:
     """Fork a process for each. Its pipes, in such a process; None in the one that forked them."""
     for index, its in enumerate(others):
-        if not _forked():
+        if not forked():
             for each in others[index + 1 :]:
                 each.close()
             return its

@@ -9,7 +9,6 @@ Signals that end a worker are handed to the child, and its end is the parent's e
 as the kernel does for want of memory, is replaced.
 """
 
-import ctypes
 import gc
 import importlib
 import logging
@@ -34,6 +33,7 @@ from neural_mri.backing.restarts import (
 )
 from neural_mri.backing.settings import Settings
 from worker import metrics
+from worker.children import forked
 
 __all__ = ("Life", "import_the_rest", "kept_alive", "why_not")
 
@@ -42,7 +42,6 @@ ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP
 HEARD = ENDING | {signal.SIGCHLD, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2}
 DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
 TOLD = struct.Struct("d?")
-PR_SET_PDEATHSIG = 1
 LIKELIER_VICTIM = 50
 """How much sooner, in thousandths of all memory, the kernel ends the child than its parent."""
 IMPORTED_LATER = (
@@ -139,12 +138,12 @@ def kept_alive(work: Callable[[Life], int]) -> int:
     gc.freeze()
     unheard = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    parent, life, failures = os.getpid(), Life(), 0
+    life, failures = Life(), 0
     while True:
         life.begin()
-        child = _forked()
+        child = forked()
         if not child:
-            _settle(parent)
+            _settle()
             signal.pthread_sigmask(signal.SIG_SETMASK, unheard)
             return work(life)
         end = _end_of(child)
@@ -180,17 +179,8 @@ class _End(NamedTuple):
     """Whether it had been told to go."""
 
 
-def _forked() -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return os.fork()
-
-
-def _settle(parent: int) -> None:
-    """Be a process of its own, which ends with its parent."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we asked
-        os._exit(1)
+def _settle() -> None:
+    """Be a process of its own."""
     with suppress(OSError, ValueError):
         adjustment = Path("/proc/self/oom_score_adj")
         sooner = min(int(adjustment.read_text()) + LIKELIER_VICTIM, 1000)
