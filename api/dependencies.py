@@ -71,6 +71,8 @@ class Services:
     """What is being told while its request has been answered already."""
     untold: list[Job] = field(default_factory=list)
     """Jobs that are to be told of next."""
+    watched: set[UUID] = field(default_factory=set)
+    """Jobs of which it is to be told next that somebody may look at their frames."""
     under_way: dict[tuple[str, str], UUID] = field(default_factory=dict)
     """Jobs that requests which only read have made, by owner and scan key."""
     known: dict[str, _Known] = field(default_factory=dict)
@@ -144,9 +146,15 @@ class Services:
             return known.model
         return await self.model(job.model)
 
-    def announce(self, job: Job) -> None:
-        """Tell of a job's state, and of work where it waits; nobody waits for it to be told."""
+    def announce(self, job: Job, *, is_watched: bool = False) -> None:
+        """Tell of a job's state, and of work where it waits; nobody waits for it to be told.
+
+        `is_watched` says that somebody may look at the work's frames as they come: else a worker keeps
+        them to itself until somebody follows the job.
+        """
         self.untold.append(job)
+        if is_watched:
+            self.watched.add(job.source)
         if all(errand.done() for errand in self.errands):
             errand = asyncio.create_task(self._tell())
             self.errands.add(errand)
@@ -161,11 +169,14 @@ class Services:
                 # A follower's leader has a ticket, and events.
                 if job.leader is None or job.state is not JobState.QUEUED
             ]
+            watched = set(self.watched)
             self.untold.clear()
+            self.watched.clear()
             # What is lost here the reaper makes good. Tickets come after events, so that no worker can tell
             # of a job before its first event stands.
             await self.publisher.publish_all(
                 [(job.id, change_of(job)) for job in told],
+                watched=watched,
                 tickets=Counter(job.queue for job in told if job.state is JobState.QUEUED),
             )
 

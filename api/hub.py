@@ -9,6 +9,7 @@ that every reader hears the end; and it tells readers when the stream they follo
 """
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -41,6 +42,8 @@ BACKLOG = 512
 
 BLOCK_SECONDS = 5.0
 TICK_SECONDS = 1.0
+WATCH_SECONDS = 10.0
+"""How often it is said which jobs are watched: who says so may be forgotten, or go away without a word."""
 QUIET_SECONDS = 2.0
 """A stream silent for so long is compared with the database: its end may have been lost."""
 
@@ -179,6 +182,11 @@ class _Topic:
                 listener.push(frame)
 
 
+def _say_watched(redis: Any, topic: _Topic) -> Any:
+    """Have workers tell of the job's frames: somebody looks."""
+    return redis.set(keys.watched(topic.job_id), b"1", ex=int(6 * WATCH_SECONDS))
+
+
 class Hub:
     """The process's one reader of event streams.
 
@@ -203,6 +211,8 @@ class Hub:
         """When the reader last had an answer, on the monotonic clock."""
         self._pages = asyncio.Semaphore(READERS)
         self._tasks: list[asyncio.Task[None]] = []
+        self._said_at = -math.inf
+        """When it was last said what is watched, on the monotonic clock."""
         self.closing = False
 
     @property
@@ -316,6 +326,7 @@ class Hub:
             if topic.position is None:
                 newest = parse_entries(await reader.xrevrange(key, count=1))
                 topic.position = Position.parse(newest[0].id) if newest else START
+                await _say_watched(reader, topic)
             topic.live.set()
         positions: Any = {
             key: str(topic.position)
@@ -339,6 +350,7 @@ class Hub:
             await asyncio.sleep(TICK_SECONDS)
             try:
                 await self._find_lost()
+                await self._keep_watched()
                 await self._tell_ends()
             except Unavailable:
                 log.debug("event_watch_without_database")
@@ -363,6 +375,17 @@ class Hub:
                     topic.position = START
                     for listener in topic.listeners:
                         listener.lose(topic.job_id)
+
+    async def _keep_watched(self) -> None:
+        """Say again which jobs are watched, before it is forgotten."""
+        if time.monotonic() < self._said_at + WATCH_SECONDS:
+            return
+        self._said_at = time.monotonic()
+        pipeline = self._redis.pipeline(transaction=False)
+        for topic in self._topics.values():
+            _say_watched(pipeline, topic)
+        with suppress(*AWAY):
+            await pipeline.execute()
 
     async def _tell_ends(self) -> None:
         """Tell of ends that only the database knows."""

@@ -32,15 +32,23 @@ REMEMBERED = 1000
 
 
 async def submit_scan(
-    services: Services, scan: Scan, lane: Lane, idempotency_key: str | None = None
+    services: Services,
+    scan: Scan,
+    lane: Lane,
+    idempotency_key: str | None = None,
+    *,
+    is_watched: bool = True,
 ) -> Job:
     """The job of a scan: queued, or born succeeded where its result is known.
+
+    `is_watched` says that whoever asks may look at its frames as they come.
 
     Raises the `Unprocessable` that names what the model or the prompt does not have, `ModelNotLoaded`,
     and `TooMany`.
     """
     prepared = await prepare(services, scan)
-    return await _submit(services, submission_of(services, prepared, lane, idempotency_key))
+    submission = submission_of(services, prepared, lane, idempotency_key)
+    return await _submit(services, submission, is_watched=is_watched)
 
 
 async def submit_attention(services: Services, job: Job, layer: int) -> Job:
@@ -81,7 +89,7 @@ async def _submit_once(services: Services, submission: Submission) -> Job:
     return job
 
 
-async def _submit(services: Services, submission: Submission) -> Job:
+async def _submit(services: Services, submission: Submission, *, is_watched: bool = False) -> Job:
     """Record a job, then tell of it. A known result is used only while all of its bytes are there.
 
     Raises `MissingScope`: some requests that read have something measured first.
@@ -102,7 +110,7 @@ async def _submit(services: Services, submission: Submission) -> Job:
         )
     crash_point("api.recorded")
     _told(job, services.metrics.accepted(job))
-    services.announce(job)
+    services.announce(job, is_watched=is_watched)
     return job
 
 

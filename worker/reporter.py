@@ -2,15 +2,16 @@
 
 The scan must never wait for Redis, so it posts to an `Outbox` and a thread publishes. The outbox bounds
 what it holds and what it sends: progress at most `PROGRESS_PER_SECOND` a job (the last one of a stage
-always), of one layer the newest frame only, token frames all and in order. It bounds how often it sends as
-well: whatever the thread computes the scan does not.
+always), of one layer the newest frame only, token frames all and in order, and any frames only of jobs that
+somebody may watch (`unseen`). It bounds how often it sends as well: whatever the thread computes the scan
+does not.
 """
 
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol, Self
 from uuid import UUID
 
@@ -26,6 +27,7 @@ from neural_mri.contract.events import (
     Progress,
     StateChanged,
 )
+from worker.unseen import Frames, Unseen
 
 __all__ = ("EventSink", "Outbox", "Reporter")
 
@@ -36,6 +38,10 @@ GATHER_SECONDS = 0.005
 """How long an event waits for others to go with it: much less than anybody sees. An end goes at once."""
 APART_SECONDS = 0.03
 """How far apart round trips begin while events keep coming: a forward tells of every layer of every job."""
+LOOK_SECONDS = 0.05
+"""How far apart it is asked who watches jobs whose frames wait for somebody."""
+MOST_JOBS = 1000
+"""Jobs that frames are kept of: far more than run at once. Those that were lost are forgotten so."""
 IDLE_SECONDS = 60.0
 """How long the thread sleeps while there is nothing to send: it is woken when there is."""
 LARGEST_BACKLOG = 4000
@@ -47,8 +53,8 @@ log = structlog.get_logger(__name__)
 class EventSink(Protocol):
     """Where events go: `backing.events.Publisher`, which never raises."""
 
-    def publish_all(self, told: Sequence[Told]) -> None:
-        """Append events to their jobs' streams, in order."""
+    def publish_all(self, told: Sequence[Told], asking: Sequence[UUID] = ()) -> frozenset[UUID]:
+        """Append events to their jobs' streams, in order; those of the jobs asked for that are watched."""
 
 
 class Outbox:
@@ -64,6 +70,14 @@ class Outbox:
         """When each job may next report progress, on the monotonic clock."""
         self._layers: set[tuple[UUID, int]] = set()
         """Layers of which a frame waits."""
+        self._watched: set[UUID] = set()
+        """Jobs that somebody may look at: all of their events go where others do."""
+        self._unseen: dict[UUID, Unseen] = {}
+        """What the other jobs tell."""
+        self._news: set[UUID] = set()
+        """Those of them that tell what is not for whoever watches alone."""
+        self._look_at = math.inf
+        """When it is to be asked whether somebody watches them by now, on the monotonic clock."""
         self._publish_at = 0.0
         """When what waits is to go, on the monotonic clock."""
         self._rested_at = 0.0
@@ -101,26 +115,45 @@ class Outbox:
             if isinstance(event, Ended):
                 self._due.pop(job_id, None)
                 self._publish_at = 0.0
-            # To wake the publishing thread takes the interpreter from the one that computes.
-            if (wanted_at := self._wanted_at(job_id)) < self._wakes_at:
-                self._wakes_at = wanted_at
-                self._changed.notify_all()
+            self._wake_for(job_id)
+
+    def post_frames(self, job_id: UUID, make: Callable[[], Sequence[ActivationFrame]]) -> None:
+        """Queue token frames, which are made when somebody is to see them."""
+        with self._changed:
+            if job_id not in self._watched:
+                self._append(job_id, Frames(make))
+                self._wake_for(job_id)
+                return
+        for frame in make():
+            self.post(job_id, frame)
+
+    def _wake_for(self, job_id: UUID) -> None:
+        # To wake the publishing thread takes the interpreter from the one that computes.
+        if (wanted_at := self._wanted_at(job_id)) < self._wakes_at:
+            self._wakes_at = wanted_at
+            self._changed.notify_all()
 
     def _wanted_at(self, job_id: UUID) -> float:
         """When the thread is to do something for a job, or for all."""
-        publish_at = self._publish_at if self._waiting else math.inf
-        return min(publish_at, self._due[job_id]) if job_id in self._held else publish_at
+        wanted_at = min(self._publish_at if self._has_news() else math.inf, self._look_at)
+        return min(wanted_at, self._due[job_id]) if job_id in self._held else wanted_at
+
+    def _has_news(self) -> bool:
+        return bool(self._waiting or self._news)
 
     def flush(self, timeout_seconds: float) -> bool:
-        """Wait until everything posted so far is published; whether it was in time."""
+        """Wait until everything posted so far is published that somebody is to see; whether it was in time."""
         with self._changed:
             for job_id in tuple(self._held):
                 self._release(job_id)
             self._publish_at = 0.0
+            if self._look_at < math.inf:
+                self._look_at = 0.0
             self._changed.notify_all()
-            return self._changed.wait_for(
-                lambda: not self._waiting and not self._sending, timeout_seconds
-            )
+            return self._changed.wait_for(self._is_idle, timeout_seconds)
+
+    def _is_idle(self) -> bool:
+        return not self._has_news() and not self._sending and self._look_at > 0.0
 
     def _hold(self, job_id: UUID, progress: Progress) -> None:
         held = self._held.get(job_id)
@@ -145,17 +178,53 @@ class Outbox:
             if _layer_of(told) == (job_id, frame.layer):
                 self._waiting[place] = Told(job_id, frame)
 
-    def _append(self, job_id: UUID, event: Event) -> None:
-        if len(self._waiting) >= LARGEST_BACKLOG and not isinstance(event, StateChanged | Ended):
-            log.warning("event_dropped", job_id=str(job_id), backlog=len(self._waiting))
-            return
-        if not self._waiting:
+    def _append(self, job_id: UUID, event: Event | Frames) -> None:
+        if not self._has_news():
             self._publish_at = max(time.monotonic() + GATHER_SECONDS, self._rested_at)
-        elif len(self._waiting) == MOST_AT_ONCE:
-            self._publish_at = 0.0
+        if job_id in self._watched and not isinstance(event, Frames):
+            self._queue(job_id, event)
+        else:
+            self._keep(job_id, event)
+
+    def _keep(self, job_id: UUID, event: Event | Frames) -> None:
+        """Keep an event of a job until it has been asked who watches it."""
+        unseen = self._unseen.get(job_id)
+        if unseen is None:
+            if len(self._unseen) >= MOST_JOBS:
+                self._forget(next(iter(self._unseen)))
+            unseen = self._unseen[job_id] = Unseen()
+        if self._is_too_much(job_id, event, len(unseen)):
+            return
+        unseen.keep(event)
+        if unseen.has_news:
+            self._news.add(job_id)
+        if unseen.has_pictures and self._look_at == math.inf:
+            self._look_at = max(time.monotonic() + GATHER_SECONDS, self._rested_at)
+        if len(unseen) > MOST_AT_ONCE and not unseen.was_asked_for:
+            self._look_at = 0.0
+
+    def _forget(self, job_id: UUID) -> None:
+        self._unseen.pop(job_id, None)
+        self._news.discard(job_id)
+        self._watched.discard(job_id)
+
+    @staticmethod
+    def _is_too_much(job_id: UUID, event: Event | Frames, backlog: int) -> bool:
+        if backlog < LARGEST_BACKLOG or isinstance(event, StateChanged | Ended):
+            return False
+        log.warning("event_dropped", job_id=str(job_id), backlog=backlog)
+        return True
+
+    def _queue(self, job_id: UUID, event: Event) -> None:
+        if self._is_too_much(job_id, event, len(self._waiting)):
+            return
         self._waiting.append(Told(job_id, event))
+        if len(self._waiting) > MOST_AT_ONCE:
+            self._publish_at = 0.0
         if isinstance(event, LayerFrame):
             self._layers.add((job_id, event.layer))
+        if isinstance(event, Ended):
+            self._forget(job_id)
 
     def _publish(self) -> None:
         while True:
@@ -163,23 +232,56 @@ class Outbox:
                 self._sending = False
                 self._changed.notify_all()  # whoever waits for a flush
                 while not self._closing:
-                    pauses = [self._release_due()]
-                    if self._waiting:
+                    pauses = [self._release_due(), self._look_at - time.monotonic()]
+                    if self._has_news():
                         pauses.append(self._publish_at - time.monotonic())
-                        if pauses[1] <= 0:
-                            break
+                    if min(pauses[1:]) <= 0:
+                        break
                     self._wakes_at = time.monotonic() + min(pauses)
                     self._changed.wait(min(pauses))
                     self._wakes_at = 0.0
-                if not self._waiting:
+                if self._closing and not self._has_news():
                     return
-                told = [
-                    self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))
-                ]
-                self._layers.difference_update(filter(None, map(_layer_of, told)))
+                strangers = self._strangers()
                 self._rested_at = time.monotonic() + APART_SECONDS
                 self._sending = True
-            self._sink.publish_all(told)
+            watched = self._sink.publish_all((), strangers) if strangers else frozenset()
+            with self._changed:
+                told = self._taken(strangers, watched)
+            if told:
+                self._sink.publish_all(told)
+
+    def _strangers(self) -> list[UUID]:
+        """Jobs of which it is to be asked now who watches them."""
+        return [
+            job_id
+            for job_id, unseen in self._unseen.items()
+            if unseen.has_pictures or not unseen.was_asked_for
+        ]
+
+    def _taken(self, strangers: Sequence[UUID], watched: Collection[UUID]) -> list[Told]:
+        """What one round trip takes along, now that it is known who of the strangers is watched."""
+        for job_id in strangers:
+            unseen = self._unseen.get(job_id)
+            if unseen is None:
+                continue
+            unseen.was_asked_for = True
+            if job_id in watched:
+                self._watched.add(job_id)
+                del self._unseen[job_id]
+                self._news.discard(job_id)
+                for event in unseen.taken():
+                    self._queue(job_id, event)
+        for job_id in tuple(self._news):
+            if self._unseen[job_id].was_asked_for:
+                self._news.discard(job_id)
+                for event in self._unseen[job_id].news_taken():
+                    self._queue(job_id, event)
+        has_pictures = any(unseen.has_pictures for unseen in self._unseen.values())
+        self._look_at = time.monotonic() + LOOK_SECONDS if has_pictures else math.inf
+        told = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
+        self._layers.difference_update(filter(None, map(_layer_of, told)))
+        return told
 
     def _release_due(self) -> float:
         """Release the progress that is due; seconds until the next is."""
@@ -220,9 +322,9 @@ class Reporter:
         """A layer has been computed."""
         self._outbox.post(self._job_id, frame)
 
-    def frame(self, frame: ActivationFrame) -> None:
-        """A token's components are known."""
-        self._outbox.post(self._job_id, frame)
+    def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
+        """Tokens' components are known."""
+        self._outbox.post_frames(self._job_id, make)
 
     def effects(self, frame: EffectsFrame) -> None:
         """Components' effects are estimated, or measured."""

@@ -21,6 +21,7 @@ from api.dependencies import Services
 from api.problems import refusals
 from api.results import FinishedJob
 from api.submissions import submit_scan
+from api.waiting import wait_seconds
 from neural_mri.contract import stimuli
 from neural_mri.contract.jobs import JobView, Lane
 from neural_mri.contract.scans import (
@@ -316,7 +317,9 @@ def _handler(route: _Route) -> HTTPRouteHandler:
         idempotency_key: IdempotencyKey = None,
     ) -> Response[JobView]:
         asked = time.monotonic()
-        job = await submit_scan(services, _scan(data), lane, idempotency_key)
+        # Who waits for the answer sees nothing before it.
+        is_watched = wait_seconds(prefer) is None
+        job = await submit_scan(services, _scan(data), lane, idempotency_key, is_watched=is_watched)
         return await job_answer(services, job, prefer, asked=asked)
 
     handle.__doc__ = route.summary + "."

@@ -5,7 +5,7 @@ told is dropped and counted; a reader who finds a gap is told where the job stan
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -32,8 +32,8 @@ __all__ = (
     "Told",
     "WorkerBeat",
     "beat",
-    "cancel_flags",
     "change_of",
+    "flagged",
     "heartbeats",
     "heartbeats_async",
     "parse_entries",
@@ -110,18 +110,24 @@ class Publisher:
         """Append an event. Never raises for Redis."""
         self.publish_all((Told(job_id, event),))
 
-    def publish_all(self, told: Sequence[Told]) -> None:
-        """Append events, in order, by one round trip. Never raises for Redis."""
-        if self._outage.is_now(len(told)):
-            return
+    def publish_all(self, told: Sequence[Told], asking: Sequence[UUID] = ()) -> frozenset[UUID]:
+        """Append events, in order, by one round trip; those of the jobs asked for that are watched.
+
+        Never raises for Redis; while it is away nobody counts as watched.
+        """
+        if not (told or asking) or self._outage.is_now(len(told)):
+            return frozenset()
         pipeline = self._redis.pipeline(transaction=False)
         _append(pipeline, told, length=self._length, seconds=self._seconds)
+        if asking:
+            pipeline.mget([keys.watched(job_id) for job_id in asking])
         try:
-            pipeline.execute()
+            answers = pipeline.execute()
         except AWAY as error:
             self._outage.begin(error, len(told))
-        else:
-            self._outage.end()
+            return frozenset()
+        self._outage.end()
+        return _set_among(asking, answers[-1]) if asking else frozenset()
 
     def announce(self, job: Job) -> None:
         """Tell of a job's new state, once the transaction that moved it is committed."""
@@ -152,16 +158,19 @@ class AsyncPublisher:
         self,
         told: Sequence[tuple[UUID, Event | SessionEvent]],
         *,
+        watched: Collection[UUID] = (),
         tickets: Mapping[str, int] = NO_TICKETS,
     ) -> None:
-        """Append events, in order, and then send so many tickets to queues, by one round trip.
+        """Append events, in order, say who is watched, and then send so many tickets to queues.
 
-        Never raises for Redis: tickets that are not sent the reaper finds missing.
+        By one round trip. Never raises for Redis: tickets that are not sent the reaper finds missing.
         """
-        if not told or self._outage.is_now(len(told)):
+        if not (told or watched) or self._outage.is_now(len(told)):
             return
         pipeline = self._redis.pipeline(transaction=False)
         _append(pipeline, told, length=self._length, seconds=self._seconds)
+        for job_id in watched:
+            pipeline.set(keys.watched(job_id), b"1", ex=self._seconds)
         for queue, count in tickets.items():
             pipeline.lpush(queue, *(ticket_message(queue) for _ in range(count)))
         try:
@@ -196,14 +205,20 @@ def _append(
             pipeline.publish(keys.ENDED, job_id.bytes)
 
 
-def cancel_flags(redis: SyncRedis, job_ids: Sequence[UUID]) -> frozenset[UUID]:
-    """Those of the jobs that were flagged; none while Redis is away."""
+def flagged(
+    redis: SyncRedis, flag: Callable[[UUID], str], job_ids: Sequence[UUID]
+) -> frozenset[UUID]:
+    """Those of the jobs whose flag is set; none while Redis is away."""
     if not job_ids:
         return frozenset()
     try:
-        flags = redis.mget([keys.cancel_flag(job_id) for job_id in job_ids])
+        flags = redis.mget([flag(job_id) for job_id in job_ids])
     except AWAY:
         return frozenset()
+    return _set_among(job_ids, flags)
+
+
+def _set_among(job_ids: Sequence[UUID], flags: Sequence[Any]) -> frozenset[UUID]:
     return frozenset(
         job_id for job_id, flag in zip(job_ids, flags, strict=True) if flag is not None
     )

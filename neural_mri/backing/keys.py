@@ -17,6 +17,7 @@ __all__ = (
     "placement_queue",
     "scan_queue",
     "tokenizer_path",
+    "watched",
 )
 
 CPU_QUEUE = "cpu"
@@ -44,6 +45,11 @@ def placement_queue(worker: str) -> str:
 def event_stream(job_id: UUID) -> str:
     """Redis stream of a job's events; its entry ids are the SSE ids."""
     return f"events:{job_id}"
+
+
+def watched(job_id: UUID) -> str:
+    """Redis key set while somebody may look at a job's frames as they come."""
+    return f"watched:{job_id}"
 
 
 def cancel_flag(job_id: UUID) -> str:

@@ -1,8 +1,17 @@
-"""The Prefer header."""
+"""The Prefer header, and what it says of who watches."""
 
+import time
+from collections.abc import Callable
+from uuid import UUID
+
+import httpx
 import pytest
 
 from api.waiting import wait_seconds
+from neural_mri.backing import keys
+from neural_mri.backing.events import flagged
+from tests.api.reading import follow
+from tests.api.world import World
 
 
 @pytest.mark.parametrize(
@@ -25,3 +34,52 @@ from api.waiting import wait_seconds
 )
 def test_the_seconds_to_wait(prefer: str | None, seconds: int | None) -> None:
     assert wait_seconds(prefer) == seconds
+
+
+def test_who_asks_without_waiting_may_watch_and_who_waits_for_the_answer_does_not(
+    api: httpx.Client, world: World
+) -> None:
+    waits = api.post(
+        "/api/scan/activation", json={"prompt": "one"}, headers={"prefer": "wait=0"}
+    ).json()
+    watches = api.post("/api/scan/activation", json={"prompt": "two"}).json()
+    world.claim(world.queue())
+    world.claim(world.queue())
+    assert is_watched(world, watches["id"])
+    assert not is_watched(world, waits["id"])
+
+
+def test_of_two_who_ask_for_the_same_one_who_watches_is_enough(
+    api: httpx.Client, world: World
+) -> None:
+    asked = {"prompt": "one"}
+    leader = api.post("/api/scan/activation", json=asked, headers={"prefer": "wait=0"}).json()
+    follower = api.post("/api/scan/activation", json=asked).json()
+    assert world.job(follower["id"]).leader == UUID(leader["id"])
+    assert until(lambda: is_watched(world, leader["id"]))
+
+
+def test_who_follows_a_job_has_its_frames_told(api: httpx.Client, world: World) -> None:
+    job = api.post(
+        "/api/scan/activation", json={"prompt": "one"}, headers={"prefer": "wait=0"}
+    ).json()
+    assert not is_watched(world, job["id"])
+    with follow(api, f"/api/jobs/{job['id']}/events") as stream:
+        next(stream)
+        assert is_watched(world, job["id"])
+        world.redis.flushall()
+        assert until(lambda: is_watched(world, job["id"]))
+
+
+def is_watched(world: World, job_id: str) -> bool:
+    """Whether a worker would tell of the job's frames."""
+    return bool(flagged(world.redis, keys.watched, [UUID(job_id)]))
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

@@ -198,13 +198,13 @@ def test_a_worker_sees_which_of_its_jobs_were_flagged(
 ) -> None:
     other = uuid4()
     publisher.flag_cancel(JOB)
-    assert events.cancel_flags(redis, [other, JOB]) == {JOB}
-    assert events.cancel_flags(redis, []) == frozenset()
+    assert events.flagged(redis, keys.cancel_flag, [other, JOB]) == {JOB}
+    assert events.flagged(redis, keys.cancel_flag, []) == frozenset()
 
 
 def test_without_a_server_nothing_is_flagged(tmp_path: Path) -> None:
     away = broker.connect(Settings(redis_url=f"unix://{tmp_path}/nobody.sock"))
-    assert events.cancel_flags(away, [JOB]) == frozenset()
+    assert events.flagged(away, keys.cancel_flag, [JOB]) == frozenset()
 
 
 def worker_beat(name: str) -> WorkerBeat:

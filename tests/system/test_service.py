@@ -9,10 +9,12 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import pytest
 
-from neural_mri.backing import broker
+from neural_mri.backing import broker, events, keys
 from tests.system.service import Service, is_gone, until
 
 pytestmark = pytest.mark.smollm2
@@ -26,6 +28,27 @@ def test_a_scan_asked_for_over_http_knows_where_the_eiffel_tower_is(service: Ser
     assert job["state"] == "succeeded", job
     likeliest = job["result"]["predictions"]
     assert "Paris" in str(likeliest), likeliest
+
+
+def test_frames_are_told_of_a_scan_that_may_be_watched_and_not_to_who_waits_for_the_answer(
+    service: Service,
+) -> None:
+    watched = service.scan(f"Watched at {time.time()}")
+    assert service.wait_for(watched["id"], "succeeded")
+    waited = service.scan(f"Waited for at {time.time()}", wait=60)
+    assert waited["state"] == "succeeded", waited
+    frames = {"activation_frame", "layer_frame"}
+    with broker.connect(service.settings) as redis:
+        assert until(lambda: "ended" in told(redis, watched["id"]), 5)
+        assert until(lambda: "ended" in told(redis, waited["id"]), 5)
+        assert frames <= told(redis, watched["id"])
+        assert not frames & told(redis, waited["id"])
+
+
+def told(redis: broker.SyncRedis, job_id: str) -> set[str]:
+    """Names of the events in a job's stream."""
+    rows: Any = redis.xrange(keys.event_stream(UUID(job_id)))
+    return {entry.name for entry in events.parse_entries(rows)}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

@@ -1,8 +1,8 @@
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -12,6 +12,7 @@ from neural_mri.backing.events import Publisher, Told, parse_entries
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import (
     ActivationFrame,
+    EffectsFrame,
     Ended,
     Event,
     LayerFrame,
@@ -21,14 +22,29 @@ from neural_mri.contract.events import (
 )
 from neural_mri.contract.jobs import JobState
 from worker import reporter
-from worker.reporter import LARGEST_BACKLOG, MOST_AT_ONCE, Outbox, Reporter
+from worker.reporter import LARGEST_BACKLOG, LOOK_SECONDS, MOST_AT_ONCE, Outbox, Reporter
 
 JOB = uuid4()
+ENDED = JobState.SUCCEEDED
 T = TypeVar("T")
 
 
 def frame(token_idx: int) -> ActivationFrame:
     return ActivationFrame(token_idx=token_idx, token="t", layers=(), unit="L2 norm")
+
+
+def frames(token_idxs: Iterable[int]) -> Callable[[], list[ActivationFrame]]:
+    return lambda: [frame(token_idx) for token_idx in token_idxs]
+
+
+def effects(value: float) -> EffectsFrame:
+    return EffectsFrame(exact=True, components=("embed",), effects=(value,), unit="logits")
+
+
+def told(redis: SyncRedis, job_id: UUID) -> list[Event]:
+    """What stands in a job's stream."""
+    rows: Any = redis.xrange(keys.event_stream(job_id))
+    return [decode_event(entry.data) for entry in parse_entries(rows)]
 
 
 def layer_frame(layer: int, value: float) -> LayerFrame:
@@ -44,18 +60,24 @@ def progress(done: int, total: int = 1000) -> Progress:
 class Collected:
     """A sink that keeps what it is given, and can be made to stand still."""
 
-    def __init__(self) -> None:
+    def __init__(self, watched: Callable[[], bool] = lambda: True) -> None:
         self.events: list[Event] = []
         self.trips: list[int] = []
+        self.asked = 0
+        self._watched = watched
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Event()
 
-    def publish_all(self, told: Sequence[Told]) -> None:
+    def publish_all(self, told: Sequence[Told], asking: Sequence[UUID] = ()) -> frozenset[UUID]:
+        if not told:
+            self.asked += 1
+            return frozenset(asking if self._watched() else ())
         self.entered.set()
         self.open.wait()
         self.trips.append(len(told))
         self.events += [event for _, event in told]
+        return frozenset()
 
     def of(self, kind: type[T]) -> list[T]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -82,14 +104,112 @@ def nothing_stops_it() -> None:
 
 
 def test_every_token_frame_arrives_once_and_in_order(redis: SyncRedis, settings: Settings) -> None:
+    redis.set(keys.watched(JOB), b"1")
     with Outbox(Publisher(redis, settings)) as outbox:
         listener = Reporter(outbox, JOB, nothing_stops_it)
-        for token_idx in range(300):
-            listener.frame(frame(token_idx))
+        for begin in range(0, 300, 3):
+            listener.frames(frames(range(begin, begin + 3)))
         assert outbox.flush(5)
-        rows: Any = redis.xrange(keys.event_stream(JOB))
-        stored = [decode_event(entry.data) for entry in parse_entries(rows)]
-    assert stored == [frame(token_idx) for token_idx in range(300)]
+        assert told(redis, JOB) == frames(range(300))()
+
+
+def test_frames_of_a_job_that_nobody_watches_are_neither_made_nor_sent(
+    redis: SyncRedis, settings: Settings
+) -> None:
+    def made() -> list[ActivationFrame]:
+        raise AssertionError("nobody was to see them")
+
+    states = [StateChanged(state=JobState.RUNNING, attempt=1), Ended(state=ENDED, attempt=1)]
+    with Outbox(Publisher(redis, settings)) as outbox:
+        listener = Reporter(outbox, JOB, nothing_stops_it)
+        outbox.post(JOB, states[0])
+        listener.layer(layer_frame(0, 1.0))
+        listener.frames(made)
+        listener.effects(effects(0.5))
+        assert outbox.flush(5)
+        listener.layer(layer_frame(1, 1.0))
+        outbox.post(JOB, states[1])
+        assert outbox.flush(5)
+        assert told(redis, JOB) == states
+
+
+def test_who_comes_to_watch_is_told_of_all_that_came_before_in_order(
+    redis: SyncRedis, settings: Settings
+) -> None:
+    begun, ended = (
+        StateChanged(state=JobState.RUNNING, attempt=1),
+        Ended(state=ENDED, attempt=1),
+    )
+    with Outbox(Publisher(redis, settings)) as outbox:
+        listener = Reporter(outbox, JOB, nothing_stops_it)
+        outbox.post(JOB, begun)
+        listener.layer(layer_frame(0, 1.0))
+        assert outbox.flush(5)
+        assert told(redis, JOB) == [begun]
+        listener.layer(layer_frame(1, 2.0))
+        listener.layer(layer_frame(0, 3.0))
+        listener.frames(frames(range(2)))
+        redis.set(keys.watched(JOB), b"1")
+        assert outbox.flush(5)
+        listener.frames(frames(range(2, 4)))
+        outbox.post(JOB, ended)
+        assert outbox.flush(5)
+        layers = [layer_frame(0, 3.0), layer_frame(1, 2.0)]
+        assert told(redis, JOB) == [begun, *layers, *frames(range(4))(), ended]
+
+
+def test_who_comes_to_watch_just_before_the_end_is_told_of_all_before_it(
+    redis: SyncRedis, settings: Settings
+) -> None:
+    ended = Ended(state=ENDED, attempt=1)
+    with Outbox(Publisher(redis, settings)) as outbox:
+        listener = Reporter(outbox, JOB, nothing_stops_it)
+        listener.frames(frames(range(3)))
+        assert outbox.flush(5)
+        assert told(redis, JOB) == []
+        redis.set(keys.watched(JOB), b"1")
+        outbox.post(JOB, ended)
+        assert outbox.flush(5)
+        assert told(redis, JOB) == [*frames(range(3))(), ended]
+
+
+def test_whoever_watches_one_job_of_a_pass_is_told_of_that_alone(
+    redis: SyncRedis, settings: Settings
+) -> None:
+    watched, other = uuid4(), uuid4()
+    redis.set(keys.watched(watched), b"1")
+    with Outbox(Publisher(redis, settings)) as outbox:
+        for job_id in (watched, other):
+            outbox.post(job_id, layer_frame(0, 1.0))
+            outbox.post_frames(job_id, frames(range(2)))
+        assert outbox.flush(5)
+        assert told(redis, watched) == [layer_frame(0, 1.0), *frames(range(2))()]
+        assert told(redis, other) == []
+
+
+def test_while_nobody_watches_it_is_asked_a_few_times_a_second() -> None:
+    sink = Collected(watched=lambda: False)
+    with Outbox(sink) as outbox:
+        until_at = time.monotonic() + 20 * LOOK_SECONDS
+        while time.monotonic() < until_at:
+            outbox.post(JOB, layer_frame(0, 1.0))
+            time.sleep(0.001)
+    # A thread that comes late asks less often, never more.
+    assert 2 <= sink.asked <= 24
+    assert not sink.events
+
+
+def test_jobs_that_were_lost_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporter, "MOST_JOBS", 3)
+    jobs, seen = [uuid4() for _ in range(5)], False
+    sink = Collected(watched=lambda: seen)
+    with Outbox(sink) as outbox:
+        for number, job_id in enumerate(jobs):
+            outbox.post(job_id, layer_frame(number, 1.0))
+            outbox.flush(5)
+        seen = True
+        outbox.flush(5)
+    assert sink.of(LayerFrame) == [layer_frame(number, 1.0) for number in (2, 3, 4)]
 
 
 def test_progress_comes_twenty_times_a_second_and_the_last_one_always() -> None:

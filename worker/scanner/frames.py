@@ -39,9 +39,10 @@ def send_frames(
     unit: str,
 ) -> None:
     """Send a frame for each reported position, in order: exactly the stored floats."""
-    parts = _parts(tuple(components))
-    for position, column in zip(positions, values[:, :MOST_FRAMES].T.tolist(), strict=False):
-        listener.frame(
+
+    def made() -> list[ActivationFrame]:
+        parts = _parts(tuple(components))
+        return [
             ActivationFrame(
                 token_idx=position,
                 token=tokens.texts[position],
@@ -53,7 +54,10 @@ def send_frames(
                 ),
                 unit=unit,
             )
-        )
+            for position, column in zip(positions, values[:, :MOST_FRAMES].T.tolist(), strict=False)
+        ]
+
+    listener.frames(made)
 
 
 @lru_cache(maxsize=8)

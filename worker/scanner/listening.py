@@ -1,6 +1,7 @@
 """What a scan tells while it runs, and how it is stopped."""
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from neural_mri.contract.events import ActivationFrame, EffectsFrame, LayerFrame
@@ -22,8 +23,11 @@ class Listener(Protocol):
     def layer(self, frame: LayerFrame) -> None:
         """A layer has been computed."""
 
-    def frame(self, frame: ActivationFrame) -> None:
-        """A token's values are known, exactly as they will be stored."""
+    def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
+        """Tokens' values are known, exactly as they will be stored.
+
+        Made only where somebody is to see them, perhaps a little later and by another thread.
+        """
 
     def effects(self, frame: EffectsFrame) -> None:
         """Effects of components have been estimated, or measured."""
@@ -47,8 +51,8 @@ class Silent:
     def layer(self, frame: LayerFrame) -> None:
         """Nothing."""
 
-    def frame(self, frame: ActivationFrame) -> None:
-        """Nothing."""
+    def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
+        """Nothing: they are not even made."""
 
     def effects(self, frame: EffectsFrame) -> None:
         """Nothing."""

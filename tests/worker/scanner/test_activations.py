@@ -1,6 +1,6 @@
 """fMRI on a tiny model of every family: each number against Hugging Face's own, or against an identity."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -308,7 +308,7 @@ class Recorder(Silent):
     """Remembers what it heard; stops the scan after `stop_after` layers."""
 
     def __init__(self, stop_after: int | None = None) -> None:
-        self.frames: list[ActivationFrame] = []
+        self.told: list[ActivationFrame] = []
         self.layers: list[LayerFrame] = []
         self.steps: list[tuple[str, int, int]] = []
         self._stop_after = stop_after
@@ -319,8 +319,8 @@ class Recorder(Silent):
     def layer(self, frame: LayerFrame) -> None:
         self.layers.append(frame)
 
-    def frame(self, frame: ActivationFrame) -> None:
-        self.frames.append(frame)
+    def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
+        self.told += make()
 
     def checkpoint(self) -> None:
         if self._stop_after is not None and len(self.steps) >= self._stop_after:
@@ -332,8 +332,8 @@ def test_frames_carry_exactly_the_stored_floats(tiny_model: LoadedModel) -> None
     table = scan_activations(tiny_model, request(), TOKENS, heard).tables["activations"]
     stored = values(table)
     shape = tiny_model.architecture
-    assert [frame.token_idx for frame in heard.frames] == list(range(len(TOKENS)))
-    for frame in heard.frames:
+    assert [frame.token_idx for frame in heard.told] == list(range(len(TOKENS)))
+    for frame in heard.told:
         assert frame.token == TOKENS.texts[frame.token_idx]
         assert frame.unit == "L2 norm"
         expected: dict[str, tuple[str, ...]] = {"embed": ("embed",)}

@@ -1,0 +1,68 @@
+"""What a job tells while nobody is known to watch it: frames wait until somebody does, or are never made.
+
+A forward tells of every layer and token of every job in it, tens of kilobytes a scan. Most jobs are nobody's
+to look at while they run: batches, and whoever holds out for the answer. The tables have all of it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+from neural_mri.contract.events import ActivationFrame, EffectsFrame, Event, LayerFrame
+
+__all__ = ("Frames", "Unseen")
+
+
+class Frames(NamedTuple):
+    """Token frames that are made only where somebody is to see them."""
+
+    make: Callable[[], Sequence[ActivationFrame]]
+
+
+Picture: TypeAlias = LayerFrame | ActivationFrame | EffectsFrame | Frames
+
+
+class Unseen:
+    """One job's events, in order, that have not been sent."""
+
+    def __init__(self) -> None:
+        self._kept: dict[object, Event | Frames] = {}
+        """Of one layer the newest frame only, in the place of the first."""
+        self._n_pictures = 0
+        self.was_asked_for = False
+        """Whether it has been asked before who watches."""
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is something that only who watches is to see."""
+        return self._n_pictures > 0
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something that is told in any case."""
+        return len(self._kept) > self._n_pictures
+
+    def keep(self, event: Event | Frames) -> None:
+        """Put an event behind the others."""
+        place = event.layer if isinstance(event, LayerFrame) else object()
+        if isinstance(event, Picture) and place not in self._kept:
+            self._n_pictures += 1
+        self._kept[place] = event
+
+    def taken(self) -> Iterator[Event]:
+        """Takes everything out, pictures made: somebody watches."""
+        kept, self._kept, self._n_pictures = self._kept, {}, 0
+        for event in kept.values():
+            if isinstance(event, Frames):
+                yield from event.make()
+            else:
+                yield event
+
+    def news_taken(self) -> Iterator[Event]:
+        """Takes out what is told in any case."""
+        for place, event in tuple(self._kept.items()):
+            if not isinstance(event, Picture):
+                del self._kept[place]
+                yield event
