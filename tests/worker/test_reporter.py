@@ -119,18 +119,19 @@ def test_frames_of_a_job_that_nobody_watches_are_neither_made_nor_sent(
     def made() -> list[ActivationFrame]:
         raise AssertionError("nobody was to see them")
 
-    states = [StateChanged(state=JobState.RUNNING, attempt=1), Ended(state=ENDED, attempt=1)]
+    begun = StateChanged(state=JobState.RUNNING, attempt=1)
+    ended = Ended(state=ENDED, attempt=1)
     with Outbox(Publisher(redis, settings)) as outbox:
         listener = Reporter(outbox, JOB, nothing_stops_it)
-        outbox.post(JOB, states[0])
+        outbox.post(JOB, begun)
         listener.layer(layer_frame(0, 1.0))
         listener.frames(made)
         listener.effects(effects(0.5))
         assert outbox.flush(5)
         listener.layer(layer_frame(1, 1.0))
-        outbox.post(JOB, states[1])
+        outbox.post(JOB, ended)
         assert outbox.flush(5)
-        assert told(redis, JOB) == states
+        assert told(redis, JOB) == [begun, ended]
 
 
 def test_who_comes_to_watch_is_told_of_all_that_came_before_in_order(

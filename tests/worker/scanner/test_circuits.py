@@ -65,11 +65,11 @@ def addresses(table: Any) -> list[str]:
 
 class _Hears(Silent):
     def __init__(self) -> None:
-        self.frames: list[EffectsFrame] = []
+        self.told: list[EffectsFrame] = []
         self.order: list[str] = []
 
     def effects(self, frame: EffectsFrame) -> None:
-        self.frames.append(frame)
+        self.told.append(frame)
         self.order.append("measured" if frame.exact else "estimated")
 
     def progress(self, stage: str, done: int, total: int) -> None:
@@ -156,7 +156,7 @@ def test_fast_measures_exactly_the_strongest_and_gives_the_exact_numbers(
     np.testing.assert_allclose(found[measured], exact[measured], rtol=0, atol=1e-4)
     np.testing.assert_array_equal(found[~measured], estimate[~measured])
     assert listener.order == ["forward", "estimated", "sweep", "measured", "edges"]
-    first, then = listener.frames
+    first, then = listener.told
     rows = dict(zip(addresses(effects), zip(estimate, found, strict=True), strict=True))
     assert first.components == tuple(addresses(effects)[:-1])
     assert [np.float32(value) for value in first.effects] == [rows[c][0] for c in first.components]
