@@ -17,11 +17,12 @@ import pyarrow as pa
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from api.dependencies import Services
-from api.results import manifest_of, summary_of
-from neural_mri.backing import batches, jobs, keys
+from api.results import opened, summary_of
+from neural_mri.backing import batches, jobs
 from neural_mri.backing.batches import Batch
 from neural_mri.backing.records import Job
-from neural_mri.backing.storage import Store, read_table
+from neural_mri.backing.storage import Store
+from neural_mri.backing.stored import StoredResult, StoredTable, read_part, read_table
 from neural_mri.contract.archives import (
     Entry,
     canonical,
@@ -34,7 +35,7 @@ from neural_mri.contract.archives import (
 from neural_mri.contract.batches import NDJSON, BatchLine
 from neural_mri.contract.jobs import TERMINAL, JobState
 from neural_mri.contract.problems import Problem, UnknownTable, Unprocessable
-from neural_mri.contract.results import ARROW_STREAM, Manifest, TableRef, provenance_of, stamp
+from neural_mri.contract.results import ARROW_STREAM, provenance_of, stamp
 from neural_mri.contract.summaries import Summary
 
 __all__ = (
@@ -43,7 +44,6 @@ __all__ = (
     "in_thread",
     "lines_answer",
     "pieces_answer",
-    "result_entries",
     "table_answer",
 )
 
@@ -109,17 +109,17 @@ async def table_answer(services: Services, batch: Batch, name: str, after: int) 
 
     Raises `UnknownTable` where none has, `Unprocessable` where two kinds of scan call different tables so.
     """
-    wanted: list[tuple[int, TableRef]] = []
+    wanted: list[tuple[int, StoredTable]] = []
     seen: dict[str, None] = {}
     kinds = set()
     async for found in _ended(services, batch, after, succeeded=True):
         if found.job is None:
             continue
-        manifest = await manifest_of(services, found.job)
-        seen |= dict.fromkeys(ref.name for ref in manifest.tables)
-        if (ref := manifest.table(name)) is not None:
-            wanted.append((found.line.line, ref))
-            kinds.add(ref.table)
+        result = await opened(services, found.job)
+        seen |= dict.fromkeys(each.ref.name for each in result.tables)
+        if (table := result.table(name)) is not None:
+            wanted.append((found.line.line, table))
+            kinds.add(table.ref.table)
     if not wanted:
         raise UnknownTable(
             f"no result so far has a table {name!r}, but "
@@ -137,9 +137,9 @@ async def table_answer(services: Services, batch: Batch, name: str, after: int) 
         sink = io.BytesIO()
         with pa.ipc.new_stream(sink, first.schema) as writer:
             writer.write_table(first)
-            for line, ref in wanted[1:]:
+            for line, each in wanted[1:]:
                 yield _drained(sink)
-                table = await asyncio.to_thread(_numbered, services.store, line, ref)
+                table = await asyncio.to_thread(_numbered, services.store, line, each)
                 writer.write_table(table.cast(first.schema))
         yield _drained(sink)
 
@@ -153,9 +153,9 @@ def _drained(sink: io.BytesIO) -> bytes:
     return body
 
 
-def _numbered(store: Store, line: int, ref: TableRef) -> pa.Table:
+def _numbered(store: Store, line: int, stored: StoredTable) -> pa.Table:
     """A table with its line's number before it; rows of every width fit under one another."""
-    table = read_table(store, ref)
+    table = read_table(store, stored)
     # What is said of one scan alone does not hold of all.
     said = msgspec.structs.replace(provenance_of(table), scan_key="", positions=None, parameters={})
     table = stamp(table, said)
@@ -175,20 +175,22 @@ async def archive_answer(services: Services, batch: Batch) -> ASGIApp:
     async for found in _ended(services, batch, 0):
         said = msgspec.to_builtins(found.line)
         if found.job is not None and found.job.manifest is not None:
-            body = await asyncio.to_thread(services.store.get, found.job.manifest)
-            said["result"] = result_digest(body)
-            entries += result_entries(services.store, body, await manifest_of(services, found.job))
+            result = await opened(services, found.job)
+            said["result"] = result_digest(result.body)
+            entries += _entries(services.store, result)
         lines.append(said)
     entries.append(plain_entry("lines.json", canonical(lines)))
     headers = {"content-disposition": f'attachment; filename="batch-{batch.id}.zip"'}
     return pieces_answer(in_thread(write_archive(entries, name=batch.name)), ZIP, headers)
 
 
-def result_entries(store: Store, body: bytes, manifest: Manifest) -> Iterator[Entry]:
+def _entries(store: Store, result: StoredResult) -> Iterator[Entry]:
     """A result's manifest and tables, as an archive holds them."""
-    yield result_entry(body)
-    for ref in manifest.tables:
-        yield chunk_entry(ref.chunk, ref.bytes, partial(store.get, keys.chunk_path(ref.chunk)))
+    yield result_entry(result.body)
+    for table in result.tables:
+        # Not the opened result's own way: of ten thousand none is kept open.
+        read = partial(read_part, store, table, 0, table.ref.bytes)
+        yield chunk_entry(table.ref.chunk, table.ref.bytes, read)
 
 
 def in_thread(pieces: Iterator[bytes]) -> Callable[[], AsyncGenerator[bytes]]:

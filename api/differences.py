@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from api.session_contents import kept
-from neural_mri.backing.storage import Store, read_table
+from neural_mri.backing.storage import Store
+from neural_mri.backing.stored import by_hash, read_table
 from neural_mri.contract.problems import Gone
 from neural_mri.contract.results import Manifest, TableRef, provenance_of
 from neural_mri.contract.scans import ScanKind
@@ -213,7 +214,7 @@ class _Values(NamedTuple):
 
 
 def _read(store: Store, ref: TableRef) -> _Values:
-    table = read_table(store, ref)
+    table = read_table(store, by_hash(ref))
     if "component" not in table.column_names:
         raise _Incomparable(f"table {ref.table} is not of components")
     column = "value" if "value" in table.column_names else _COLUMNS.get(ref.table)

@@ -17,7 +17,16 @@ from litestar.types import Receive, Scope, Send
 from api.cancellation import cancelled
 from neural_mri.contract.problems import Gone
 
-__all__ = ("Extent", "Payload", "Remote", "Unsatisfiable", "extent", "header", "is_known")
+__all__ = (
+    "Extent",
+    "FilePart",
+    "Payload",
+    "Remote",
+    "Unsatisfiable",
+    "extent",
+    "header",
+    "is_known",
+)
 
 CHUNK_BYTES = 256 * 1024
 
@@ -31,6 +40,14 @@ class Unsatisfiable(Exception):
 class Extent(NamedTuple):
     """Bytes `start` up to `end` of a file."""
 
+    start: int
+    end: int
+
+
+class FilePart(NamedTuple):
+    """Bytes of a larger file, which are answered with as if they were one of their own."""
+
+    file: Path
     start: int
     end: int
 
@@ -62,14 +79,14 @@ def extent(text: str | None, size: int) -> Extent | None:
 
 
 class Payload:
-    """A file, or bytes, here or elsewhere, with a validator: answers GET, conditions and ranges.
+    """A file, a part of one, or bytes, here or elsewhere, with a validator: answers GET, conditions and ranges.
 
     An ASGI application.
     """
 
     def __init__(
         self,
-        source: Path | bytes | Remote,
+        source: Path | FilePart | bytes | Remote,
         *,
         size: int,
         etag: str,
@@ -107,7 +124,10 @@ class Payload:
             return
         served = part or Extent(0, self._size)
         length = {"content-length": str(served.end - served.start)}
-        if isinstance(self._source, Path | bytes):
+        source: Path | bytes
+        if isinstance(self._source, FilePart):
+            source, origin = self._source.file, -self._source.start
+        elif isinstance(self._source, Path | bytes):
             source, origin = self._source, 0
         else:
             # Before the answer begins: what cannot be fetched is refused, not broken off.
@@ -151,7 +171,7 @@ def _opened(source: Path | bytes, origin: int) -> Iterator[Read]:
     except FileNotFoundError as error:
         raise Gone(f"{source.name} was here a moment ago") from error
     try:
-        yield lambda length, start: os.pread(file, length, start)
+        yield lambda length, start: os.pread(file, length, start - origin)
     finally:
         os.close(file)
 

@@ -12,7 +12,7 @@ from api.dependencies import Services
 from api.sizes import extent
 from neural_mri.backing import keys
 from neural_mri.backing.models import RegisteredModel
-from neural_mri.backing.storage import load_manifest
+from neural_mri.backing.stored import load_manifest
 from neural_mri.contract.anomalies import Lens
 from neural_mri.contract.components import Component
 from neural_mri.contract.models import Architecture

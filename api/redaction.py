@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from api.session_contents import Kept, kept
 from neural_mri.backing import shares
-from neural_mri.backing.storage import Store, read_table
+from neural_mri.backing.storage import Store
+from neural_mri.backing.stored import by_hash, read_table
 from neural_mri.contract.archives import Entry, canonical, chunk_entry, result_entry
 from neural_mri.contract.perturbations import Perturbation
 from neural_mri.contract.results import Manifest, TableRef, provenance_of, stamp, to_ipc
@@ -159,7 +160,7 @@ class Redaction:
 
     def table(self, shown: _Shown, ref: TableRef) -> bytes:
         """A shown table's bytes."""
-        return to_ipc(self._table(read_table(self._store, shown.chunks[ref.chunk])))
+        return to_ipc(self._table(read_table(self._store, by_hash(shown.chunks[ref.chunk]))))
 
     def _scan(self, scan: SavedScan) -> SavedScan:
         return msgspec.structs.replace(
@@ -194,7 +195,7 @@ class Redaction:
             return known
         refs, chunks = [], {}
         for ref in whole.manifest.tables:
-            body = to_ipc(self._table(read_table(self._store, ref)))
+            body = to_ipc(self._table(read_table(self._store, by_hash(ref))))
             chunk = hashlib.sha256(body).hexdigest()
             refs.append(msgspec.structs.replace(ref, chunk=chunk, bytes=len(body)))
             chunks[chunk] = ref

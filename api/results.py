@@ -8,20 +8,21 @@ import asyncio
 import hashlib
 import io
 from collections import OrderedDict
-from collections.abc import Awaitable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import pyarrow as pa
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from api.dependencies import Services
-from api.files import Extent, Payload, header, is_known
-from neural_mri.backing import jobs, keys
+from api.files import Extent, FilePart, Payload, header, is_known
+from neural_mri.backing import jobs, stored
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Job
-from neural_mri.backing.storage import Damaged, Missing, Store, load_manifest, read_table
+from neural_mri.backing.storage import Damaged, Missing, Store
+from neural_mri.backing.stored import StoredResult, StoredTable, by_hash, open_result
 from neural_mri.contract.jobs import JobKind, JobView
 from neural_mri.contract.problems import Conflict, Gone, ResultNotReady, UnknownTable
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, Manifest, TableRef
@@ -34,6 +35,8 @@ __all__ = (
     "kept_table_answer",
     "lost_results",
     "manifest_of",
+    "opened",
+    "reading",
     "summary_of",
     "table_answer",
 )
@@ -42,6 +45,8 @@ IMMUTABLE = "private, max-age=31536000, immutable"
 """A job's table never changes: another attempt would be another job's result."""
 
 VERIFIED_KEPT = 4096
+HASHED_BYTES = 256 * 1024
+"""Read at once to be hashed."""
 
 T = TypeVar("T")
 
@@ -54,11 +59,27 @@ class FinishedJob(JobView, frozen=True, kw_only=True):
 
 async def manifest_of(services: Services, job: Job) -> Manifest:
     """What a job's result consists of. Raises `ResultNotReady` before it has one, `Gone` after."""
-    path = _manifest_path(job)
-    return await _withdrawing(services, job, asyncio.to_thread(load_manifest, services.store, path))
+    return (await opened(services, job)).manifest
 
 
-def _manifest_path(job: Job) -> str:
+async def opened(services: Services, job: Job) -> StoredResult:
+    """A job's result, its manifest read. Raises as `manifest_of` does."""
+    return await reading(services, job, lambda result: result)
+
+
+async def reading(
+    services: Services, job: Job, work: Callable[[StoredResult], T], *, whole: bool = False
+) -> T:
+    """What a thread makes of a job's result; with `whole`, all of it is wanted. Raises as `manifest_of` does."""
+    path = _path(job)
+
+    def read() -> T:
+        return work(open_result(services.store, path, whole=whole))
+
+    return await _withdrawing(services, job, asyncio.to_thread(read))
+
+
+def _path(job: Job) -> str:
     """Raises `ResultNotReady`."""
     if job.kind is not JobKind.SCAN:
         raise ResultNotReady(f"a {job.kind} job has no result", job=str(job.id))
@@ -73,22 +94,21 @@ def _manifest_path(job: Job) -> str:
 
 async def summary_of(services: Services, job: Job) -> Summary:
     """A result in short. Raises as `manifest_of` does."""
-    path = _manifest_path(job)
+    _path(job)
     model = await services.model(job.model)
-    reading = asyncio.to_thread(_summary, services.store, path, model, job)
-    return await _withdrawing(services, job, reading)
+    return await reading(services, job, partial(_summary, model, job), whole=True)
 
 
-def _summary(store: Store, path: str, model: RegisteredModel, job: Job) -> Summary:
-    manifest = load_manifest(store, path)
+def _summary(model: RegisteredModel, job: Job, result: StoredResult) -> Summary:
+    manifest = result.manifest
     if model.revision != manifest.revision:
         raise Conflict(
             f"{job.model} has been registered anew with other weights since: its old results are "
             "served as Arrow only",
             revision=manifest.revision,
         )
-    refs = (manifest.table(name) for name in tables_needed(manifest))
-    tables = {ref.name: read_table(store, ref) for ref in refs if ref is not None}
+    found = map(result.table, tables_needed(manifest))
+    tables = {each.ref.name: result.read(each) for each in found if each is not None}
     return summarise(manifest, tables, model.architecture, job_url=job.view().links["self"])
 
 
@@ -96,13 +116,14 @@ async def finished(services: Services, job: Job) -> bytes:
     """A job that has ended, as JSON."""
     if job.manifest is None:
         return _finished(job, None)
-    path, model = _manifest_path(job), await services.model_of(job)
+    _path(job)
+    model = await services.model_of(job)
 
-    def read() -> bytes:
+    def encoded(result: StoredResult) -> bytes:
         # Encoded in the same thread: a summary may be megabytes.
-        return _finished(job, _summary(services.store, path, model, job))
+        return _finished(job, _summary(model, job, result))
 
-    return await _withdrawing(services, job, asyncio.to_thread(read))
+    return await reading(services, job, encoded, whole=True)
 
 
 def _finished(job: Job, result: Summary | None) -> bytes:
@@ -114,24 +135,16 @@ async def is_whole(services: Services, job: Job) -> bool:
     """Whether every byte of a result is still in the store; by size, not by hash."""
     if job.manifest is None:
         return False
-    return await asyncio.to_thread(_is_whole, services.store, job.manifest)
+    return await asyncio.to_thread(stored.is_whole, services.store, job.manifest)
 
 
 async def lost_results(services: Services, paths: Iterable[str]) -> list[str]:
-    """Those of many results, given by their manifests, some of whose bytes are no longer in the store."""
+    """Those of many results, given by their paths, some of whose bytes are no longer in the store."""
 
     def lost() -> list[str]:
-        return [path for path in paths if not _is_whole(services.store, path)]
+        return [path for path in paths if not stored.is_whole(services.store, path)]
 
     return await asyncio.to_thread(lost)
-
-
-def _is_whole(store: Store, path: str) -> bool:
-    try:
-        refs = load_manifest(store, path).tables
-        return all(store.size(keys.chunk_path(ref.chunk)) == ref.bytes for ref in refs)
-    except Gone:
-        return False
 
 
 async def table_answer(services: Services, job: Job, name: str | None, media_type: str) -> ASGIApp:
@@ -139,23 +152,25 @@ async def table_answer(services: Services, job: Job, name: str | None, media_typ
 
     Raises `UnknownTable` naming what there is, and as `manifest_of` does.
     """
-    manifest = await manifest_of(services, job)
-    ref = main_table(manifest) if name is None else manifest.table(name)
-    if ref is None:
+    result = await opened(services, job)
+    manifest = result.manifest
+    table = result.table(main_table(manifest).name if name is None else name)
+    if table is None:
         raise UnknownTable(
             f"the result of job {job.id} has no table {name!r}, but "
             + ", ".join(each.name for each in manifest.tables),
             tables=[each.name for each in manifest.tables],
         )
-    if media_type == ARROW_STREAM:
-        return _arrow_stream(await _withdrawing(services, job, _verified(services.store, ref)), ref)
+    ref, fetch = table.ref, partial(result.part, table)
 
     async def remote(part: Extent | None) -> bytes:
-        return await _withdrawing(services, job, _fetched(services.store, ref, part))
+        return await _withdrawing(services, job, _fetched(fetch, table, part))
 
-    source = await _withdrawing(services, job, _verified_file(services.store, ref)) or remote
+    here = await _withdrawing(services, job, _verified_file(services.store, table))
+    if media_type == ARROW_STREAM:
+        return _arrow_stream(here or await remote(None), ref)
     return Payload(
-        source,
+        here or remote,
         size=ref.bytes,
         etag=ref.chunk,
         media_type=ARROW_FILE,
@@ -171,14 +186,17 @@ async def kept_table_answer(
     store: Store, ref: TableRef, media_type: str, *, filename: str
 ) -> ASGIApp:
     """Answer with a table that a session keeps. Raises `Missing`, `Damaged`."""
-    if media_type == ARROW_STREAM:
-        return _arrow_stream(await _verified(store, ref), ref)
+    table = by_hash(ref)
+    fetch = partial(stored.read_part, store, table)
 
     async def remote(part: Extent | None) -> bytes:
-        return await _fetched(store, ref, part)
+        return await _fetched(fetch, table, part)
 
+    here = await _verified_file(store, table)
+    if media_type == ARROW_STREAM:
+        return _arrow_stream(here or await remote(None), ref)
     return Payload(
-        await _verified_file(store, ref) or remote,
+        here or remote,
         size=ref.bytes,
         etag=ref.chunk,
         media_type=ARROW_FILE,
@@ -195,53 +213,61 @@ class _Seen(NamedTuple):
     size: int
 
 
-_verified_files: OrderedDict[Path, _Seen] = OrderedDict()
-"""Files whose bytes had the hash they are named for, as they were then."""
+_verified_parts: OrderedDict[FilePart, _Seen] = OrderedDict()
+"""Parts of files whose bytes had the hash they are named for, as the files were then."""
 
 
-async def _verified(store: Store, ref: TableRef) -> Path | bytes:
-    """Where a table's bytes are. Raises `Missing`, and `Damaged` when they are not those written."""
-    return await _verified_file(store, ref) or await _fetched(store, ref, None)
-
-
-async def _fetched(store: Store, ref: TableRef, part: Extent | None) -> bytes:
+async def _fetched(
+    fetch: Callable[[int, int], bytes], table: StoredTable, part: Extent | None
+) -> bytes:
     """A table's bytes from a store on another machine. Raises `Missing` and `Damaged`.
 
     The whole is held against its hash. A part is one request for its bytes alone, so it cannot be; that
     they are those written is then the bucket's own care.
     """
-    path = keys.chunk_path(ref.chunk)
+    ref = table.ref
     if part is None:
-        body = await asyncio.to_thread(store.get, path)
+        body = await asyncio.to_thread(fetch, 0, ref.bytes)
         _check(hashlib.sha256(body).hexdigest(), ref)
         return body
-    body = await asyncio.to_thread(store.get_range, path, part.start, part.end)
+    body = await asyncio.to_thread(fetch, part.start, part.end)
     if len(body) != part.end - part.start:
-        raise Damaged(f"{path} ends before its byte {part.end}", path=path)
+        raise Damaged(
+            f"{table.path} ends before its byte {table.start + part.end}", path=table.path
+        )
     return body
 
 
-async def _verified_file(store: Store, ref: TableRef) -> Path | None:
-    """The file that has a table's bytes; None where no file here does. Raises as `_verified` does."""
-    path = store.local_path(keys.chunk_path(ref.chunk))
+async def _verified_file(store: Store, table: StoredTable) -> FilePart | None:
+    """The file that has a table's bytes, and where; None where no file here does.
+
+    Raises `Missing`, and `Damaged` where they are not those written.
+    """
+    path, ref = store.local_path(table.path), table.ref
     if path is None:
         return None
+    part = FilePart(path, table.start, table.end)
     try:
         status = path.stat(follow_symlinks=False)
         seen = _Seen(status.st_ino, status.st_mtime_ns, status.st_size)
-        if _verified_files.get(path) != seen:
-            _check(await asyncio.to_thread(_sha256, path), ref)
-            _verified_files[path] = seen
-            if len(_verified_files) > VERIFIED_KEPT:
-                _verified_files.popitem(last=False)
+        if _verified_parts.get(part) != seen:
+            _check(await asyncio.to_thread(_sha256, part), ref)
+            _verified_parts[part] = seen
+            if len(_verified_parts) > VERIFIED_KEPT:
+                _verified_parts.popitem(last=False)
     except FileNotFoundError as error:
         raise Missing(f"the bytes of table {ref.name} are not in the store") from error
-    return path
+    return part
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(part: FilePart) -> str:
+    hashed, left = hashlib.sha256(), part.end - part.start
+    with part.file.open("rb") as file:
+        file.seek(part.start)
+        while left > 0 and (piece := file.read(min(left, HASHED_BYTES))):
+            hashed.update(piece)
+            left -= len(piece)
+    return hashed.hexdigest()
 
 
 def _check(found: str, ref: TableRef) -> None:
@@ -268,7 +294,7 @@ async def _withdraw(services: Services, job: Job, gone: Gone) -> None:
         await services.sessions.write(jobs.withdraw_result, job.manifest)
 
 
-def _arrow_stream(source: Path | bytes, ref: TableRef) -> ASGIApp:
+def _arrow_stream(source: FilePart | bytes, ref: TableRef) -> ASGIApp:
     """A stored table in the streaming format, batch by batch."""
     etag = f'"{ref.chunk}-stream"'
 
@@ -295,17 +321,23 @@ def _arrow_stream(source: Path | bytes, ref: TableRef) -> ASGIApp:
     return answer
 
 
-def _encoded(source: Path | bytes) -> Iterator[bytes]:
-    opened: Any = (
-        pa.memory_map(str(source)) if isinstance(source, Path) else pa.BufferReader(source)
-    )
+def _encoded(source: FilePart | bytes) -> Iterator[bytes]:
     sink = io.BytesIO()
-    with opened as file, pa.ipc.open_file(file) as reader:
+    with pa.ipc.open_file(_buffer(source)) as reader:
         with pa.ipc.new_stream(sink, reader.schema) as writer:
             for index in range(reader.num_record_batches):
                 writer.write_batch(reader.get_batch(index))
                 yield _drained(sink)
         yield _drained(sink)
+
+
+def _buffer(source: FilePart | bytes) -> pa.Buffer:
+    """A table's bytes, of a file those alone that are looked at."""
+    if not isinstance(source, FilePart):
+        return pa.py_buffer(source)
+    with pa.memory_map(str(source.file)) as mapped:
+        mapped.seek(source.start)
+        return mapped.read_buffer(source.end - source.start)
 
 
 def _drained(sink: io.BytesIO) -> bytes:

@@ -1,22 +1,25 @@
 """What a session is to hold, resolved: scans by their jobs become scans by their results' hashes.
 
-A result's manifest is copied under its own hash, so that a session needs neither the job's row nor its file:
-to open one takes the database and the store, and nothing that computes.
+A result's manifest is copied under its own hash, and so are tables that stand in the job's file, so that a
+session needs neither the job's row nor that file: to open one takes the database and the store, and nothing that
+computes.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
 
 from api.dependencies import Services
-from api.results import is_whole, manifest_of
+from api.results import reading
 from neural_mri.backing import jobs, keys, sessions
 from neural_mri.backing.records import Job
 from neural_mri.backing.sessions import Saved, Waiting
-from neural_mri.backing.storage import Damaged, Store
+from neural_mri.backing.storage import Damaged, NamedBytes, Store
+from neural_mri.backing.stored import StoredResult
 from neural_mri.contract.archives import result_digest
 from neural_mri.contract.jobs import TERMINAL, JobState
 from neural_mri.contract.problems import Gone, Problem
@@ -68,19 +71,33 @@ def kept(store: Store, digest: str) -> Kept:
 
 async def saved_scan(services: Services, job: Job, label: str) -> SavedScan:
     """A job's result, kept from now on. Raises `ResultNotReady`, and `Gone` where bytes are missing."""
-    await manifest_of(services, job)
-    if job.manifest is None or not await is_whole(services, job):
+    found = await reading(services, job, partial(_keep, services.store), whole=True)
+    if found is None:
         raise Gone(f"some bytes of job {job.id}'s result are missing: scan again", job=str(job.id))
-    return await asyncio.to_thread(_keep, services.store, job, job.manifest, label)
+    return _saved(found, label, msgspec.json.decode(job.request))
 
 
-def _keep(store: Store, job: Job, path: str, label: str) -> SavedScan:
-    body = store.get(path)
-    digest = result_digest(body)
-    store.put(keys.kept_result_path(digest), body)
-    return _saved(
-        Kept(digest, body, _manifest.decode(body)), label, msgspec.json.decode(job.request)
-    )
+def _keep(store: Store, result: StoredResult) -> Kept | None:
+    """Put a result where nothing but its content names it; None where bytes are missing. Raises `Damaged`."""
+    if not result.is_whole():
+        return None
+    kept = Kept(result_digest(result.body), result.body, result.manifest)
+    # The manifest last: a result that is there is whole.
+    files = [*_copied(result), NamedBytes(keys.kept_result_path(kept.digest), kept.body)]
+    writing = store.begin(files)
+    try:
+        writing.place(lambda _index: None)
+        writing.settle()
+    finally:
+        writing.drop()
+    return kept
+
+
+def _copied(result: StoredResult) -> Iterator[NamedBytes]:
+    """Tables that go with the job's file."""
+    for table in result.tables:
+        if table.path == result.path:
+            yield NamedBytes(keys.chunk_path(table.ref.chunk), result.bytes_of(table))
 
 
 def _saved(found: Kept, label: str, request: dict[str, Any] | None = None) -> SavedScan:

@@ -445,6 +445,7 @@ class Attempts:
             scanned.manifest,
             scanned.tables,
             _counting(self._reporter(holding), len(scanned.tables)),
+            keys.packed_path(job.id, job.attempt),
         )
 
     def _registered(self, job: Job) -> RegisteredModel | None:
@@ -603,7 +604,7 @@ def _logged(job: Job) -> AbstractContextManager[None]:
 
 
 def _manifest_path(job: Job) -> str:
-    """Where the manifest of the attempt that holds the job stands."""
+    """Where the manifest of the attempt that holds the job stands, unless its result is one file."""
     return keys.manifest_path(job.id, job.attempt)
 
 

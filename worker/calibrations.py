@@ -15,11 +15,12 @@ import pyarrow as pa
 import structlog
 import torch
 
-from neural_mri.backing import keys, storage
+from neural_mri.backing import keys
 from neural_mri.backing.saving import save_result
 from neural_mri.backing.storage import Store
+from neural_mri.backing.stored import open_result
 from neural_mri.contract.problems import Conflict, Gone, Problem
-from neural_mri.contract.results import Manifest, TableRef, signed
+from neural_mri.contract.results import Manifest, signed
 from neural_mri.contract.scan_keys import SCANNER_VERSION, calibration_key
 from neural_mri.contract.scans import CalibrationScan, ScanKind
 from worker.resident import Resident
@@ -93,20 +94,17 @@ class Calibrations:
 
     def _stored(self, key: str, resident: Resident) -> Calibration | None:
         try:
-            manifest = storage.load_manifest(self._store, keys.calibration_path(key))
-            tables = {ref.name: self._table(ref) for ref in manifest.tables}
+            result = open_result(self._store, keys.calibration_path(key))
+            tables = {table.ref.name: result.read(table) for table in result.tables}
         except Gone:
             return None
-        if manifest.revision != resident.registered.revision:
+        if result.manifest.revision != resident.registered.revision:
             raise Conflict(
-                f"calibration {key} is of weights {manifest.revision[:16]}, not of "
+                f"calibration {key} is of weights {result.manifest.revision[:16]}, not of "
                 f"{resident.registered.name}'s",
                 calibration=key,
             )
         return Calibration.from_tables(tables, resident.model.architecture)
-
-    def _table(self, ref: TableRef) -> pa.Table:
-        return storage.read_table(self._store, ref)
 
     def _measured(self, key: str, resident: Resident, listener: Listener) -> Calibration:
         listener = Timed(listener)

@@ -116,10 +116,12 @@ class Reaper:
                 self._publisher.flag_cancel(asked.job.source)
 
     def _forget_result(self, job: Job) -> None:
-        """Take away the manifest of a lost attempt, if it came so far: nobody can name it any more."""
+        """Take away the result of a lost attempt, if it came so far: nobody can name it any more."""
         if job.kind is JobKind.SCAN and job.attempt:
-            with suppress(Unavailable):
-                self._store.delete(keys.manifest_path(job.source, job.attempt))
+            # Only its worker knew which of both it was to be.
+            for path_of in (keys.packed_path, keys.manifest_path):
+                with suppress(Unavailable):
+                    self._store.delete(path_of(job.source, job.attempt))
 
     def _sweep(self) -> None:
         if count := self._store.sweep(ABANDONED_SECONDS):

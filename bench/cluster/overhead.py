@@ -12,6 +12,7 @@ from bench.cluster.caller import Caller
 from bench.cluster.figures import Figure, at_most, percentile, plain
 from bench.cluster.service import Cluster
 from neural_mri.backing import storage
+from neural_mri.backing.stored import load_manifest
 
 __all__ = ("INTRODUCTION", "TITLE", "figures")
 
@@ -57,7 +58,7 @@ async def _timings(cluster: Cluster, n_jobs: int) -> list[Timing]:
             job = cluster.job(answer.json()["id"])
             if job.manifest is None or job.started_at is None or job.finished_at is None:
                 raise RuntimeError(f"job {job.id} is {job.state}")
-            own = storage.load_manifest(store, job.manifest).compute_seconds
+            own = load_manifest(store, job.manifest).compute_seconds
             created, started = job.created_at.timestamp(), job.started_at.timestamp()
             finished = job.finished_at.timestamp()
             timings.append(

@@ -12,8 +12,10 @@ __all__ = (
     "chunk_path",
     "event_stream",
     "heartbeat",
+    "is_packed",
     "kept_result_path",
     "manifest_path",
+    "packed_path",
     "placement_queue",
     "scan_queue",
     "tokenizer_path",
@@ -67,8 +69,18 @@ def chunk_path(sha256: str) -> str:
     return f"chunks/{sha256[:2]}/{sha256}.arrow"
 
 
+def packed_path(job_id: UUID, attempt: int) -> str:
+    """An attempt's whole result in one file: two attempts never share one."""
+    return f"packed/{job_id}.{attempt}.result"
+
+
+def is_packed(path: str) -> bool:
+    """Whether a result's path is that of one file with its tables in it."""
+    return path.endswith(".result")
+
+
 def manifest_path(job_id: UUID, attempt: int) -> str:
-    """An attempt's manifest: two attempts never share a file."""
+    """The manifest of an attempt whose tables stand beside it, each under its own hash."""
     return f"manifests/{job_id}.{attempt}.json"
 
 

@@ -42,6 +42,8 @@ _SENDERS = ThreadPoolExecutor(SENDERS, thread_name_prefix="store-sender")
 
 _FULL = ("507 Insufficient Storage", "QuotaExceeded", "StorageFull")
 """What servers answer that have no room: the status, Ceph's word, and MinIO's (XMinioStorageFull)."""
+_BEYOND = "416 Range Not Satisfiable"
+"""What they answer where an object ends before the part that is asked for."""
 
 
 class S3Store:
@@ -80,9 +82,17 @@ class S3Store:
             return obstore.get(self._store, path).bytes().to_bytes()
 
     def get_range(self, path: str, start: int, end: int) -> bytes:
-        """Bytes `start` up to `end`, by one request. Raises `Missing`."""
+        """Bytes `start` up to `end`, by one request; fewer at the end. Raises `Missing`."""
+        checked(path)
+        if start >= end:
+            return b""
         with _explained(path):
-            return obstore.get_range(self._store, path, start=start, end=end).to_bytes()
+            try:
+                return obstore.get_range(self._store, path, start=start, end=end).to_bytes()
+            except BaseError as error:
+                if _BEYOND not in str(error):
+                    raise
+                return b""
 
     def exists(self, path: str) -> bool:
         """Whether there are bytes under the path."""
@@ -134,11 +144,12 @@ class _Uploads:
             earlier.result()
         self._sending.append(_SENDERS.submit(self._store.put, file.path, file.body))
 
-    def place(self, placed: Callable[[int], None]) -> None:
+    def place(self, placed: Callable[[int], None], last: Callable[[], None] = lambda: None) -> None:
         """Wait for all but the last, then send it."""
         for index, sent in enumerate(self._sending):
             sent.result()
             placed(index)
+        last()
         if self._last is not None:
             self._send(self._last)
 

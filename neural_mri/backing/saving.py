@@ -1,4 +1,4 @@
-"""Results on their way into the store: tables, and last the manifest that names them.
+"""Results on their way into the store: one file each, or tables, and last the manifest that names them.
 
 Several at once, so that their files share the disk's commits. Knows nothing of jobs' states.
 """
@@ -15,16 +15,21 @@ import pyarrow as pa
 from neural_mri.backing import keys
 from neural_mri.backing.faults import crash_point
 from neural_mri.backing.storage import MOST_OPEN, NamedBytes, Store, Writing
+from neural_mri.backing.stored import pack
 from neural_mri.contract.results import Manifest, TableRef, provenance_of, to_ipc
 
-__all__ = ("SavedResult", "Saving", "Unsaved", "save_result")
+__all__ = ("PACKED_BYTES", "SavedResult", "Saving", "Unsaved", "save_result")
+
+PACKED_BYTES = 4 << 20
+"""Tables of so many bytes together become one file. Of a larger result the bytes themselves take longer than
+its files' names, and they are in memory once more while they are joined."""
 
 
 class SavedResult(NamedTuple):
     """A result that is whole."""
 
     path: str
-    """Of the manifest; what the job's row names."""
+    """Of the one file, or of the manifest; what the job's row names."""
     manifest: Manifest
 
 
@@ -32,13 +37,15 @@ class Unsaved(NamedTuple):
     """A result that is in memory only."""
 
     path: str
-    """Where its manifest will stand."""
+    """Where its manifest will stand, unless it is packed."""
     manifest: Manifest
     """Everything but the tables."""
     tables: Mapping[str, pa.Table]
     """Each bears its provenance."""
     stored: Callable[[TableRef], None] = lambda _ref: None
-    """Told of each table as it is written; may raise to stop."""
+    """Told of each table as it is written, before the result can be found; may raise to stop."""
+    packed: str | None = None
+    """Where all of it will stand as one file if it is small; None where it must have a manifest of its own."""
 
 
 def save_result(
@@ -48,9 +55,13 @@ def save_result(
     tables: Mapping[str, pa.Table],
     *,
     stored: Callable[[TableRef], None] = lambda _ref: None,
+    packed: str | None = None,
 ) -> SavedResult:
-    """Write a result's tables, then, under the path, the manifest that names them."""
-    with Saving(store, [Unsaved(path, manifest, tables, stored)]) as saving:
+    """Write a result's tables, then, under the path, the manifest that names them.
+
+    A small one is one file, where `packed` says under which path.
+    """
+    with Saving(store, [Unsaved(path, manifest, tables, stored, packed)]) as saving:
         [saved] = saving.finish([path]).values()
     if isinstance(saved, Exception):
         raise saved
@@ -79,7 +90,7 @@ class Saving:
             begun.drop()
 
     def finish(self, paths: Collection[str]) -> dict[str, SavedResult | Exception]:
-        """What became of the results whose manifests were to stand under these paths."""
+        """What became of the results whose manifests were to stand under these paths, packed or not."""
         finished: dict[str, SavedResult | Exception] = {}
         self._later = deque(result for result in self._later if result.path in paths)
         while self._begun or self._later:
@@ -110,6 +121,7 @@ class _Begun:
     def __init__(self, result: Unsaved) -> None:
         self.result = result
         self._refs: list[TableRef] = []
+        self._path = result.path
         self._whole = result.manifest
         self._writing: Writing | None = None
         self._error: Exception | None = None
@@ -117,7 +129,7 @@ class _Begun:
     @property
     def outcome(self) -> SavedResult | Exception:
         """How it ended."""
-        return self._error or SavedResult(self.result.path, self._whole)
+        return self._error or SavedResult(self._path, self._whole)
 
     def attempt(self, step: Callable[["_Begun"], None]) -> None:
         """Take a step, unless an earlier one has failed."""
@@ -133,8 +145,12 @@ class _Begun:
         self._writing = store.begin(self._files())
 
     def place(self) -> None:
-        """Let the tables be found, and then the manifest."""
-        if self._writing is not None:
+        """Let the tables be found, and then the manifest; or all at once."""
+        if self._writing is None:
+            return
+        if self._path == self.result.packed:
+            self._writing.place(lambda _index: None, last=self._tell_all)
+        else:
             self._writing.place(self._tell)
 
     def settle(self) -> None:
@@ -150,19 +166,49 @@ class _Begun:
             self._writing = None
 
     def _files(self) -> Iterator[NamedBytes]:
-        """One after another, so that they are in memory one at a time."""
+        """The one file of a small result; else one after another, so that one table is in memory at a time."""
+        chunks = self._chunks()
+        if self.result.packed is not None:
+            first = list(_beyond(PACKED_BYTES, chunks))
+            if sum(len(chunk.body) for chunk in first) <= PACKED_BYTES:
+                self._path = self.result.packed
+                yield NamedBytes(self._path, pack(self._named(), [chunk.body for chunk in first]))
+                return
+            while first:
+                yield first.pop(0)
+        yield from chunks
+        yield NamedBytes(self._path, self._named())
+
+    def _chunks(self) -> Iterator[NamedBytes]:
+        """The tables, encoded as they are asked for."""
         for name, table in self.result.tables.items():
             body = to_ipc(table)
             ref = _ref_of(name, table, body)
             self._refs.append(ref)
             yield NamedBytes(keys.chunk_path(ref.chunk), body)
+
+    def _named(self) -> bytes:
+        """The manifest, once all tables have been encoded."""
         self._whole = msgspec.structs.replace(self.result.manifest, tables=tuple(self._refs))
-        yield NamedBytes(self.result.path, msgspec.json.encode(self._whole))
+        return msgspec.json.encode(self._whole)
+
+    def _tell_all(self) -> None:
+        """Where all are one file each is told of when it only lacks its name."""
+        for index in range(len(self._refs)):
+            self._tell(index)
 
     def _tell(self, index: int) -> None:
         self.result.stored(self._refs[index])
         if index == len(self._refs) - 1:
             crash_point("worker.stored")
+
+
+def _beyond(limit: int, files: Iterator[NamedBytes]) -> Iterator[NamedBytes]:
+    """The first files, up to the one with which they have more bytes than the limit."""
+    size = 0
+    while size <= limit and (file := next(files, None)) is not None:
+        size += len(file.body)
+        yield file
 
 
 def _ref_of(name: str, table: pa.Table, body: bytes) -> TableRef:

@@ -1,13 +1,11 @@
-"""The object store: results under their own hash, manifests under their attempt.
+"""The object store: bytes under paths, all of them or none.
 
 A folder of this machine's, or a bucket (`s3`). In the folder a file is seen whole or not at all: it is
 written beside its place, flushed, and renamed into it. Paths come from `keys.py` and are checked all the
-same; no symbolic link is followed, on no step of a path. Knows bytes, tables and manifests; nothing of jobs'
-states.
+same; no symbolic link is followed, on no step of a path. Knows bytes; what results are made of says `stored`.
 """
 
 import errno
-import hashlib
 import os
 import re
 import secrets
@@ -18,14 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import msgspec
-import pyarrow as pa
-
-from neural_mri.backing import keys
 from neural_mri.backing.faults import crash_point
 from neural_mri.backing.settings import InvalidSettings, Settings
 from neural_mri.contract.problems import Gone, Unavailable
-from neural_mri.contract.results import Manifest, TableRef, from_ipc
 
 __all__ = (
     "Damaged",
@@ -38,9 +31,7 @@ __all__ = (
     "StoreUnavailable",
     "Writing",
     "checked",
-    "load_manifest",
     "open_store",
-    "read_table",
 )
 
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}")
@@ -88,11 +79,11 @@ class NamedBytes(NamedTuple):
 class Writing(Protocol):
     """Files on their way into a store, together: placed, then settled, or else dropped."""
 
-    def place(self, placed: Callable[[int], None]) -> None:
+    def place(self, placed: Callable[[int], None], last: Callable[[], None] = lambda: None) -> None:
         """Let all be found under their paths, the last only once all others are.
 
-        Says of each but the last, by its index, that it stands; what that raises stops it there. Raises
-        `StoreUnavailable`.
+        Says of each but the last, by its index, that it stands, and of the last that it comes next; what
+        either raises stops it there. Raises `StoreUnavailable`.
         """
 
     def settle(self) -> None:
@@ -115,7 +106,7 @@ class Store(Protocol):
         """The bytes under the path. Raises `Missing`."""
 
     def get_range(self, path: str, start: int, end: int) -> bytes:
-        """Bytes `start` up to `end`, without reading the others. Raises `Missing`."""
+        """Bytes `start` up to `end`, without reading the others; fewer at the end. Raises `Missing`."""
 
     def exists(self, path: str) -> bool:
         """Whether there are bytes under the path."""
@@ -170,7 +161,7 @@ class FolderStore:
     def get_range(self, path: str, start: int, end: int) -> bytes:
         """Bytes `start` up to `end`. Raises `Missing`."""
         with self._folder(path) as (folder, name), _opened(folder, name) as file:
-            return os.pread(file, end - start, start)
+            return _part(file, start, end)
 
     def exists(self, path: str) -> bool:
         """Whether there are bytes under the path."""
@@ -270,13 +261,22 @@ class _Folders:
         self._changed[place.folder] = path
 
     def flush(self) -> None:
-        """Have the disk write the names, of each folder once."""
+        """Have the disk write the names, of each folder once.
+
+        Those of one folder alone are left to `settle`: who would wait for a thread can wait for the disk.
+        """
+        if len(self._changed) == 1:
+            return
         for folder, path in self._changed.items():
             self._flushing.append(_Flushing(path, _FLUSHERS.submit(os.fsync, folder)))
         self._changed.clear()
 
     def settle(self) -> None:
         """Wait until all names are on the disk."""
+        for folder, path in self._changed.items():
+            with _explained(path):
+                os.fsync(folder)
+        self._changed.clear()
         for path, flushing in self._flushing:
             with _explained(path):
                 flushing.result()
@@ -318,11 +318,15 @@ class _Halves:
             self.drop()
             raise
 
-    def place(self, placed: Callable[[int], None]) -> None:
+    def place(self, placed: Callable[[int], None], last: Callable[[], None] = lambda: None) -> None:
         """Let all be found under their paths, the last only once all others are."""
         for index, half in enumerate(self._halves):
+            is_last = index == len(self._halves) - 1
+            if is_last:
+                _await_flush(half)
+                last()
             _place(half)
-            if index < len(self._halves) - 1:
+            if not is_last:
                 placed(index)
         self._folders.flush()
 
@@ -354,6 +358,11 @@ class _Halves:
                 half.flush()
 
 
+def _await_flush(half: "_Half | None") -> None:
+    if half is not None:
+        half.await_flush()
+
+
 def _place(half: "_Half | None") -> None:
     if half is not None:
         half.place()
@@ -382,12 +391,18 @@ class _Half:
         if self._file is not None and self._flushing is None:
             self._flushing = _FLUSHERS.submit(os.fsync, self._file)
 
+    def await_flush(self) -> None:
+        """Wait until its bytes are on the disk."""
+        if self._flushing is not None:
+            with _explained(self._path):
+                self._flushing.result()
+
     def place(self) -> None:
         """Rename it into its place, once its bytes are on the disk."""
+        self.await_flush()
         if self._file is None or self._flushing is None:
             return
         with _explained(self._path):
-            self._flushing.result()
             crash_point("worker.written")
             self._folders.name(self._beside, self._place, self._path)
             os.close(self._file)
@@ -457,6 +472,15 @@ def _read(folder: int, name: str) -> bytes:
         return reader.read()
 
 
+def _part(file: int, start: int, end: int) -> bytes:
+    """As many bytes as there are: one call gives two gigabytes at most."""
+    parts, end = [], min(end, os.fstat(file).st_size)
+    while start < end and (part := os.pread(file, end - start, start)):
+        parts.append(part)
+        start += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def _reads_as(folder: int, name: str, body: bytes) -> bool:
     """Whether exactly these bytes stand there; damaged ones are written anew."""
     try:
@@ -480,25 +504,3 @@ def open_store(settings: Settings) -> Store:
             ) from error
         return open_s3(settings)
     return FolderStore(settings.store_dir)
-
-
-_manifest = msgspec.json.Decoder(Manifest)
-
-
-def load_manifest(store: Store, path: str) -> Manifest:
-    """The manifest under a path. Raises `Missing`, and `Damaged` when it cannot be read."""
-    body = store.get(path)
-    try:
-        return _manifest.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Damaged(f"{path} is not a manifest: {error}", path=path) from error
-
-
-def read_table(store: Store, ref: TableRef) -> pa.Table:
-    """A table, once its bytes are seen to be the ones it was named for. Raises `Missing`, `Damaged`."""
-    path = keys.chunk_path(ref.chunk)
-    body = store.get(path)
-    found = hashlib.sha256(body).hexdigest()
-    if found != ref.chunk:
-        raise Damaged(f"table {ref.name}: {path} holds bytes whose hash is {found}", path=path)
-    return from_ipc(body)

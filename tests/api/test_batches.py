@@ -127,7 +127,7 @@ def test_a_known_result_whose_bytes_are_gone_is_measured_again(
     api: httpx.Client, world: World
 ) -> None:
     api.post("/api/scan/activation", json={"prompt": PROMPT})
-    world.chunk(world.perform(world.claim(world.queue())), "activations").unlink()
+    world.file(world.perform(world.claim(world.queue())), "activations").file.unlink()
     batch = accepted(api, fmri())
     assert batch["counts"]["queued"] == 1
 
@@ -241,6 +241,31 @@ def test_everything_comes_in_one_file_whose_hashes_hold(api: httpx.Client, world
     assert answer.content == api.get(
         batch["links"]["results"], headers={"accept": "application/zip"}
     ).content  # fmt: skip
+
+
+def test_results_are_the_same_in_one_file_each_or_table_by_table(
+    api: httpx.Client, world: World
+) -> None:
+    batch = accepted(api, fmri("a"), fmri("a b c"))
+    done = [world.perform(world.claim(world.queue())) for _ in range(2)]
+    asked: list[tuple[dict[str, str], dict[str, str]]] = [
+        ({}, {}),
+        ({}, {"accept": "application/zip"}),
+    ]
+    asked += [({"table": name}, {"accept": ARROW_STREAM}) for name in ("activations", "neurons")]
+
+    def answers() -> list[bytes]:
+        found = [
+            api.get(batch["links"]["results"], params=params, headers=headers)
+            for params, headers in asked
+        ]
+        assert [answer.status_code for answer in found] == [200] * len(asked)
+        return [answer.content for answer in found]
+
+    packed = answers()
+    for job in done:
+        world.unpack(job)
+    assert answers() == packed
 
 
 def test_too_many_failures_stop_the_rest(api: httpx.Client, world: World) -> None:

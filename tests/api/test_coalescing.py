@@ -78,7 +78,7 @@ def begun(world: World) -> Job:
 def finished(world: World, job: Job) -> None:
     """A worker stores and ends what it has begun."""
     world.move(job, JobState.STORING)
-    manifest = f"manifests/{job.id}.{job.attempt}.json"
+    manifest = f"packed/{job.id}.{job.attempt}.result"
     artifact = Artifact(table="activations", url=f"/api/jobs/{job.id}/result/activations", bytes=1)
     world.publisher.publish(job.id, artifact)
     world.move(job, JobState.SUCCEEDED, manifest=manifest)

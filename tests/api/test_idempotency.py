@@ -118,7 +118,7 @@ def test_a_lost_result_is_measured_again_under_the_same_key(
 ) -> None:
     ask(api, None)
     done = world.perform(world.claim(world.queue()))
-    world.chunk(done, "activations").unlink()
+    world.file(done, "activations").file.unlink()
     job = ask(api).json()
     assert (job["state"], job["cached"]) == ("queued", False)
     assert ask(api).json()["id"] == job["id"]

@@ -8,10 +8,10 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from neural_mri.backing import keys
+from neural_mri.backing import stored
 from neural_mri.backing.records import Job
-from neural_mri.backing.storage import load_manifest
-from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, TableRef, from_ipc
+from neural_mri.backing.stored import StoredTable
+from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, from_ipc
 from tests.api.conftest import settings_in
 from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
@@ -45,17 +45,18 @@ def served(distant: World) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture
-def done(served: httpx.Client, distant: World) -> Job:
+@pytest.fixture(params=["one file", "table by table"])
+def done(request: pytest.FixtureRequest, served: httpx.Client, distant: World) -> Job:
     """A finished fMRI scan."""
+    distant.packs = request.param == "one file"
     served.post("/api/scan/activation", json={"prompt": PROMPT})
     return distant.perform(distant.claim(distant.queue()))
 
 
-def ref_of(world: World, job: Job, name: str) -> TableRef:
-    ref = load_manifest(world.store, job.manifest or "").table(name)
-    assert ref is not None
-    return ref
+def table_of(world: World, job: Job, name: str) -> StoredTable:
+    table = world.result(job).table(name)
+    assert table is not None
+    return table
 
 
 def test_a_result_in_a_bucket_is_answered_like_one_in_a_folder(
@@ -63,9 +64,9 @@ def test_a_result_in_a_bucket_is_answered_like_one_in_a_folder(
 ) -> None:
     url = f"/api/jobs/{done.id}/result"
     assert served.get(url).json()["scan_mode"] == "fMRI"
-    ref = ref_of(distant, done, "activations")
+    ref = table_of(distant, done, "activations").ref
     whole = served.get(f"{url}/activations", headers={"accept": ARROW_FILE})
-    assert whole.content == distant.store.get(keys.chunk_path(ref.chunk))
+    assert whole.content == distant.table(done, "activations")
     assert whole.headers["etag"] == f'"{ref.chunk}"'
     stream = served.get(f"{url}/activations", headers={"accept": ARROW_STREAM})
     with pa.ipc.open_stream(stream.content) as reader:
@@ -77,9 +78,7 @@ def test_a_result_in_a_bucket_is_answered_like_one_in_a_folder(
 def test_a_part_is_one_request_for_that_part(
     served: httpx.Client, distant: World, done: Job, remote: Bucket
 ) -> None:
-    ref = ref_of(distant, done, "activations")
-    path = keys.chunk_path(ref.chunk)
-    body = distant.store.get(path)
+    path, body = table_of(distant, done, "activations").path, distant.table(done, "activations")
     before = len(remote.requests())
     url = f"/api/jobs/{done.id}/result/activations"
     part = served.get(url, headers={"range": "bytes=100-199"})
@@ -92,15 +91,55 @@ def test_a_part_is_one_request_for_that_part(
     assert last.content == body[-7:]
 
 
+def test_of_a_large_file_the_head_is_read_and_then_what_is_asked_for(
+    served: httpx.Client, distant: World, remote: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "HEAD_BYTES", 100)  # less than the manifest: it is read in two
+    served.post("/api/scan/activation", json={"prompt": PROMPT})
+    job = distant.perform(distant.claim(distant.queue()))
+    body = distant.table(job, "neurons")
+
+    def asked(headers: dict[str, str]) -> tuple[bytes, list[str]]:
+        before = len(remote.requests())
+        answer = served.get(f"/api/jobs/{job.id}/result/neurons", headers=headers)
+        made = [each for each in remote.requests()[before:] if str(job.id) in each]
+        return answer.content, [each.split()[0] for each in made]
+
+    head = asked({"if-none-match": "*"})[1]
+    assert 1 < len(head) <= 4
+    for headers, part in (({}, body), ({"range": "bytes=10-19"}, body[10:20])):
+        assert asked(headers) == (part, [*head, "GET"])
+    before = len(remote.requests())
+    assert served.get(f"/api/jobs/{job.id}/result").json()["scan_mode"] == "fMRI"
+    made = [each for each in remote.requests()[before:] if "packed" in each]
+    assert len(made) == 1, "a summary takes the whole at once"
+
+
+def test_a_session_keeps_what_is_in_a_bucket_without_the_jobs_own_object(
+    served: httpx.Client, distant: World, done: Job
+) -> None:
+    body = distant.table(done, "activations")
+    answer = served.post("/api/sessions", json={"name": "Far", "scans": [{"job": str(done.id)}]})
+    assert answer.status_code == 201
+    distant.store.delete(done.manifest or "")
+    view = answer.json()
+    [scan] = view["document"]["scans"]
+    url = f"{view['links']['self']}/results/{scan['result']}/activations"
+    assert served.get(url).content == body
+    assert served.get(url, headers={"range": "bytes=5-9"}).content == body[5:10]
+
+
 def test_what_is_known_or_impossible_fetches_nothing(
     served: httpx.Client, distant: World, done: Job, remote: Bucket
 ) -> None:
-    ref = ref_of(distant, done, "activations")
+    table = table_of(distant, done, "activations")
     before = len(remote.requests())
     url = f"/api/jobs/{done.id}/result/activations"
-    assert served.get(url, headers={"if-none-match": f'"{ref.chunk}"'}).status_code == 304
+    assert served.get(url, headers={"if-none-match": f'"{table.ref.chunk}"'}).status_code == 304
     assert served.get(url, headers={"range": "bytes=99999999-"}).status_code == 416
-    assert not [each for each in remote.requests()[before:] if keys.chunk_path(ref.chunk) in each]
+    asked = [each for each in remote.requests()[before:] if "tokenizers" not in each]
+    assert len(asked) == 2, "the manifest, once each"
+    assert all(done.manifest in each for each in asked if done.manifest)
 
 
 @pytest.mark.parametrize("headers", [{}, {"range": "bytes=100-199"}])
@@ -108,11 +147,11 @@ def test_what_is_known_or_impossible_fetches_nothing(
 def test_what_is_lost_in_the_bucket_is_gone_and_computed_again(
     served: httpx.Client, distant: World, done: Job, headers: dict[str, str], loss: str
 ) -> None:
-    path = keys.chunk_path(ref_of(distant, done, "activations").chunk)
+    table = table_of(distant, done, "activations")
     if loss == "deleted":
-        distant.store.delete(path)
+        distant.store.delete(table.path)
     else:
-        distant.store.put(path, distant.store.get(path)[:150])
+        distant.store.put(table.path, distant.store.get(table.path)[: table.start + 150])
     gone = served.get(f"/api/jobs/{done.id}/result/activations", headers=headers)
     assert gone.status_code == 410
     assert gone.json()["job"] == str(done.id)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from api import results
+from api.files import FilePart
 from neural_mri.backing import keys
 from neural_mri.backing.records import Job
 from neural_mri.contract.jobs import JobState
@@ -18,9 +19,10 @@ from tests.api.world import World
 N_TOKENS = 7
 
 
-@pytest.fixture
-def done(api: httpx.Client, world: World) -> Job:
+@pytest.fixture(params=["one file", "table by table"])
+def done(request: pytest.FixtureRequest, api: httpx.Client, world: World) -> Job:
     """A finished fMRI scan."""
+    world.packs = request.param == "one file"
     api.post("/api/scan/activation", json={"prompt": PROMPT})
     return world.perform(world.claim(world.queue()))
 
@@ -60,7 +62,7 @@ def test_the_main_table_is_served_as_an_arrow_file(
 ) -> None:
     answer = api.get(url(done), headers={"accept": accept})
     assert answer.headers["content-type"] == ARROW_FILE
-    assert answer.content == world.chunk(done, "activations").read_bytes()
+    assert answer.content == world.table(done, "activations")
     assert provenance_of(from_ipc(answer.content)).unit == "L2 norm"
 
 
@@ -69,7 +71,7 @@ def test_the_streaming_format_holds_the_same_table(
 ) -> None:
     answer = api.get(url(done, "/neurons"), headers={"accept": ARROW_STREAM})
     assert answer.headers["content-type"] == ARROW_STREAM
-    stored = from_ipc(world.chunk(done, "neurons").read_bytes())
+    stored = from_ipc(world.table(done, "neurons"))
     with pa.ipc.open_stream(answer.content) as reader:
         table = reader.read_all()
     assert table.equals(stored, check_metadata=True)
@@ -183,7 +185,7 @@ def test_a_long_table_is_sent_whole(api: httpx.Client, world: World, tmp_path: P
     answer = api.get(url(job, "/attention.0"))
     table = from_ipc(answer.content)
     assert table.column("value").type.list_size == n_tokens**2
-    assert answer.content == world.chunk(job, "attention.0").read_bytes()
+    assert answer.content == world.table(job, "attention.0")
 
 
 def test_a_table_that_is_not_there_is_refused_with_those_that_are(
@@ -209,17 +211,17 @@ def test_there_is_no_result_before_the_job_has_succeeded(api: httpx.Client, worl
 def test_damaged_bytes_are_never_served(
     api: httpx.Client, world: World, done: Job, harm: str
 ) -> None:
-    chunk = world.chunk(done, "activations")
+    chunk = world.file(done, "activations")
     assert api.get(url(done, "/activations")).status_code == 200  # seen to be whole once
-    body = bytearray(chunk.read_bytes())
+    body = bytearray(chunk.file.read_bytes())
     match harm:
         case "flipped":
-            body[len(body) // 2] ^= 1
-            chunk.write_bytes(body)
+            body[(chunk.start + chunk.end) // 2] ^= 1
+            chunk.file.write_bytes(body)
         case "cut":
-            chunk.write_bytes(body[:-1])
+            chunk.file.write_bytes(body[: chunk.end - 1])
         case _:
-            chunk.unlink()
+            chunk.file.unlink()
     for path in ("", "/activations"):
         answer = api.get(url(done, path))
         assert answer.status_code == 410, path
@@ -241,21 +243,85 @@ def test_a_lost_manifest_is_gone(api: httpx.Client, world: World, done: Job) -> 
 def test_a_table_is_hashed_once_and_again_when_its_file_changes(
     api: httpx.Client, world: World, done: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashed: list[Path] = []
+    hashed: list[FilePart] = []
     plain = results._sha256
 
-    def counting(path: Path) -> str:
-        hashed.append(path)
-        return plain(path)
+    def counting(part: FilePart) -> str:
+        hashed.append(part)
+        return plain(part)
 
     monkeypatch.setattr(results, "_sha256", counting)
-    results._verified_files.clear()
+    results._verified_parts.clear()
     for _ in range(3):
         api.get(url(done, "/neurons"))
     assert len(hashed) == 1
-    world.chunk(done, "neurons").touch()
+    world.file(done, "neurons").file.touch()
     api.get(url(done, "/neurons"))
     assert len(hashed) == 2
+    api.get(url(done, "/activations"))
+    assert len(hashed) == 3, "another table, of the same file or not, is seen for itself"
+
+
+def answers(api: httpx.Client, job: Job) -> list[tuple[int, dict[str, str], bytes]]:
+    """Everything there is to ask about a job's result."""
+    tables = api.get(f"/api/jobs/{job.id}/manifest").json()["tables"]
+    etag = {ref["name"]: f'"{ref["chunk"]}"' for ref in tables}
+    asked: list[tuple[str, str, dict[str, str]]] = [
+        ("GET", f"/api/jobs/{job.id}/manifest", {}),
+        ("GET", url(job), {}),
+    ]
+    for ref in tables:
+        asked += [
+            (method, url(job, f"/{ref['name']}"), {"accept": ARROW_FILE, **headers})
+            for method in ("GET", "HEAD")
+            for headers in (
+                {},
+                {"range": "bytes=0-0"},
+                {"range": "bytes=100-199"},
+                {"range": "bytes=-7"},
+                {"range": f"bytes={ref['bytes'] - 1}-{ref['bytes'] + 99}"},
+                {"range": f"bytes={ref['bytes']}-"},
+                {"range": "bytes=3-9", "if-range": etag[ref["name"]]},
+                {"range": "bytes=3-9", "if-range": '"another"'},
+                {"if-none-match": etag[ref["name"]]},
+                {"accept": ARROW_STREAM},
+            )
+        ]
+    found = [api.request(method, path, headers=headers) for method, path, headers in asked]
+    told_by_chance = {"date", "server", "x-request-id"}
+    return [
+        (
+            answer.status_code,
+            {name: text for name, text in answer.headers.items() if name not in told_by_chance},
+            answer.content,
+        )
+        for answer in found
+    ]
+
+
+def test_a_result_in_one_file_is_answered_byte_for_byte_as_one_that_is_not(
+    api: httpx.Client, world: World
+) -> None:
+    api.post("/api/scan/activation", json={"prompt": PROMPT})
+    job = world.perform(world.claim(world.queue()))
+    packed = answers(api, job)
+    world.unpack(job)
+    assert answers(api, job) == packed
+    assert {status for status, _, _ in packed} == {200, 206, 304, 416}
+
+
+def test_of_a_damaged_file_the_other_tables_are_served(api: httpx.Client, world: World) -> None:
+    api.post("/api/scan/activation", json={"prompt": PROMPT})
+    job = world.perform(world.claim(world.queue()))
+    whole = world.table(job, "activations")
+    harmed = world.file(job, "neurons")
+    body = bytearray(harmed.file.read_bytes())
+    body[harmed.start] ^= 1
+    harmed.file.write_bytes(body)
+    assert api.get(url(job, "/neurons")).status_code == 410
+    assert api.get(url(job, "/activations")).content == whole
+    again = api.post("/api/scan/activation", json={"prompt": PROMPT}).json()
+    assert again["state"] == "queued", "a result is whole or computed again"
 
 
 def test_attention_is_measured_when_it_is_first_asked_for(

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import shutil
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pytest
 from sqlalchemy import delete
 
-from neural_mri.backing import sessions
+from neural_mri.backing import keys, sessions
 from neural_mri.backing.rows import JOBS, Base
 from neural_mri.contract.archives import SESSION_FILE, canonical, open_archive
 from neural_mri.contract.jobs import JobState
@@ -173,8 +174,7 @@ def test_a_session_outlives_the_jobs_and_everything_that_computes(
         whole = results(api, session)
         with lone_world.sessions.writing() as database:
             database.execute(delete(JOBS))
-        for manifest in (lone_world.settings.store_dir / "manifests").iterdir():
-            manifest.unlink()
+        shutil.rmtree(lone_world.settings.store_dir / "packed")
         assert lone_world.valkey is not None
         lone_world.valkey.kill()
         asked: list[str] = []
@@ -187,6 +187,61 @@ def test_a_session_outlives_the_jobs_and_everything_that_computes(
         assert kept == {scan["result"] for scan in session.body["document"]["scans"]}
         # And it can still be saved, by who changes only what is said of the scans.
         assert read(save(api, session, view={"layer": 1})).body["revision"] == 2
+
+
+def test_what_a_session_keeps_of_a_file_needs_it_no_longer_and_has_the_same_hashes(
+    api: httpx.Client, world: World
+) -> None:
+    job = world.job(scanned(api, world))
+    result = world.result(job)
+    tables = {each.ref.chunk: result.bytes_of(each) for each in result.tables}
+    session = made(api, str(job.id))
+    world.store.delete(result.path)
+    [scan] = session.body["document"]["scans"]
+    assert scan["result"] == hashlib.sha256(result.body).hexdigest()
+    assert world.store.get(keys.kept_result_path(scan["result"])) == result.body
+    assert results(api, session) == tables
+    file = api.get(f"{session.path}/export").content
+    archive = open_archive(io.BytesIO(file), largest=10**8)
+    assert archive.result(scan["result"]) == result.body
+    taken = read(send_file(api, file), status=201)
+    assert taken.revision == session.revision
+    assert results(api, taken) == tables
+    for ref in result.manifest.tables:
+        path = f"{taken.path}/results/{scan['result']}/{ref.name}"
+        assert api.get(path).content == tables[ref.chunk]
+
+
+def test_it_keeps_the_same_of_a_result_that_was_stored_table_by_table(
+    api: httpx.Client, world: World
+) -> None:
+    job = world.job(scanned(api, world))
+    packed = made(api, str(job.id))
+    world.unpack(job)
+    assert made(api, str(job.id)).revision == packed.revision
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut short", "lost"])
+def test_a_damaged_result_is_not_kept_in_any_part(
+    api: httpx.Client, world: World, harm: str
+) -> None:
+    job = world.job(scanned(api, world, "a b c d"))
+    result = world.result(job)
+    last = world.file(job, result.tables[-1].ref.name)
+    body = last.file.read_bytes()
+    match harm:
+        case "flipped":
+            last.file.write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
+        case "cut short":
+            last.file.write_bytes(body[:-1])
+        case _:
+            last.file.unlink()
+    refused = api.post("/api/sessions", json={"name": "Eiffel", "scans": [{"job": str(job.id)}]})
+    assert refused.status_code == 410
+    assert refused.json()["job"] == str(job.id)
+    kept = keys.kept_result_path(hashlib.sha256(result.body).hexdigest())
+    chunks = [keys.chunk_path(each.ref.chunk) for each in result.tables]
+    assert not any(world.store.exists(path) for path in (kept, *chunks))
 
 
 def test_a_table_of_a_session_can_be_had_alone_and_in_part(api: httpx.Client, world: World) -> None:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
@@ -17,16 +16,20 @@ import httpx
 import msgspec
 import redis
 import uvicorn
+from sqlalchemy import update
 from tokenizers import Tokenizer
 
 from api.app import Application, create_app
+from api.files import FilePart
 from neural_mri.backing import database, jobs, keys, models
 from neural_mri.backing.events import HeldModel, Publisher, WorkerBeat, beat, change_of
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.backing.records import Job
+from neural_mri.backing.rows import JOBS
 from neural_mri.backing.saving import save_result
 from neural_mri.backing.settings import Settings
-from neural_mri.backing.storage import load_manifest, open_store
+from neural_mri.backing.storage import open_store
+from neural_mri.backing.stored import StoredResult, open_result
 from neural_mri.contract.events import ActivationFrame, FrameLayer
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.models import Architecture, ModelState, Numerics
@@ -45,6 +48,8 @@ class World:
     settings: Settings
     valkey: Valkey | None = None
     """Its own server, where it has one."""
+    packs: bool = True
+    """Whether a small result is stored as one file."""
 
     def __post_init__(self) -> None:
         self.sessions = database.sessions(self.settings)
@@ -121,14 +126,36 @@ class World:
         assert model is not None
         return keys.scan_queue(model.revision)
 
-    def chunk(self, job: Job, table: str) -> Path:
-        """The file of a table of a finished job's result."""
+    def result(self, job: Job) -> StoredResult:
+        """A finished job's result."""
         assert job.manifest is not None
-        ref = load_manifest(self.store, job.manifest).table(table)
-        assert ref is not None
-        path = self.store.local_path(keys.chunk_path(ref.chunk))
+        return open_result(self.store, job.manifest)
+
+    def table(self, job: Job, name: str) -> bytes:
+        """The bytes of a table of a finished job's result."""
+        result = self.result(job)
+        table = result.table(name)
+        assert table is not None
+        return result.bytes_of(table)
+
+    def file(self, job: Job, name: str) -> FilePart:
+        """The file that a table of a finished job's result is in, and where in it."""
+        table = self.result(job).table(name)
+        assert table is not None
+        path = self.store.local_path(table.path)
         assert path is not None
-        return path
+        return FilePart(path, table.start, table.end)
+
+    def unpack(self, job: Job) -> None:
+        """Have a result stand as it would have before small ones became one file."""
+        result, path = self.result(job), keys.manifest_path(job.id, job.attempt)
+        assert keys.is_packed(result.path)
+        for table in result.tables:
+            self.store.put(keys.chunk_path(table.ref.chunk), result.bytes_of(table))
+        self.store.put(path, result.body)
+        self.store.delete(result.path)
+        with self.sessions.writing() as session:
+            session.execute(update(JOBS).where(JOBS.c.id == job.id).values(manifest=path))
 
     def claim(self, queue: str) -> Job:
         """Take the next job of a queue, as its ticket says."""
@@ -188,8 +215,13 @@ class World:
         tables = signed(tables_of(scan, job.n_tokens), manifest)
         if manifest.kind is ScanKind.CALIBRATION:
             save_result(self.store, keys.calibration_path(manifest.scan_key), manifest, tables)
-        path = keys.manifest_path(job.id, job.attempt)
-        saved = save_result(self.store, path, manifest, tables)
+        saved = save_result(
+            self.store,
+            keys.manifest_path(job.id, job.attempt),
+            manifest,
+            tables,
+            packed=keys.packed_path(job.id, job.attempt) if self.packs else None,
+        )
         return self.move(job, JobState.SUCCEEDED, manifest=saved.path)
 
     @contextmanager

@@ -1,15 +1,17 @@
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import msgspec
 import pytest
 
-from neural_mri.backing import broker, database
+from neural_mri.backing import broker, database, storage
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.settings import Settings
+from neural_mri.backing.storage import FolderStore, Store
 from tests.backing.making import unused
-from tests.servers import Valkey, postgresql_database, valkey
+from tests.servers import Bucket, Valkey, postgresql_database, valkey
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
@@ -66,3 +68,25 @@ def redis(redis_settings: Settings) -> Iterator[SyncRedis]:
     client.flushall()
     yield client
     client.close()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The folder of a store."""
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def folder(root: Path) -> FolderStore:
+    """A store in a folder."""
+    return FolderStore(root)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, root: Path) -> Store:
+    """A store of either kind, empty."""
+    if request.param == "folder":
+        return FolderStore(root)
+    shared: Bucket = request.getfixturevalue("shared_bucket")
+    url = shared.url(f"{uuid4()}/deeper")
+    return storage.open_store(Settings(store_url=url, store_endpoint=shared.endpoint))

@@ -5,25 +5,18 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import obstore
 import psutil
-import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neural_mri.backing import keys, storage
-from neural_mri.backing.s3 import S3Store
-from neural_mri.backing.saving import SavedResult, Saving, Unsaved, save_result
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import (
     MOST_OPEN,
-    Damaged,
     FolderStore,
     InvalidPath,
     Missing,
@@ -32,53 +25,9 @@ from neural_mri.backing.storage import (
     StoreFull,
     StoreUnavailable,
 )
-from neural_mri.contract.models import Numerics
-from neural_mri.contract.results import Manifest, Provenance, TableRef, stamp
-from neural_mri.contract.scans import ScanKind
-from tests.servers import Bucket
+from tests.backing.stores import files, overwrite, paths
 
 CHUNK = keys.chunk_path("ab" * 32)
-JOB = uuid4()
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "results"
-
-
-@pytest.fixture
-def folder(root: Path) -> FolderStore:
-    return FolderStore(root)
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, root: Path) -> Store:
-    """A store of either kind, empty."""
-    if request.param == "folder":
-        return FolderStore(root)
-    shared: Bucket = request.getfixturevalue("shared_bucket")
-    url = shared.url(f"{uuid4()}/deeper")
-    return storage.open_store(Settings(store_url=url, store_endpoint=shared.endpoint))
-
-
-def files(root: Path) -> set[str]:
-    return {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
-
-
-def paths(store: Store) -> list[str]:
-    """Everything that a store holds."""
-    if isinstance(store, FolderStore):
-        return sorted(files(store._root))
-    assert isinstance(store, S3Store)
-    return sorted(entry["path"] for entry in obstore.list(store._store).collect())
-
-
-def overwrite(store: Store, path: str, body: bytes) -> None:
-    """Damage what stands there, behind the store's back."""
-    if isinstance(store, FolderStore):
-        (store._root / path).write_bytes(body)
-    else:
-        store.put(path, body)
 
 
 def test_bytes_are_read_back_as_they_were_put(store: Store) -> None:
@@ -89,7 +38,9 @@ def test_bytes_are_read_back_as_they_were_put(store: Store) -> None:
     assert paths(store) == [CHUNK]
 
 
-@pytest.mark.parametrize(("start", "end"), [(0, 5), (1, 3), (4, 5), (0, 1)])
+@pytest.mark.parametrize(
+    ("start", "end"), [(0, 5), (1, 3), (4, 5), (0, 1), (3, 99), (5, 9), (7, 10**12), (2, 2), (3, 1)]
+)
 def test_a_part_is_read_without_the_rest(store: Store, start: int, end: int) -> None:
     store.put(CHUNK, b"arrow")
     assert store.get_range(CHUNK, start, end) == b"arrow"[start:end]
@@ -308,6 +259,24 @@ def test_who_stops_between_two_files_leaves_the_last_unnamed(store: Store) -> No
     assert paths(store) == [file.path for file in TOGETHER[:2]]
 
 
+@pytest.mark.parametrize("n_files", [1, 3])
+def test_of_the_last_it_is_said_that_it_comes_next(store: Store, n_files: int) -> None:
+    class Stopped(Exception):
+        pass
+
+    some = TOGETHER[-n_files:]
+
+    def stop() -> None:
+        assert [store.exists(file.path) for file in some] == [True] * (n_files - 1) + [False]
+        raise Stopped
+
+    writing = store.begin(some)
+    with pytest.raises(Stopped):
+        writing.place(lambda _index: None, stop)
+    writing.drop()
+    assert paths(store) == sorted(file.path for file in some[:-1])
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace", "open"])
 def test_a_disk_error_at_any_step_tears_none_of_several_files(
     folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, step: str
@@ -397,139 +366,6 @@ def test_any_number_of_files_is_written_with_few_of_them_open(
     assert most - before <= 2 * MOST_OPEN + 2
     assert psutil.Process().num_fds() == before
     assert len(files(root)) == 3 * MOST_OPEN + 5
-
-
-# Results
-
-
-def table(rows: int = 3) -> pa.Table:
-    columns = pa.table({"position": pa.array(range(rows), pa.int32())})
-    return stamp(
-        columns, Provenance(table="tokens", version="1.0", unit="tokens", method="as encoded")
-    )
-
-
-def manifest() -> Manifest:
-    return Manifest(
-        scan_key="a" * 64,
-        kind=ScanKind.FMRI,
-        model="tiny",
-        revision="0" * 64,
-        numerics=Numerics(),
-        scanner_version="1",
-        request={"scan_mode": "fMRI"},
-        tables=(),
-        created_at=datetime(2026, 1, 2, tzinfo=UTC),
-        forward_seconds=0.1,
-        compute_seconds=0.2,
-        memory_bytes=3,
-    )
-
-
-def test_a_result_is_read_back_as_it_was_saved(store: Store) -> None:
-    told: list[TableRef] = []
-    tables = {"tokens": table(), "vectors.1": table(5)}
-    saved = save_result(store, keys.manifest_path(JOB, 2), manifest(), tables, stored=told.append)
-    assert saved.path == keys.manifest_path(JOB, 2)
-    assert storage.load_manifest(store, saved.path) == saved.manifest
-    assert tuple(told) == saved.manifest.tables
-    for name, original in tables.items():
-        ref = saved.manifest.table(name)
-        assert ref is not None
-        assert (ref.table, ref.unit, ref.rows) == ("tokens", "tokens", original.num_rows)
-        assert ref.bytes == store.size(keys.chunk_path(ref.chunk))
-        found = storage.read_table(store, ref)
-        assert found.equals(original, check_metadata=True)
-
-
-def test_equal_tables_are_stored_once(store: Store) -> None:
-    for attempt in (1, 2):
-        save_result(store, keys.manifest_path(JOB, attempt), manifest(), {"tokens": table()})
-    assert sorted(path.split("/")[0] for path in paths(store)) == [
-        "chunks",
-        "manifests",
-        "manifests",
-    ]
-
-
-def test_the_manifest_comes_last(store: Store) -> None:
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(ref: TableRef) -> None:
-        if ref.name == "second":
-            raise Interrupted
-
-    tables = {"first": table(1), "second": table(2), "third": table(3)}
-    with pytest.raises(Interrupted):
-        save_result(store, keys.manifest_path(JOB, 1), manifest(), tables, stored=interrupt)
-    assert {path.split("/")[0] for path in paths(store)} == {"chunks"}
-
-
-def test_of_results_that_are_begun_those_alone_are_named_that_are_finished(store: Store) -> None:
-    def result(attempt: int) -> Unsaved:
-        return Unsaved(keys.manifest_path(JOB, attempt), manifest(), {"tokens": table(attempt + 1)})
-
-    results = [result(attempt) for attempt in range(1, 40)]
-    wanted = [each.path for each in results[::2]]
-    with Saving(store, results) as saving:
-        assert not any(store.exists(each.path) for each in results)
-        saved = saving.finish(wanted)
-    assert list(saved) == wanted
-    assert [path for path in paths(store) if path.startswith("manifests")] == sorted(wanted)
-    for path, one in saved.items():
-        assert isinstance(one, SavedResult)
-        assert storage.load_manifest(store, path) == one.manifest
-        [ref] = one.manifest.tables
-        assert storage.read_table(store, ref).num_rows == ref.rows
-
-
-def test_a_result_that_cannot_be_encoded_costs_the_others_nothing(store: Store) -> None:
-    good, bad = (keys.manifest_path(JOB, attempt) for attempt in (1, 2))
-    unsigned = pa.table({"position": pa.array([1], pa.int32())})
-    results = [
-        Unsaved(bad, manifest(), {"tokens": unsigned}),
-        Unsaved(good, manifest(), {"tokens": table()}),
-    ]
-    with Saving(store, results) as saving:
-        saved = saving.finish([good, bad])
-    assert isinstance(saved[good], SavedResult)
-    assert isinstance(saved[bad], ValueError)
-    assert [path for path in paths(store) if path.startswith("manifests")] == [good]
-
-
-@pytest.mark.parametrize("change", ["flip", "truncate", "empty"])
-def test_a_damaged_chunk_is_refused(store: Store, change: str) -> None:
-    saved = save_result(store, keys.manifest_path(JOB, 1), manifest(), {"tokens": table()})
-    [ref] = saved.manifest.tables
-    path = keys.chunk_path(ref.chunk)
-    body = store.get(path)
-    middle = len(body) // 2
-    damaged = {
-        "flip": body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :],
-        "truncate": body[:-1],
-        "empty": b"",
-    }
-    overwrite(store, path, damaged[change])
-    with pytest.raises(Damaged, match="table tokens"):
-        storage.read_table(store, ref)
-
-
-def test_a_lost_chunk_is_missing(store: Store) -> None:
-    saved = save_result(store, keys.manifest_path(JOB, 1), manifest(), {"tokens": table()})
-    [ref] = saved.manifest.tables
-    store.delete(keys.chunk_path(ref.chunk))
-    with pytest.raises(Missing):
-        storage.read_table(store, ref)
-
-
-@pytest.mark.parametrize("body", [b"", b"{}", b"\xff\xfe", b'{"scan_key": 1}'])
-def test_what_is_no_manifest_is_damaged(store: Store, body: bytes) -> None:
-    path = keys.manifest_path(JOB, 1)
-    store.put(path, body)
-    with pytest.raises(Damaged, match="is not a manifest"):
-        storage.load_manifest(store, path)
-    assert Damaged.status == 410
 
 
 def test_results_are_kept_in_the_data_folder(tmp_path: Path) -> None:

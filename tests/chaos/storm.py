@@ -91,7 +91,7 @@ class Report(NamedTuple):
             f"{self.accepted} accepted, {self.repeats} requests sent again; {states}",
             f"{sum(self.done.values())} faults in {self.seconds:.0f} s: {faults}",
             f"{self.births} processes started; {attempts}; calm after {self.calm_seconds:.1f} s",
-            f"left: {self.litter.halves} halves of files, {self.litter.orphans} manifests nobody names",
+            f"left: {self.litter.halves} halves of files, {self.litter.orphans} results nobody names",
             f"wrong: {len(self.wrong)}",
             *self.wrong[:40],
         ]

@@ -3,7 +3,6 @@
 Triggers note every move of every job, whoever makes it and by whatever code, with the attempt and the time.
 """
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.records import AnyRow
 from neural_mri.backing.settings import Settings
+from neural_mri.backing.stored import open_result
 from neural_mri.contract.events import Ended, decode_event
 from neural_mri.contract.jobs import TERMINAL, TRANSITIONS, JobState
 from neural_mri.contract.problems import Gone
@@ -152,14 +152,13 @@ class Witness:
         ends = {moves[-1].manifest for moves in of_job.values()} - {None}
         for path in sorted(filter(None, ends)):
             try:
-                manifest = storage.load_manifest(store, path)
-                for ref in manifest.tables:
-                    body = store.get(keys.chunk_path(ref.chunk))
-                    if hashlib.sha256(body).hexdigest() != ref.chunk:
-                        yield f"{path}: table {ref.name} is damaged"
+                result = open_result(store, path, whole=True)
+                for table in result.tables:
+                    result.bytes_of(table)
             except Gone as error:
                 yield f"{path}: {error}"
                 continue
+            manifest = result.manifest
             tables = {ref.name: ref.chunk for ref in manifest.tables}
             if manifest.request.get("canonical") is False:
                 continue  # whose company may show in the last digit
@@ -186,9 +185,10 @@ class Witness:
         return [path for path in self._settings.store_dir.rglob(".*") if path.is_file()]
 
     def orphans(self) -> int:
-        """Manifests in the store that no job names."""
-        folder = self._settings.store_dir / "manifests"
-        stored = {f"manifests/{path.name}" for path in folder.glob("*.json")}
+        """Results in the store that no job names."""
+        root = self._settings.store_dir
+        found = [*root.glob("packed/*.result"), *root.glob("manifests/*.json")]
+        stored = {str(path.relative_to(root)) for path in found}
         with self._sessions.reading() as session:
             named = session.execute(text("SELECT manifest FROM jobs WHERE manifest IS NOT NULL"))
             return len(stored - set(named.scalars()))
@@ -236,9 +236,12 @@ def _wrong_with(job: UUID, moves: list[Move]) -> Iterator[str]:
     end = moves[-1]
     own = end.was is not None and end.was is not JobState.QUEUED
     if end.is_now is JobState.SUCCEEDED and own:
-        expected = keys.manifest_path(end.leader or job, end.attempt)
-        if end.manifest != expected:
-            yield f"{job} was published by another attempt: {end.manifest}, not {expected}"
+        work = end.leader or job
+        own_paths = [
+            path_of(work, end.attempt) for path_of in (keys.packed_path, keys.manifest_path)
+        ]
+        if end.manifest not in own_paths:
+            yield f"{job} was published by another attempt: {end.manifest}, none of {own_paths}"
 
 
 def _wrong_with_rows(session: Session) -> Iterator[str]:

@@ -70,7 +70,7 @@ def test_a_session_of_real_scans_opens_with_no_worker_no_redis_and_no_job(
         kept = list(session.execute(JOBS.select()).mappings())
         session.execute(delete(JOBS))
     aside = service.settings.store_dir.with_name("aside")
-    (service.settings.store_dir / "manifests").rename(aside)
+    (service.settings.store_dir / "packed").rename(aside)
     stopped = [service.child("worker"), service.child("valkey-server")]
     for process in stopped:
         process.suspend()
@@ -88,7 +88,7 @@ def test_a_session_of_real_scans_opens_with_no_worker_no_redis_and_no_job(
         mri._exchange._http.event_hooks["request"] = []
         for process in stopped:
             process.resume()
-        aside.rename(service.settings.store_dir / "manifests")
+        aside.rename(service.settings.store_dir / "packed")
         with sessions.writing() as session:
             for row in kept:
                 session.execute(JOBS.insert().values(**row))
@@ -153,8 +153,8 @@ def test_exported_wiped_and_imported_a_session_has_the_same_hashes(
             if table.name.startswith(("session", "shares", "batch", "jobs", "idempotency")):
                 session.execute(delete(table))
     sessions.close()
-    for folder in ("chunks", "kept", "manifests"):
-        shutil.rmtree(service.settings.store_dir / folder)
+    for folder in ("chunks", "kept", "manifests", "packed"):
+        shutil.rmtree(service.settings.store_dir / folder, ignore_errors=folder == "manifests")
     with broker.connect(service.settings) as redis:
         redis.flushall()
     back = mri.sessions.import_file(file)

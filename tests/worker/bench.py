@@ -76,9 +76,9 @@ class _Interrupted:
         self._writing = writing
         self._happen = happen
 
-    def place(self, placed: Callable[[int], None]) -> None:
+    def place(self, placed: Callable[[int], None], last: Callable[[], None] = lambda: None) -> None:
         self._happen()
-        self._writing.place(placed)
+        self._writing.place(placed, last)
 
     def settle(self) -> None:
         self._writing.settle()

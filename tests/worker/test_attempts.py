@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import structlog
 
-from neural_mri.backing import jobs, keys, models, queue, storage
+from neural_mri.backing import jobs, keys, models, queue, storage, stored
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job, LeaseOwner
@@ -54,12 +54,13 @@ def test_a_scan_is_whole_in_the_store_when_it_has_succeeded(holding_tiny: Bench)
     done = holding_tiny.now(job)
     assert (done.state, done.attempt, done.problem) == (JobState.SUCCEEDED, 1, None)
     assert done.manifest is not None
-    manifest = storage.load_manifest(holding_tiny.store, done.manifest)
+    manifest = stored.load_manifest(holding_tiny.store, done.manifest)
     assert manifest.scan_key == job.scan_key
     assert manifest.prompt_tokens == ("w0", "w1", "w2", "w3", "w4", "w5")
     assert 0 < manifest.forward_seconds <= manifest.compute_seconds
+    tables = stored.read_tables(holding_tiny.store, done.manifest)
     for ref in manifest.tables:
-        provenance = provenance_of(storage.read_table(holding_tiny.store, ref))
+        provenance = provenance_of(tables[ref.name])
         assert provenance.model == "tiny"
         assert provenance.revision == holding_tiny.tiny.revision
         assert provenance.scan_key == job.scan_key
@@ -74,7 +75,7 @@ def test_a_scan_tells_its_whole_story_in_order(holding_tiny: Bench) -> None:
     assert states == [JobState.CLAIMED, JobState.RUNNING, JobState.STORING]
     frames = [event.token_idx for event in story if isinstance(event, ActivationFrame)]
     assert frames == list(range(6))
-    manifest = storage.load_manifest(holding_tiny.store, holding_tiny.now(job).manifest or "")
+    manifest = stored.load_manifest(holding_tiny.store, holding_tiny.now(job).manifest or "")
     artifacts = {event.table for event in story if isinstance(event, Artifact)}
     assert artifacts == {ref.name for ref in manifest.tables}
     assert story[-1] == Ended(
@@ -87,7 +88,7 @@ def test_attention_patterns_are_scanned_too(holding_tiny: Bench) -> None:
     holding_tiny.attempts().take(holding_tiny.queue)
     done = holding_tiny.now(job)
     assert done.problem is None
-    manifest = storage.load_manifest(holding_tiny.store, done.manifest or "")
+    manifest = stored.load_manifest(holding_tiny.store, done.manifest or "")
     assert {ref.name for ref in manifest.tables} == {"attention.0", "attention.2"}
 
 
@@ -112,7 +113,8 @@ def test_a_stale_attempt_cannot_publish(holding_tiny: Bench) -> None:
     holding_tiny.attempts(store).take(holding_tiny.queue)
     now = holding_tiny.now(job)
     assert (now.state, now.attempt, now.lease_owner) == (JobState.CLAIMED, 2, ELSEWHERE)
-    assert not holding_tiny.store.exists(keys.manifest_path(job.id, 1))
+    for path_of in (keys.packed_path, keys.manifest_path):
+        assert not holding_tiny.store.exists(path_of(job.id, 1))
     story = holding_tiny.told(job.id)
     assert not any(isinstance(event, Ended | Artifact) for event in story)
 
@@ -347,11 +349,11 @@ def test_a_model_that_cannot_be_loaded_says_why(bench: Bench) -> None:
 
 
 class FullFor:
-    """A store that has room for everything but one job's manifest."""
+    """A store that has room for everything but one job's result."""
 
     def __init__(self, store: Store, job: Job) -> None:
         self._store = store
-        self._path = keys.manifest_path(job.id, 1)
+        self._path = keys.packed_path(job.id, 1)
 
     def begin(self, files: Iterable[NamedBytes]) -> Writing:
         return self._store.begin(self._fitting(files))
@@ -385,8 +387,8 @@ def test_of_jobs_that_share_a_pass_one_that_cannot_be_stored_fails_alone(
     ]
     assert (ended[1].problem or {})["type"].endswith("store-full")
     for job in (ended[0], ended[2]):
-        manifest = storage.load_manifest(holding_tiny.store, job.manifest or "")
-        assert all(storage.read_table(holding_tiny.store, ref).num_rows for ref in manifest.tables)
+        tables = stored.read_tables(holding_tiny.store, job.manifest or "")
+        assert all(table.num_rows for table in tables.values())
         assert isinstance(holding_tiny.told(job.id)[-1], Ended)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from neural_mri.backing import keys, storage
+from neural_mri.backing import keys, storage, stored
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
@@ -52,7 +52,7 @@ def same(one: Calibration, other: Calibration) -> bool:
 def test_a_model_that_is_loaded_has_its_calibration_in_the_store(
     resident: Resident, store: Store
 ) -> None:
-    manifest = storage.load_manifest(store, keys.calibration_path(own_key(resident)))
+    manifest = stored.load_manifest(store, keys.calibration_path(own_key(resident)))
     assert manifest.scan_key == own_key(resident)
     assert manifest.revision == resident.registered.revision
     assert {ref.name for ref in manifest.tables} >= {"calibration_means", "calibration_lens"}
@@ -75,11 +75,11 @@ def test_what_the_store_has_lost_is_measured_again_to_the_same_digits(
 ) -> None:
     first = Calibrations(store).of(resident, None, Silent())
     path = keys.calibration_path(own_key(resident))
-    manifest = storage.load_manifest(store, path)
+    manifest = stored.load_manifest(store, path)
     store.delete(keys.chunk_path(manifest.tables[0].chunk))
     again = Calibrations(store).of(resident, None, Silent())
     assert same(again, first)
-    healed = storage.load_manifest(store, path)
+    healed = stored.load_manifest(store, path)
     assert [ref.chunk for ref in healed.tables] == [ref.chunk for ref in manifest.tables]
 
 

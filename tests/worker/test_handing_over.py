@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from neural_mri.backing import jobs, storage
+from neural_mri.backing import jobs, stored
 from neural_mri.contract.events import ActivationFrame, Ended
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.scans import ActivationScan
@@ -33,7 +33,7 @@ def test_a_scan_under_way_goes_on_for_who_still_wants_it(holding_tiny: Bench, pa
         (JobState.SUCCEEDED, 0),
     ]
     assert ended[0].manifest == ended[1].manifest
-    manifest = storage.load_manifest(bench.store, ended[0].manifest or "")
+    manifest = stored.load_manifest(bench.store, ended[0].manifest or "")
     assert manifest.scan_key == first.scan_key
     # The worker tells of it where it began to: that is where all who follow listen.
     story = bench.told(first.id)

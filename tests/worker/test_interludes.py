@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from neural_mri.backing import jobs, keys, storage
+from neural_mri.backing import jobs, keys, stored
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job
 from neural_mri.contract.circuits import CircuitMethod
@@ -125,7 +125,7 @@ def chunks(bench: Bench, job: Job) -> dict[str, str]:
     """The hash of each table of a job's result."""
     done = bench.now(job)
     assert done.state is S.SUCCEEDED, done.problem
-    manifest = storage.load_manifest(bench.store, done.manifest or "")
+    manifest = stored.load_manifest(bench.store, done.manifest or "")
     return {ref.name: ref.chunk for ref in manifest.tables}
 
 
@@ -209,7 +209,7 @@ def test_what_is_lent_is_neither_held_against_a_scan_nor_counted(
     assert done.finished_at is not None
     assert (done.started_at - done.created_at).total_seconds() > lent
     own = (done.finished_at - done.started_at).total_seconds()
-    manifest = storage.load_manifest(bench.store, done.manifest or "")
+    manifest = stored.load_manifest(bench.store, done.manifest or "")
     assert 0 < manifest.forward_seconds <= manifest.compute_seconds < own
 
 
@@ -239,7 +239,7 @@ def test_what_is_lent_while_a_lens_is_read_is_nobodys_though_mates_have_their_re
     own = time.monotonic() - began - lent
     assert bench.now(short[0]).state is not S.QUEUED, "it was let in while the lens was read"
     done = [bench.now(job).manifest or "" for job in mates]
-    seconds = [storage.load_manifest(bench.store, path).compute_seconds for path in done]
+    seconds = [stored.load_manifest(bench.store, path).compute_seconds for path in done]
     assert all(seconds)
     assert sum(seconds) < own
 
@@ -341,7 +341,7 @@ def test_a_forward_that_many_share_is_interrupted_where_nobody_waits_for_it(
     assert {bench.now(job).state for job in mates} == {S.SUCCEEDED}
     assert bench.now(short[0]).state is (S.SUCCEEDED if lends else S.QUEUED)
     for job in mates:
-        manifest = storage.load_manifest(bench.store, bench.now(job).manifest or "")
+        manifest = stored.load_manifest(bench.store, bench.now(job).manifest or "")
         assert 0 < manifest.forward_seconds <= manifest.compute_seconds
 
 

@@ -127,17 +127,21 @@ def test_what_a_dead_worker_held_can_be_taken_at_once_and_is_offered_no_more_tha
     assert queue.waiting_tickets(client, QUEUE) == 2
 
 
+@pytest.mark.parametrize("path_of", [keys.packed_path, keys.manifest_path])
 def test_a_lost_attempts_result_that_no_job_names_is_taken_away(
-    reaper: Reaper, settings: Settings, sessions: Sessions
+    reaper: Reaper,
+    settings: Settings,
+    sessions: Sessions,
+    path_of: Callable[[UUID, int], str],
 ) -> None:
     submit(sessions)
     lost = claim(sessions)
     store = storage.open_store(settings)
-    store.put(keys.manifest_path(lost.id, lost.attempt), b"{}")
-    store.put(keys.manifest_path(lost.id, lost.attempt + 1), b"{}")
+    store.put(path_of(lost.id, lost.attempt), b"{}")
+    store.put(path_of(lost.id, lost.attempt + 1), b"{}")
     reaper.round()
-    assert not store.exists(keys.manifest_path(lost.id, lost.attempt))
-    assert store.exists(keys.manifest_path(lost.id, lost.attempt + 1))
+    assert not store.exists(path_of(lost.id, lost.attempt))
+    assert store.exists(path_of(lost.id, lost.attempt + 1))
 
 
 def test_files_that_nobody_finishes_are_taken_away_in_the_end(

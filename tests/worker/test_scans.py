@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from neural_mri.backing import jobs, keys, storage
+from neural_mri.backing import jobs, keys, stored
 from neural_mri.backing.jobs import Job
 from neural_mri.contract.circuits import Ablation, CircuitMethod
 from neural_mri.contract.events import ActivationFrame
@@ -87,12 +87,12 @@ def test_every_kind_of_scan_ends_whole_in_the_store(
     done = holding_tiny.now(job)
     assert done.problem is None
     assert done.state is JobState.SUCCEEDED
-    manifest = storage.load_manifest(holding_tiny.store, done.manifest or "")
+    manifest = stored.load_manifest(holding_tiny.store, done.manifest or "")
     assert manifest.kind is kind_of(scan)
     assert {ref.name for ref in manifest.tables} >= tables
+    read = stored.read_tables(holding_tiny.store, done.manifest or "")
     for ref in manifest.tables:
-        table = storage.read_table(holding_tiny.store, ref)
-        assert table.num_rows == ref.rows
+        assert read[ref.name].num_rows == ref.rows
 
 
 def test_weights_are_compared_with_a_baselines(holding_tiny: Bench) -> None:
@@ -100,10 +100,8 @@ def test_weights_are_compared_with_a_baselines(holding_tiny: Bench) -> None:
     scan = WeightScan(model="tiny", baseline="tiny")
     job = holding_tiny.submit(scan, baseline_revision=holding_tiny.tiny.revision)
     holding_tiny.attempts().take(keys.CPU_QUEUE)
-    manifest = storage.load_manifest(holding_tiny.store, holding_tiny.now(job).manifest or "")
-    ref = manifest.table("difference")
-    assert ref is not None
-    difference = storage.read_table(holding_tiny.store, ref)
+    tables = stored.read_tables(holding_tiny.store, holding_tiny.now(job).manifest or "")
+    difference = tables["difference"]
     assert max(difference["relative"].to_pylist()) == 0.0
 
 
@@ -125,9 +123,8 @@ def test_a_scan_can_be_read_against_a_calibration_of_its_own(holding_tiny: Bench
         holding_tiny.attempts().take(job.queue)
         done = holding_tiny.now(job)
         assert done.problem is None
-        ref = storage.load_manifest(holding_tiny.store, done.manifest or "").table("effects")
-        assert ref is not None
-        values.append(storage.read_table(holding_tiny.store, ref)["effect"].to_pylist())
+        effects = stored.read_tables(holding_tiny.store, done.manifest or "")["effects"]
+        values.append(effects["effect"].to_pylist())
     assert values[0] != values[1], "means of other text are other means"
 
 
@@ -168,9 +165,8 @@ def _values(bench: Bench, job: Job) -> np.ndarray[Any, Any]:
     done = bench.now(job)
     assert done.problem is None
     assert done.state is JobState.SUCCEEDED
-    ref = storage.load_manifest(bench.store, done.manifest or "").table("activations")
-    assert ref is not None
-    return np.array(storage.read_table(bench.store, ref)["value"].to_pylist(), np.float32)
+    activations = stored.read_tables(bench.store, done.manifest or "")["activations"]
+    return np.array(activations["value"].to_pylist(), np.float32)
 
 
 class Forwards:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from neural_mri.backing import jobs, keys, storage
+from neural_mri.backing import jobs, keys, stored
 from neural_mri.backing.jobs import Job
 from neural_mri.contract.anomalies import Lens, Sublayers
 from neural_mri.contract.events import ActivationFrame, Ended, Progress
@@ -102,8 +102,7 @@ def submitted(bench: Bench, scan: Scan, tokens: Tokens, **changes: Any) -> Job:
 def tables(bench: Bench, job: Job) -> dict[str, pa.Table]:
     done = bench.now(job)
     assert (done.state, done.problem) == (S.SUCCEEDED, None)
-    manifest = storage.load_manifest(bench.store, done.manifest or "")
-    return {ref.name: storage.read_table(bench.store, ref) for ref in manifest.tables}
+    return stored.read_tables(bench.store, done.manifest or "")
 
 
 def agree(one: dict[str, pa.Table], other: dict[str, pa.Table]) -> None:
@@ -224,7 +223,7 @@ def test_a_canonical_scan_is_the_same_to_the_last_bit_in_any_company(
         job = submitted(bench, canonical, prompt(0), scan_key=None)
         while bench.attempts().take(bench.queue):
             pass
-        manifest = storage.load_manifest(bench.store, bench.now(job).manifest or "")
+        manifest = stored.load_manifest(bench.store, bench.now(job).manifest or "")
         seen.add(frozenset((ref.name, ref.chunk) for ref in manifest.tables))
     assert len(seen) == 1
 
@@ -334,7 +333,7 @@ def test_an_fmri_scan_does_not_wait_for_the_lens_of_its_mates(holding_tiny: Benc
     assert forwards.batches == [2]
     assert "activations" in tables(bench, fmri)
     mine, mates = (
-        storage.load_manifest(bench.store, bench.now(job).manifest or "") for job in (fmri, flair)
+        stored.load_manifest(bench.store, bench.now(job).manifest or "") for job in (fmri, flair)
     )
     assert 0 < mine.compute_seconds < mates.compute_seconds, "the lens is its mate's alone"
 

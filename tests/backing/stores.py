@@ -1,0 +1,31 @@
+"""Stores of either kind, looked into behind their backs."""
+
+from pathlib import Path
+
+import obstore
+
+from neural_mri.backing.s3 import S3Store
+from neural_mri.backing.storage import FolderStore, Store
+
+__all__ = ("files", "overwrite", "paths")
+
+
+def files(root: Path) -> set[str]:
+    """Every file under a folder."""
+    return {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
+
+
+def paths(store: Store) -> list[str]:
+    """Everything that a store holds."""
+    if isinstance(store, FolderStore):
+        return sorted(files(store._root))
+    assert isinstance(store, S3Store)
+    return sorted(entry["path"] for entry in obstore.list(store._store).collect())
+
+
+def overwrite(store: Store, path: str, body: bytes) -> None:
+    """Damage what stands there."""
+    if isinstance(store, FolderStore):
+        (store._root / path).write_bytes(body)
+    else:
+        store.put(path, body)
