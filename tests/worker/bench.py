@@ -176,7 +176,10 @@ class Bench:
                 baseline_revision=baseline_revision,
             ),
         }
-        return self.sessions.write(jobs.submit, Submission(**{**fields, **changes}))
+        job = self.sessions.write(jobs.submit, Submission(**{**fields, **changes}))
+        # As the API says of whoever does not wait for the answer.
+        self.redis.set(keys.watched(job.source), b"1")
+        return job
 
     def order(self, kind: JobKind) -> Job:
         """A job to load or unload the model."""
