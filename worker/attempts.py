@@ -385,8 +385,9 @@ class Attempts:
         crash_point("worker.computed")
         wanted = [each for each in measured if self._guarded(each, Holding.check)]
         unsaved = [self._unsaved(each, results[each.job.id]) for each in wanted]
-        with Saving(self._store, unsaved) as saving:  # the disk works while the jobs are moved
-            storing = self._moved(wanted, JobState.STORING)
+        with Saving(self._store, unsaved) as saving:
+            # Small files are there sooner than jobs are moved; else the disk works meanwhile.
+            storing = wanted if saving.is_quick else self._moved(wanted, JobState.STORING)
             with self._traces.part("store", [holding.job for holding in storing]):
                 stored = self._stored(storing, results, saving)
         crash_point("worker.named")

@@ -89,6 +89,11 @@ class Saving:
         for begun in self._begun:
             begun.drop()
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether each result is one small file, and on its way to the disk already."""
+        return not self._later and all(begun.is_packed for begun in self._begun)
+
     def finish(self, paths: Collection[str]) -> dict[str, SavedResult | Exception]:
         """What became of the results whose manifests were to stand under these paths, packed or not."""
         finished: dict[str, SavedResult | Exception] = {}
@@ -131,6 +136,11 @@ class _Begun:
         """How it ended."""
         return self._error or SavedResult(self._path, self._whole)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether all of it is one file."""
+        return self._path == self.result.packed
+
     def attempt(self, step: Callable[["_Begun"], None]) -> None:
         """Take a step, unless an earlier one has failed."""
         if self._error is not None:
@@ -148,7 +158,7 @@ class _Begun:
         """Let the tables be found, and then the manifest; or all at once."""
         if self._writing is None:
             return
-        if self._path == self.result.packed:
+        if self.is_packed:
             self._writing.place(lambda _index: None, last=self._tell_all)
         else:
             self._writing.place(self._tell)

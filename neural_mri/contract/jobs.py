@@ -57,7 +57,8 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
         _S.QUEUED: frozenset({_S.CLAIMED, _S.CANCELLED, _S.EXPIRED, _S.FAILED}),
         _S.CLAIMED: _LEAVES | {_S.LOADING, _S.RUNNING},
         _S.LOADING: _LEAVES | {_S.RUNNING},
-        _S.RUNNING: _LEAVES | {_S.STORING},
+        # A small result is stored in one step: nobody would see the state between.
+        _S.RUNNING: _LEAVES | {_S.STORING, _S.SUCCEEDED},
         _S.STORING: _LEAVES | {_S.SUCCEEDED},
         _S.SUCCEEDED: frozenset(),
         _S.FAILED: frozenset(),

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import structlog
 
-from neural_mri.backing import jobs, keys, models, queue, storage, stored
+from neural_mri.backing import jobs, keys, models, queue, saving, storage, stored
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job, LeaseOwner
@@ -67,12 +67,19 @@ def test_a_scan_is_whole_in_the_store_when_it_has_succeeded(holding_tiny: Bench)
         assert provenance.unit == ref.unit
 
 
-def test_a_scan_tells_its_whole_story_in_order(holding_tiny: Bench) -> None:
+@pytest.mark.parametrize(("packed_bytes", "between"), [(1 << 20, ()), (0, (JobState.STORING,))])
+def test_a_scan_tells_its_whole_story_in_order(
+    holding_tiny: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    packed_bytes: int,
+    between: tuple[JobState, ...],
+) -> None:
+    monkeypatch.setattr(saving, "PACKED_BYTES", packed_bytes)
     job = holding_tiny.submit(PROMPT)
     holding_tiny.attempts().take(holding_tiny.queue)
     story = holding_tiny.told(job.id)
     states = [event.state for event in story if isinstance(event, StateChanged)]
-    assert states == [JobState.CLAIMED, JobState.RUNNING, JobState.STORING]
+    assert states == [JobState.CLAIMED, JobState.RUNNING, *between]
     frames = [event.token_idx for event in story if isinstance(event, ActivationFrame)]
     assert frames == list(range(6))
     manifest = stored.load_manifest(holding_tiny.store, holding_tiny.now(job).manifest or "")
@@ -221,6 +228,7 @@ def test_a_commit_whose_answer_was_lost_is_a_commit(
     holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The database went away after it had committed: what the row names is not taken away."""
+    monkeypatch.setattr(saving, "PACKED_BYTES", 0)
     write, unanswered = Sessions.write, {JobState.STORING, JobState.SUCCEEDED}
 
     def lost(sessions: Sessions, work: Any, *args: Any, **kwargs: Any) -> Any:

@@ -252,7 +252,7 @@ def test_leases_of_both_are_renewed(holding_tiny: Bench, monkeypatch: pytest.Mon
     taken = list[Job]()
 
     def a_slow_disk() -> None:
-        assert bench.now(short[0]).state is S.STORING
+        assert bench.now(short[0]).state is S.RUNNING
         time.sleep(1.2)
         taken.extend(bench.sessions.write(jobs.reap, max_attempts=3))
 
@@ -279,7 +279,7 @@ def test_one_that_is_cancelled_meanwhile_stops_and_the_other_goes_on(
     long, short = long_scan(bench), list[Job]()
 
     def cancel() -> None:
-        assert bench.now(short[0]).state is S.STORING
+        assert bench.now(short[0]).state is S.RUNNING
         cancelled = long if whose == "long" else short[0]
         bench.sessions.write(jobs.request_cancel, cancelled.id)
         Publisher(bench.redis, bench.settings).flag_cancel(cancelled.id)
