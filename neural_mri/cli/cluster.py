@@ -1,7 +1,7 @@
 """`neural-mri cluster`: workers, what they hold, and what waits, as it changes."""
 
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -13,7 +13,6 @@ from rich.text import Text
 
 from neural_mri.cli import options
 from neural_mri.cli.terminal import print_json, standard_output
-from neural_mri.client import Client
 from neural_mri.contract.cluster import Cluster, ModelHeld, QueueLoad, WorkerSeen
 
 __all__ = ("cluster",)
@@ -42,18 +41,14 @@ def cluster(
             console.print(_picture(client.cluster()))
         else:
             first = _picture(client.cluster())
-            with Live(first, console=console, auto_refresh=False) as live:
-                for seen in _looks(client, interval):
-                    live.update(_picture(seen), refresh=True)
-
-
-def _looks(client: Client, interval: float) -> Iterator[Cluster]:
-    try:
-        while True:
-            time.sleep(interval)
-            yield client.cluster()
-    except KeyboardInterrupt:
-        return
+            # Whatever it is doing when it is told to leave: that is how it ends.
+            with (
+                suppress(KeyboardInterrupt),
+                Live(first, console=console, auto_refresh=False) as live,
+            ):
+                while True:
+                    time.sleep(interval)
+                    live.update(_picture(client.cluster()), refresh=True)
 
 
 def _picture(seen: Cluster) -> Group:
