@@ -4,13 +4,15 @@ Its own small process, without torch, so that it goes on when workers do not. It
 any moment, or run twice, it loses nothing and doubles nothing.
 """
 
+import select
 import signal
+import socket
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
+from typing import Self
 
 import structlog
 
@@ -26,7 +28,7 @@ from neural_mri.backing.storage import Store
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
 from neural_mri.contract.problems import Unavailable
 
-__all__ = ("Reaper", "main")
+__all__ = ("Ending", "Reaper", "main")
 
 MOST_TICKETS = 64
 """Sent to a queue in one round: a flood of jobs needs no flood of tickets, workers claim batches."""
@@ -58,11 +60,11 @@ class Reaper:
         self._away: set[str] = set()
         """What did not answer in the last round; said once."""
 
-    def run(self, stop: threading.Event) -> None:
-        """Rounds until `stop` is set; a round under way is finished."""
-        while not stop.is_set():
+    def run(self, ends_within: Callable[[float], bool]) -> None:
+        """Rounds until it is to end within the seconds between two; a round under way is finished."""
+        self.round()
+        while not ends_within(self._settings.reaper_interval_seconds):
             self.round()
-            stop.wait(self._settings.reaper_interval_seconds)
 
     def round(self) -> None:
         """Look once. What does not answer is tried again next time."""
@@ -156,6 +158,37 @@ class Reaper:
         self._missing = missing
 
 
+class Ending:
+    """SIGTERM and SIGINT, heard while the block runs. Use as a context manager, in the main thread.
+
+    A handler that sets a `threading.Event` runs in the thread that waits for it, and where that holds the event's
+    lock just then it waits for itself for ever. Here the interpreter writes a byte, and no lock is taken.
+    """
+
+    def __init__(self) -> None:
+        self._heard, self._said = socket.socketpair()
+        self._said.setblocking(False)  # as `set_wakeup_fd` demands
+
+    def __enter__(self) -> Self:
+        signal.set_wakeup_fd(self._said.fileno())
+        self._before = {
+            signum: signal.signal(signum, lambda *_: None)
+            for signum in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(-1)
+        self._heard.close()
+        self._said.close()
+
+    def comes_within(self, seconds: float) -> bool:
+        """Whether one has come, or comes in so many seconds."""
+        return bool(select.select([self._heard], [], [], seconds)[0])
+
+
 def main() -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
     try:
@@ -164,16 +197,10 @@ def main() -> int:
         print(error, file=sys.stderr)  # noqa: T201 (there is no log without settings)
         return 2
     logs.configure(settings, process="reaper")
-    stop = threading.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: stop.set())
-    sessions = database.sessions(settings)
-    log.info("reaper_started", seconds=settings.reaper_interval_seconds)
-    try:
+    with Ending() as ending, closing(database.sessions(settings)) as sessions:
+        log.info("reaper_started", seconds=settings.reaper_interval_seconds)
         store = storage.open_store(settings)
-        Reaper(settings, sessions, broker.connect(settings), store).run(stop)
-    finally:
-        sessions.close()
+        Reaper(settings, sessions, broker.connect(settings), store).run(ending.comes_within)
     log.info("reaper_stopped")
     return 0
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import httpx
 import msgspec
@@ -56,6 +57,12 @@ def scan(api: httpx.Client, prompt: str = PROMPT) -> str:
     answer = api.post("/api/scan/activation", json={"prompt": prompt})
     assert answer.status_code == 202, answer.text
     return str(answer.json()["id"])
+
+
+def followers(world: World, job_id: str) -> list[Job]:
+    """bob's scans that follow another's."""
+    recent = world.sessions.read(jobs.recent, "bob")
+    return [job for job in recent if job.leader == UUID(job_id)]
 
 
 def seen(api: httpx.Client, job_id: str) -> dict[str, Any]:
@@ -216,6 +223,9 @@ def test_who_waits_for_an_answer_gets_it_when_the_others_scan_is_done(
     pair: Pair, world: World
 ) -> None:
     def work() -> None:
+        # Not before he has asked: what is done by then is no wait.
+        while len(followers(world, pair.first)) < 2:
+            time.sleep(0.01)
         world.perform(world.claim(world.queue()))
 
     with world.beside(work):

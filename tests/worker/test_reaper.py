@@ -24,7 +24,7 @@ from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState, Lane
 from tests.servers import Valkey, database_copy, migrated_database, sqlite_only, valkey
-from worker.reaper import ABANDONED_SECONDS, MOST_TICKETS, Reaper
+from worker.reaper import ABANDONED_SECONDS, MOST_TICKETS, Ending, Reaper
 
 QUEUE = "scan.0123456789abcdef"
 DEAD = LeaseOwner.here()._replace(start_ticks=1)
@@ -280,7 +280,7 @@ def test_a_database_that_is_away_is_tried_again(
 def test_it_stops_when_told_to(settings: Settings, sessions: Sessions, client: SyncRedis) -> None:
     stop = threading.Event()
     reaper = Reaper(settings, sessions, client, storage.open_store(settings))
-    running = threading.Thread(target=reaper.run, args=(stop,))
+    running = threading.Thread(target=reaper.run, args=(stop.wait,))
     running.start()
     stop.set()
     running.join(5)
@@ -312,6 +312,17 @@ def test_the_process_repairs_what_two_crashes_left_and_ends_on_sigterm(
     _, said = process.communicate(timeout=10)
     assert process.returncode == 0
     assert "reaper_stopped" in said
+
+
+def test_an_end_is_heard_at_any_moment_and_remembered() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = signal.getsignal(number)
+        with Ending() as ending:
+            assert not ending.comes_within(0)
+            signal.raise_signal(number)
+            assert ending.comes_within(0)
+            assert ending.comes_within(60)
+        assert signal.getsignal(number) is before
 
 
 def test_the_process_refuses_settings_it_does_not_know() -> None:
