@@ -273,15 +273,21 @@ class Outbox:
                 for event in unseen.taken():
                     self._queue(job_id, event)
         for job_id in tuple(self._news):
-            if self._unseen[job_id].was_asked_for:
-                self._news.discard(job_id)
-                for event in self._unseen[job_id].news_taken():
-                    self._queue(job_id, event)
+            unseen = self._unseen[job_id]
+            # With an end its frames are forgotten: first it is asked once more who watches.
+            is_too_early = unseen.has_end and unseen.has_pictures and job_id not in strangers
+            if unseen.was_asked_for and not is_too_early:
+                self._tell_news(job_id, unseen)
         has_pictures = any(unseen.has_pictures for unseen in self._unseen.values())
         self._look_at = time.monotonic() + LOOK_SECONDS if has_pictures else math.inf
         told = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
         self._layers.difference_update(filter(None, map(_layer_of, told)))
         return told
+
+    def _tell_news(self, job_id: UUID, unseen: Unseen) -> None:
+        self._news.discard(job_id)
+        for event in unseen.news_taken():
+            self._queue(job_id, event)
 
     def _release_due(self) -> float:
         """Release the progress that is due; seconds until the next is."""

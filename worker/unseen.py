@@ -7,7 +7,7 @@ to look at while they run: batches, and whoever holds out for the answer. The ta
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
-from neural_mri.contract.events import ActivationFrame, EffectsFrame, Event, LayerFrame
+from neural_mri.contract.events import ActivationFrame, EffectsFrame, Ended, Event, LayerFrame
 
 __all__ = ("Frames", "Unseen")
 
@@ -30,6 +30,8 @@ class Unseen:
         self._n_pictures = 0
         self.was_asked_for = False
         """Whether it has been asked before who watches."""
+        self.has_end = False
+        """Whether the job's end is among them: behind it there is nothing to come."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -50,6 +52,7 @@ class Unseen:
         if isinstance(event, Picture) and place not in self._kept:
             self._n_pictures += 1
         self._kept[place] = event
+        self.has_end |= isinstance(event, Ended)
 
     def taken(self) -> Iterator[Event]:
         """Takes everything out, pictures made: somebody watches."""

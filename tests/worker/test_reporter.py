@@ -60,11 +60,18 @@ def progress(done: int, total: int = 1000) -> Progress:
 class Collected:
     """A sink that keeps what it is given, and can be made to stand still."""
 
-    def __init__(self, watched: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        watched: Callable[[], bool] = lambda: True,
+        *,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         self.events: list[Event] = []
         self.trips: list[int] = []
         self.asked = 0
         self._watched = watched
+        self._meanwhile = meanwhile
+        """What happens while it is being asked who watches."""
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Event()
@@ -72,7 +79,9 @@ class Collected:
     def publish_all(self, told: Sequence[Told], asking: Sequence[UUID] = ()) -> frozenset[UUID]:
         if not told:
             self.asked += 1
-            return frozenset(asking if self._watched() else ())
+            answer = frozenset(asking if self._watched() else ())
+            self._meanwhile()
+            return answer
         self.entered.set()
         self.open.wait()
         self.trips.append(len(told))
@@ -198,6 +207,31 @@ def test_while_nobody_watches_it_is_asked_a_few_times_a_second() -> None:
     # A thread that comes late asks less often, never more.
     assert 2 <= sink.asked <= 24
     assert not sink.events
+
+
+def test_who_watches_is_told_of_frames_that_come_with_the_end_while_another_job_is_asked_of() -> (
+    None
+):
+    begun, ended = StateChanged(state=JobState.RUNNING, attempt=1), Ended(state=ENDED, attempt=1)
+    other, comes = uuid4(), False
+
+    def scan() -> None:
+        nonlocal comes
+        if comes:
+            comes = False
+            outbox.post(JOB, layer_frame(0, 1.0))
+            outbox.post_frames(JOB, frames(range(2)))
+            outbox.post(JOB, ended)
+
+    sink = Collected(watched=lambda: is_watched, meanwhile=scan)
+    is_watched = False
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, begun)
+        assert outbox.flush(5)
+        is_watched = comes = True
+        outbox.post(other, begun)
+        assert outbox.flush(5)
+    assert sink.events == [begun, begun, layer_frame(0, 1.0), *frames(range(2))(), ended]
 
 
 def test_jobs_that_were_lost_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
