@@ -259,6 +259,7 @@ class Attempts:
                 work(holding)
             except LeaseLost:
                 log.warning("lease_lost")
+                self._outbox.lose(holding.job.id)
                 return False
             except Cancelled:
                 end = JobState.CANCELLED, None
@@ -562,6 +563,7 @@ class Attempts:
             if job is None:
                 with _logged(holding.job):
                     log.warning("lease_lost")
+                self._outbox.lose(holding.job.id)
             if job is None or to in TERMINAL:
                 self._keeper.let_go(holding)
             if job is None:

@@ -41,7 +41,7 @@ APART_SECONDS = 0.03
 LOOK_SECONDS = 0.05
 """How far apart it is asked who watches jobs whose frames wait for somebody."""
 MOST_JOBS = 1000
-"""Jobs that frames are kept of: far more than run at once. Those that were lost are forgotten so."""
+"""Jobs that frames are kept of: far more than run at once."""
 IDLE_SECONDS = 60.0
 """How long the thread sleeps while there is nothing to send: it is woken when there is."""
 LARGEST_BACKLOG = 4000
@@ -126,6 +126,21 @@ class Outbox:
                 return
         for frame in make():
             self.post(job_id, frame)
+
+    def lose(self, job_id: UUID) -> None:
+        """Keep no frames of a job that is another attempt's now, or that has ended elsewhere.
+
+        An end of our own that is still to be told is told as it would have been.
+        """
+        with self._changed:
+            unseen = self._unseen.get(job_id)
+            if unseen is not None and unseen.has_end:
+                return
+            self._held.pop(job_id, None)
+            self._due.pop(job_id, None)
+            if unseen is not None:
+                self._tell_news(job_id, unseen)
+            self._forget(job_id)
 
     def _wake_for(self, job_id: UUID) -> None:
         # To wake the publishing thread takes the interpreter from the one that computes.

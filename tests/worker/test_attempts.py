@@ -16,6 +16,7 @@ from neural_mri.contract.events import (
     ActivationFrame,
     Artifact,
     Ended,
+    LayerFrame,
     Progress,
     StateChanged,
 )
@@ -124,6 +125,23 @@ def test_a_stale_attempt_cannot_publish(holding_tiny: Bench) -> None:
         assert not holding_tiny.store.exists(path_of(job.id, 1))
     story = holding_tiny.told(job.id)
     assert not any(isinstance(event, Ended | Artifact) for event in story)
+
+
+def test_a_stale_attempt_keeps_no_frames_for_who_comes_to_watch(holding_tiny: Bench) -> None:
+    job = holding_tiny.submit(PROMPT)
+    holding_tiny.redis.delete(keys.watched(job.id))
+
+    def another_worker_takes_over() -> None:
+        with holding_tiny.sessions.writing() as session:
+            jobs.reap(session, max_attempts=3, dead_owners=lambda _owner: True)
+
+    store = Interrupting(holding_tiny.store, another_worker_takes_over)
+    holding_tiny.attempts(store).take(holding_tiny.queue)
+    assert holding_tiny.now(job).state is JobState.QUEUED
+    holding_tiny.redis.set(keys.watched(job.id), b"1")
+    story = holding_tiny.told(job.id)
+    assert [event for event in story if isinstance(event, StateChanged)]
+    assert not any(isinstance(event, LayerFrame | ActivationFrame) for event in story)
 
 
 def test_a_scan_that_is_asked_to_stop_stops_and_says_so(holding_tiny: Bench) -> None:

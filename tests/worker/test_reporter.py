@@ -234,7 +234,35 @@ def test_who_watches_is_told_of_frames_that_come_with_the_end_while_another_job_
     assert sink.events == [begun, begun, layer_frame(0, 1.0), *frames(range(2))(), ended]
 
 
-def test_jobs_that_were_lost_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_job_that_was_lost_no_frame_is_kept_and_nobody_asks_who_watches() -> None:
+    begun, is_watched = StateChanged(state=JobState.RUNNING, attempt=1), False
+    sink = Collected(watched=lambda: is_watched)
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, layer_frame(0, 1.0))
+        outbox.post_frames(JOB, frames(range(2)))
+        assert outbox.flush(5)
+        outbox.post(JOB, begun)
+        outbox.lose(JOB)
+        assert outbox.flush(5)
+        is_watched, n_asked = True, sink.asked
+        time.sleep(4 * LOOK_SECONDS)
+        assert outbox.flush(5)
+        assert sink.asked == n_asked
+    assert sink.events == [begun]
+
+
+def test_an_end_that_is_still_to_be_told_is_not_lost_with_its_job() -> None:
+    ended = Ended(state=ENDED, attempt=1)
+    sink = Collected()
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, layer_frame(0, 1.0))
+        outbox.post(JOB, ended)
+        outbox.lose(JOB)
+        assert outbox.flush(5)
+    assert sink.events == [layer_frame(0, 1.0), ended]
+
+
+def test_jobs_beyond_what_can_run_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporter, "MOST_JOBS", 3)
     jobs, seen = [uuid4() for _ in range(5)], False
     sink = Collected(watched=lambda: seen)
