@@ -182,11 +182,6 @@ class _Topic:
                 listener.push(frame)
 
 
-def _say_watched(redis: Any, topic: _Topic) -> Any:
-    """Have workers tell of the job's frames: somebody looks."""
-    return redis.set(keys.watched(topic.job_id), b"1", ex=int(6 * WATCH_SECONDS))
-
-
 class Hub:
     """The process's one reader of event streams.
 
@@ -211,6 +206,8 @@ class Hub:
         """When the reader last had an answer, on the monotonic clock."""
         self._pages = asyncio.Semaphore(READERS)
         self._tasks: list[asyncio.Task[None]] = []
+        # No shorter than who submitted has said it: readers go and come again.
+        self._watched_seconds = int(max(settings.event_stream_seconds, 6 * WATCH_SECONDS))
         self._said_at = -math.inf
         """When it was last said what is watched, on the monotonic clock."""
         self.closing = False
@@ -326,7 +323,7 @@ class Hub:
             if topic.position is None:
                 newest = parse_entries(await reader.xrevrange(key, count=1))
                 topic.position = Position.parse(newest[0].id) if newest else START
-                await _say_watched(reader, topic)
+                await self._say_watched(reader, topic)
             topic.live.set()
         positions: Any = {
             key: str(topic.position)
@@ -376,6 +373,10 @@ class Hub:
                     for listener in topic.listeners:
                         listener.lose(topic.job_id)
 
+    def _say_watched(self, redis: Any, topic: _Topic) -> Any:
+        """Have workers tell of the job's frames: somebody looks."""
+        return redis.set(keys.watched(topic.job_id), b"1", ex=self._watched_seconds)
+
     async def _keep_watched(self) -> None:
         """Say again which jobs are watched, before it is forgotten."""
         if time.monotonic() < self._said_at + WATCH_SECONDS:
@@ -383,7 +384,7 @@ class Hub:
         self._said_at = time.monotonic()
         pipeline = self._redis.pipeline(transaction=False)
         for topic in self._topics.values():
-            _say_watched(pipeline, topic)
+            self._say_watched(pipeline, topic)
         with suppress(*AWAY):
             await pipeline.execute()
 

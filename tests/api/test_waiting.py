@@ -71,6 +71,18 @@ def test_who_follows_a_job_has_its_frames_told(api: httpx.Client, world: World) 
         assert until(lambda: is_watched(world, job["id"]))
 
 
+def test_who_followed_and_left_takes_nothing_from_what_who_asked_has_said(
+    api: httpx.Client, world: World
+) -> None:
+    job = api.post("/api/scan/activation", json={"prompt": "one"}).json()
+    key = keys.watched(UUID(job["id"]))
+    assert until(lambda: is_watched(world, job["id"]))
+    before: int = world.redis.ttl(key)
+    with follow(api, f"/api/jobs/{job['id']}/events") as stream:
+        next(stream)
+    assert world.redis.ttl(key) >= before - 30
+
+
 def is_watched(world: World, job_id: str) -> bool:
     """Whether a worker would tell of the job's frames."""
     return bool(flagged(world.redis, keys.watched, [UUID(job_id)]))
