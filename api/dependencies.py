@@ -154,7 +154,8 @@ class Services:
         """
         self.untold.append(job)
         if is_watched:
-            self.watched.add(job.source)
+            # One that follows may come to be run under its own id.
+            self.watched.update((job.id, job.source))
         if all(errand.done() for errand in self.errands):
             errand = asyncio.create_task(self._tell())
             self.errands.add(errand)

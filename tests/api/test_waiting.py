@@ -59,6 +59,19 @@ def test_of_two_who_ask_for_the_same_one_who_watches_is_enough(
     assert until(lambda: is_watched(world, leader["id"]))
 
 
+def test_who_may_watch_a_job_that_follows_may_watch_it_when_it_is_run_itself(
+    api: httpx.Client, world: World
+) -> None:
+    asked = {"prompt": "one"}
+    leader = api.post("/api/scan/activation", json=asked, headers={"prefer": "wait=0"}).json()
+    follower = api.post("/api/scan/activation", json=asked).json()
+    assert until(lambda: is_watched(world, leader["id"]))
+    assert api.delete(f"/api/jobs/{leader['id']}").json()["state"] == "cancelled"
+    claimed = world.claim(world.queue())
+    assert str(claimed.id) == follower["id"]
+    assert is_watched(world, follower["id"])
+
+
 def test_who_follows_a_job_has_its_frames_told(api: httpx.Client, world: World) -> None:
     job = api.post(
         "/api/scan/activation", json={"prompt": "one"}, headers={"prefer": "wait=0"}
