@@ -323,7 +323,9 @@ class Hub:
             if topic.position is None:
                 newest = parse_entries(await reader.xrevrange(key, count=1))
                 topic.position = Position.parse(newest[0].id) if newest else START
-                await self._say_watched(reader, topic)
+                # A server without room takes nothing in, and what it holds is told all the same.
+                with suppress(redis.ResponseError):
+                    await self._say_watched(reader, topic)
             topic.live.set()
         positions: Any = {
             key: str(topic.position)

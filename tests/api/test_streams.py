@@ -213,6 +213,19 @@ def test_the_end_is_heard_while_redis_is_away(lone_world: World) -> None:
         assert [message.name for message in read_all(api, path)] == ["ended"]
 
 
+def test_a_redis_that_has_no_room_left_is_read_all_the_same(lone_world: World) -> None:
+    with serving(lone_world.settings) as api:
+        job = started(api, lone_world)
+        lone_world.redis.config_set("maxmemory", 1)
+        readers = lone_world.redis.info("stats")["total_connections_received"]
+        for _ in range(3):
+            with follow(api, f"/api/jobs/{job.id}/events") as stream:
+                assert next(stream).name == "state"
+                # Until the reader has come again, if it has gone.
+                time.sleep(0.3)
+        assert lone_world.redis.info("stats")["total_connections_received"] == readers
+
+
 def test_readers_outlive_a_redis_that_comes_back_empty(lone_world: World) -> None:
     assert lone_world.valkey is not None
     with serving(lone_world.settings) as api:
