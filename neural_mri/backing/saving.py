@@ -92,7 +92,9 @@ class Saving:
     @property
     def is_quick(self) -> bool:
         """Whether each result is one small file, and on its way to the disk already."""
-        return not self._later and all(begun.is_packed for begun in self._begun)
+        return not self._later and all(
+            begun.is_packed and not begun.has_failed for begun in self._begun
+        )
 
     def finish(self, paths: Collection[str]) -> dict[str, SavedResult | Exception]:
         """What became of the results whose manifests were to stand under these paths, packed or not."""
@@ -140,6 +142,11 @@ class _Begun:
     def is_packed(self) -> bool:
         """Whether all of it is one file."""
         return self._path == self.result.packed
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a step has failed."""
+        return self._error is not None
 
     def attempt(self, step: Callable[["_Begun"], None]) -> None:
         """Take a step, unless an earlier one has failed."""

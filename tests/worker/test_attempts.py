@@ -1,5 +1,6 @@
 """What one worker does with what it claims, on a real database, store, Valkey and (tiny) model."""
 
+import errno
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
@@ -299,6 +300,24 @@ def test_a_store_that_is_full_for_a_moment_costs_no_result(
     holding_tiny.attempts(store).take(holding_tiny.queue)
     assert holding_tiny.now(job).state is JobState.SUCCEEDED
     assert store.refusals == 0
+
+
+def test_a_result_that_waits_for_room_on_the_disk_is_storing_meanwhile(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STORE_PAUSE_SECONDS", 0.05)
+    write, refusals = storage._write, iter(range(3))
+
+    def written(file: int, body: bytes) -> None:
+        if next(refusals, None) is not None:
+            raise OSError(errno.ENOSPC, "no room")
+        write(file, body)
+
+    monkeypatch.setattr(storage, "_write", written)
+    job = holding_tiny.submit(PROMPT)
+    holding_tiny.attempts().take(holding_tiny.queue)
+    assert holding_tiny.now(job).state is JobState.SUCCEEDED
+    assert StateChanged(state=JobState.STORING, attempt=1) in holding_tiny.told(job.id)
 
 
 def test_a_store_that_stays_full_fails_the_job_and_says_why(
