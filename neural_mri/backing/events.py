@@ -75,6 +75,7 @@ class _Outage:
 
     def __init__(self) -> None:
         self._until = 0.0
+        self._is_said = False
         self._dropped = 0
 
     def is_now(self, count: int = 1) -> bool:
@@ -85,16 +86,17 @@ class _Outage:
 
     def begin(self, error: Exception, count: int = 1) -> None:
         """Note a failure; said once an outage."""
-        if not self._dropped:
+        if not self._is_said:
             log.warning("events_dropped", error=str(error))
+        self._is_said = True
         self._dropped += count
         self._until = time.monotonic() + RECONNECT_SECONDS
 
     def end(self) -> None:
         """Note a success."""
-        if self._dropped:
+        if self._is_said:
             log.info("events_resumed", dropped=self._dropped)
-            self._dropped = 0
+            self._is_said, self._dropped = False, 0
 
 
 class Publisher:

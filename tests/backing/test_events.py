@@ -164,6 +164,21 @@ def test_a_publisher_outlives_its_server_and_says_so_once(
     assert [decode_event(entry.data) for entry in replay(settings).entries] == [step(9)]
 
 
+def test_who_only_asks_who_watches_says_an_outage_once(
+    mortal: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "RECONNECT_SECONDS", 0.0)
+    settings = Settings(redis_url=mortal.url)
+    publisher = Publisher(broker.connect(settings), settings)
+    with structlog.testing.capture_logs() as logged:
+        mortal.kill()
+        for _ in range(5):
+            assert publisher.publish_all((), [JOB]) == frozenset()
+        mortal.start()
+        assert publisher.publish_all((), [JOB]) == frozenset()
+    assert [line["event"] for line in logged] == ["events_dropped", "events_resumed"]
+
+
 def test_while_the_server_is_away_publishing_costs_next_to_nothing(tmp_path: Path) -> None:
     settings = Settings(redis_url=f"unix://{tmp_path}/nobody.sock")
     publisher = Publisher(broker.connect(settings), settings)
