@@ -401,7 +401,7 @@ class Attempts:
         for holding, ended in self._advanced(whole, JobState.SUCCEEDED, manifests=paths):
             result = saved[holding.job.id]
             if ended is None:
-                self._store.delete(result.path)
+                self._take_away(result.path)
                 continue
             for ref in result.manifest.tables:
                 url = f"{ended.view().links['result']}/{ref.name}"
@@ -439,6 +439,13 @@ class Attempts:
             with Saving(self._store, unsaved) as again:
                 stored |= again.finish([each.path for each in unsaved])
         return [stored[_manifest_path(each.job)] for each in holdings]
+
+    def _take_away(self, path: str) -> None:
+        """Forget a result that no row names; where the store is away it is left behind."""
+        try:
+            self._store.delete(path)
+        except Unavailable as error:
+            log.warning("result_left_behind", path=path, error=str(error))
 
     def _unsaved(self, holding: Holding, scanned: Scanned) -> Unsaved:
         job = holding.job

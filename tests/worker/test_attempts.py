@@ -12,7 +12,7 @@ from neural_mri.backing import jobs, keys, models, queue, saving, storage, store
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job, LeaseOwner
-from neural_mri.backing.storage import NamedBytes, Store, StoreFull, Writing
+from neural_mri.backing.storage import NamedBytes, Store, StoreFull, StoreUnavailable, Writing
 from neural_mri.contract.events import (
     ActivationFrame,
     Artifact,
@@ -434,6 +434,34 @@ def test_of_jobs_that_share_a_pass_one_that_cannot_be_stored_fails_alone(
     for job in (ended[0], ended[2]):
         tables = stored.read_tables(holding_tiny.store, job.manifest or "")
         assert all(table.num_rows for table in tables.values())
+        assert isinstance(holding_tiny.told(job.id)[-1], Ended)
+
+
+class Away(Interrupting):
+    """A store that goes away once all is written."""
+
+    def delete(self, path: str) -> None:
+        super().delete(path)
+        raise StoreUnavailable("away")
+
+
+def test_a_lost_attempts_file_that_cannot_be_taken_away_costs_its_mates_nothing(
+    holding_tiny: Bench,
+) -> None:
+    lost, *others = [
+        holding_tiny.submit(PROMPT, n_tokens=5, tokens=models_prompt(5, seed=seed))
+        for seed in range(3)
+    ]
+
+    def lose() -> None:
+        holding_tiny.sessions.write(jobs.advance, lost.id, JobState.QUEUED, attempt=1)
+
+    store = Away(holding_tiny.store, lose)
+    assert holding_tiny.attempts(store).take(holding_tiny.queue) == 3
+    assert store.deleted == [keys.packed_path(lost.id, 1)]
+    assert holding_tiny.now(lost).state is JobState.QUEUED
+    for job in others:
+        assert holding_tiny.now(job).state is JobState.SUCCEEDED
         assert isinstance(holding_tiny.told(job.id)[-1], Ended)
 
 
