@@ -206,7 +206,10 @@ class Outbox:
         unseen = self._unseen.get(job_id)
         if unseen is None:
             if len(self._unseen) >= MOST_JOBS:
-                self._forget(next(iter(self._unseen)))
+                # Frames alone are forgotten, never what is told in any case.
+                self._forget(
+                    next((each for each in self._unseen if each not in self._news), job_id)
+                )
             unseen = self._unseen[job_id] = Unseen()
         if self._is_too_much(job_id, event, len(unseen)):
             return

@@ -170,7 +170,10 @@ class Witness:
         found = []
         for key in redis.scan_iter(count=1000):
             name = key.decode()
-            if name.startswith(("events:", "watched:", "cancel:", "worker:")) and redis.ttl(key) < 0:
+            if (
+                name.startswith(("events:", "watched:", "cancel:", "worker:"))
+                and redis.ttl(key) < 0
+            ):
                 found.append(f"{name} never expires")
         queues = [keys.CPU_QUEUE, keys.CONTROL_QUEUE]
         queues += [key.decode() for key in redis.scan_iter("scan.*")]

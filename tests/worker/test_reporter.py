@@ -275,6 +275,26 @@ def test_jobs_beyond_what_can_run_are_forgotten(monkeypatch: pytest.MonkeyPatch)
     assert sink.of(LayerFrame) == [layer_frame(number, 1.0) for number in (2, 3, 4)]
 
 
+def test_no_end_is_forgotten_however_many_jobs_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporter, "MOST_JOBS", 3)
+    begun, ended = StateChanged(state=JobState.RUNNING, attempt=1), Ended(state=ENDED, attempt=1)
+    sink = Collected(watched=lambda: False)
+    sink.open.clear()
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, ended)
+        assert sink.entered.wait(5)
+        for _ in range(5):
+            outbox.post(uuid4(), ended)
+        for job_id in [uuid4() for _ in range(5)]:
+            outbox.post(job_id, begun)
+            outbox.post(job_id, layer_frame(0, 1.0))
+            outbox.post(job_id, ended)
+        sink.open.set()
+        assert outbox.flush(5)
+    assert len(sink.of(Ended)) == 11
+    assert len(sink.of(StateChanged)) == 5
+
+
 def test_progress_comes_twenty_times_a_second_and_the_last_one_always() -> None:
     sink = Collected()
     with Outbox(sink) as outbox:
