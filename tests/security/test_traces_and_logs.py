@@ -170,14 +170,18 @@ def refused(watched: Watched) -> int:
 def test_every_line_of_a_log_is_json_and_the_jobs_lines_name_the_job(
     watched: Watched, scanned: dict[str, Any]
 ) -> None:
-    of_job = {
-        process: [line for line in watched.lines(process) if line.get("job_id") == scanned["id"]]
-        for process in ("api", "worker")
-    }
-    assert [line["event"] for line in of_job["api"]] == ["request_answered"]
-    assert of_job["api"][0]["trace_id"] == TRACE
-    assert "attempt_ended" in [line["event"] for line in of_job["worker"]]
-    for line in of_job["worker"]:
+    def of_job(process: str) -> list[dict[str, Any]]:
+        return [line for line in watched.lines(process) if line.get("job_id") == scanned["id"]]
+
+    def events(process: str) -> list[str]:
+        return [line["event"] for line in of_job(process)]
+
+    # Both are written after the answer is on its way.
+    assert until(lambda: "request_answered" in events("api"), 10)
+    assert until(lambda: "attempt_ended" in events("worker"), 10)
+    assert events("api") == ["request_answered"]
+    assert of_job("api")[0]["trace_id"] == TRACE
+    for line in of_job("worker"):
         assert line["model"] == "tiny"
         assert line["trace_id"] == TRACE
 
