@@ -195,9 +195,10 @@ test("an exploration is recorded, and played as it was", async () => {
   await page.keyboard.press("Shift+E");
   await page.getByRole("button", { name: "Stop", exact: true }).click();
   await page.keyboard.press("Escape");
+  await page.getByRole("dialog").waitFor({ state: "hidden" });
   await page.getByTestId("axial").focus();
   await page.keyboard.press("End");
-  expect(await reading(page)).not.toEqual(last);
+  await expect.poll(() => reading(page), { timeout: 10_000 }).not.toEqual(last);
   await page.keyboard.press("Shift+E");
   await page.getByRole("button", { name: "Play", exact: true }).click();
   await expect.poll(() => reading(page), { timeout: 10_000 }).toEqual(last);
