@@ -18,7 +18,7 @@ from api.results import reading
 from neural_mri.backing import jobs, keys, sessions
 from neural_mri.backing.records import Job
 from neural_mri.backing.sessions import Saved, Waiting
-from neural_mri.backing.storage import Damaged, NamedBytes, Store
+from neural_mri.backing.storage import Damaged, NamedBytes, Store, put_together
 from neural_mri.backing.stored import StoredResult
 from neural_mri.contract.archives import result_digest
 from neural_mri.contract.jobs import TERMINAL, JobState
@@ -83,13 +83,8 @@ def _keep(store: Store, result: StoredResult) -> Kept | None:
         return None
     kept = Kept(result_digest(result.body), result.body, result.manifest)
     # The manifest last: a result that is there is whole.
-    files = [*_copied(result), NamedBytes(keys.kept_result_path(kept.digest), kept.body)]
-    writing = store.begin(files)
-    try:
-        writing.place(lambda _index: None)
-        writing.settle()
-    finally:
-        writing.drop()
+    named = NamedBytes(keys.kept_result_path(kept.digest), kept.body)
+    put_together(store, [*_copied(result), named])
     return kept
 
 

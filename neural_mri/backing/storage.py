@@ -32,6 +32,7 @@ __all__ = (
     "Writing",
     "checked",
     "open_store",
+    "put_together",
 )
 
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){0,7}")
@@ -124,6 +125,16 @@ class Store(Protocol):
         """Take away what somebody began to write, so long ago, and died; how many files that were."""
 
 
+def put_together(store: Store, files: Iterable[NamedBytes]) -> None:
+    """Keep files, the last of which is found only once all others are. Raises `StoreFull`."""
+    writing = store.begin(files)
+    try:
+        writing.place(lambda _index: None)
+        writing.settle()
+    finally:
+        writing.drop()
+
+
 def checked(path: str) -> str:
     """The path. Raises `InvalidPath`."""
     if not _PATH.fullmatch(path):
@@ -142,12 +153,7 @@ class FolderStore:
 
     def put(self, path: str, body: bytes) -> None:
         """Keep the bytes under the path, all of them or none. Raises `StoreFull`."""
-        writing = _Halves(self._root, [NamedBytes(path, body)])
-        try:
-            writing.place(lambda _index: None)
-            writing.settle()
-        finally:
-            writing.drop()
+        put_together(self, [NamedBytes(path, body)])
 
     def begin(self, files: Iterable[NamedBytes]) -> Writing:
         """Begin to write files. Raises `StoreFull`."""

@@ -1,7 +1,5 @@
 """The Prefer header, and what it says of who watches."""
 
-import time
-from collections.abc import Callable
 from uuid import UUID
 
 import httpx
@@ -12,6 +10,7 @@ from neural_mri.backing import keys
 from neural_mri.backing.events import flagged
 from tests.api.reading import follow
 from tests.api.world import World
+from tests.system.service import until
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def test_of_two_who_ask_for_the_same_one_who_watches_is_enough(
     leader = api.post("/api/scan/activation", json=asked, headers={"prefer": "wait=0"}).json()
     follower = api.post("/api/scan/activation", json=asked).json()
     assert world.job(follower["id"]).leader == UUID(leader["id"])
-    assert until(lambda: is_watched(world, leader["id"]))
+    assert until(lambda: is_watched(world, leader["id"]), 20)
 
 
 def test_who_may_watch_a_job_that_follows_may_watch_it_when_it_is_run_itself(
@@ -65,7 +64,7 @@ def test_who_may_watch_a_job_that_follows_may_watch_it_when_it_is_run_itself(
     asked = {"prompt": "one"}
     leader = api.post("/api/scan/activation", json=asked, headers={"prefer": "wait=0"}).json()
     follower = api.post("/api/scan/activation", json=asked).json()
-    assert until(lambda: is_watched(world, leader["id"]))
+    assert until(lambda: is_watched(world, leader["id"]), 20)
     assert api.delete(f"/api/jobs/{leader['id']}").json()["state"] == "cancelled"
     claimed = world.claim(world.queue())
     assert str(claimed.id) == follower["id"]
@@ -81,7 +80,7 @@ def test_who_follows_a_job_has_its_frames_told(api: httpx.Client, world: World) 
         next(stream)
         assert is_watched(world, job["id"])
         world.redis.flushall()
-        assert until(lambda: is_watched(world, job["id"]))
+        assert until(lambda: is_watched(world, job["id"]), 20)
 
 
 def test_who_followed_and_left_takes_nothing_from_what_who_asked_has_said(
@@ -89,7 +88,7 @@ def test_who_followed_and_left_takes_nothing_from_what_who_asked_has_said(
 ) -> None:
     job = api.post("/api/scan/activation", json={"prompt": "one"}).json()
     key = keys.watched(UUID(job["id"]))
-    assert until(lambda: is_watched(world, job["id"]))
+    assert until(lambda: is_watched(world, job["id"]), 20)
     before: int = world.redis.ttl(key)
     with follow(api, f"/api/jobs/{job['id']}/events") as stream:
         next(stream)
@@ -99,12 +98,3 @@ def test_who_followed_and_left_takes_nothing_from_what_who_asked_has_said(
 def is_watched(world: World, job_id: str) -> bool:
     """Whether a worker would tell of the job's frames."""
     return bool(flagged(world.redis, keys.watched, [UUID(job_id)]))
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True

@@ -1,13 +1,17 @@
 """Stores of either kind, looked into behind their backs."""
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import obstore
+import pytest
 
 from neural_mri.backing.s3 import S3Store
 from neural_mri.backing.storage import FolderStore, Store
 
-__all__ = ("files", "overwrite", "paths")
+__all__ = ("fail_disk", "files", "overwrite", "paths")
 
 
 def files(root: Path) -> set[str]:
@@ -21,6 +25,18 @@ def paths(store: Store) -> list[str]:
         return sorted(files(store._root))
     assert isinstance(store, S3Store)
     return sorted(entry["path"] for entry in obstore.list(store._store).collect())
+
+
+def fail_disk(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Have the disk refuse a step of every write, by its name in `os`; what is only read stays readable."""
+    real = getattr(os, step)
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if step == "open" and not arguments[1] & os.O_CREAT:
+            return real(*arguments, **options)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, step, fail)
 
 
 def overwrite(store: Store, path: str, body: bytes) -> None:

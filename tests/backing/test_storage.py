@@ -24,8 +24,9 @@ from neural_mri.backing.storage import (
     Store,
     StoreFull,
     StoreUnavailable,
+    put_together,
 )
-from tests.backing.stores import files, overwrite, paths
+from tests.backing.stores import fail_disk, files, overwrite, paths
 
 CHUNK = keys.chunk_path("ab" * 32)
 
@@ -147,14 +148,7 @@ def test_a_disk_error_at_any_step_leaves_no_torn_file(
     folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     folder.put("chunks/ab/other.arrow", b"x")
-    real = getattr(os, step)
-
-    def fail(*arguments: Any, **options: Any) -> Any:
-        if step == "open" and not arguments[1] & os.O_CREAT:
-            return real(*arguments, **options)
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, step, fail)
+    fail_disk(monkeypatch, step)
     with pytest.raises(StoreUnavailable, match="Input/output error"):
         folder.put(CHUNK, b"arrow")
     monkeypatch.undo()
@@ -293,16 +287,8 @@ def test_a_disk_error_at_any_step_tears_none_of_several_files(
 
     monkeypatch.setattr(os, step, fail)
 
-    def write() -> None:
-        writing = folder.begin(TOGETHER)
-        try:
-            writing.place(lambda _index: None)
-            writing.settle()
-        finally:
-            writing.drop()
-
     with pytest.raises(StoreUnavailable, match="Input/output error"):
-        write()
+        put_together(folder, TOGETHER)
     monkeypatch.undo()
     whole = {file.path for file in TOGETHER[:-1]}
     assert files(root) <= whole

@@ -1,6 +1,5 @@
 """Results in the store: in one file or table by table, and never other bytes than those that were written."""
 
-import errno
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -30,7 +29,7 @@ from neural_mri.backing.stored import ALIGNMENT, open_result, pack
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.results import Manifest, Provenance, TableRef, stamp, to_ipc
 from neural_mri.contract.scans import ScanKind
-from tests.backing.stores import files, overwrite, paths
+from tests.backing.stores import fail_disk, files, overwrite, paths
 
 JOB = UUID(int=7)  # names of tests do not change from run to run
 
@@ -309,14 +308,7 @@ def test_a_disk_error_at_any_step_leaves_nothing_of_a_packed_result(
     folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     (root / "packed").mkdir(parents=True)
-    real = getattr(os, step)
-
-    def fail(*arguments: Any, **options: Any) -> Any:
-        if step == "open" and not arguments[1] & os.O_CREAT:
-            return real(*arguments, **options)
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, step, fail)
+    fail_disk(monkeypatch, step)
     with pytest.raises(StoreUnavailable, match="Input/output error"):
         save(folder, unsaved())
     monkeypatch.undo()
