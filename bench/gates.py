@@ -1,6 +1,7 @@
 """How often gates raise false alarms, and how often planted faults are caught and located: `python -m bench.gates`.
 
-On the bundled model and the quick suite. A fault is planted in a copy of the weight file, measured by a process
+On the bundled model. Whole runs ask in another order each, so that other prompts share their forwards, with one
+and with two threads in turn. A fault is planted in a copy of the weight file, measured by a process
 of its own as any checkpoint is, and taken out again.
 """
 
@@ -45,29 +46,28 @@ class Fault(NamedTuple):
 def main() -> None:
     """Measure, and print a line a finding."""
     parser = argparse.ArgumentParser(prog="python -m bench.gates", description=__doc__)
+    parser.add_argument("--suite", default="quick", help="its name or file")
     parser.add_argument("--faults", type=int, default=8, help="of each kind")
     parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument(
-        "--again", type=int, default=1, help="whole runs with each number of threads"
-    )
+    parser.add_argument("--again", type=int, default=2, help="whole runs of the same checkpoint")
     given = parser.parse_args()
     with LocalWorkers() as workers:
         _measure(given, workers)
 
 
 def _measure(given: argparse.Namespace, workers: LocalWorkers) -> None:
-    suite, folder = load_suite("quick"), bundled.folder()
+    suite, folder = load_suite(given.suite), bundled.folder()
     baseline = _measured(suite, folder, workers, with_noise=True)
     _tell("baseline with its noise", baseline.seconds)
     alarms = sum(
         _alarms(suite, _redrawn(baseline, seed), baseline) for seed in range(given.resamples)
     )
     print(f"{given.resamples} recorded runs, resampled: {alarms} false alarms")
-    for threads in (1, 2):
-        runs = [_measured(suite, folder, workers, threads=threads) for _ in range(given.again)]
-        n_alarms = sum(_alarms(suite, run, baseline) for run in runs)
-        seconds = sum(run.seconds for run in runs)
-        _tell(f"{len(runs)} whole runs, {threads} threads: {n_alarms} false alarms", seconds)
+    n_alarms = 0
+    for number in range(given.again):
+        run = _measured(suite, folder, workers, threads=1 + number % 2, seed=number)
+        n_alarms += _alarms(suite, run, baseline)
+        _tell(f"whole run {number + 1}, {n_alarms} false alarms so far", run.seconds)
     with tempfile.TemporaryDirectory() as workshop:
         copy = Path(workshop) / "copy"
         shutil.copytree(folder, copy)
@@ -93,11 +93,13 @@ def _measured(
     *,
     with_noise: bool = False,
     threads: int | None = None,
+    seed: int | None = None,
 ) -> Record:
+    order = None if seed is None else random.Random(seed)  # noqa: S311 -- orders, not secrets
     started = time.perf_counter()
     processes = None if threads is None else 1
     with LocalScans(str(folder), processes=processes, threads=threads, workers=workers) as scans:
-        record = measure(suite, scans, with_noise=with_noise)
+        record = measure(suite, scans, with_noise=with_noise, order=order)
     return msgspec.structs.replace(record, seconds=time.perf_counter() - started)
 
 

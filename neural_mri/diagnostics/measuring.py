@@ -5,6 +5,7 @@ it at as many tokens, so that whoever scans can do them in one forward, and noth
 that could be done meanwhile.
 """
 
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -167,11 +168,13 @@ def measure(
     *,
     with_noise: bool,
     known: Record | None = None,
+    order: random.Random | None = None,
     advance: Advance = lambda _done, _total: None,
 ) -> Record:
     """Everything the suite measures of one checkpoint; with `with_noise`, numerical noise as well.
 
-    What a record without noise holds is taken from there, and only what it lacks is measured.
+    What a record without noise holds is taken from there, and only what it lacks is measured. Scans are asked for
+    in an `order` drawn where one is given, so that other prompts of the same length share their forwards.
 
     Raises `Unprocessable` where the tokenizer can be asked none of its prompts.
     """
@@ -188,6 +191,8 @@ def measure(
         for each in _wanted(suite, asked, scans.subject, with_noise=with_noise)
         if known is None or each.replicate
     ]
+    if order is not None:
+        order.shuffle(wanted)
     gathered: tuple[Numbers, Numbers] = (Numbers(), Numbers())
     scan_keys: dict[str, str] = {} if known is None else dict(known.scan_keys)
     pairs: tuple[Numbers, Numbers] = (Numbers(), Numbers())

@@ -1,6 +1,7 @@
 """Gates: the same checkpoint never fails, a planted fault always does, and its place is named."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,10 +13,11 @@ from neural_mri.contract.baselines import NotComparable
 from neural_mri.contract.findings import Diagnosis, Rule, Severity
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import InvalidRequest, Unprocessable
+from neural_mri.contract.scans import Scan, encode_scan
 from neural_mri.contract.suites import Measure, Suite
-from neural_mri.diagnostics import Record, diagnose
+from neural_mri.diagnostics import Record, Scanned, diagnose, measure
 from neural_mri.diagnostics.records import Block
-from tests.diagnostics.making import Weights, edited, measured, saved, tiny_suite
+from tests.diagnostics.making import InProcess, Weights, edited, measured, saved, tiny_suite
 
 ALARMS = (Severity.FAILURE, Severity.WARNING)
 
@@ -52,6 +54,28 @@ def test_a_checkpoint_does_not_differ_from_itself_however_many_threads_compute_i
     assert diagnosis.passed
     assert not changes(diagnosis)
     assert diagnosis.tests == 60
+
+
+def test_a_checkpoint_does_not_differ_from_itself_in_whatever_order_it_is_asked(
+    suite: Suite, tiny_folder: Path, baseline: Record, tmp_path: Path
+) -> None:
+    orders: list[list[str]] = []
+
+    class Noted(InProcess):
+        def scan(self, scans: Sequence[Scan]) -> Iterator[Scanned]:
+            orders.append([encode_scan(scan).decode() for scan in scans])
+            yield from super().scan(scans)
+
+    for seed in range(3):
+        scans = Noted(tiny_folder, tmp_path / str(seed))
+        again = measure(suite, scans, with_noise=False, order=random.Random(seed))
+        assert again.blocks.keys() == baseline.blocks.keys()
+        for quantity, block in again.blocks.items():
+            assert block.prompts == baseline.blocks[quantity].prompts
+        assert not changes(diagnose(suite, again, baseline))
+    first, second, third = orders[1::2]  # the others are calibration and weights
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert first != second != third != first
 
 
 def test_no_false_alarm_in_a_hundred_comparisons_with_as_much_noise_as_was_measured(
