@@ -79,8 +79,10 @@ class BatchFollowing:
 
     async def _look(self) -> BatchView:
         found = await self._services.sessions.read(batches.find, self._batch.id)
+        # One that was undone half recorded is there no more: it has nothing to wait for.
         self._batch = found or self._batch
-        return await self._services.sessions.read(batches.view, self._batch)
+        view = await self._services.sessions.read(batches.view, self._batch)
+        return view if found else msgspec.structs.replace(view, state=BatchState.CANCELLED)
 
     async def _news(self) -> AsyncGenerator[bytes]:
         since = max(0.0, self._since - OVERLAP_SECONDS)

@@ -20,7 +20,8 @@ from api.preparation import prepare
 from api.results import lost_results
 from api.submissions import submission_of
 from neural_mri.backing import batches, jobs
-from neural_mri.backing.batches import Line, NewBatch
+from neural_mri.backing.batches import Batch, Line, NewBatch, Undone
+from neural_mri.backing.faults import crash_point
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Submission
 from neural_mri.contract.batches import (
@@ -204,48 +205,63 @@ def _refusal(invalid: Sequence[InvalidLine], lines: int) -> LinesInvalid:
 
 
 async def _record(services: Services, read: _Read, options: Options) -> BatchView:
-    """Record the batch, line by line, and send tickets for what waits."""
+    """Record the batch, line by line, and send tickets for what waits.
+
+    Sent again under its Idempotency-Key, it is filled where whoever recorded it first has died meanwhile.
+    """
     submissions = read.accepted
     keys = {str(each.scan_key) for each in submissions}
     known = await services.sessions.read(jobs.known_results, keys)
     for path in await lost_results(services, set(known.values())):
         await services.sessions.write(jobs.withdraw_result, path)
         known = {key: manifest for key, manifest in known.items() if manifest != path}
-    max_queued, usual = services.settings.max_queued_jobs, services.limits
-    begun = await services.sessions.write(
-        batches.begin,
-        NewBatch(
-            owner=services.caller.user,
-            name=options.name,
-            lane=options.lane,
-            lines=len(read.lines),
-            digest=read.digest,
-            max_failures=options.max_failures,
-            word=options.idempotency_key,
-        ),
-        waiting=len(keys - known.keys()),
-        max_queued=max_queued,
-        usual=usual,
+    wanted = NewBatch(
+        owner=services.caller.user,
+        name=options.name,
+        lane=options.lane,
+        lines=len(read.lines),
+        digest=read.digest,
+        max_failures=options.max_failures,
+        word=options.idempotency_key,
     )
-    if begun.is_new:
+    while True:
         try:
-            recorded: dict[int, UUID] = {}
-            for start in range(0, len(read.lines), CHUNK):
-                recorded = await services.sessions.write(
-                    batches.fill,
-                    begun.batch.id,
-                    read.lines[start : start + CHUNK],
-                    recorded,
-                    max_queued=max_queued,
-                    usual=usual,
-                )
-        except BaseException:
-            # Others took the room, or the sender went away: half a batch is none.
-            await services.sessions.write(batches.abandon, begun.batch.id)
-            raise
-        waiting = [each for each in submissions if each.scan_key not in known]
-        await _tell(services, waiting, stored=len(submissions) - len(waiting))
-    return await services.sessions.read(batches.view, begun.batch)
+            batch = await services.sessions.write(
+                batches.begin,
+                wanted,
+                waiting=len(keys - known.keys()),
+                max_queued=services.settings.max_queued_jobs,
+                usual=services.limits,
+            )
+            if not batch.is_filled:
+                await _fill(services, batch, read.lines)
+                waiting = [each for each in submissions if each.scan_key not in known]
+                await _tell(services, waiting, stored=len(submissions) - len(waiting))
+        except Undone:
+            continue  # whoever had begun it has given it up: now it is ours to begin
+        return await services.sessions.read(batches.view, batch._replace(is_filled=True))
+
+
+async def _fill(services: Services, batch: Batch, lines: Sequence[Line]) -> None:
+    """Record the lines that are not yet. Raises `TooMany`, `Undone`."""
+    recorded: dict[int, UUID] = {}
+    try:
+        for start in range(0, len(lines), CHUNK):
+            recorded = await services.sessions.write(
+                batches.fill,
+                batch.id,
+                lines[start : start + CHUNK],
+                recorded,
+                max_queued=services.settings.max_queued_jobs,
+                usual=services.limits,
+            )
+            crash_point("api.batch-chunk")
+    except Undone:
+        raise
+    except BaseException:
+        # Others took the room, or the sender went away: half a batch is none.
+        await services.sessions.write(batches.abandon, batch.id)
+        raise
 
 
 async def _tell(services: Services, waiting: Sequence[Submission], stored: int) -> None:

@@ -97,6 +97,8 @@ class Reaper:
             moved += self._sessions.write(
                 jobs.expire, waiting_seconds=self._settings.queued_seconds
             )
+            if undone := self._sessions.write(batches.undo_unfilled):
+                log.warning("half_recorded_batches_undone", count=undone)
         if moved:
             crash_point("reaper.taken-back")
         for job in moved:

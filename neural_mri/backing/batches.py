@@ -2,6 +2,10 @@
 
 Pure SQL on the caller's transaction. The jobs are the truth about how far a batch has come: a batch keeps no
 count of its own. A line is a row, so that what was refused, and what was asked twice, stays told.
+
+Lines are recorded some at a time, by whoever was asked for the batch: by several at once where the request was
+sent again under its Idempotency-Key. They take turns by the batch's row, and each records what it does not find.
+A batch that is not filled was accepted by nobody; where nobody goes on with it, it is undone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +15,7 @@ from uuid import UUID
 
 import msgspec
 from sqlalchemy import ColumnElement, bindparam, case, delete, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import jobs
@@ -28,10 +33,10 @@ __all__ = (
     "CALLER",
     "FAILED",
     "Batch",
-    "Begun",
     "EndedLine",
     "Line",
     "NewBatch",
+    "Undone",
     "abandon",
     "begin",
     "cancel_held",
@@ -42,6 +47,7 @@ __all__ = (
     "recent",
     "stop",
     "stop_failing",
+    "undo_unfilled",
     "view",
 )
 
@@ -52,7 +58,8 @@ _job = JOBS.c
 FAILURES = frozenset({JobState.FAILED, JobState.EXPIRED, JobState.QUARANTINED})
 
 LONGEST_FILLING = timedelta(minutes=10)
-"""Recording a batch takes seconds."""
+"""Recording a batch takes seconds: whoever has not done it by then is gone, and nobody has asked again."""
+UNDONE_AT_ONCE = 10
 
 CALLER, FAILED = "caller", "failures"
 """Who stops a batch."""
@@ -75,6 +82,10 @@ _REPORT = select(
     func.count(case((_line.job_id.is_(None), 1))).label("refused"),
     func.count(_line.repeats).label("repeated"),
 ).where(_line.batch_id == bindparam("batch"))
+
+
+class Undone(Exception):
+    """The batch is not there any more: another who recorded it has given it up, or the reaper has."""
 
 
 class NewBatch(NamedTuple):
@@ -102,6 +113,8 @@ class Batch(NamedTuple):
     max_failures: int | None
     created_at: datetime
     stopped_by: str | None
+    is_filled: bool
+    """Whether every line was recorded."""
 
     @classmethod
     def of_row(cls, row: AnyRow) -> "Batch":
@@ -115,15 +128,8 @@ class Batch(NamedTuple):
             row.max_failures,
             datetime.fromtimestamp(row.created_at, UTC),
             row.stopped_by,
+            row.filled_at is not None,
         )
-
-
-class Begun(NamedTuple):
-    """What a request to make a batch led to."""
-
-    batch: Batch
-    is_new: bool
-    """False where an earlier request under the same Idempotency-Key had made it."""
 
 
 class Line(NamedTuple):
@@ -142,7 +148,7 @@ def begin(
     waiting: int = 0,
     max_queued: int = 10_000,
     usual: Limits = NO_LIMITS,
-) -> Begun:
+) -> Batch:
     """Record a batch without its lines, unless its Idempotency-Key has made one: then that.
 
     Raises `IdempotencyKeyReused`, and `TooMany` where there is no room for `waiting` jobs more.
@@ -152,21 +158,42 @@ def begin(
         mine = (_batch.owner == wanted.owner) & (_batch.word == wanted.word)
         forgotten = _batch.created_at < epoch() - REMEMBERED_SECONDS
         run(update(BATCHES).where(mine, forgotten).values(word=None))
-        row = run(select(*_batch).where(mine)).one_or_none()
-        if row is not None:
-            if row.digest != wanted.digest:
-                raise IdempotencyKeyReused(
-                    f"the Idempotency-Key {wanted.word!r} was sent with another batch within the last "
-                    f"{REMEMBERED_SECONDS / 3600:.0f} hours: a new batch needs a new key",
-                    key=wanted.word,
-                    batch=str(row.id),
-                )
-            return Begun(Batch.of_row(row), is_new=False)
+        if (known := _made_by(session, wanted)) is not None:
+            return known
     jobs.check_room(session, wanted.owner, waiting, max_queued=max_queued, usual=usual)
-    made = insert(BATCHES).values(
-        id=new_id(), **wanted._asdict(), created_at=epoch(), stopped_at=None, ended_at=None
+    is_postgresql = session.get_bind().dialect.name == "postgresql"
+    insert_or = postgresql.insert if is_postgresql else sqlite.insert
+    making = insert_or(BATCHES).values(
+        id=new_id(),
+        **wanted._asdict(),
+        created_at=epoch(),
+        stopped_at=None,
+        ended_at=None,
+        filled_at=None,
     )
-    return Begun(Batch.of_row(run(made.returning(*_batch)).one()), is_new=True)
+    # Of two who send the same key at once, one waits here for the other.
+    making = making.on_conflict_do_nothing(index_elements=[_batch.owner, _batch.word])
+    row = run(making.returning(*_batch)).one_or_none()
+    made = _made_by(session, wanted) if row is None else Batch.of_row(row)
+    if made is None:
+        raise Undone
+    return made
+
+
+def _made_by(session: Session, wanted: NewBatch) -> Batch | None:
+    """The batch that the Idempotency-Key has made. Raises `IdempotencyKeyReused`."""
+    mine = select(*_batch).where(_batch.owner == wanted.owner, _batch.word == wanted.word)
+    row = session.connection().execute(mine).one_or_none()
+    if row is None:
+        return None
+    if row.digest != wanted.digest:
+        raise IdempotencyKeyReused(
+            f"the Idempotency-Key {wanted.word!r} was sent with another batch within the last "
+            f"{REMEMBERED_SECONDS / 3600:.0f} hours: a new batch needs a new key",
+            key=wanted.word,
+            batch=str(row.id),
+        )
+    return Batch.of_row(row)
 
 
 def fill(
@@ -178,21 +205,28 @@ def fill(
     max_queued: int,
     usual: Limits = NO_LIMITS,
 ) -> dict[int, UUID]:
-    """Record some lines, and submit their scans; the job of each line recorded so far.
+    """Record those of some lines that are not, and submit their scans; the job of each line up to there.
 
-    Raises `TooMany` where there is no room for all of them: then none is recorded.
+    The lines are in order. Those of a batch that has been stopped meanwhile are cancelled at once. Raises
+    `TooMany` where there is no room for all of them, and `Undone`: then none is recorded.
     """
-    wanted = [line for line in some if line.submission is not None]
-    recorded = jobs.submit_many(
+    batch = _locked(session, batch_id)
+    if batch is None:
+        raise Undone
+    run = session.connection().execute
+    among = _line.line.between(some[0].number, some[-1].number)
+    there = run(select(_line.line, _line.job_id).where(_line.batch_id == batch_id, among)).all()
+    known = jobs_by_line | {row.line: row.job_id for row in there if row.job_id is not None}
+    recorded = {row.line for row in there}
+    missing = [line for line in some if line.number not in recorded]
+    wanted = [line for line in missing if line.submission is not None]
+    made = jobs.submit_many(
         session,
         [line.submission for line in wanted if line.submission is not None],
         max_queued=max_queued,
         usual=usual,
     )
-    known = {
-        **jobs_by_line,
-        **{line.number: made.job_id for line, made in zip(wanted, recorded, strict=True)},
-    }
+    known |= {line.number: each.job_id for line, each in zip(wanted, made, strict=True)}
     rows = [
         {
             "batch_id": batch_id,
@@ -201,18 +235,59 @@ def fill(
             "repeats": line.repeats,
             "problem": None if line.problem is None else msgspec.json.encode(line.problem).decode(),
         }
-        for line in some
+        for line in missing
     ]
-    session.connection().execute(insert(BATCH_LINES), rows)
+    if rows:
+        run(insert(BATCH_LINES), rows)
+    if batch.stopped_by is not None:
+        jobs.cancel_waiting(session, _jobs_of(batch_id))
+    if not batch.is_filled and _recorded(session, batch_id) == batch.lines:
+        run(update(BATCHES).where(_batch.id == batch_id).values(filled_at=epoch()))
     return known
 
 
-def abandon(session: Session, batch_id: UUID) -> None:
-    """Forget a batch that could not be filled, and cancel what was submitted of it."""
+def _locked(session: Session, batch_id: UUID) -> Batch | None:
+    """The batch, which nobody else changes until the transaction ends."""
+    wanted = select(*_batch).where(_batch.id == batch_id).with_for_update()
+    row = session.connection().execute(wanted).one_or_none()
+    return None if row is None else Batch.of_row(row)
+
+
+def _recorded(session: Session, batch_id: UUID) -> int:
+    counted = select(func.count()).where(_line.batch_id == batch_id)
+    found: int = session.connection().execute(counted).scalar_one()
+    return found
+
+
+def abandon(session: Session, batch_id: UUID) -> bool:
+    """Forget a batch that could not be filled, and cancel what was submitted of it; whether there was one.
+
+    One that another has filled meanwhile stays: it may have been accepted.
+    """
+    batch = _locked(session, batch_id)
+    if batch is None or batch.is_filled:
+        return False
     stop(session, batch_id, by=CALLER)
     run = session.connection().execute
     run(delete(BATCH_LINES).where(_line.batch_id == batch_id))
     run(delete(BATCHES).where(_batch.id == batch_id))
+    return True
+
+
+def undo_unfilled(session: Session) -> int:
+    """Abandon batches that nobody has filled in all that time: half a batch is none; how many they were."""
+    run = session.connection().execute
+    late = epoch() - LONGEST_FILLING.total_seconds()
+    forsaken = select(_batch.id).where(_batch.filled_at.is_(None), _batch.created_at < late)
+    count = 0
+    for row in run(forsaken.order_by(_batch.created_at).limit(UNDONE_AT_ONCE)).all():
+        batch = _locked(session, row.id)
+        if batch is not None and _recorded(session, row.id) == batch.lines:
+            # Recorded whole by a process that does not note it.
+            run(update(BATCHES).where(_batch.id == row.id).values(filled_at=epoch()))
+        else:
+            count += abandon(session, row.id)
+    return count
 
 
 def find(session: Session, batch_id: UUID) -> Batch | None:
@@ -241,7 +316,7 @@ def view(session: Session, batch: Batch) -> BatchView:
     return BatchView(
         id=batch.id,
         name=batch.name,
-        state=_state_of(batch, counts, is_filled=_is_filled(batch, report.recorded)),
+        state=_state_of(batch, counts, is_filled=batch.is_filled or report.recorded == batch.lines),
         lane=batch.lane,
         lines=batch.lines,
         refused=report.refused,
@@ -256,11 +331,6 @@ def view(session: Session, batch: Batch) -> BatchView:
             "results": f"{home}/results",
         },
     )
-
-
-def _is_filled(batch: Batch, recorded: int) -> bool:
-    """Whether no line will come any more: all are there, or whoever recorded them is gone since long."""
-    return recorded == batch.lines or datetime.now(UTC) - batch.created_at > LONGEST_FILLING
 
 
 def _counts(session: Session, batch_id: UUID) -> BatchCounts:

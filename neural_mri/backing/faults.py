@@ -13,6 +13,7 @@ __all__ = ("POINTS", "crash_point")
 
 POINTS = (
     "api.recorded",
+    "api.batch-chunk",
     "worker.ticket",
     "worker.claimed",
     "worker.computed",
@@ -22,9 +23,10 @@ POINTS = (
     "worker.succeeded",
     "reaper.taken-back",
 )
-"""A job is in the database, its ticket is not sent; a ticket is taken; jobs are claimed; tables are computed;
-a file is written, not in its place; tables are stored, no manifest names them; a manifest does, the job does
-not; the job has succeeded, nobody was told; jobs are taken back, nobody was told."""
+"""A job is in the database, its ticket is not sent; some lines of a batch are in the database, with their jobs;
+a ticket is taken; jobs are claimed; tables are computed; a file is written, not in its place; tables are
+stored, no manifest names them; a manifest does, the job does not; the job has succeeded, nobody was told; jobs
+are taken back, nobody was told."""
 
 _FOLDER = os.environ.get("NMRI_CRASH_POINTS")
 

@@ -55,6 +55,7 @@ _UNFINISHED = text("finished_at IS NULL")
 _LEASED = text("lease_owner IS NOT NULL")
 _FOLLOWING = text("leader IS NOT NULL")
 _BOUNDED = text("max_failures IS NOT NULL AND stopped_at IS NULL AND ended_at IS NULL")
+_UNFILLED = text("filled_at IS NULL")
 
 
 def _words(kind: type[StrEnum]) -> Enum:
@@ -323,6 +324,9 @@ class BatchRow(Base):
         Index("ix_batches_recent", "owner", "created_at"),
         Index("ix_batches_word", "owner", "word", unique=True),
         Index("ix_batches_bounded", "id", sqlite_where=_BOUNDED, postgresql_where=_BOUNDED),
+        Index(
+            "ix_batches_unfilled", "created_at", sqlite_where=_UNFILLED, postgresql_where=_UNFILLED
+        ),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -341,6 +345,8 @@ class BatchRow(Base):
     """`caller` or `failures`."""
     ended_at: Mapped[float | None]
     """Once every job was seen to have ended; until then the jobs themselves tell."""
+    filled_at: Mapped[float | None]
+    """Once every line was recorded; one that is not was accepted by nobody."""
 
 
 class BatchLineRow(Base):

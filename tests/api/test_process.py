@@ -17,7 +17,10 @@ import msgspec
 import psutil
 import pytest
 
+from api.batches import CHUNK
+from neural_mri.backing import jobs
 from neural_mri.backing.settings import Settings
+from neural_mri.contract.batches import NDJSON
 from tests.api.reading import follow
 from tests.api.specimens import PROMPT
 from tests.api.world import World
@@ -34,12 +37,12 @@ print(*sorted(sys.modules))
 
 
 @contextmanager
-def process(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+def process(settings: Settings, **environment: str) -> Iterator[subprocess.Popen[str]]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("NEURAL_MRI_")}
     started = subprocess.Popen(
         [sys.executable, "-m", "api"],
         cwd=ROOT,
-        env={**inherited, **settings.environment()},
+        env={**inherited, **settings.environment(), **environment},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -124,6 +127,42 @@ def test_who_waits_for_events_does_not_hold_up_the_end(
         said = running.stderr.read()
     assert "Traceback" not in said
     assert "graceful shutdown exceeded" not in said
+
+
+def test_a_batch_whose_recording_a_death_cut_short_is_filled_when_it_is_sent_again(
+    own_port: Settings, world: World, tmp_path: Path
+) -> None:
+    scans = [
+        {"scan_mode": "fMRI", "prompt": text} for text in ("a", *["b"] * (CHUNK - 1), "c", "d")
+    ]
+    body = b"".join(msgspec.json.encode(scan) + b"\n" for scan in scans)
+    headers = {"content-type": NDJSON, "idempotency-key": "nightly"}
+    (tmp_path / "api.batch-chunk").touch()
+    with (
+        process(own_port, NMRI_CRASH_POINTS=str(tmp_path)),
+        client_of(own_port) as api,
+        pytest.raises(httpx.TransportError),
+    ):
+        api.post("/api/batches", content=body, headers=headers)
+    assert not (tmp_path / "api.batch-chunk").exists(), "it died there"
+    with process(own_port), client_of(own_port) as api:
+        (half,) = api.get("/api/batches").json()
+        assert (half["state"], half["lines"], half["counts"]["queued"]) == ("running", CHUNK + 2, 2)
+
+        def send(_: int) -> httpx.Response:
+            return api.post("/api/batches", content=body, headers=headers)
+
+        with ThreadPoolExecutor(3) as several:
+            answers = list(several.map(send, range(3)))
+        assert {answer.status_code for answer in answers} == {202}
+        assert {answer.json()["id"] for answer in answers} == {half["id"]}
+        whole = api.get(half["links"]["self"]).json()
+        assert (whole["counts"]["queued"], whole["repeated"]) == (4, CHUNK - 2)
+        rows = api.get(half["links"]["lines"]).json()
+        assert [row["line"] for row in rows] == list(range(1, CHUNK + 3))
+        made = {str(job.id) for job in world.sessions.read(jobs.recent, "local", 10)}
+        assert {row["job"] for row in rows} == made
+        assert len(made) == 4
 
 
 def test_a_setting_that_does_not_exist_is_named(own_port: Settings) -> None:
