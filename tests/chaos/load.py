@@ -9,6 +9,8 @@ from uuid import UUID, uuid4
 
 import httpx
 
+from api.batches import CHUNK
+
 __all__ = ("Load",)
 
 PATIENCE_SECONDS = 5.0
@@ -20,6 +22,16 @@ class Asked(NamedTuple):
     lane: str
     cancel: bool
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether it asks for many scans."""
+        return self.path == "/api/batches"
+
+    @property
+    def kept_at(self) -> str:
+        """Where what it makes is found."""
+        return self.path if self.is_batch else "/api/jobs"
+
 
 class Load:
     """Requests of several clients at once, each sent again under its key until somebody accepts it."""
@@ -28,6 +40,8 @@ class Load:
         """`waiting` is how many accepted jobs the clients like to have under way."""
         self.accepted: dict[UUID, bool] = {}
         """Jobs by id, and whether somebody asked them to stop."""
+        self.batches: dict[UUID, int] = {}
+        """Batches by id, and how many lines each was sent with."""
         self.repeats = 0
         """Requests that had to be sent again."""
         self.contradictions: list[str] = []
@@ -42,6 +56,11 @@ class Load:
             threading.Thread(target=self._ask, args=(seed * 1000 + number,), daemon=True)
             for number in range(clients)
         ]
+
+    @property
+    def count(self) -> int:
+        """Requests that were accepted."""
+        return len(self.accepted) + len(self.batches)
 
     def start(self) -> None:
         """Begin to ask."""
@@ -86,15 +105,18 @@ class Load:
             except httpx.TransportError:
                 answer = None
             if answer is not None and answer.status_code in (200, 202):
-                job = UUID(answer.json()["id"])
+                made = UUID(answer.json()["id"])
                 with self._turn:
-                    self.accepted[job] = asked.cancel
+                    if asked.is_batch:
+                        self.batches[made] = len(asked.body["scans"])
+                    else:
+                        self.accepted[made] = asked.cancel
                     self._under_way += 1
                     self.last = time.monotonic()
                 if asked.cancel:
-                    self._cancel(client, job, chance)
-                if chance.random() < 0.05:
-                    self._repeat(client, asked, headers, job)
+                    self._cancel(client, f"{asked.kept_at}/{made}", chance)
+                if chance.random() < (0.5 if asked.is_batch else 0.05):
+                    self._repeat(client, asked, headers, made)
                 return
             if answer is not None and answer.status_code not in (429, 503):
                 self.contradictions.append(f"{asked.path} was answered {answer.text}")
@@ -104,23 +126,23 @@ class Load:
             pause = min(1.0, pause * 1.5)
 
     def _repeat(
-        self, client: httpx.Client, asked: Asked, headers: dict[str, str], job: UUID
+        self, client: httpx.Client, asked: Asked, headers: dict[str, str], made: UUID
     ) -> None:
-        """The same request again makes no second job."""
+        """The same request again makes nothing else."""
         try:
             answer = client.post(
                 asked.path, json=asked.body, params={"lane": asked.lane}, headers=headers
             )
         except httpx.TransportError:
             return
-        if answer.status_code in (200, 202) and UUID(answer.json()["id"]) != job:
-            self.contradictions.append(f"{job} was made again: {answer.text}")
+        if answer.status_code in (200, 202) and UUID(answer.json()["id"]) != made:
+            self.contradictions.append(f"{made} was made again: {answer.text}")
 
-    def _cancel(self, client: httpx.Client, job: UUID, chance: random.Random) -> None:
+    def _cancel(self, client: httpx.Client, path: str, chance: random.Random) -> None:
         time.sleep(chance.uniform(0.0, 0.3))
         for _ in range(20):
             try:
-                if client.delete(f"/api/jobs/{job}").status_code < 500:
+                if client.delete(path).status_code < 500:
                     return
             except httpx.TransportError:
                 pass
@@ -148,6 +170,15 @@ def _requests(seed: int, count: int) -> Iterator[Asked]:
         elif kind < 0.95:
             body = {"prompt": prompt, "model": "tiny", "method": "ablation", "ablation": "zero"}
             yield Asked("/api/scan/circuits", body, lane, regretted)
-        else:
+        elif kind < 0.97:
             body = {"model": "tiny"}
             yield Asked("/api/scan/structural", body, lane, regretted)
+        else:
+            yield Asked("/api/batches", {"scans": _scans(chance)}, "batch", regretted)
+
+
+def _scans(chance: random.Random) -> list[dict[str, Any]]:
+    """More lines than are recorded at once, most of which ask for what another does."""
+    prompts = [f"w{chance.randrange(1, 60)} w{chance.randrange(1, 60)}" for _ in range(8)]
+    asked = [*prompts[:4], *chance.choices(prompts[:4], k=CHUNK), *prompts]
+    return [{"scan_mode": "fMRI", "prompt": prompt, "model": "tiny"} for prompt in asked]

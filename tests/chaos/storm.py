@@ -71,6 +71,8 @@ class Report(NamedTuple):
 
     storm: Storm
     accepted: int
+    batches: int
+    """Of what was accepted: requests for many scans."""
     repeats: int
     seconds: float
     calm_seconds: float
@@ -88,7 +90,7 @@ class Report(NamedTuple):
         faults = ", ".join(f"{count} x {name}" for name, count in sorted(self.done.items()))
         attempts = f"{self.verdict.claims} claims, at most {self.verdict.most_attempts} of one job"
         said = [
-            f"{self.accepted} accepted, {self.repeats} requests sent again; {states}",
+            f"{self.accepted} accepted, {self.batches} batches among them, {self.repeats} requests sent again; {states}",
             f"{sum(self.done.values())} faults in {self.seconds:.0f} s: {faults}",
             f"{self.births} processes started; {attempts}; calm after {self.calm_seconds:.1f} s",
             f"left: {self.litter.halves} halves of files, {self.litter.orphans} results nobody names",
@@ -196,7 +198,8 @@ def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Repor
             tell(f"logs are in {_kept_logs(stage.service, faults)}")
         return Report(
             storm=storm,
-            accepted=len(load.accepted),
+            accepted=load.count,
+            batches=len(load.batches),
             repeats=load.repeats,
             seconds=ended - began,
             calm_seconds=ended - calm,
@@ -219,12 +222,12 @@ def _rage(
         if under_way is not None:
             load.hold_back(under_way)
         done = sum(faults.done.values())
-        if done < storm.faults * min(1.0, (len(load.accepted) + 1) / storm.jobs):
+        if done < storm.faults * min(1.0, (load.count + 1) / storm.jobs):
             faults.one()
         if time.monotonic() - told > 20:
             told = time.monotonic()
             tell(
-                f"{told - began:7.0f} s  {len(load.accepted)} accepted, {under_way} under way, "
+                f"{told - began:7.0f} s  {load.count} accepted, {under_way} under way, "
                 f"{done} faults"
             )
         time.sleep(0.02)
@@ -248,6 +251,7 @@ def _look_round(stage: Stage, load: Load) -> tuple[Verdict, list[str], Litter]:
         wrong += witness.told_wrongly(redis, load.accepted)
     verdict = witness.verdict(load.accepted)
     wrong += verdict.wrong
+    wrong += witness.wrong_with_batches(load.batches)
     service.stop()
     wrong += [f"process {pid} had to be killed" for pid in service.left_over]
     halves = len(witness.half_written())

@@ -4,7 +4,7 @@ Triggers note every move of every job, whoever makes it and by whatever code, wi
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import keys, storage
+from neural_mri.backing import batches, keys, storage
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import parse_entries
@@ -145,6 +145,24 @@ class Witness:
             ),
             most_attempts=max((moves[-1].attempt for moves in of_job.values()), default=0),
         )
+
+    def wrong_with_batches(self, accepted: Mapping[UUID, int]) -> Iterator[str]:
+        """Accepted batches, by how many lines they were sent with, whose lines are not all there, each once."""
+        for batch_id, count in accepted.items():
+            with self._sessions.reading() as session:
+                batch = batches.find(session, batch_id)
+                lines = batches.lines(session, batch_id, after=0, limit=count + 1)
+            if batch is None:
+                yield f"batch {batch_id} was accepted and is lost"
+            elif [line.line for line in lines] != list(range(1, count + 1)):
+                yield f"batch {batch_id} of {count} lines has {len(lines)}"
+            for line in lines:
+                # The state is the job's own: of a job that is not there nothing is said.
+                if line.problem is None and line.state not in TERMINAL:
+                    yield f"line {line.line} of batch {batch_id} has no job that has ended: {line}"
+            jobs = [line.job for line in lines if line.repeats is None and line.job is not None]
+            if len(jobs) != len(set(jobs)):
+                yield f"batch {batch_id} names a job twice"
 
     def _wrong_with_results(self, of_job: dict[UUID, list[Move]]) -> Iterator[str]:
         store = storage.open_store(self._settings)
