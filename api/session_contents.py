@@ -17,12 +17,17 @@ from api.dependencies import Services
 from api.results import reading
 from neural_mri.backing import jobs, keys, sessions
 from neural_mri.backing.records import Job
-from neural_mri.backing.sessions import Saved, Waiting
+from neural_mri.backing.sessions import Opened, Saved, Waiting
 from neural_mri.backing.storage import Damaged, NamedBytes, Store, put_together
 from neural_mri.backing.stored import StoredResult
 from neural_mri.contract.archives import result_digest
 from neural_mri.contract.jobs import TERMINAL, JobState
-from neural_mri.contract.problems import Gone, Problem
+from neural_mri.contract.problems import (
+    Gone,
+    ProblemDocument,
+    ResultNotReady,
+    Unavailable,
+)
 from neural_mri.contract.results import Manifest
 from neural_mri.contract.sessions import (
     Arrival,
@@ -42,8 +47,9 @@ __all__ = (
     "arriving",
     "content_of",
     "kept",
+    "opened_at",
     "saved_scan",
-    "settle",
+    "settle_all",
     "tell_saved",
 )
 
@@ -182,9 +188,13 @@ def _placed(what: Note | KeyImage, named: Mapping[str, str]) -> Any:
 
 
 async def add_scan(services: Services, session_id: UUID, job: Job, label: str) -> Saved | None:
-    """Add a scan of the caller's; None where it is still on its way. Raises `ResultNotReady`, `Gone`."""
+    """Add a scan of the caller's; None where it is still on its way.
+
+    Raises `ResultNotReady`, `Gone`, and `TooMany` where the session has no room for it beside those on their way.
+    """
     author = services.caller.user
     if job.state in TERMINAL:
+        await arriving(services, session_id)  # it may be among them
         scan = await saved_scan(services, job, label)
         saved = await services.sessions.write(sessions.append, session_id, scan, author=author)
         await tell_saved(services, saved, author)
@@ -201,38 +211,67 @@ async def arriving(services: Services, session_id: UUID) -> tuple[Arrival, ...]:
     left = []
     for waiting in await services.sessions.read(sessions.arrivals, session_id):
         job = await services.sessions.read(jobs.get, waiting.job_id)
-        if job is not None and job.state not in TERMINAL:
+        if waiting.problem is None and (job is None or job.state in TERMINAL):
+            if (refused := await settle(services, waiting, job)) is not None:
+                left.append(refused)
+        elif job is not None:
             view = await services.view(job)
-            left.append(
-                Arrival(job=job.id, author=waiting.author, label=waiting.label, state=view.state)
-            )
-        else:
-            await settle(services, waiting, job)
+            left.append(_arrival(waiting, view.state, waiting.problem))
     return tuple(left)
 
 
-async def settle(services: Services, waiting: Waiting, job: Job | None) -> None:
-    """Add a scan that has ended, or give it up; of several who see it end, one does."""
-    scan = None
+def _arrival(waiting: Waiting, state: JobState, problem: ProblemDocument | None = None) -> Arrival:
+    return Arrival(
+        job=waiting.job_id,
+        author=waiting.author,
+        label=waiting.label,
+        state=state,
+        problem=problem,
+    )
+
+
+async def opened_at(services: Services, session_id: UUID, revision: str | None = None) -> Opened:
+    """A session at a revision; the latest has the scans that have arrived by now.
+
+    Raises `UnknownSession`, `UnknownRevision`.
+    """
+    if revision is None:
+        await arriving(services, session_id)
+    return await services.sessions.read(sessions.opened, session_id, revision)
+
+
+async def settle_all(services: Services, owner: str) -> None:
+    """Add the scans that have arrived to whichever sessions of an owner they were on their way to."""
+    for waiting in await services.sessions.read(sessions.arrived, owner):
+        job = await services.sessions.read(jobs.get, waiting.job_id)
+        await settle(services, waiting, job)
+
+
+async def settle(services: Services, waiting: Waiting, job: Job | None) -> Arrival | None:
+    """Add a scan that has ended, or give it up; of several who see it end, one does.
+
+    What is left of it to be seen: one that cannot be read now goes on waiting, and one that cannot join though
+    it succeeded says why.
+    """
+    scan: SavedScan | None = None
+    problem: ProblemDocument | None = None
     if job is not None and job.state is JobState.SUCCEEDED:
         try:
             scan = await saved_scan(services, job, waiting.label)
-        except Problem:
-            scan = None  # its bytes are gone: there is nothing to keep
-
-    def moved(session: Any) -> Saved | None:
-        if not sessions.drop_arrival(session, waiting) or scan is None:
-            return None
-        return sessions.append(session, waiting.session_id, scan, author=waiting.author)
-
-    saved = await services.sessions.write(moved)
-    if saved is not None:
-        await tell_saved(services, saved, waiting.author)
-    elif job is not None and scan is None:
-        arrived = ScanArrived(
-            job=job.id, author=waiting.author, label=waiting.label, state=job.state
-        )
+        except (Gone, ResultNotReady) as lost:
+            problem = lost.document()
+        except Unavailable:
+            return _arrival(waiting, job.state)  # its bytes are there, and nobody comes to them now
+    settled = await services.sessions.write(sessions.settle, waiting, scan, problem)
+    if settled.saved is not None:
+        await tell_saved(services, settled.saved, waiting.author)
+    if job is None or (scan is not None and settled.problem is None):
+        return None
+    arrival = _arrival(waiting, job.state, settled.problem)
+    if settled.is_ours:
+        arrived = ScanArrived(**msgspec.structs.asdict(arrival))
         await services.publisher.publish(waiting.session_id, arrived)
+    return None if settled.problem is None else arrival
 
 
 async def tell_saved(services: Services, saved: Saved, author: str) -> None:

@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from uuid import UUID
 
+import msgspec
+
 from api.batch_streams import block
 from api.dependencies import Services
 from api.hub import PAGE, START, Frame, Listener, Position
@@ -98,7 +100,8 @@ class SessionFollowing:
     def _pause(self) -> float:
         """How long until the next look at the database."""
         is_overdue = self._seen not in ("", self._head)
-        is_busy = bool(self._states) or is_overdue or not self._hub.is_connected
+        is_coming = any(arrival.problem is None for arrival in self._states.values())
+        is_busy = is_coming or is_overdue or not self._hub.is_connected
         return ARRIVING_SECONDS if is_busy else LOOK_SECONDS
 
     async def _missed(self) -> list[bytes]:
@@ -154,9 +157,7 @@ class SessionFollowing:
                 self._head = revision
             case ScanArrived(job=job):
                 known = self._states.get(job)
-                arrival = Arrival(
-                    job=job, author=event.author, label=event.label, state=event.state
-                )
+                arrival = Arrival(**msgspec.structs.asdict(event))
                 if known == arrival:
                     return b""
                 self._states[job] = arrival
@@ -170,9 +171,7 @@ def _saved(view: SessionView) -> SessionSaved:
 
 
 def _arrived(arrival: Arrival) -> ScanArrived:
-    return ScanArrived(
-        job=arrival.job, author=arrival.author, label=arrival.label, state=arrival.state
-    )
+    return ScanArrived(**msgspec.structs.asdict(arrival))
 
 
 def _data(frame: Frame, session_id: UUID) -> bytes:

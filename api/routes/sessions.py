@@ -21,7 +21,15 @@ from api.differences import Revision, difference
 from api.negotiation import preferred
 from api.problems import refusals
 from api.results import kept_table_answer
-from api.session_contents import add_scan, arriving, content_of, kept, tell_saved
+from api.session_contents import (
+    add_scan,
+    arriving,
+    content_of,
+    kept,
+    opened_at,
+    settle_all,
+    tell_saved,
+)
 from api.session_files import entries_of, take_in
 from api.session_streams import SessionFollowing
 from api.streams import MEDIA_TYPE, event_stream
@@ -195,6 +203,7 @@ async def list_sessions(
     limit: Annotated[int, QueryParameter(ge=1, le=200, description="How many at most.")] = 50,
 ) -> SessionPage:
     """List sessions."""
+    await settle_all(services, services.caller.user)
     return await services.sessions.read(
         sessions.page,
         services.caller.user,
@@ -305,6 +314,7 @@ async def change_session(
 ) -> SessionView:
     """Change a session."""
     await own_session(services, session_id)
+    await arriving(services, session_id)
     return await services.sessions.write(
         sessions.change, session_id, name=data.name, pinned=data.pinned
     )
@@ -348,7 +358,7 @@ async def fork_session(
     """Fork a session."""
     await own_session(services, session_id)
     author = services.caller.user
-    source = await services.sessions.read(sessions.opened, session_id, data.revision)
+    source = await opened_at(services, session_id, data.revision)
     view = await services.sessions.write(
         sessions.fork, source, owner=author, name=data.name, author=author
     )
@@ -400,6 +410,7 @@ async def list_revisions(
 ) -> list[RevisionView]:
     """List revisions."""
     await own_session(services, session_id)
+    await arriving(services, session_id)
     return await services.sessions.read(sessions.revisions, session_id, limit=limit, before=before)
 
 
@@ -419,7 +430,7 @@ async def get_session_results(
 ) -> ASGIApp:
     """Read all results."""
     await own_session(services, session_id)
-    opened = await services.sessions.read(sessions.opened, session_id, revision)
+    opened = await opened_at(services, session_id, revision)
     return await archive_of(services, opened, if_none_match, whole=False)
 
 
@@ -439,7 +450,7 @@ async def export_session(
 ) -> ASGIApp:
     """Export a session."""
     await own_session(services, session_id)
-    opened = await services.sessions.read(sessions.opened, session_id, revision)
+    opened = await opened_at(services, session_id, revision)
     return await archive_of(services, opened, if_none_match, whole=True)
 
 
@@ -567,7 +578,7 @@ async def compare_sessions(
     sides = []
     for wanted, at in ((session_id, revision), (other, other_revision)):
         await own_session(services, wanted)
-        opened = await services.sessions.read(sessions.opened, wanted, at)
+        opened = await opened_at(services, wanted, at)
         document = sessions.decode_document(opened.document)
         sides.append(Revision(opened.revision, document))
     return await asyncio.to_thread(difference, services.store, *sides, strongest=strongest)

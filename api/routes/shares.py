@@ -39,7 +39,7 @@ from api.routes.sessions import (
     own_session,
     session_table,
 )
-from api.session_contents import add_scan
+from api.session_contents import add_scan, opened_at
 from api.session_streams import SessionFollowing
 from api.streams import MEDIA_TYPE, event_stream
 from neural_mri.backing import sessions, shares
@@ -188,7 +188,7 @@ async def _link(
 
 async def _redaction(services: Services, link: ShareView) -> Redaction:
     """The session as a redacted link shows it. Raises `Gone`."""
-    opened = await services.sessions.read(sessions.opened, link.session)
+    opened = await opened_at(services, link.session)
     document = sessions.decode_document(opened.document)
     return await asyncio.to_thread(Redaction, services.store, services.pepper, link.id, document)
 
@@ -208,7 +208,9 @@ async def _shown(services: Services, link: ShareView) -> SessionDetail:
         head=revision,
         opened=revision,
         document=document,
-        arriving=tuple(msgspec.structs.replace(arrival, label="") for arrival in detail.arriving),
+        arriving=tuple(
+            msgspec.structs.replace(arrival, label="", problem=None) for arrival in detail.arriving
+        ),
         forked_from=None,
         redacted=True,
         links=links,
@@ -267,7 +269,7 @@ async def _archive(
     services: Services, token: str, if_none_match: str | None, *, whole: bool
 ) -> ASGIApp:
     link = await _link(services, token)
-    opened = await services.sessions.read(sessions.opened, link.session)
+    opened = await opened_at(services, link.session)
     if not link.redacted:
         return await archive_of(services, opened, if_none_match, whole=whole)
     redaction = await _redaction(services, link)
@@ -303,7 +305,7 @@ async def get_shared_table(
     link = await _link(services, token)
     if not link.redacted:
         media_type = preferred(accept, (ARROW_FILE, ARROW_STREAM))
-        opened = await services.sessions.read(sessions.opened, link.session)
+        opened = await opened_at(services, link.session)
         shown = {scan.result for scan in sessions.decode_document(opened.document).scans}
         if result not in shown:
             raise UnknownRevision(f"the session holds no result {result}", result=result)
@@ -368,7 +370,7 @@ def _without_texts(event: SessionEvent) -> SessionEvent:
         case SessionSaved():
             return msgspec.structs.replace(event, revision="", name="", added=())
         case ScanArrived():
-            return msgspec.structs.replace(event, label="")
+            return msgspec.structs.replace(event, label="", problem=None)
         case _:
             return event
 
@@ -393,7 +395,7 @@ async def fork_shared(
     """Fork a shared session."""
     link = await _link(services, token, ShareAccess.FORK)
     author = services.caller.user
-    source = await services.sessions.read(sessions.opened, link.session)
+    source = await opened_at(services, link.session)
     if data.revision not in (None, source.revision):
         raise UnknownRevision(
             f"the link leads to revision {source.revision} alone", revision=data.revision

@@ -426,6 +426,8 @@ class SessionArrivalRow(Base):
     author: Mapped[str] = mapped_column(String(200))
     label: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[float]
+    problem: Mapped[str | None]
+    """Why it joins no more, JSON as RFC 9457 has it: told for a while."""
 
 
 class ShareRow(Base):

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from neural_mri.backing.database import epoch
 from neural_mri.backing.records import AnyRow, new_id
 from neural_mri.backing.rows import (
+    JOBS,
     SESSION_ARRIVALS,
     SESSION_RESULTS,
     SESSION_REVISIONS,
@@ -25,7 +26,7 @@ from neural_mri.backing.rows import (
     SHARES,
 )
 from neural_mri.contract.archives import canonical
-from neural_mri.contract.problems import InvalidRequest, TooMany
+from neural_mri.contract.problems import InvalidRequest, ProblemDocument, TooMany
 from neural_mri.contract.sessions import (
     MOST_SCANS,
     Origin,
@@ -44,15 +45,16 @@ __all__ = (
     "Made",
     "Opened",
     "Saved",
+    "Settled",
     "Waiting",
     "add_arrival",
     "append",
     "arrivals",
+    "arrived",
     "change",
     "create",
     "decode_document",
     "delete_session",
-    "drop_arrival",
     "encode_document",
     "find",
     "fork",
@@ -62,16 +64,20 @@ __all__ = (
     "page",
     "revisions",
     "save",
+    "settle",
     "unknown",
 )
 
 MOST_SESSIONS = 10_000
 """Of one owner."""
+REFUSAL_SECONDS = 86_400.0
+"""How long it is told why a scan has not joined."""
 
 _session = SESSIONS.c
 _revision = SESSION_REVISIONS.c
 _result = SESSION_RESULTS.c
 _arrival = SESSION_ARRIVALS.c
+_job = JOBS.c
 
 _document = msgspec.json.Decoder(SessionDocument)
 
@@ -114,6 +120,18 @@ class Waiting(NamedTuple):
     job_id: UUID
     author: str
     label: str
+    problem: ProblemDocument | None = None
+    """Why it joins no more."""
+
+
+class Settled(NamedTuple):
+    """What became of a scan that was on its way."""
+
+    is_ours: bool
+    """False where another had seen to it."""
+    saved: Saved | None = None
+    problem: ProblemDocument | None = None
+    """Why it does not join."""
 
 
 def encode_document(document: SessionDocument) -> bytes:
@@ -305,10 +323,13 @@ def _save(
     return Saved(_view(after), is_new=True, added=added)
 
 
-def append(session: Session, session_id: UUID, scan: SavedScan, *, author: str) -> Saved:
+def append(
+    session: Session, session_id: UUID, scan: SavedScan, *, author: str, reserved: bool = False
+) -> Saved:
     """Add a scan to whatever the session holds: nobody's save stands in the way of it.
 
-    Raises `UnknownSession`, `TooMany`.
+    `reserved` says that it had a place kept for it, as scans on their way have. Raises `UnknownSession`, and
+    `TooMany` where there is no room.
     """
     row = _row(session, session_id, lock=True)
     if row is None:
@@ -316,12 +337,22 @@ def append(session: Session, session_id: UUID, scan: SavedScan, *, author: str) 
     document = decode_document(opened(session, session_id, row.head).document)
     if any(each.result == scan.result for each in document.scans):
         return Saved(_view(row), is_new=False)
-    if len(document.scans) >= MOST_SCANS:
-        raise TooMany(
-            f"session {session_id} holds {MOST_SCANS} scans, as many as one can", limit=MOST_SCANS
-        )
+    _check_room(session, row, reserved=reserved)
     grown = msgspec.structs.replace(document, scans=(*document.scans, scan))
     return _save(session, row, grown, author, f"Added {scan.label or scan.kind.value}")
+
+
+def _check_room(session: Session, row: AnyRow, *, reserved: bool) -> None:
+    """Whether a scan may join a session whose row is locked. Raises `TooMany`."""
+    waiting = select(func.count()).where(_arrival.session_id == row.id, _arrival.problem.is_(None))
+    coming: int = 0 if reserved else _run(session, waiting).scalar_one()
+    if row.scans + coming >= MOST_SCANS:
+        on_their_way = f", and {coming} are on their way" if coming else ""
+        raise TooMany(
+            f"session {row.id} holds {row.scans} scans{on_their_way}: {MOST_SCANS} is as many as one can "
+            "hold",
+            limit=MOST_SCANS,
+        )
 
 
 def change(
@@ -463,31 +494,79 @@ def kept_results(session: Session) -> frozenset[str]:
 
 
 def add_arrival(session: Session, waiting: Waiting) -> None:
-    """Note a scan that joins the session when it has succeeded."""
-    is_postgresql = session.get_bind().dialect.name == "postgresql"
-    insert_or = postgresql.insert if is_postgresql else sqlite.insert
-    noted = insert_or(SESSION_ARRIVALS).values(**waiting._asdict(), created_at=epoch())
-    _run(session, noted.on_conflict_do_nothing())
+    """Note a scan that joins the session when it has succeeded, unless that is noted.
+
+    Raises `UnknownSession`, and `TooMany` where there would be no room for it.
+    """
+    row = _row(session, waiting.session_id, lock=True)
+    if row is None:
+        raise unknown(waiting.session_id)
+    noted = select(_arrival.job_id).where(
+        _arrival.session_id == waiting.session_id, _arrival.job_id == waiting.job_id
+    )
+    if _run(session, noted).one_or_none() is not None:
+        return
+    _check_room(session, row, reserved=False)
+    values = {**waiting._asdict(), "problem": None, "created_at": epoch()}
+    _run(session, insert(SESSION_ARRIVALS).values(**values))
+
+
+_IS_TOLD = _arrival.problem.is_(None) | (_arrival.created_at > epoch() - REFUSAL_SECONDS)
+_WAITING = (
+    select(_arrival.session_id, _arrival.job_id, _arrival.author, _arrival.label, _arrival.problem)
+    .where(_IS_TOLD)
+    .order_by(_arrival.created_at, _arrival.job_id)
+)
 
 
 def arrivals(session: Session, session_id: UUID) -> list[Waiting]:
-    """Scans on their way into a session, in the order in which they were added."""
-    wanted = (
-        select(_arrival.session_id, _arrival.job_id, _arrival.author, _arrival.label)
-        .where(_arrival.session_id == session_id)
-        .order_by(_arrival.created_at, _arrival.job_id)
-    )
-    return [Waiting(*row) for row in _run(session, wanted)]
+    """Scans on their way into a session, in the order in which they were added; and such as were refused."""
+    rows = _run(session, _WAITING.where(_arrival.session_id == session_id))
+    return [_waiting(row) for row in rows]
 
 
-def drop_arrival(session: Session, waiting: Waiting) -> bool:
-    """Wait for a scan no longer; whether somebody did."""
-    gone = (
-        delete(SESSION_ARRIVALS)
-        .where(_arrival.session_id == waiting.session_id, _arrival.job_id == waiting.job_id)
-        .returning(_arrival.job_id)
+def arrived(session: Session, owner: str) -> list[Waiting]:
+    """Scans on their way into an owner's sessions whose jobs have ended, or are there no more."""
+    under_way = select(_job.id).where(_job.id == _arrival.job_id, _job.finished_at.is_(None))
+    wanted = _WAITING.where(
+        _arrival.session_id.in_(select(_session.id).where(_session.owner == owner)),
+        _arrival.problem.is_(None),
+        ~under_way.exists(),
     )
-    return _run(session, gone).one_or_none() is not None
+    return [_waiting(row) for row in _run(session, wanted)]
+
+
+def _waiting(row: AnyRow) -> Waiting:
+    problem = None if row.problem is None else msgspec.json.decode(row.problem)
+    return Waiting(row.session_id, row.job_id, row.author, row.label, problem)
+
+
+def settle(
+    session: Session,
+    waiting: Waiting,
+    scan: SavedScan | None,
+    problem: ProblemDocument | None = None,
+) -> Settled:
+    """Add a scan that was on its way; or wait for it no longer, and remember why where there is a problem."""
+    mine = (_arrival.session_id == waiting.session_id) & (_arrival.job_id == waiting.job_id)
+    row = _row(session, waiting.session_id, lock=True)
+    still = select(_arrival.job_id).where(mine, _arrival.problem.is_(None))
+    if row is None or _run(session, still).one_or_none() is None:
+        return Settled(is_ours=False)
+    saved = None
+    if scan is not None:
+        try:
+            saved = append(session, row.id, scan, author=waiting.author, reserved=True)
+        except TooMany as full:
+            problem = full.document()
+    if problem is None:
+        _run(session, delete(SESSION_ARRIVALS).where(mine))
+    else:
+        why = msgspec.json.encode(problem).decode()
+        # From now on it is told for a while, and others are not any more.
+        _run(session, update(SESSION_ARRIVALS).where(mine).values(problem=why, created_at=epoch()))
+        _run(session, delete(SESSION_ARRIVALS).where(_arrival.session_id == row.id, ~_IS_TOLD))
+    return Settled(is_ours=True, saved=saved, problem=problem)
 
 
 def _view(row: AnyRow) -> SessionView:

@@ -420,7 +420,8 @@ def _print_detail(detail: SessionDetail) -> None:
             label = f"{scan.label}: " if scan.label else ""
             console.print(Text(f"  {number}  {scan.kind.value:<12} {scan.model}  {label}{asked}"))
     for arrival in detail.arriving:
-        console.print(Text(f"  …  {arrival.label or arrival.job} is {arrival.state.value}"))
+        why = f", but: {arrival.problem['detail']}" if arrival.problem else ""
+        console.print(Text(f"  …  {arrival.label or arrival.job} is {arrival.state.value}{why}"))
     _print_notes("notes", [_said(each) for each in document.notes], console)
     captions = [image.caption or "(no caption)" for image in document.key_images]
     _print_notes("key images", captions, console)

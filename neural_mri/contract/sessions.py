@@ -17,7 +17,7 @@ from msgspec import Meta
 from neural_mri.contract.archives import Sha256
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.perturbations import Perturbation
-from neural_mri.contract.problems import NotFound, Problem, Unprocessable
+from neural_mri.contract.problems import NotFound, Problem, ProblemDocument, Unprocessable
 from neural_mri.contract.scan_base import Address
 from neural_mri.contract.scans import ScanKind
 
@@ -261,6 +261,8 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     author: str
     label: str = ""
     state: JobState
+    problem: ProblemDocument | None = None
+    """Why it does not join, as RFC 9457 has it: its bytes are gone, or the session is full. Told for a day."""
 
 
 class SessionDetail(SessionView, frozen=True, kw_only=True):
@@ -439,6 +441,8 @@ class ScanArrived(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
     author: str
     label: str = ""
     state: JobState
+    problem: ProblemDocument | None = None
+    """Why it does not join though it has ended well."""
 
 
 class SessionClosed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="closed"):

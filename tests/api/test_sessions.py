@@ -18,8 +18,9 @@ import pytest
 from sqlalchemy import delete
 
 from neural_mri.backing import keys, sessions
+from neural_mri.backing.records import Job
 from neural_mri.backing.rows import JOBS, Base
-from neural_mri.contract.archives import SESSION_FILE, canonical, open_archive
+from neural_mri.contract.archives import SESSION_FILE, Archive, canonical, open_archive
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.results import from_ipc
 from tests.api.keyed import keyed
@@ -494,6 +495,123 @@ def test_a_scan_that_fails_on_its_way_is_told_of_and_forgotten(
             assert last.name == "scan"
     assert api.get(session.path).json()["arriving"] == []
     assert api.get(session.path).json()["scans"] == 0
+
+
+def coming(api: httpx.Client, world: World, session: Session, prompt: str = "a") -> Job:
+    """A scan that has ended on its way into a session, which nobody has looked at since."""
+    job = api.post("/api/scan/activation", json={"prompt": prompt}).json()["id"]
+    assert api.post(f"{session.path}/scans", json={"job": job}).status_code == 202
+    return world.perform(world.claim(world.queue()))
+
+
+def test_a_scan_that_cannot_be_read_now_goes_on_waiting(api: httpx.Client, world: World) -> None:
+    session = made(api)
+    job = coming(api, world, session)
+    file = world.file(job, "activations").file
+    aside = file.rename(file.with_name("aside"))
+    file.mkdir()  # an error of the store's, not a file that is missing
+    for _ in range(2):
+        (waiting,) = read(api.get(session.path)).body["arriving"]
+        assert (waiting["job"], waiting["state"], waiting["problem"]) == (
+            str(job.id),
+            "succeeded",
+            None,
+        )
+    file.rmdir()
+    aside.rename(file)
+    after = read(api.get(session.path)).body
+    assert (after["scans"], after["arriving"]) == (1, [])
+
+
+def test_a_scan_whose_bytes_are_gone_does_not_join_and_says_why(
+    api: httpx.Client, world: World
+) -> None:
+    session = made(api)
+    job = coming(api, world, session)
+    world.file(job, "activations").file.unlink()
+    with follow(api, f"{session.path}/events") as stream:
+        heard = [next(stream), next(stream)]
+    (told,) = [message.data for message in heard if message.name == "scan"]
+    assert told["problem"]["status"] == 410
+    (refused,) = read(api.get(session.path)).body["arriving"]
+    assert refused["problem"] == told["problem"]
+    assert refused["problem"]["job"] == str(job.id)
+
+
+LOOKS: dict[str, Callable[[httpx.Client, Session], object]] = {
+    "export": lambda api, session: len(archived(api, f"{session.path}/export").results),
+    "results": lambda api, session: len(archived(api, f"{session.path}/results").results),
+    "fork": lambda api, session: api.post(f"{session.path}/fork", json={}).json()["scans"],
+    "list": lambda api, _: api.get("/api/sessions").json()["sessions"][0]["scans"],
+    "revisions": lambda api, session: len(api.get(f"{session.path}/revisions").json()) - 1,
+    "difference": lambda api, session: len(
+        api.get(
+            f"{session.path}/difference",
+            params={"other": session.body["id"], "other_revision": session.revision},
+        ).json()["scans"]
+    ),
+    "change": lambda api, session: api.patch(session.path, json={"pinned": True}).json()["scans"],
+}
+
+
+def archived(api: httpx.Client, path: str, **headers: str) -> Archive:
+    """What a file of a session holds."""
+    answer = api.get(path, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return open_archive(io.BytesIO(answer.content), largest=10**8)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_scan_that_has_arrived_is_there_however_one_looks(
+    api: httpx.Client, world: World, look: str
+) -> None:
+    session = made(api)
+    coming(api, world, session)
+    assert LOOKS[look](api, session) == 1
+
+
+@pytest.mark.parametrize("path", ["export", "results"])
+@pytest.mark.parametrize("shown", [{}, {"redact": True}], ids=["whole", "redacted"])
+def test_it_is_there_for_who_follows_a_link(
+    api: httpx.Client, world: World, path: str, shown: dict[str, bool]
+) -> None:
+    session = made(api)
+    link = api.post(f"{session.path}/shares", json=shown).json()
+    coming(api, world, session)
+    file = archived(api, f"/api/shared/{path}", **{"share-token": link["token"]})
+    assert len(file.results) == 1
+
+
+def test_a_session_takes_no_more_scans_than_it_can_hold_and_can_be_opened_all_the_same(
+    api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "MOST_SCANS", 2)
+    done = [scanned(api, world, f"a {n}") for n in range(2)]
+    session = made(api)
+    job = coming(api, world, session, "b")
+    later = api.post("/api/scan/activation", json={"prompt": "c"}).json()["id"]
+    assert api.post(f"{session.path}/scans", json={"job": later}).status_code == 202
+    for another in (done[0], api.post("/api/scan/activation", json={"prompt": "d"}).json()["id"]):
+        refused = api.post(f"{session.path}/scans", json={"job": another})
+        assert (refused.status_code, refused.json()["limit"]) == (429, 2)
+    # A save takes the place that was kept.
+    head = read(api.get(session.path))
+    assert [scan["request"]["prompt"] for scan in head.body["document"]["scans"]] == ["b"]
+    read(
+        api.put(
+            session.path,
+            json={"scans": [{"job": job} for job in done]},
+            headers={"if-match": f'"{head.revision}"'},
+        )
+    )
+    world.perform(world.claim(world.queue()))
+    for _ in range(2):
+        opened = read(api.get(session.path)).body
+        (left,) = opened["arriving"]
+        assert (left["job"], left["state"]) == (later, "succeeded")
+        assert "as many as one can hold" in left["problem"]["detail"]
+        assert opened["scans"] == 2
+    assert str(job.id) not in {each["job"] for each in opened["arriving"]}
 
 
 def test_scans_of_several_people_at_once_are_all_added(api: httpx.Client, world: World) -> None:

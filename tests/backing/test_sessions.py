@@ -7,12 +7,12 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from neural_mri.backing import sessions as saved
 from neural_mri.backing import shares
 from neural_mri.backing.database import Sessions
-from neural_mri.backing.rows import SESSIONS, SHARES
+from neural_mri.backing.rows import SESSION_ARRIVALS, SESSIONS, SHARES
 from neural_mri.backing.sessions import Made, Waiting, encode_document
 from neural_mri.contract.problems import InvalidRequest, TooMany
 from neural_mri.contract.scans import ScanKind
@@ -158,8 +158,65 @@ def test_a_scan_on_its_way_is_waited_for_once(sessions: Sessions) -> None:
         sessions.write(saved.add_arrival, waiting)
     assert sessions.read(saved.arrivals, view.id) == [waiting]
     with ThreadPoolExecutor(4) as pool:
-        dropped = list(pool.map(lambda _: sessions.write(saved.drop_arrival, waiting), range(4)))
-    assert sum(dropped) == 1
+        settled = list(pool.map(lambda _: sessions.write(saved.settle, waiting, scan(1)), range(4)))
+    assert [each.is_ours for each in settled].count(True) == 1
+    assert sessions.read(saved.arrivals, view.id) == []
+    assert sessions.read(saved.opened, view.id).view.scans == 1
+
+
+def test_scans_on_their_way_have_a_place_kept_for_them(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved, "MOST_SCANS", 3)
+    view = made(sessions)
+    sessions.write(saved.append, view.id, scan(1), author="ada")
+    coming = [Waiting(view.id, UUID(int=number), "ada", "") for number in (7, 8)]
+
+    def add(waiting: Waiting) -> bool:
+        try:
+            sessions.write(saved.add_arrival, waiting)
+        except TooMany:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        crowd = [Waiting(view.id, UUID(int=number), "bob", "") for number in range(11, 15)]
+        assert sum(pool.map(add, crowd)) == 2, "of many at once none slips through"
+    [first, second] = sessions.read(saved.arrivals, view.id)
+    assert add(first), "it is noted already"
+    with pytest.raises(TooMany, match="holds 1 scans, and 2 are on their way"):
+        sessions.write(saved.append, view.id, scan(2), author="ada")
+    assert sessions.write(saved.settle, first, scan(2)).saved is not None
+    sessions.write(saved.settle, second, None)
+    assert [add(waiting) for waiting in coming] == [True, False]
+
+
+def test_what_finds_no_place_in_the_end_says_why_for_a_day(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved, "MOST_SCANS", 1)
+    view = made(sessions)
+    late, other = (Waiting(view.id, UUID(int=number), "ada", "late") for number in (7, 8))
+    sessions.write(saved.add_arrival, late)
+    head = sessions.read(saved.opened, view.id).view.head
+    full = msgspec.structs.replace(EMPTY, scans=(scan(1),))
+    sessions.write(saved.save, view.id, full, over=head, author="ada")
+    settled = sessions.write(saved.settle, late, scan(2))
+    assert settled.problem is not None
+    assert settled.problem["limit"] == 1
+    assert sessions.read(saved.arrivals, view.id) == [late._replace(problem=settled.problem)]
+    assert sessions.read(saved.arrived, "ada") == [], "it is seen to"
+    assert not sessions.write(saved.settle, late, scan(2)).is_ours
+    with sessions.writing() as session:
+        session.execute(update(SESSION_ARRIVALS).values(created_at=1.0))
+    assert sessions.read(saved.arrivals, view.id) == []
+    emptied = sessions.read(saved.opened, view.id).view.head
+    sessions.write(saved.save, view.id, EMPTY, over=emptied, author="ada")
+    sessions.write(saved.add_arrival, other)
+    sessions.write(saved.settle, other, None, {"detail": "gone"})
+    with sessions.reading() as session:
+        kept = session.execute(select(SESSION_ARRIVALS.c.job_id)).scalars().all()
+    assert kept == [other.job_id], "what is told no more is kept no longer"
 
 
 def test_nobody_has_sessions_or_links_without_end(

@@ -63,7 +63,8 @@ export class Following {
     if (event.type === "closed") this.#follower.closed();
     else if (event.type === "scan") {
       const others = this.arriving.filter(({ job }) => job !== event.job);
-      this.arriving = ENDED.includes(event.state) ? others : [...others, event];
+      const left = ENDED.includes(event.state) && !event.problem;
+      this.arriving = left ? others : [...others, event];
     } else await this.#follower.saved(session, event);
   }
 }

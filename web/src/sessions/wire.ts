@@ -62,6 +62,8 @@ export interface Arrival {
   readonly author: string;
   readonly label: string;
   readonly state: JobState;
+  /** Why it does not join though it has succeeded. */
+  readonly problem?: { readonly detail: string } | null;
 }
 
 export interface SessionDetail extends SessionView {
