@@ -1,6 +1,6 @@
 """Results of a batch: line by line as JSON, one table of all of them as Arrow, or everything in one file.
 
-Whatever has ended is there; what has not is left out. Each is sent piece by piece: ten thousand results are
+Whatever has ended is there; what has not is left out, and so is what is lost, which is said. Each is sent piece by piece: ten thousand results are
 never held at once.
 """
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from api.dependencies import Services
-from api.results import opened, summary_of
+from api.results import summary_of, whole_result
 from neural_mri.backing import batches, jobs
 from neural_mri.backing.batches import Batch
 from neural_mri.backing.records import Job
@@ -32,9 +32,9 @@ from neural_mri.contract.archives import (
     result_entry,
     write_archive,
 )
-from neural_mri.contract.batches import NDJSON, BatchLine
+from neural_mri.contract.batches import LEFT_OUT, NDJSON, BatchLine
 from neural_mri.contract.jobs import TERMINAL, JobState
-from neural_mri.contract.problems import Problem, UnknownTable, Unprocessable
+from neural_mri.contract.problems import Gone, Problem, UnknownTable, Unprocessable
 from neural_mri.contract.results import ARROW_STREAM, provenance_of, stamp
 from neural_mri.contract.summaries import Summary
 
@@ -107,25 +107,27 @@ async def _line(services: Services, found: _Found) -> bytes:
 async def table_answer(services: Services, batch: Batch, name: str, after: int) -> ASGIApp:
     """Answer with one table of all results that have it.
 
-    Raises `UnknownTable` where none has, `Unprocessable` where two kinds of scan call different tables so.
+    Results that are lost are left out, and the schema's metadata says so (`LEFT_OUT`). Raises `Gone` where all
+    are, `UnknownTable` where none has the table, `Unprocessable` where two kinds of scan call different tables so.
     """
     wanted: list[tuple[int, StoredTable]] = []
+    lost: list[dict[str, Any]] = []
     seen: dict[str, None] = {}
     kinds = set()
     async for found in _ended(services, batch, after, succeeded=True):
         if found.job is None:
             continue
-        result = await opened(services, found.job)
+        try:
+            result = await whole_result(services, found.job, name)
+        except Gone as gone:
+            lost.append({"line": found.line.line, **gone.document()})
+            continue
         seen |= dict.fromkeys(each.ref.name for each in result.tables)
         if (table := result.table(name)) is not None:
             wanted.append((found.line.line, table))
             kinds.add(table.ref.table)
     if not wanted:
-        raise UnknownTable(
-            f"no result so far has a table {name!r}, but "
-            + (", ".join(seen) or "there is none at all"),
-            tables=list(seen),
-        )
+        raise _no_table(name, list(seen), [each["line"] for each in lost])
     if len(kinds) > 1:
         raise Unprocessable(
             f"tables called {name!r} are of different kinds, {', '.join(sorted(kinds))}: they do not "
@@ -134,6 +136,9 @@ async def table_answer(services: Services, batch: Batch, name: str, after: int) 
 
     async def pieces() -> AsyncGenerator[bytes]:
         first = await asyncio.to_thread(_numbered, services.store, *wanted[0])
+        if lost:
+            said = {LEFT_OUT: msgspec.json.encode(lost)}
+            first = first.replace_schema_metadata({**(first.schema.metadata or {}), **said})
         sink = io.BytesIO()
         with pa.ipc.new_stream(sink, first.schema) as writer:
             writer.write_table(first)
@@ -144,6 +149,20 @@ async def table_answer(services: Services, batch: Batch, name: str, after: int) 
         yield _drained(sink)
 
     return pieces_answer(pieces, ARROW_STREAM)
+
+
+def _no_table(name: str, seen: list[str], lost: list[int]) -> Problem:
+    """Why there is no table of that name."""
+    if lost and not seen:
+        return Gone(
+            f"the results of all {len(lost)} scans that have succeeded are lost: send the batch again",
+            lines=lost,
+        )
+    return UnknownTable(
+        f"no result so far has a table {name!r}, but "
+        + (", ".join(seen) or "there is none at all"),
+        tables=seen,
+    )
 
 
 def _drained(sink: io.BytesIO) -> bytes:
@@ -169,15 +188,22 @@ def _numbered(store: Store, line: int, stored: StoredTable) -> pa.Table:
 
 
 async def archive_answer(services: Services, batch: Batch) -> ASGIApp:
-    """Answer with every manifest and table there is so far, and what became of each line."""
+    """Answer with every manifest and table there is so far, and what became of each line.
+
+    Of a line whose result is lost it is said that it is.
+    """
     lines: list[dict[str, Any]] = []
     entries: list[Entry] = []
     async for found in _ended(services, batch, 0):
         said = msgspec.to_builtins(found.line)
         if found.job is not None and found.job.manifest is not None:
-            result = await opened(services, found.job)
-            said["result"] = result_digest(result.body)
-            entries += _entries(services.store, result)
+            try:
+                result = await whole_result(services, found.job)
+            except Gone as gone:
+                said["problem"] = gone.document()
+            else:
+                said["result"] = result_digest(result.body)
+                entries += _entries(services.store, result)
         lines.append(said)
     entries.append(plain_entry("lines.json", canonical(lines)))
     headers = {"content-disposition": f'attachment; filename="batch-{batch.id}.zip"'}

@@ -39,6 +39,7 @@ __all__ = (
     "reading",
     "summary_of",
     "table_answer",
+    "whole_result",
 )
 
 IMMUTABLE = "private, max-age=31536000, immutable"
@@ -136,6 +137,26 @@ async def is_whole(services: Services, job: Job) -> bool:
     if job.manifest is None:
         return False
     return await asyncio.to_thread(stored.is_whole, services.store, job.manifest)
+
+
+async def whole_result(services: Services, job: Job, table: str | None = None) -> StoredResult:
+    """A job's result, all of it or that table seen to be there: on this machine by its hash, else by its size.
+
+    Raises as `manifest_of` does.
+    """
+
+    def seen(result: StoredResult) -> StoredResult:
+        for each in result.tables:
+            if table not in (None, each.ref.name):
+                continue
+            path = services.store.local_path(each.path)
+            if path is not None:
+                _check(_sha256(FilePart(path, each.start, each.end)), each.ref)
+            elif not result.is_whole():
+                raise Missing(f"some bytes of job {job.id}'s result are missing")
+        return result
+
+    return await reading(services, job, seen)
 
 
 async def lost_results(services: Services, paths: Iterable[str]) -> list[str]:

@@ -23,6 +23,7 @@ from neural_mri.cli.progress import JobProgress
 from neural_mri.cli.terminal import complain, note, print_json, standard_output
 from neural_mri.client import Client, ClientError, Refused
 from neural_mri.contract.batches import (
+    LEFT_OUT,
     MOST_LINES,
     BatchEvent,
     BatchProgress,
@@ -266,7 +267,18 @@ def results(
                 print_json(line)
 
 
+class _Lost(msgspec.Struct):
+    """A line whose result is lost."""
+
+    line: int
+
+
 def _deliver(table: pa.Table, arrow: Path | None, csv_file: Path | None, *, quiet: bool) -> None:
+    lost = msgspec.json.decode((table.schema.metadata or {}).get(LEFT_OUT, b"[]"), type=list[_Lost])
+    if lost:
+        numbers = ", ".join(str(each.line) for each in lost[:_SHOWN])
+        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        note(f"left out, because their results are lost: lines {numbers}{more}")
     if arrow is not None:
         with writing(arrow, quiet=quiet):
             feather.write_feather(table, str(arrow), compression="uncompressed")

@@ -17,6 +17,7 @@ from neural_mri.contract.problems import NotFound, Unprocessable
 from neural_mri.contract.scans import Scan
 
 __all__ = (
+    "LEFT_OUT",
     "MOST_LINES",
     "NDJSON",
     "BatchCounts",
@@ -38,6 +39,9 @@ __all__ = (
 MOST_LINES = 10_000
 """Scans of one batch."""
 NDJSON = "application/x-ndjson"
+LEFT_OUT = b"neural_mri.left_out"
+"""Where the schema metadata of one table of all results says which results are lost: a JSON list of problem
+details, each with its `line`."""
 
 
 class UnknownBatch(NotFound):

@@ -2,6 +2,7 @@
 
 import io
 import time
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from api import batches as reading
 from neural_mri.backing import batches, jobs
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.archives import open_archive
-from neural_mri.contract.batches import NDJSON
+from neural_mri.contract.batches import LEFT_OUT, NDJSON
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.problems import TooMany
 from neural_mri.contract.results import ARROW_STREAM
@@ -266,6 +267,62 @@ def test_results_are_the_same_in_one_file_each_or_table_by_table(
     for job in done:
         world.unpack(job)
     assert answers() == packed
+
+
+@pytest.mark.parametrize("harm", ["lost", "flipped"])
+@pytest.mark.parametrize("form", ["packed", "by table"])
+def test_a_lost_result_is_left_out_and_the_others_are_not(
+    api: httpx.Client, world: World, form: str, harm: str
+) -> None:
+    batch = accepted(api, fmri("a"), fmri("a b c"), fmri("b"))
+    done = [world.perform(world.claim(world.queue())) for _ in range(3)]
+    if form == "by table":
+        for job in done:
+            world.unpack(job)
+    part = world.file(world.job(str(done[1].id)), "activations")
+    if harm == "lost":
+        part.file.unlink()
+    else:
+        body = part.file.read_bytes()
+        last = part.end - 1
+        part.file.write_bytes(body[:last] + bytes([body[last] ^ 1]) + body[part.end :])
+    for _ in range(2):
+        answer = api.get(
+            batch["links"]["results"],
+            params={"table": "activations"},
+            headers={"accept": ARROW_STREAM},
+        )
+        assert answer.status_code == 200, answer.text
+        table = pa.ipc.open_stream(answer.content).read_all()
+        assert set(table["line"].to_pylist()) == {1, 3}
+        (left_out,) = msgspec.json.decode(table.schema.metadata[LEFT_OUT])
+        assert (left_out["line"], left_out["status"]) == (2, 410)
+        assert left_out["job"] == str(done[1].id)
+        whole = api.get(batch["links"]["results"], headers={"accept": "application/zip"})
+        assert whole.status_code == 200, whole.text
+        archive = open_archive(io.BytesIO(whole.content), largest=10**8)
+        assert len(archive.results) == 2
+        with zipfile.ZipFile(io.BytesIO(whole.content)) as file:
+            lines = msgspec.json.decode(file.read("lines.json"))
+        assert [line["problem"] and line["problem"]["status"] for line in lines] == [
+            None,
+            410,
+            None,
+        ]
+        assert ["result" in line for line in lines] == [True, False, True]
+    again = accepted(api, fmri("a b c"))
+    assert again["counts"]["queued"] == 1, "asked for again, it is measured again"
+
+
+def test_where_all_results_are_lost_it_is_said_that_they_are(
+    api: httpx.Client, world: World
+) -> None:
+    batch = accepted(api, fmri("a"), fmri("b"))
+    for _ in range(2):
+        world.file(world.perform(world.claim(world.queue())), "activations").file.unlink()
+    ask = {"accept": ARROW_STREAM}
+    answer = api.get(batch["links"]["results"], params={"table": "activations"}, headers=ask)
+    assert (answer.status_code, answer.json()["lines"]) == (410, [1, 2])
 
 
 def test_too_many_failures_stop_the_rest(api: httpx.Client, world: World) -> None:

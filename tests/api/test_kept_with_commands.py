@@ -164,6 +164,11 @@ def test_a_batch_is_submitted_followed_and_read(shell: Shell, world: World, tmp_
     assert shell("batch", "list").out.count("two") == 1
     events = shell("batch", "watch", batch["id"], "--json").out.splitlines()
     assert [msgspec.json.decode(line)["type"] for line in events] == ["line", "line", "ended"]
+    second = world.job(msgspec.json.decode(lines[1])["job"])
+    world.file(second, "predictions").file.unlink()
+    left = shell("batch", "results", batch["id"], "--table", "predictions")
+    assert "their results are lost: lines 2" in left.err
+    assert {msgspec.json.decode(row)["line"] for row in left.out.splitlines()} == {1}
 
 
 def test_the_exit_code_of_a_batch_tells_how_it_went(
