@@ -7,9 +7,9 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
-from uuid import UUID
 
 import msgspec
 from litestar import Request
@@ -19,7 +19,7 @@ from api.dependencies import Services
 from api.preparation import prepare
 from api.results import lost_results
 from api.submissions import submission_of
-from neural_mri.backing import batches, jobs
+from neural_mri.backing import batches, feeding, jobs
 from neural_mri.backing.batches import Batch, Line, NewBatch, Undone
 from neural_mri.backing.faults import crash_point
 from neural_mri.backing.models import RegisteredModel
@@ -33,7 +33,7 @@ from neural_mri.contract.batches import (
     OnInvalid,
 )
 from neural_mri.contract.jobs import Lane
-from neural_mri.contract.problems import InvalidRequest, Problem, Unprocessable
+from neural_mri.contract.problems import InvalidRequest, Problem, TooMany, Unprocessable
 from neural_mri.contract.scans import Scan, decode_scan
 
 __all__ = ("Options", "submit_batch")
@@ -205,7 +205,7 @@ def _refusal(invalid: Sequence[InvalidLine], lines: int) -> LinesInvalid:
 
 
 async def _record(services: Services, read: _Read, options: Options) -> BatchView:
-    """Record the batch, line by line, and send tickets for what waits.
+    """Record the batch, line by line, and let it begin.
 
     Sent again under its Idempotency-Key, it is filled where whoever recorded it first has died meanwhile.
     """
@@ -226,46 +226,45 @@ async def _record(services: Services, read: _Read, options: Options) -> BatchVie
     )
     while True:
         try:
-            batch = await services.sessions.write(
-                batches.begin,
-                wanted,
-                waiting=len(keys - known.keys()),
-                max_queued=services.settings.max_queued_jobs,
-                usual=services.limits,
-            )
+            batch = await services.sessions.write(batches.begin, wanted)
             if not batch.is_filled:
                 await _fill(services, batch, read.lines)
-                waiting = [each for each in submissions if each.scan_key not in known]
-                await _tell(services, waiting, stored=len(submissions) - len(waiting))
+                stored = sum(each.scan_key in known for each in submissions)
+                services.metrics.accepted_batch(stored=stored, queued=len(submissions) - stored)
+                await _feed(services)
         except Undone:
             continue  # whoever had begun it has given it up: now it is ours to begin
         return await services.sessions.read(batches.view, batch._replace(is_filled=True))
 
 
 async def _fill(services: Services, batch: Batch, lines: Sequence[Line]) -> None:
-    """Record the lines that are not yet. Raises `TooMany`, `Undone`."""
-    recorded: dict[int, UUID] = {}
+    """Record the lines that are not yet. Raises `Undone`."""
     try:
         for start in range(0, len(lines), CHUNK):
-            recorded = await services.sessions.write(
-                batches.fill,
-                batch.id,
-                lines[start : start + CHUNK],
-                recorded,
-                max_queued=services.settings.max_queued_jobs,
-                usual=services.limits,
-            )
+            some = lines[start : start + CHUNK]
+            await services.sessions.write(batches.fill, batch.id, some)
             crash_point("api.batch-chunk")
     except Undone:
         raise
     except BaseException:
-        # Others took the room, or the sender went away: half a batch is none.
+        # What it stands on does not answer, or the sender went away: half a batch is none.
         await services.sessions.write(batches.abandon, batch.id)
         raise
 
 
-async def _tell(services: Services, waiting: Sequence[Submission], stored: int) -> None:
-    """Send tickets for what waits."""
-    services.metrics.accepted_batch(stored=stored, queued=len(waiting))
-    for queue, count in Counter(each.queue for each in waiting).items():
+async def _feed(services: Services) -> None:
+    """Have lines become jobs for as long as there is room, and send tickets; the reaper goes on with it."""
+    queued: Counter[str] = Counter()
+    with suppress(TooMany):  # others took the room
+        while True:
+            fed = await services.sessions.write(
+                feeding.feed,
+                services.caller.user,
+                max_queued=services.settings.max_queued_jobs,
+                usual=services.limits,
+            )
+            if not fed.lines:
+                break
+            queued += fed.queued
+    for queue, count in queued.items():
         await services.tickets.send(queue, min(count, TICKETS))

@@ -15,13 +15,13 @@ from api.hub import Hub
 from api.metrics import Metrics
 from api.outlook import Outlook
 from api.tokenization import Tokenizers
-from neural_mri.backing import audit, following, jobs, models
+from neural_mri.backing import audit, following, jobs, limits, models
 from neural_mri.backing.access import LOCAL, load_pepper
 from neural_mri.backing.audit import Deed
 from neural_mri.backing.broker import AsyncRedis, connect_async
 from neural_mri.backing.database import AsyncSessions, async_sessions
 from neural_mri.backing.events import AsyncPublisher, change_of
-from neural_mri.backing.limits import NO_LIMITS, Limits
+from neural_mri.backing.limits import Limits
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.queue import TicketSender
 from neural_mri.backing.records import Job
@@ -121,9 +121,7 @@ class Services:
     @property
     def limits(self) -> Limits:
         """What a user may who has no limits of their own."""
-        if self.settings.auth == "off":
-            return NO_LIMITS
-        return Limits(self.settings.user_max_jobs, self.settings.user_daily_seconds)
+        return limits.usual(self.settings)
 
     async def model(self, name: str | None) -> RegisteredModel:
         """The model of that name, or the default one. Raises `UnknownModel`."""

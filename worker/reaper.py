@@ -16,7 +16,17 @@ from typing import Self
 
 import structlog
 
-from neural_mri.backing import batches, broker, database, jobs, keys, logs, storage
+from neural_mri.backing import (
+    batches,
+    broker,
+    database,
+    feeding,
+    jobs,
+    keys,
+    limits,
+    logs,
+    storage,
+)
 from neural_mri.backing.broker import AWAY, SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import Publisher
@@ -26,7 +36,7 @@ from neural_mri.backing.queue import send_tickets, waiting_tickets
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
 from neural_mri.backing.storage import Store
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
-from neural_mri.contract.problems import Unavailable
+from neural_mri.contract.problems import TooMany, Unavailable
 
 __all__ = ("Ending", "Reaper", "main")
 
@@ -37,7 +47,7 @@ SWEEP_EVERY_SECONDS = 600.0
 ABANDONED_SECONDS = 3600.0
 """Nobody takes so long to write a file."""
 STOP_EVERY_SECONDS = 1.0
-"""How often batches are looked at of which too many scans may have failed."""
+"""How often batches are looked at of which too many scans may have failed, or lines wait for room."""
 
 log = structlog.get_logger(__name__)
 
@@ -88,7 +98,7 @@ class Reaper:
 
     def _look_at_jobs(self) -> None:
         self._take_back()
-        self._stop_failing()
+        self._see_to_batches()
 
     def _take_back(self) -> None:
         moved = self._sessions.write(jobs.reap, max_attempts=self._settings.max_attempts)
@@ -109,7 +119,7 @@ class Reaper:
         for queue, count in back.items():
             send_tickets(self._redis, queue, min(count, MOST_TICKETS))
 
-    def _stop_failing(self) -> None:
+    def _see_to_batches(self) -> None:
         if time.monotonic() < self._stop_at:
             return
         self._stop_at = time.monotonic() + STOP_EVERY_SECONDS
@@ -118,6 +128,19 @@ class Reaper:
                 self._publisher.announce(asked.job)
             elif asked.job.state not in TERMINAL:
                 self._publisher.flag_cancel(asked.job.source)
+        for owner in self._sessions.read(feeding.owners_waiting):
+            self._feed(owner)
+
+    def _feed(self, owner: str) -> None:
+        """Have lines of somebody's batches become jobs, where there is room by now."""
+        settings = self._settings
+        usual = limits.usual(settings)
+        with suppress(TooMany):  # others took it
+            fed = self._sessions.write(
+                feeding.feed, owner, max_queued=settings.max_queued_jobs, usual=usual
+            )
+            for queue, count in fed.queued.items():
+                send_tickets(self._redis, queue, min(count, MOST_TICKETS))
 
     def _forget_result(self, job: Job) -> None:
         """Take away the result of a lost attempt, if it came so far: nobody can name it any more."""

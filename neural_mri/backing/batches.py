@@ -5,7 +5,8 @@ count of its own. A line is a row, so that what was refused, and what was asked 
 
 Lines are recorded some at a time, by whoever was asked for the batch: by several at once where the request was
 sent again under its Idempotency-Key. They take turns by the batch's row, and each records what it does not find.
-A batch that is not filled was accepted by nobody; where nobody goes on with it, it is undone.
+Once all are recorded they become jobs as there is room (`feeding`). A batch that is not filled was accepted by
+nobody; where nobody goes on with it, it is undone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,11 +19,10 @@ from sqlalchemy import ColumnElement, bindparam, case, delete, func, insert, sel
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import jobs
+from neural_mri.backing import feeding, jobs
 from neural_mri.backing.database import epoch
 from neural_mri.backing.idempotency import REMEMBERED_SECONDS, IdempotencyKeyReused
 from neural_mri.backing.jobs import Cancellation
-from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.records import AnyRow, Submission, new_id
 from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS
 from neural_mri.contract.batches import BatchCounts, BatchLine, BatchState, BatchView
@@ -79,8 +79,9 @@ _COUNTS = (
 )
 _REPORT = select(
     func.count().label("recorded"),
-    func.count(case((_line.job_id.is_(None), 1))).label("refused"),
+    func.count(_line.problem).label("refused"),
     func.count(_line.repeats).label("repeated"),
+    func.count(_line.wanted).label("waiting"),
 ).where(_line.batch_id == bindparam("batch"))
 
 
@@ -141,17 +142,10 @@ class Line(NamedTuple):
     problem: ProblemDocument | None = None
 
 
-def begin(
-    session: Session,
-    wanted: NewBatch,
-    *,
-    waiting: int = 0,
-    max_queued: int = 10_000,
-    usual: Limits = NO_LIMITS,
-) -> Batch:
+def begin(session: Session, wanted: NewBatch) -> Batch:
     """Record a batch without its lines, unless its Idempotency-Key has made one: then that.
 
-    Raises `IdempotencyKeyReused`, and `TooMany` where there is no room for `waiting` jobs more.
+    Raises `IdempotencyKeyReused`, and `TooMany` where too many lines of its owner wait already.
     """
     run = session.connection().execute
     if wanted.word is not None:
@@ -160,7 +154,7 @@ def begin(
         run(update(BATCHES).where(mine, forgotten).values(word=None))
         if (known := _made_by(session, wanted)) is not None:
             return known
-    jobs.check_room(session, wanted.owner, waiting, max_queued=max_queued, usual=usual)
+    feeding.check_waiting(session, wanted.owner, wanted.lines)
     is_postgresql = session.get_bind().dialect.name == "postgresql"
     insert_or = postgresql.insert if is_postgresql else sqlite.insert
     making = insert_or(BATCHES).values(
@@ -170,6 +164,7 @@ def begin(
         stopped_at=None,
         ended_at=None,
         filled_at=None,
+        fed_at=None,
     )
     # Of two who send the same key at once, one waits here for the other.
     making = making.on_conflict_do_nothing(index_elements=[_batch.owner, _batch.word])
@@ -196,54 +191,35 @@ def _made_by(session: Session, wanted: NewBatch) -> Batch | None:
     return Batch.of_row(row)
 
 
-def fill(
-    session: Session,
-    batch_id: UUID,
-    some: Sequence[Line],
-    jobs_by_line: dict[int, UUID],
-    *,
-    max_queued: int,
-    usual: Limits = NO_LIMITS,
-) -> dict[int, UUID]:
-    """Record those of some lines that are not, and submit their scans; the job of each line up to there.
+def fill(session: Session, batch_id: UUID, some: Sequence[Line]) -> None:
+    """Record those of some lines, given in order, that are not.
 
-    The lines are in order. Those of a batch that has been stopped meanwhile are cancelled at once. Raises
-    `TooMany` where there is no room for all of them, and `Undone`: then none is recorded.
+    Those of a batch that has been stopped meanwhile are cancelled at once. Raises `Undone`.
     """
     batch = _locked(session, batch_id)
     if batch is None:
         raise Undone
     run = session.connection().execute
     among = _line.line.between(some[0].number, some[-1].number)
-    there = run(select(_line.line, _line.job_id).where(_line.batch_id == batch_id, among)).all()
-    known = jobs_by_line | {row.line: row.job_id for row in there if row.job_id is not None}
-    recorded = {row.line for row in there}
-    missing = [line for line in some if line.number not in recorded]
-    wanted = [line for line in missing if line.submission is not None]
-    made = jobs.submit_many(
-        session,
-        [line.submission for line in wanted if line.submission is not None],
-        max_queued=max_queued,
-        usual=usual,
-    )
-    known |= {line.number: each.job_id for line, each in zip(wanted, made, strict=True)}
+    there = set(run(select(_line.line).where(_line.batch_id == batch_id, among)).scalars())
     rows = [
         {
             "batch_id": batch_id,
             "line": line.number,
-            "job_id": known.get(line.repeats or line.number),
+            "job_id": None,
             "repeats": line.repeats,
             "problem": None if line.problem is None else msgspec.json.encode(line.problem).decode(),
+            "wanted": None if line.submission is None else feeding.kept(line.submission),
         }
-        for line in missing
+        for line in some
+        if line.number not in there
     ]
     if rows:
         run(insert(BATCH_LINES), rows)
     if batch.stopped_by is not None:
-        jobs.cancel_waiting(session, _jobs_of(batch_id))
+        feeding.cancel_unfed(session, batch_id)
     if not batch.is_filled and _recorded(session, batch_id) == batch.lines:
         run(update(BATCHES).where(_batch.id == batch_id).values(filled_at=epoch()))
-    return known
 
 
 def _locked(session: Session, batch_id: UUID) -> Batch | None:
@@ -260,14 +236,15 @@ def _recorded(session: Session, batch_id: UUID) -> int:
 
 
 def abandon(session: Session, batch_id: UUID) -> bool:
-    """Forget a batch that could not be filled, and cancel what was submitted of it; whether there was one.
+    """Forget a batch that could not be filled; whether there was one.
 
     One that another has filled meanwhile stays: it may have been accepted.
     """
     batch = _locked(session, batch_id)
     if batch is None or batch.is_filled:
         return False
-    stop(session, batch_id, by=CALLER)
+    # A process that knows no better has submitted what it recorded.
+    jobs.cancel_waiting(session, _jobs_of(batch_id))
     run = session.connection().execute
     run(delete(BATCH_LINES).where(_line.batch_id == batch_id))
     run(delete(BATCHES).where(_batch.id == batch_id))
@@ -311,7 +288,8 @@ def view(session: Session, batch: Batch) -> BatchView:
     """A batch as its owner sees it."""
     run = session.connection().execute
     report = run(_REPORT, {"batch": batch.id}).one()
-    counts = _counts(session, batch.id)
+    jobs_of_it = BatchCounts(**run(_COUNTS, {"batch": batch.id}).one()._asdict())
+    counts = msgspec.structs.replace(jobs_of_it, queued=jobs_of_it.queued + report.waiting)
     home = f"/api/batches/{batch.id}"
     return BatchView(
         id=batch.id,
@@ -333,11 +311,6 @@ def view(session: Session, batch: Batch) -> BatchView:
     )
 
 
-def _counts(session: Session, batch_id: UUID) -> BatchCounts:
-    row = session.connection().execute(_COUNTS, {"batch": batch_id}).one()
-    return BatchCounts(**row._asdict())
-
-
 def _state_of(batch: Batch, counts: BatchCounts, *, is_filled: bool) -> BatchState:
     if counts.queued or counts.running or not is_filled:
         return BatchState.RUNNING
@@ -346,6 +319,8 @@ def _state_of(batch: Batch, counts: BatchCounts, *, is_filled: bool) -> BatchSta
     return BatchState.STOPPED if batch.stopped_by == FAILED else BatchState.CANCELLED
 
 
+_WAITS = _line.job_id.is_(None) & _line.problem.is_(None)
+"""A line that waits for room, or for that which it repeats."""
 _LINES = (
     select(_line.line, _line.job_id, _line.repeats, _line.problem, _job.state, _job.cached)
     .add_columns(_job.problem.label("ended_with"), _job.finished_at)
@@ -365,8 +340,11 @@ def lines(
     """Lines in order, of those after a number; only those whose scan is in some state, or were refused."""
     wanted = _LINES.where(_line.batch_id == batch_id, _line.line > after)
     if only is not None:
-        among: ColumnElement[bool] = _job.state.in_(tuple(only))
-        wanted = wanted.where(among | _line.job_id.is_(None) if refused else among)
+        states = frozenset(only)
+        among: ColumnElement[bool] = _job.state.in_(states)
+        if JobState.QUEUED in states:
+            among |= _WAITS
+        wanted = wanted.where(among | _line.problem.is_not(None) if refused else among)
     rows = session.connection().execute(wanted.order_by(_line.line).limit(limit))
     return [_line_of(row) for row in rows]
 
@@ -393,10 +371,11 @@ def ended_since(session: Session, batch_id: UUID, since: float, limit: int) -> l
 
 def _line_of(row: AnyRow) -> BatchLine:
     problem = row.problem or row.ended_with
+    waits = row.job_id is None and row.problem is None
     return BatchLine(
         line=row.line,
         job=row.job_id,
-        state=row.state,
+        state=JobState.QUEUED if waits else row.state,
         cached=bool(row.cached),
         repeats=row.repeats,
         problem=None if problem is None else msgspec.json.decode(problem),
@@ -417,7 +396,9 @@ def stop(session: Session, batch_id: UUID, *, by: str) -> int:
         .where(_batch.id == batch_id, _batch.stopped_at.is_(None))
         .values(stopped_at=epoch(), stopped_by=by)
     )
-    return jobs.cancel_waiting(session, _jobs_of(batch_id))
+    return jobs.cancel_waiting(session, _jobs_of(batch_id)) + feeding.cancel_unfed(
+        session, batch_id
+    )
 
 
 def cancel_held(session: Session, batch_id: UUID) -> list[Cancellation]:

@@ -42,9 +42,9 @@ __all__ = (
     "Submitted",
     "WaitedTooLong",
     "WorkersLost",
+    "add_cancelled",
     "advance",
     "cancel_waiting",
-    "check_room",
     "claim",
     "expire",
     "get",
@@ -59,6 +59,7 @@ __all__ = (
     "submit",
     "submit_many",
     "submit_once",
+    "unfinished",
     "withdraw_result",
 )
 
@@ -253,15 +254,20 @@ def _check_queued(unfinished: int, count: int, max_queued: int) -> None:
         )
 
 
-def check_room(
-    session: Session, owner: str, count: int, *, max_queued: int, usual: Limits = NO_LIMITS
-) -> None:
-    """Whether the owner may submit so many jobs now. Raises `TooMany`."""
-    nowhere = _Flow("", owner, Lane.INTERACTIVE)
+def unfinished(session: Session) -> int:
+    """How many jobs have not ended."""
+    nowhere = _Flow("", "", Lane.INTERACTIVE)
     found = _run(session, statements.UNFINISHED_AND_OWNER_FINISH, nowhere._asdict()).one()
-    _check_queued(found.unfinished, count, max_queued)
-    if count and usual is not NO_LIMITS:
-        limits.check(session, owner, usual, count=count)
+    count: int = found.unfinished
+    return count
+
+
+def add_cancelled(session: Session, submissions: Sequence[Submission]) -> list[UUID]:
+    """Record jobs that nobody wants any more, as they would be had they been cancelled while they waited."""
+    rows = [{**_row(submission, new_id()), **_CANCELLED} for submission in submissions]
+    if rows:
+        session.connection().execute(statements.ADD_FINISHED, rows)
+    return [row["id"] for row in rows]
 
 
 def known_results(session: Session, keys: Iterable[str]) -> dict[str, str]:
@@ -286,6 +292,10 @@ _WAITING: Mapping[str, Any] = MappingProxyType(
 )
 _SUCCEEDED: Mapping[str, Any] = MappingProxyType(
     {"state": JobState.SUCCEEDED, "cached": True, "virtual_start": 0.0, "virtual_finish": None}
+)
+
+_CANCELLED: Mapping[str, Any] = MappingProxyType(
+    {**_SUCCEEDED, "state": JobState.CANCELLED, "cached": False, "manifest": None}
 )
 
 

@@ -14,10 +14,11 @@ from sqlalchemy.orm import Session
 from neural_mri.backing.access import ensure_user
 from neural_mri.backing.database import epoch
 from neural_mri.backing.rows import JOBS, USERS
+from neural_mri.backing.settings import Settings
 from neural_mri.contract.auth import Usage, UserLimits
 from neural_mri.contract.problems import TooMany
 
-__all__ = ("NO_LIMITS", "Limits", "check", "set_limits", "usage", "users")
+__all__ = ("NO_LIMITS", "Limits", "check", "room", "set_limits", "usage", "users", "usual")
 
 DAY_SECONDS = 86_400.0
 LONGEST_RETRY_SECONDS = 60.0
@@ -60,6 +61,13 @@ class Limits(NamedTuple):
 NO_LIMITS = Limits()
 
 
+def usual(settings: Settings) -> Limits:
+    """What a user may who has no limits of their own."""
+    if settings.auth == "off":
+        return NO_LIMITS
+    return Limits(settings.user_max_jobs, settings.user_daily_seconds)
+
+
 def _limits(session: Session, user: str, usual: Limits, *, lock: bool = False) -> Limits:
     """A user's own limits where they have some. Locked, submissions of one user take turns."""
     wanted = _OVERRIDES.with_for_update() if lock else _OVERRIDES
@@ -96,6 +104,17 @@ def check(session: Session, user: str, usual: Limits, *, count: int = 1) -> None
                 limit=limits.daily_seconds,
                 retry_after_seconds=_until_below(session, user, used, limits.daily_seconds),
             )
+
+
+def room(session: Session, user: str, usual: Limits, share: float) -> int | None:
+    """How many jobs more the user may have, of those that fill a share of the limit alone; None: any number."""
+    limits = _limits(session, user, usual, lock=True)
+    if limits.daily_seconds and _seconds(session, user) >= limits.daily_seconds:
+        return 0
+    if not limits.max_jobs:
+        return None
+    in_flight: int = _run(session, _IN_FLIGHT, user).scalar_one()
+    return max(1, int(limits.max_jobs * share)) - in_flight
 
 
 def _seconds(session: Session, user: str) -> float:

@@ -56,6 +56,8 @@ _LEASED = text("lease_owner IS NOT NULL")
 _FOLLOWING = text("leader IS NOT NULL")
 _BOUNDED = text("max_failures IS NOT NULL AND stopped_at IS NULL AND ended_at IS NULL")
 _UNFILLED = text("filled_at IS NULL")
+_UNFED = text("fed_at IS NULL")
+_WAITING = text("wanted IS NOT NULL")
 
 
 def _words(kind: type[StrEnum]) -> Enum:
@@ -327,6 +329,7 @@ class BatchRow(Base):
         Index(
             "ix_batches_unfilled", "created_at", sqlite_where=_UNFILLED, postgresql_where=_UNFILLED
         ),
+        Index("ix_batches_unfed", "owner", sqlite_where=_UNFED, postgresql_where=_UNFED),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -347,13 +350,24 @@ class BatchRow(Base):
     """Once every job was seen to have ended; until then the jobs themselves tell."""
     filled_at: Mapped[float | None]
     """Once every line was recorded; one that is not was accepted by nobody."""
+    fed_at: Mapped[float | None]
+    """Once every line was seen to have become its job."""
 
 
 class BatchLineRow(Base):
     """One line of a batch: the job that it became, or why it became none."""
 
     __tablename__ = "batch_lines"
-    __table_args__ = (Index("ix_batch_lines_job", "job_id"),)
+    __table_args__ = (
+        Index("ix_batch_lines_job", "job_id"),
+        Index(
+            "ix_batch_lines_waiting",
+            "batch_id",
+            "line",
+            sqlite_where=_WAITING,
+            postgresql_where=_WAITING,
+        ),
+    )
 
     batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id"), primary_key=True)
     line: Mapped[int] = mapped_column(primary_key=True)
@@ -362,6 +376,8 @@ class BatchLineRow(Base):
     """The earlier line that asked for the same scan, and whose job this is."""
     problem: Mapped[str | None]
     """JSON, as RFC 9457 has it."""
+    wanted: Mapped[str | None]
+    """JSON of the job to be, of a line that waits for room."""
 
 
 class SessionRow(Base):

@@ -12,12 +12,14 @@ import pyarrow as pa
 import pytest
 
 from api import batches as reading
-from neural_mri.backing import batches, jobs
+from neural_mri.backing import batches, feeding, jobs, limits
+from neural_mri.backing.batches import NewBatch
+from neural_mri.backing.queue import send_tickets
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.archives import open_archive
 from neural_mri.contract.batches import LEFT_OUT, NDJSON
-from neural_mri.contract.jobs import JobState
-from neural_mri.contract.problems import TooMany
+from neural_mri.contract.jobs import JobState, Lane
+from neural_mri.contract.problems import Unavailable
 from neural_mri.contract.results import ARROW_STREAM
 from tests.api.keyed import Door, keyed
 from tests.api.reading import follow, read_all
@@ -365,36 +367,82 @@ def test_the_same_batch_under_the_same_key_is_one_batch(api: httpx.Client, world
     assert other.json()["type"].endswith("idempotency-key-reused")
 
 
-def test_limits_hold_for_a_batch_as_for_single_scans(shared_door: Door, world: World) -> None:
+def test_a_batch_larger_than_a_limit_is_taken_whole_and_runs_as_there_is_room(
+    shared_door: Door, world: World
+) -> None:
     with shared_door.user(world, "ada") as ada, shared_door.user(world, "bob") as bob:
-        refused = send(ada, *(fmri(f"a {n}") for n in range(6)))
-        assert refused.status_code == 429
-        assert "no room for 6 more" in refused.json()["detail"]
-        assert ada.get("/api/batches").json() == []
-        batch = accepted(ada, *(fmri(f"a {n}") for n in range(5)))
-        assert send(ada, fmri("one more")).status_code == 429
+        batch = accepted(ada, *(fmri(f"a {n}") for n in range(8)), fmri("a 7"))
+        assert (batch["state"], batch["counts"]["queued"]) == ("running", 8)
+        usage = ada.get("/api/usage").json()
+        assert (usage["in_flight"], usage["max_jobs"]) == (3, 5), "room is left for other things"
+        others = [
+            ada.post("/api/scan/activation", json={"prompt": f"other {n}"}).status_code
+            for n in range(3)
+        ]
+        assert others == [202, 202, 429]
         assert accepted(bob, fmri("a"))["counts"]["queued"] == 1
+        usual = limits.usual(shared_door.settings)
+
+        def go_on() -> list[dict[str, Any]]:
+            """As the reaper does."""
+            fed = world.sessions.write(feeding.feed, "ada", max_queued=100, usual=usual)
+            for queue, count in fed.queued.items():
+                send_tickets(world.redis, queue, count)
+            return [row for row in table_of(ada, batch) if row["job"] is not None]
+
+        rows = go_on()
+        assert [row["line"] for row in rows] == [1, 2, 3], "nothing has ended"
+        with world.working(world.queue()):
+            until = time.monotonic() + 20
+            while seen(ada, batch)["state"] == "running" and time.monotonic() < until:
+                rows = go_on()
+        assert [row["line"] for row in rows] == list(range(1, 10))
+        assert seen(ada, batch)["counts"]["succeeded"] == 8
         for path in (*batch["links"].values(),):
             assert bob.get(path).status_code == 404, path
         assert bob.delete(batch["links"]["self"]).status_code == 404
 
 
-def test_the_queues_own_bound_holds_too_and_leaves_nothing_behind(
+def test_what_waits_for_room_is_cancelled_with_the_rest(shared_door: Door, world: World) -> None:
+    with shared_door.user(world, "ada") as ada:
+        batch = accepted(ada, *(fmri(f"a {n}") for n in range(8)))
+        stopped = ada.delete(batch["links"]["self"])
+        assert stopped.status_code == 200
+        assert (stopped.json()["state"], stopped.json()["counts"]["cancelled"]) == ("cancelled", 8)
+        told = read_all(ada, batch["links"]["events"])
+        ended = [message.data for message in told if message.name == "line"]
+        assert sorted(line["line"] for line in ended) == list(range(1, 9))
+        assert {line["state"] for line in ended} == {"cancelled"}
+
+
+def test_a_batch_that_cannot_be_recorded_whole_leaves_nothing_behind(
     api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "CHUNK", 2)
     real, calls = batches.fill, []
 
-    def filling(*arguments: Any, **more: Any) -> Any:
+    def filling(*arguments: Any) -> None:
         calls.append(1)
         if len(calls) > 1:
-            raise TooMany("others took the room")
-        return real(*arguments, **more)
+            raise Unavailable("the database does not answer now")
+        real(*arguments)
 
     monkeypatch.setattr(batches, "fill", filling)
-    assert send(api, *(fmri(f"a {n}") for n in range(4))).status_code == 429
+    assert send(api, *(fmri(f"a {n}") for n in range(4))).status_code == 503
     assert api.get("/api/batches").json() == []
-    assert {job.state for job in world.sessions.read(jobs.recent, "local")} == {JobState.CANCELLED}
+    assert world.sessions.read(jobs.recent, "local") == []
+
+
+def test_who_follows_a_batch_that_is_undone_hears_that_it_has_ended(
+    api: httpx.Client, world: World
+) -> None:
+    wanted = NewBatch("local", "", Lane.BATCH, 2, "0" * 64)
+    half = world.sessions.write(batches.begin, wanted)
+    with follow(api, f"/api/batches/{half.id}/events") as stream:
+        assert next(stream).data["total"] == 0
+        assert world.sessions.write(batches.abandon, half.id)
+        (last,) = list(stream)
+    assert (last.name, last.data["state"]) == ("ended", "cancelled")
 
 
 @pytest.mark.parametrize(

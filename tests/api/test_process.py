@@ -148,6 +148,7 @@ def test_a_batch_whose_recording_a_death_cut_short_is_filled_when_it_is_sent_aga
     with process(own_port), client_of(own_port) as api:
         (half,) = api.get("/api/batches").json()
         assert (half["state"], half["lines"], half["counts"]["queued"]) == ("running", CHUNK + 2, 2)
+        assert world.sessions.read(jobs.recent, "local", 10) == [], "of half a batch nothing runs"
 
         def send(_: int) -> httpx.Response:
             return api.post("/api/batches", content=body, headers=headers)

@@ -1,17 +1,18 @@
 """Many submissions at once are what they would be one by one; batches on both databases."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
 
 import pytest
 from sqlalchemy import update
 
-from neural_mri.backing import batches, jobs
+from neural_mri.backing import batches, feeding, jobs
 from neural_mri.backing.batches import Line, NewBatch, Undone
 from neural_mri.backing.database import Sessions
-from neural_mri.backing.limits import Limits
-from neural_mri.backing.rows import BATCHES
-from neural_mri.contract.batches import BatchState
+from neural_mri.backing.limits import NO_LIMITS, Limits
+from neural_mri.backing.rows import BATCHES, JOBS
+from neural_mri.contract.batches import BatchState, BatchView
 from neural_mri.contract.jobs import JobState, Lane
 from neural_mri.contract.problems import TooMany
 from tests.backing.making import ELSEWHERE, QUEUE, submission
@@ -72,9 +73,8 @@ def test_they_are_all_recorded_or_none_is(sessions: Sessions) -> None:
 
 
 def test_those_that_wait_are_cancelled_with_one_statement(sessions: Sessions) -> None:
-    batch_id = begun(sessions, 3)
-    some = [Line(number, submission(scan_key=key(number))) for number in (1, 2, 3)]
-    made = sessions.write(batches.fill, batch_id, some, {}, max_queued=10)
+    batch_id = filled(sessions, THREE)
+    made = fed(sessions, batch_id)
     sessions.write(jobs.submit, submission(scan_key=key(2), owner="bob"))
     assert sessions.write(batches.stop, batch_id, by=batches.CALLER) == 2
     states = {number: state(sessions, job_id) for number, job_id in made.items()}
@@ -83,31 +83,37 @@ def test_those_that_wait_are_cancelled_with_one_statement(sessions: Sessions) ->
     assert (asked.job.id, asked.moved) == (made[2], True)
     (left,) = sessions.read(jobs.recent, "bob")
     assert (left.state, left.leader) == (JobState.QUEUED, None), "it takes a turn of its own"
-    found = sessions.read(batches.find, batch_id)
-    assert found is not None
-    assert sessions.read(batches.view, found).state is BatchState.CANCELLED
+    assert standing(sessions, batch_id).state is BatchState.CANCELLED
 
 
 REFUSED = {"type": "about:blank", "title": "No", "status": 422, "detail": "no"}
+THREE = [Line(number, submission(scan_key=key(number))) for number in (1, 2, 3)]
 
 
-def test_a_batch_that_is_not_filled_has_not_ended(sessions: Sessions) -> None:
+def test_a_batch_that_is_not_filled_has_not_ended_and_nothing_of_it_runs(
+    sessions: Sessions,
+) -> None:
     batch_id = begun(sessions, 2, max_failures=1)
-    sessions.write(batches.fill, batch_id, [Line(1, problem=REFUSED)], {}, max_queued=10)
-    assert standing(sessions, batch_id) is BatchState.RUNNING
+    sessions.write(batches.fill, batch_id, [Line(1, problem=REFUSED)])
+    assert standing(sessions, batch_id).state is BatchState.RUNNING
     assert sessions.write(batches.stop_failing) == []
-    sessions.write(batches.fill, batch_id, [Line(2, problem=REFUSED)], {}, max_queued=10)
-    assert standing(sessions, batch_id) is BatchState.ENDED
+    sessions.write(batches.fill, batch_id, [Line(2, problem=REFUSED)])
+    assert standing(sessions, batch_id).state is BatchState.ENDED
+    half = begun(sessions, 2)
+    sessions.write(batches.fill, half, THREE[:1])
+    assert sessions.read(feeding.owners_waiting) == ["ada"], "the other is not seen to be fed yet"
+    assert sessions.write(feeding.feed, "ada", max_queued=9) == (0, {})
+    assert sessions.read(feeding.owners_waiting) == []
+    assert sessions.read(jobs.recent, "ada") == []
+    sessions.write(batches.fill, half, THREE[1:2])
+    assert sessions.read(feeding.owners_waiting) == ["ada"]
+    assert len(fed(sessions, half)) == 2
 
 
 def test_what_nobody_goes_on_to_fill_is_undone_in_the_end(sessions: Sessions) -> None:
-    half, whole = begun(sessions, 3), begun(sessions, 1)
-    made = sessions.write(
-        batches.fill, half, [Line(1, submission(scan_key=key(1)))], {}, max_queued=10
-    )
-    sessions.write(batches.fill, whole, [Line(1, submission(scan_key=key(2)))], {}, max_queued=10)
-    unnoted = begun(sessions, 1)
-    sessions.write(batches.fill, unnoted, [Line(1, problem=REFUSED)], {}, max_queued=10)
+    half = begun(sessions, 4)
+    sessions.write(batches.fill, half, THREE)
+    whole, unnoted = filled(sessions, THREE), filled(sessions, [Line(1, problem=REFUSED)])
     assert sessions.write(batches.undo_unfilled) == 0, "whoever fills it has time"
     with sessions.writing() as session:
         late = BATCHES.c.created_at - batches.LONGEST_FILLING.total_seconds()
@@ -117,27 +123,23 @@ def test_what_nobody_goes_on_to_fill_is_undone_in_the_end(sessions: Sessions) ->
     assert sessions.write(batches.undo_unfilled) == 1
     assert sessions.read(batches.find, half) is None
     assert sessions.read(batches.lines, half, after=0, limit=9) == []
-    assert state(sessions, made[1]) == "cancelled"
-    assert standing(sessions, whole) is BatchState.RUNNING
-    assert standing(sessions, unnoted) is BatchState.ENDED
+    assert standing(sessions, whole).state is BatchState.RUNNING
+    assert standing(sessions, unnoted).state is BatchState.ENDED
     with pytest.raises(Undone):
-        sessions.write(batches.fill, half, [Line(2, problem=REFUSED)], made, max_queued=10)
-
-
-THREE = [Line(number, submission(scan_key=key(number))) for number in (1, 2, 3)]
+        sessions.write(batches.fill, half, THREE)
 
 
 def test_lines_that_are_recorded_are_not_recorded_again(sessions: Sessions) -> None:
     batch_id = begun(sessions, 5)
     repeat, refused = Line(4, repeats=2), Line(5, problem=REFUSED)
-    first = sessions.write(batches.fill, batch_id, THREE[:2], {}, max_queued=9)
-    made = sessions.write(batches.fill, batch_id, [*THREE, repeat, refused], {}, max_queued=9)
-    assert made.items() >= first.items()
-    again = sessions.write(batches.fill, batch_id, [*THREE, repeat, refused], {}, max_queued=9)
-    assert again.items() >= made.items()
+    for some in (THREE[:2], [*THREE, repeat, refused], [*THREE, repeat, refused]):
+        sessions.write(batches.fill, batch_id, some)
+    made = fed(sessions, batch_id)
+    sessions.write(batches.fill, batch_id, [*THREE, repeat, refused])
+    assert fed(sessions, batch_id) == made
     rows = sessions.read(batches.lines, batch_id, after=0, limit=9)
     assert [row.line for row in rows] == [1, 2, 3, 4, 5]
-    assert (rows[3].repeats, rows[3].job) == (2, first[2])
+    assert (rows[3].repeats, rows[3].job) == (2, made[2])
     assert rows[4].problem == REFUSED
     assert len(sessions.read(jobs.recent, "ada")) == 3
 
@@ -149,11 +151,9 @@ def test_several_who_fill_a_batch_at_once_double_nothing(sessions: Sessions) -> 
 
     def fill(_: int) -> UUID:
         batch = sessions.write(batches.begin, wanted)
-        known: dict[int, UUID] = {}
         for start in range(0, 40, 5):
-            known = sessions.write(
-                batches.fill, batch.id, some[start : start + 5], known, max_queued=99
-            )
+            sessions.write(batches.fill, batch.id, some[start : start + 5])
+        sessions.write(feeding.feed, "ada", max_queued=99)
         return batch.id
 
     with ThreadPoolExecutor(4) as pool:
@@ -166,34 +166,128 @@ def test_several_who_fill_a_batch_at_once_double_nothing(sessions: Sessions) -> 
 
 
 def test_a_batch_that_another_has_filled_is_not_given_up(sessions: Sessions) -> None:
-    batch_id = begun(sessions, 3)
-    sessions.write(batches.fill, batch_id, THREE, {}, max_queued=9)
+    batch_id = filled(sessions, THREE)
     assert not sessions.write(batches.abandon, batch_id)
-    assert standing(sessions, batch_id) is BatchState.RUNNING
+    assert standing(sessions, batch_id).state is BatchState.RUNNING
     half = begun(sessions, 4)
-    sessions.write(batches.fill, half, THREE, {}, max_queued=9)
+    sessions.write(batches.fill, half, THREE)
     assert sessions.write(batches.abandon, half)
     assert not sessions.write(batches.abandon, half)
 
 
-def test_lines_that_come_to_a_stopped_batch_do_not_run(sessions: Sessions) -> None:
-    batch_id = begun(sessions, 3)
-    made = sessions.write(batches.fill, batch_id, THREE[:1], {}, max_queued=9)
-    sessions.write(batches.stop, batch_id, by=batches.CALLER)
-    made = sessions.write(batches.fill, batch_id, THREE[1:], made, max_queued=9)
+def test_lines_become_jobs_as_there_is_room(sessions: Sessions) -> None:
+    usual = Limits(max_jobs=8)
+    some = [Line(number, submission(scan_key=key(number))) for number in range(1, 11)]
+    batch_id = filled(sessions, [*some, Line(11, repeats=10)])
+    made = fed(sessions, batch_id, usual=usual)
+    assert sorted(made) == [1, 2, 3, 4, 5, 6], "in order, and a quarter of the limit is left"
+    seen = standing(sessions, batch_id)
+    assert (seen.state, seen.counts.queued, seen.refused) == (BatchState.RUNNING, 10, 0)
+    waiting = sessions.read(batches.lines, batch_id, after=6, limit=99)
+    assert {(row.job, row.state) for row in waiting} == {(None, JobState.QUEUED)}
+    assert sessions.read(batches.lines, batch_id, after=6, limit=9, only=(JobState.FAILED,)) == []
+    queued = (JobState.QUEUED,)
+    assert len(sessions.read(batches.lines, batch_id, after=0, limit=99, only=queued)) == 11
+    sessions.write(jobs.submit, submission(scan_key=key(90)), usual=usual)
+    for _ in range(2):
+        (held,) = sessions.write(jobs.claim, queue=QUEUE, owner=ELSEWHERE, limit=1, lease_seconds=9)
+        sessions.write(jobs.advance, held.id, JobState.FAILED, attempt=1, problem=REFUSED)
+    assert sorted(fed(sessions, batch_id, usual=usual)) == list(range(1, 8)), "all jobs count"
+    # A result that is known takes no room.
+    known(sessions, key(9))
+    made = fed(sessions, batch_id, usual=usual)
+    assert sorted(made) == [1, 2, 3, 4, 5, 6, 7, 9]
+    assert state(sessions, made[9]) == "succeeded"
+    made = fed(sessions, batch_id)
+    assert sorted(made) == list(range(1, 12))
+    assert made[11] == made[10]
+    assert len(set(made.values())) == 10
+    assert sessions.read(feeding.owners_waiting) == []
+
+
+def test_the_queues_own_bound_and_a_days_work_hold_back_lines_too(sessions: Sessions) -> None:
+    batch_id = filled(sessions, THREE)
+    sessions.write(jobs.submit, submission(scan_key=key(90), owner="bob"))
+    assert fed(sessions, batch_id, max_queued=1) == {}
+    assert sorted(fed(sessions, batch_id, max_queued=4)) == [1, 2]
+    (held,) = sessions.write(jobs.claim, queue=QUEUE, owner=ELSEWHERE, limit=1, lease_seconds=9)
+    sessions.write(jobs.advance, held.id, JobState.FAILED, attempt=1, problem=REFUSED)
+    day = Limits(daily_seconds=1e-9)
+    with sessions.writing() as session:
+        session.execute(update(JOBS).where(JOBS.c.id == held.id).values(owner="ada"))
+        session.execute(update(JOBS).where(JOBS.c.id == held.id).values(started_at=1.0))
+    assert sorted(fed(sessions, batch_id, usual=day)) == [1, 2]
+
+
+def test_what_somebody_waits_for_is_fed_first(sessions: Sessions) -> None:
+    filled(sessions, THREE[:1])
+    wanted = NewBatch("ada", "", Lane.INTERACTIVE, 1, "0" * 64)
+    urgent = sessions.write(batches.begin, wanted).id
+    sessions.write(batches.fill, urgent, [Line(1, submission(scan_key=key(7)))])
+    sessions.write(feeding.feed, "ada", max_queued=1)
+    assert sorted(named(sessions, urgent)) == [1]
+
+
+def test_one_may_not_have_lines_waiting_without_end(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeding, "MOST_WAITING", 4)
+    batch_id = filled(sessions, THREE)
+    with pytest.raises(TooMany, match="3 lines of your batches wait for room, 4 may"):
+        begun(sessions, 2)
+    begun(sessions, 1)
+    fed(sessions, batch_id)
+    begun(sessions, 4)
+
+
+def test_lines_of_a_stopped_batch_do_not_run_whether_they_came_before_or_after(
+    sessions: Sessions,
+) -> None:
+    batch_id = begun(sessions, 5)
+    sessions.write(batches.fill, batch_id, [THREE[0], Line(2, repeats=1)])
+    assert sessions.write(batches.stop, batch_id, by=batches.CALLER) == 1
+    rest = [Line(number, submission(scan_key=key(number))) for number in (3, 4, 5)]
+    sessions.write(batches.fill, batch_id, rest)
+    made = named(sessions, batch_id)
+    assert sorted(made) == [1, 2, 3, 4, 5]
     assert {state(sessions, job_id) for job_id in made.values()} == {"cancelled"}
-    assert standing(sessions, batch_id) is BatchState.CANCELLED
-
-
-def standing(sessions: Sessions, batch_id: UUID) -> BatchState:
-    found = sessions.read(batches.find, batch_id)
-    assert found is not None
-    return sessions.read(batches.view, found).state
+    seen = standing(sessions, batch_id)
+    assert (seen.state, seen.counts.cancelled) == (BatchState.CANCELLED, 4)
+    ended = sessions.read(batches.ended_since, batch_id, 0.0, 9)
+    assert {each.line.line for each in ended} == {1, 2, 3, 4, 5}, "who follows hears of each"
+    assert sessions.read(feeding.owners_waiting) == []
 
 
 def begun(sessions: Sessions, lines: int, max_failures: int | None = None) -> UUID:
     wanted = NewBatch("ada", "", Lane.BATCH, lines, "0" * 64, max_failures)
     return sessions.write(batches.begin, wanted).id
+
+
+def filled(sessions: Sessions, lines: Sequence[Line]) -> UUID:
+    """A batch that is recorded whole."""
+    batch_id = begun(sessions, len(lines))
+    sessions.write(batches.fill, batch_id, lines)
+    return batch_id
+
+
+def fed(
+    sessions: Sessions, batch_id: UUID, *, max_queued: int = 99, usual: Limits = NO_LIMITS
+) -> dict[int, UUID]:
+    """Feed what there is room for; the job of each line that has one."""
+    sessions.write(feeding.feed, "ada", max_queued=max_queued, usual=usual)
+    sessions.write(feeding.feed, "ada", max_queued=max_queued, usual=usual)
+    return named(sessions, batch_id)
+
+
+def named(sessions: Sessions, batch_id: UUID) -> dict[int, UUID]:
+    rows = sessions.read(batches.lines, batch_id, after=0, limit=99)
+    return {row.line: row.job for row in rows if row.job is not None}
+
+
+def standing(sessions: Sessions, batch_id: UUID) -> BatchView:
+    found = sessions.read(batches.find, batch_id)
+    assert found is not None
+    return sessions.read(batches.view, found)
 
 
 def state(sessions: Sessions, job_id: UUID) -> str:

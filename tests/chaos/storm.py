@@ -43,6 +43,12 @@ class Storm(NamedTuple):
     """How long the calm may last before a job counts as lost."""
     minutes: float = 600.0
     """How long the storm may last: what has not been asked by then is not asked."""
+    max_queued: int = 1_000_000
+
+    @property
+    def under_way(self) -> int:
+        """How many jobs the clients like to have under way."""
+        return max(50, min(400, self.jobs // 4))
 
 
 class Stage(NamedTuple):
@@ -142,7 +148,7 @@ def staged(storm: Storm) -> Iterator[Stage]:
             threads=1,
             lease_seconds=storm.lease_seconds,
             reaper_interval_seconds=0.1,
-            max_queued_jobs=1_000_000,
+            max_queued_jobs=storm.max_queued,
             log_format="json",
         )
         tiny = modelstore.add(settings, "tiny", f"folder:{save_tiny_model(folder / 'tiny')}")
@@ -171,13 +177,14 @@ def _places(storm: Storm, host: Host | None) -> list[Place]:
 
 def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Report:
     """Have the storm pass over a service, and see what is left."""
-    with staged(storm) as stage:
+    # So near the bound that lines of batches wait for room, and now and then somebody is sent away.
+    with staged(storm._replace(max_queued=storm.under_way + 10)) as stage:
         load = Load(
             stage.service.url,
             seed=storm.seed,
             count=storm.jobs,
             clients=8,
-            waiting=max(50, min(400, storm.jobs // 4)),
+            waiting=storm.under_way,
         )
         faults = Faults(
             stage.service,

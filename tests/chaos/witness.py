@@ -118,10 +118,14 @@ class Witness:
         ]
 
     def unfinished(self) -> int:
-        """Jobs that have not ended."""
+        """Jobs that have not ended, and lines of batches that are to become jobs."""
         with self._sessions.reading() as session:
             found: int = session.execute(
-                text("SELECT count(*) FROM jobs WHERE finished_at IS NULL")
+                text(
+                    "SELECT (SELECT count(*) FROM jobs WHERE finished_at IS NULL) + (SELECT count(*) "
+                    "FROM batch_lines JOIN batches ON id = batch_id "
+                    "WHERE wanted IS NOT NULL AND filled_at IS NOT NULL)"
+                )
             ).scalar_one()
         return found
 

@@ -14,7 +14,7 @@ import pytest
 import redis
 import structlog
 
-from neural_mri.backing import batches, broker, database, jobs, keys, queue, storage
+from neural_mri.backing import batches, broker, database, feeding, jobs, keys, queue, storage
 from neural_mri.backing.batches import Line, NewBatch
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
@@ -349,25 +349,51 @@ def test_redis_errors_are_what_the_reaper_expects() -> None:
     assert issubclass(redis.TimeoutError, broker.AWAY)
 
 
-def test_a_batch_of_which_too_many_scans_fail_is_stopped_with_nobody_watching(
-    sessions: Sessions, client: SyncRedis, reaper: Reaper
-) -> None:
-    asked = Submission(
-        owner="ada",
+def scan_of(owner: str, number: int) -> Submission:
+    return Submission(
+        owner=owner,
         kind=JobKind.SCAN,
         model="tiny",
         revision="0123456789abcdef" * 4,
         queue=QUEUE,
         request=b"{}",
+        scan_key=f"{number:064x}",
     )
-    keyed = [msgspec.structs.replace(asked, scan_key=f"{number:064x}") for number in range(4)]
+
+
+def test_a_batch_of_which_too_many_scans_fail_is_stopped_with_nobody_watching(
+    sessions: Sessions, client: SyncRedis, reaper: Reaper
+) -> None:
+    keyed = [scan_of("ada", number) for number in range(4)]
     wanted = NewBatch("ada", "", Lane.BATCH, 4, "0" * 64, max_failures=1)
-    batch = sessions.write(batches.begin, wanted).batch
+    batch = sessions.write(batches.begin, wanted)
     lines = [Line(number, scan) for number, scan in enumerate(keyed, 1)]
-    made = sessions.write(batches.fill, batch.id, lines, {}, max_queued=9)
+    sessions.write(batches.fill, batch.id, lines)
+    sessions.write(feeding.feed, "ada", max_queued=9)
+    made = {row.line: row.job for row in sessions.read(batches.lines, batch.id, after=0, limit=9)}
     failing, held = (claim(sessions, LeaseOwner.here()) for _ in range(2))
     sessions.write(jobs.advance, failing.id, JobState.FAILED, attempt=1, problem={"detail": "no"})
     reaper.round()
-    states = [state(sessions, made[number]).value for number in (1, 2, 3, 4)]
+    states = [state(sessions, job).value for job in made.values() if job is not None]
     assert states == ["failed", "claimed", "cancelled", "cancelled"]
     assert client.exists(keys.cancel_flag(held.id)), "what runs is asked to stop"
+
+
+def test_lines_of_a_batch_become_jobs_and_tickets_as_others_end(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    keyed = msgspec.structs.replace(settings, auth="keys", user_max_jobs=4)
+    reaper = Reaper(keyed, sessions, client, storage.open_store(keyed))
+    lines = [Line(number, scan_of("ada", number)) for number in range(1, 6)]
+    batch = sessions.write(batches.begin, NewBatch("ada", "", Lane.BATCH, 5, "0" * 64))
+    sessions.write(batches.fill, batch.id, lines)
+    reaper.round()
+    assert client.llen(QUEUE) == 3
+    assert len(sessions.read(jobs.recent, "ada")) == 3
+    done = claim(sessions, LeaseOwner.here())
+    sessions.write(jobs.advance, done.id, JobState.FAILED, attempt=1, problem={"detail": "no"})
+    until = time.monotonic() + 10
+    while len(sessions.read(jobs.recent, "ada")) < 4 and time.monotonic() < until:
+        reaper.round()
+        time.sleep(0.05)
+    assert len(sessions.read(jobs.recent, "ada")) == 4
