@@ -81,8 +81,9 @@ Accept = Annotated[
         f"Up to {MOST_LINES:,} scans, each with its `scan_mode`: a line each (`{NDJSON}`, read as it "
         "arrives), or as one JSON document. Lines that ask for the same scan share one job; scans whose "
         "result is known cost nothing. What cannot be done is refused by the line's number. All that "
-        "is accepted is recorded together, or nothing is: beyond a limit of yours, or of the service's, "
-        "the batch is answered 429."
+        "is accepted is recorded together, or nothing is, and becomes jobs as your limits and the "
+        "service's leave room. Sent again under its Idempotency-Key it is the same batch, and what was "
+        "not recorded when the answer was lost is recorded then."
     ),
     tags=["batches"],
     opt={BODIES: FORMS},
@@ -182,7 +183,9 @@ async def list_batch_lines(
         f"As `{NDJSON}`: an object a line that has ended, in order, with its result's summary, or with "
         f"why there is none. As `{ARROW_STREAM}`: the table that `table` names, of all results that "
         "have it, one under the other, with a column `line`; values a token are lists. As "
-        f"`{ZIP}`: every manifest and table, and `lines.json`, which says which is whose."
+        f"`{ZIP}`: every manifest and table, and `lines.json`, which says which is whose. A result "
+        "that is lost is left out, and the table's schema metadata (`neural_mri.left_out`) and "
+        "`lines.json` say so."
     ),
     tags=["batches"],
     responses={

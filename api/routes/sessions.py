@@ -372,7 +372,8 @@ async def fork_session(
     summary="Add a scan to whatever the session holds",
     description=(
         "A revision of its own, which stands in nobody's way. 202: the job has not ended; the scan is "
-        "added when it has succeeded, and who follows the session sees it arrive."
+        "added when it has succeeded, and who follows the session sees it arrive. 429: with those on "
+        "their way the session holds as many scans as one can."
     ),
     tags=["sessions"],
     responses={

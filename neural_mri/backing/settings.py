@@ -99,11 +99,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_session_bytes: Annotated[int, Meta(ge=1024)] = 1_000_000_000
     """Largest session file accepted, results included."""
     max_queued_jobs: Annotated[int, Meta(ge=1)] = 10_000
-    """Unfinished jobs accepted in all; beyond it requests are answered 429."""
+    """Unfinished jobs accepted in all; beyond it requests are answered 429, and lines of batches wait: these
+    fill three quarters of it."""
     user_max_jobs: Annotated[int, Meta(ge=0)] = 1000
-    """Jobs that one user may have under way where keys are asked for; 0: no limit of their own."""
+    """Jobs that one user may have under way where keys are asked for; 0: no limit of their own. Batches are
+    accepted all the same, and fill three quarters of it at a time."""
     user_daily_seconds: Annotated[float, Meta(ge=0)] = 0.0
-    """Seconds that one user's jobs may compute within 24 hours, where keys are asked for; 0: no limit."""
+    """Seconds that one user's jobs may compute within 24 hours, where keys are asked for; 0: no limit. Lines of
+    batches wait until there are some again."""
     lease_seconds: Seconds = 5.0
     """How long a claim holds without being renewed."""
     reaper_interval_seconds: Seconds = 0.2

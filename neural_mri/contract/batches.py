@@ -93,6 +93,7 @@ class BatchCounts(msgspec.Struct, frozen=True, kw_only=True):
     """How many scans stand where; each scan counts once, however many lines asked for it."""
 
     queued: int = 0
+    """Waiting for a worker, or for room to wait there."""
     running: int = 0
     """Held by a worker, in whatever state of it."""
     succeeded: int = 0
@@ -140,7 +141,7 @@ class BatchLine(msgspec.Struct, frozen=True, kw_only=True):
 
     line: int
     job: UUID | None = None
-    """None for a line that was refused."""
+    """None for a line that was refused, or that waits for room: then it is `queued`."""
     state: JobState | None = None
     cached: bool = False
     repeats: int | None = None
