@@ -208,16 +208,24 @@ async def add_scan(services: Services, session_id: UUID, job: Job, label: str) -
 
 async def arriving(services: Services, session_id: UUID) -> tuple[Arrival, ...]:
     """Scans on their way, and where they stand; those that have arrived are added first."""
-    left = []
+    left: list[Arrival] = []
+    is_away = False
     for waiting in await services.sessions.read(sessions.arrivals, session_id):
         job = await services.sessions.read(jobs.get, waiting.job_id)
-        if waiting.problem is None and (job is None or job.state in TERMINAL):
-            if (refused := await settle(services, waiting, job)) is not None:
-                left.append(refused)
+        has_arrived = waiting.problem is None and (job is None or job.state in TERMINAL)
+        if has_arrived and not is_away:
+            if (seen := await settle(services, waiting, job)) is not None:
+                left.append(seen)
+                is_away = _still_waits(seen)
         elif job is not None:
             view = await services.view(job)
             left.append(_arrival(waiting, view.state, waiting.problem))
     return tuple(left)
+
+
+def _still_waits(settled: Arrival | None) -> bool:
+    """Whether the store is away: of many scans each would wait for it in vain, and whoever looks with them."""
+    return settled is not None and settled.problem is None
 
 
 def _arrival(waiting: Waiting, state: JobState, problem: ProblemDocument | None = None) -> Arrival:
@@ -244,7 +252,8 @@ async def settle_all(services: Services, owner: str) -> None:
     """Add the scans that have arrived to whichever sessions of an owner they were on their way to."""
     for waiting in await services.sessions.read(sessions.arrived, owner):
         job = await services.sessions.read(jobs.get, waiting.job_id)
-        await settle(services, waiting, job)
+        if _still_waits(await settle(services, waiting, job)):
+            return
 
 
 async def settle(services: Services, waiting: Waiting, job: Job | None) -> Arrival | None:

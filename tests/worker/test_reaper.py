@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import redis
 import structlog
+from sqlalchemy import update
 
 from neural_mri.backing import batches, broker, database, feeding, jobs, keys, queue, storage
 from neural_mri.backing.batches import Line, NewBatch
@@ -20,6 +21,7 @@ from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.jobs import Job, LeaseOwner, Submission
+from neural_mri.backing.rows import BATCHES
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState, Lane
@@ -377,6 +379,16 @@ def test_a_batch_of_which_too_many_scans_fail_is_stopped_with_nobody_watching(
     states = [state(sessions, job).value for job in made.values() if job is not None]
     assert states == ["failed", "claimed", "cancelled", "cancelled"]
     assert client.exists(keys.cancel_flag(held.id)), "what runs is asked to stop"
+
+
+def test_half_a_batch_is_forgotten_in_the_end(sessions: Sessions, reaper: Reaper) -> None:
+    half = sessions.write(batches.begin, NewBatch("ada", "", Lane.BATCH, 2, "0" * 64))
+    sessions.write(batches.fill, half.id, [Line(1, scan_of("ada", 1))])
+    with sessions.writing() as session:
+        late = BATCHES.c.created_at - batches.LONGEST_FILLING.total_seconds()
+        session.execute(update(BATCHES).values(created_at=late))
+    reaper.round()
+    assert sessions.read(batches.find, half.id) is None
 
 
 def test_lines_of_a_batch_become_jobs_and_tickets_as_others_end(
