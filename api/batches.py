@@ -36,7 +36,7 @@ from neural_mri.contract.jobs import Lane
 from neural_mri.contract.problems import InvalidRequest, Problem, TooMany, Unprocessable
 from neural_mri.contract.scans import Scan, decode_scan
 
-__all__ = ("Options", "submit_batch")
+__all__ = ("Options", "feed", "submit_batch")
 
 REPORTED = 100
 """Refused lines that an answer names; the others are only counted."""
@@ -231,7 +231,7 @@ async def _record(services: Services, read: _Read, options: Options) -> BatchVie
                 await _fill(services, batch, read.lines)
                 stored = sum(each.scan_key in known for each in submissions)
                 services.metrics.accepted_batch(stored=stored, queued=len(submissions) - stored)
-                await _feed(services)
+                await feed(services)
         except Undone:
             continue  # whoever had begun it has given it up: now it is ours to begin
         return await services.sessions.read(batches.view, batch._replace(is_filled=True))
@@ -252,8 +252,11 @@ async def _fill(services: Services, batch: Batch, lines: Sequence[Line]) -> None
         raise
 
 
-async def _feed(services: Services) -> None:
-    """Have lines become jobs for as long as there is room, and send tickets; the reaper goes on with it."""
+async def feed(services: Services) -> None:
+    """Have lines of the caller's batches become jobs for as long as there is room, and send tickets.
+
+    The reaper goes on with it.
+    """
     queued: Counter[str] = Counter()
     with suppress(TooMany):  # others took the room
         while True:

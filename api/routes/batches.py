@@ -13,7 +13,7 @@ from api.access import readmission
 from api.answers import IdempotencyKey
 from api.batch_results import ZIP, archive_answer, lines_answer, table_answer
 from api.batch_streams import BatchFollowing, parse_cursor
-from api.batches import Options, submit_batch
+from api.batches import Options, feed, submit_batch
 from api.bodies import BODIES, Form
 from api.dependencies import Services
 from api.negotiation import preferred
@@ -279,6 +279,7 @@ async def cancel_batch(
         return Deed(AuditAction.JOB_CANCELLED, str(batch_id), details) if cancelled else None
 
     await services.act(deed, batches.stop, batch_id, by=batches.CALLER)
+    await feed(services)  # what waits for room becomes jobs that are cancelled
     for asked in await services.sessions.write(batches.cancel_held, batch_id):
         if asked.moved:
             services.announce(asked.job)

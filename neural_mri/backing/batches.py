@@ -192,32 +192,33 @@ def _made_by(session: Session, wanted: NewBatch) -> Batch | None:
 
 
 def fill(session: Session, batch_id: UUID, some: Sequence[Line]) -> None:
-    """Record those of some lines, given in order, that are not.
-
-    Those of a batch that has been stopped meanwhile are cancelled at once. Raises `Undone`.
-    """
+    """Record those of some lines, given in order, that are not. Raises `Undone`."""
     batch = _locked(session, batch_id)
     if batch is None:
         raise Undone
     run = session.connection().execute
     among = _line.line.between(some[0].number, some[-1].number)
     there = set(run(select(_line.line).where(_line.batch_id == batch_id, among)).scalars())
+    missing = [line for line in some if line.number not in there]
+    promised = {line.number: new_id() for line in missing if line.submission is not None}
+    repeated = [line.repeats for line in missing if line.repeats is not None]
+    earlier = select(_line.line, _line.job_id).where(
+        _line.batch_id == batch_id, _line.line.in_(repeated)
+    )
+    promised |= {row.line: row.job_id for row in run(earlier)} if repeated else {}
     rows = [
         {
             "batch_id": batch_id,
             "line": line.number,
-            "job_id": None,
+            "job_id": promised.get(line.repeats or line.number),
             "repeats": line.repeats,
             "problem": None if line.problem is None else msgspec.json.encode(line.problem).decode(),
             "wanted": None if line.submission is None else feeding.kept(line.submission),
         }
-        for line in some
-        if line.number not in there
+        for line in missing
     ]
     if rows:
         run(insert(BATCH_LINES), rows)
-    if batch.stopped_by is not None:
-        feeding.cancel_unfed(session, batch_id)
     if not batch.is_filled and _recorded(session, batch_id) == batch.lines:
         run(update(BATCHES).where(_batch.id == batch_id).values(filled_at=epoch()))
 
@@ -319,8 +320,8 @@ def _state_of(batch: Batch, counts: BatchCounts, *, is_filled: bool) -> BatchSta
     return BatchState.STOPPED if batch.stopped_by == FAILED else BatchState.CANCELLED
 
 
-_WAITS = _line.job_id.is_(None) & _line.problem.is_(None)
-"""A line that waits for room, or for that which it repeats."""
+_WAITS = _job.id.is_(None) & _line.problem.is_(None)
+"""A line that waits for room, or that repeats such a one: its job is only promised."""
 _LINES = (
     select(_line.line, _line.job_id, _line.repeats, _line.problem, _job.state, _job.cached)
     .add_columns(_job.problem.label("ended_with"), _job.finished_at)
@@ -371,10 +372,10 @@ def ended_since(session: Session, batch_id: UUID, since: float, limit: int) -> l
 
 def _line_of(row: AnyRow) -> BatchLine:
     problem = row.problem or row.ended_with
-    waits = row.job_id is None and row.problem is None
+    waits = row.state is None and row.problem is None
     return BatchLine(
         line=row.line,
-        job=row.job_id,
+        job=None if waits else row.job_id,
         state=JobState.QUEUED if waits else row.state,
         cached=bool(row.cached),
         repeats=row.repeats,
@@ -383,22 +384,28 @@ def _line_of(row: AnyRow) -> BatchLine:
 
 
 def _jobs_of(batch_id: UUID) -> Any:
-    return select(_line.job_id).where(_line.batch_id == batch_id, _line.job_id.is_not(None))
+    there = _line.job_id.is_not(None) & _line.wanted.is_(None)
+    return select(_line.job_id).where(_line.batch_id == batch_id, there)
 
 
 def stop(session: Session, batch_id: UUID, *, by: str) -> int:
     """Let no scan of a batch begin any more; how many were cancelled.
 
-    Scans that a worker holds, or that others wait for, are `cancel_held`'s.
+    Scans that a worker holds, or that others wait for, are `cancel_held`'s; lines that wait for room
+    become cancelled jobs by `feeding`.
     """
     session.connection().execute(
         update(BATCHES)
         .where(_batch.id == batch_id, _batch.stopped_at.is_(None))
         .values(stopped_at=epoch(), stopped_by=by)
     )
-    return jobs.cancel_waiting(session, _jobs_of(batch_id)) + feeding.cancel_unfed(
-        session, batch_id
-    )
+    return jobs.cancel_waiting(session, _jobs_of(batch_id)) + _waiting(session, batch_id)
+
+
+def _waiting(session: Session, batch_id: UUID) -> int:
+    counted = select(func.count(_line.wanted)).where(_line.batch_id == batch_id)
+    found: int = session.connection().execute(counted).scalar_one()
+    return found
 
 
 def cancel_held(session: Session, batch_id: UUID) -> list[Cancellation]:

@@ -1,15 +1,16 @@
 """From the lines of a batch to its jobs: as many as there is room for, the others as room comes.
 
 A batch is one ask, however many scans it has, and is accepted as one; what limits are about is how many jobs
-stand in the queues at once. A line that waits for room holds what its job is to be made of. Lines are fed in
-order, and of a batch only once all of them are recorded: of half a batch nothing runs. Whoever has recorded it
-feeds what there is room for; from then on the reaper does.
+stand in the queues at once. A line that waits for room holds what its job is to be made of, and the id that it
+will have. Lines are fed in order, and of a batch only once all of them are recorded: of half a batch nothing runs.
+Those of a batch that has been stopped become jobs that are cancelled already, so that each line has one. Whoever has
+recorded the batch feeds what there is room for; from then on the reaper does.
 
 Pure SQL on the caller's transaction.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 from uuid import UUID
 
@@ -25,7 +26,7 @@ from neural_mri.backing.rows import BATCH_LINES, BATCHES
 from neural_mri.contract.jobs import Lane
 from neural_mri.contract.problems import TooMany
 
-__all__ = ("MOST_WAITING", "Fed", "cancel_unfed", "check_waiting", "feed", "kept", "owners_waiting")
+__all__ = ("MOST_WAITING", "Fed", "check_waiting", "feed", "kept", "owners_waiting")
 
 FED_SHARE = 0.75
 """How much of a limit batches may fill: the rest is left to what the same people ask for one by one."""
@@ -39,23 +40,22 @@ _line = BATCH_LINES.c
 _submission = msgspec.json.Decoder(Submission)
 
 _IS_WAITING = _line.wanted.is_not(None)
-_IS_UNFED = _batch.fed_at.is_(None) & _batch.filled_at.is_not(None) & _batch.stopped_at.is_(None)
+_IS_UNFED = _batch.fed_at.is_(None) & _batch.filled_at.is_not(None)
 _NEXT = (
-    select(_batch.id)
+    select(_batch.id, _batch.stopped_at)
     .where(_batch.owner == bindparam("who"), _IS_UNFED)
-    .order_by(_batch.lane != Lane.INTERACTIVE, _batch.created_at, _batch.id)
+    # To cancel takes no room.
+    .order_by(
+        _batch.stopped_at.is_(None), _batch.lane != Lane.INTERACTIVE, _batch.created_at, _batch.id
+    )
     .limit(1)
     .with_for_update()
 )
 _WAITING = (
-    select(_line.line, _line.wanted)
+    select(_line.line, _line.job_id, _line.wanted)
     .where(_line.batch_id == bindparam("batch"), _IS_WAITING)
     .order_by(_line.line)
-)
-_NAME = (
-    update(BATCH_LINES)
-    .where(_line.batch_id == bindparam("batch"), _line.line == bindparam("number"))
-    .values(job_id=bindparam("made"), wanted=None)
+    .limit(FED_AT_ONCE)
 )
 
 
@@ -102,35 +102,60 @@ def feed(session: Session, owner: str, *, max_queued: int, usual: Limits = NO_LI
     Raises `TooMany` where others took the room meanwhile: then none is submitted.
     """
     run = session.connection().execute
-    batch_id: UUID | None = run(_NEXT, {"who": owner}).scalar_one_or_none()
-    if batch_id is None:
+    batch = run(_NEXT, {"who": owner}).one_or_none()
+    if batch is None:
         return Fed(0, Counter())
-    rows = run(_WAITING.limit(FED_AT_ONCE), {"batch": batch_id}).all()
+    rows = run(_WAITING, {"batch": batch.id}).all()
     if not rows:
-        run(update(BATCHES).where(_batch.id == batch_id).values(fed_at=epoch()))
+        run(update(BATCHES).where(_batch.id == batch.id).values(fed_at=epoch()))
         return feed(session, owner, max_queued=max_queued, usual=usual)
-    waiting = {row.line: _submission.decode(row.wanted) for row in rows}
-    known = jobs.known_results(
-        session, {each.scan_key for each in waiting.values() if each.scan_key}
-    )
-    room = _room(session, owner, max_queued, usual)
-    chosen: dict[int, Submission] = {}
-    for line, submission in waiting.items():
-        if submission.scan_key in known:
-            chosen[line] = submission
-        elif room > 0:
-            chosen[line] = submission
-            room -= 1
+    waiting = {row.line: _Promised(row.job_id, _submission.decode(row.wanted)) for row in rows}
+    if batch.stopped_at is not None:
+        jobs.add_cancelled(session, dict(waiting.values()))
+        _settle(session, batch.id, waiting)
+        return Fed(len(waiting), Counter())
+    chosen = _chosen(session, waiting, _room(session, owner, max_queued, usual))
     if not chosen:
         return Fed(0, Counter())
-    made = jobs.submit_many(session, list(chosen.values()), max_queued=max_queued, usual=usual)
-    _name(session, batch_id, {line: each.job_id for line, each in zip(chosen, made, strict=True)})
+    made = jobs.submit_many(
+        session,
+        [each.submission for each in chosen.values()],
+        max_queued=max_queued,
+        usual=usual,
+        job_ids=[each.job_id for each in chosen.values()],
+    )
+    _settle(session, batch.id, chosen)
     queued = Counter(
-        submission.queue
-        for submission, each in zip(chosen.values(), made, strict=True)
+        promised.submission.queue
+        for promised, each in zip(chosen.values(), made, strict=True)
         if not each.cached
     )
     return Fed(len(chosen), queued)
+
+
+class _Promised(NamedTuple):
+    job_id: UUID
+    submission: Submission
+
+
+def _chosen(session: Session, waiting: Mapping[int, _Promised], room: int) -> dict[int, _Promised]:
+    """The first lines for which there is room, and those whose results are known."""
+    keys = {each.submission.scan_key for each in waiting.values()}
+    known = jobs.known_results(session, keys - {None})
+    chosen = {}
+    for line, promised in waiting.items():
+        if promised.submission.scan_key in known:
+            chosen[line] = promised
+        elif room > 0:
+            chosen[line] = promised
+            room -= 1
+    return chosen
+
+
+def _settle(session: Session, batch_id: UUID, lines: Iterable[int]) -> None:
+    """Have lines wait no longer."""
+    there = (_line.batch_id == batch_id) & _line.line.in_(tuple(lines))
+    session.connection().execute(update(BATCH_LINES).where(there).values(wanted=None))
 
 
 def _room(session: Session, owner: str, max_queued: int, usual: Limits) -> int:
@@ -144,28 +169,3 @@ def _room(session: Session, owner: str, max_queued: int, usual: Limits) -> int:
 
 def _share(limit: int) -> int:
     return max(1, int(limit * FED_SHARE))
-
-
-def _name(session: Session, batch_id: UUID, made: Mapping[int, UUID]) -> None:
-    """Have lines, and those that repeat them, name the jobs that they became."""
-    run = session.connection().execute
-    repeating = select(_line.line, _line.repeats).where(
-        _line.batch_id == batch_id, _line.repeats.in_(tuple(made))
-    )
-    named = dict(made) | {row.line: made[row.repeats] for row in run(repeating)}
-    run(
-        _NAME,
-        [{"batch": batch_id, "number": number, "made": job_id} for number, job_id in named.items()],
-    )
-
-
-def cancel_unfed(session: Session, batch_id: UUID) -> int:
-    """Have each line that waits for room become a job that is cancelled already; how many they were."""
-    rows = session.connection().execute(_WAITING, {"batch": batch_id}).all()
-    if rows:
-        made = jobs.add_cancelled(session, [_submission.decode(row.wanted) for row in rows])
-        for some in range(0, len(rows), FED_AT_ONCE):
-            chunk = slice(some, some + FED_AT_ONCE)
-            lines = [row.line for row in rows[chunk]]
-            _name(session, batch_id, dict(zip(lines, made[chunk], strict=True)))
-    return len(rows)

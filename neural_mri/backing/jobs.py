@@ -175,10 +175,11 @@ def submit_many(
     *,
     max_queued: int = 10_000,
     usual: Limits = NO_LIMITS,
+    job_ids: Sequence[UUID] | None = None,
 ) -> list[Recorded]:
     """Record different scans of one owner, as `submit` does one, with a few statements for all of them.
 
-    Raises `TooMany` where there is no room for all: then none is recorded.
+    `job_ids` are given where they have been promised. Raises `TooMany` where there is no room for all: then none is recorded.
     """
     clocks = _clocks(session, submissions)
     # From here on nobody else submits to these queues: what is found now stays so.
@@ -188,10 +189,11 @@ def submit_many(
     waiting = [each for each in submissions if each.scan_key not in known]
     if waiting and usual is not NO_LIMITS:
         limits.check(session, waiting[0].owner, usual, count=len(waiting))
+    ids = job_ids or [new_id() for _ in submissions]
     recorded: dict[int, Recorded] = {}
     for index, submission in enumerate(submissions):
         if submission.scan_key in under_way and submission.scan_key not in known:
-            job = submit(session, submission, max_queued=max_queued)
+            job = submit(session, submission, max_queued=max_queued, job_id=ids[index])
             recorded[index] = Recorded(job.id, job.cached)
     rest = len(waiting) - len(recorded)
     turns = {
@@ -201,7 +203,7 @@ def submit_many(
     for index, submission in enumerate(submissions):
         if index in recorded:
             continue
-        row = _row(submission, new_id())
+        row = _row(submission, ids[index])
         recorded[index] = Recorded(row["id"], submission.scan_key in known)
         if submission.scan_key in known:
             born.append({**row, **_SUCCEEDED, "manifest": known[submission.scan_key]})
@@ -262,12 +264,10 @@ def unfinished(session: Session) -> int:
     return count
 
 
-def add_cancelled(session: Session, submissions: Sequence[Submission]) -> list[UUID]:
+def add_cancelled(session: Session, promised: Mapping[UUID, Submission]) -> None:
     """Record jobs that nobody wants any more, as they would be had they been cancelled while they waited."""
-    rows = [{**_row(submission, new_id()), **_CANCELLED} for submission in submissions]
-    if rows:
-        session.connection().execute(statements.ADD_FINISHED, rows)
-    return [row["id"] for row in rows]
+    rows = [{**_row(submission, job_id), **_CANCELLED} for job_id, submission in promised.items()]
+    session.connection().execute(statements.ADD_FINISHED, rows)
 
 
 def known_results(session: Session, keys: Iterable[str]) -> dict[str, str]:

@@ -372,6 +372,7 @@ class BatchLineRow(Base):
     batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id"), primary_key=True)
     line: Mapped[int] = mapped_column(primary_key=True)
     job_id: Mapped[UUID | None]
+    """The job's own; of a line that waits for room, the one that it will have."""
     repeats: Mapped[int | None]
     """The earlier line that asked for the same scan, and whose job this is."""
     problem: Mapped[str | None]

@@ -474,11 +474,12 @@ def test_what_is_no_batch_is_refused(api: httpx.Client, world: World) -> None:
 def test_thousands_of_scans_are_taken_at_the_price_of_reading_them(
     api: httpx.Client, world: World
 ) -> None:
-    began = time.perf_counter()
+    """Counted in the processor's time: a test machine may be doing other things."""
+    began = time.process_time()
     small = accepted(api, *(fmri(f"b {n}") for n in range(500)))
-    a_tenth = time.perf_counter() - began
-    began = time.perf_counter()
+    a_tenth = time.process_time() - began
+    began = time.process_time()
     batch = accepted(api, *(fmri(f"a {n}") for n in range(4500)))
-    assert time.perf_counter() - began < 9 * 2.5 * a_tenth, "no more than in proportion"
+    assert time.process_time() - began < 9 * 2.5 * a_tenth, "no more than in proportion"
     assert (small["counts"]["queued"], batch["counts"]["queued"]) == (500, 4500)
     assert api.delete(batch["links"]["self"]).json()["state"] == "cancelled"

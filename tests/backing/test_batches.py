@@ -245,17 +245,19 @@ def test_lines_of_a_stopped_batch_do_not_run_whether_they_came_before_or_after(
 ) -> None:
     batch_id = begun(sessions, 5)
     sessions.write(batches.fill, batch_id, [THREE[0], Line(2, repeats=1)])
-    assert sessions.write(batches.stop, batch_id, by=batches.CALLER) == 1
+    sessions.write(batches.stop, batch_id, by=batches.CALLER)
     rest = [Line(number, submission(scan_key=key(number))) for number in (3, 4, 5)]
     sessions.write(batches.fill, batch_id, rest)
-    made = named(sessions, batch_id)
-    assert sorted(made) == [1, 2, 3, 4, 5]
+    other = filled(sessions, [Line(1, submission(scan_key=key(9)))])
+    made = fed(sessions, batch_id, max_queued=1)
+    assert sorted(made) == [1, 2, 3, 4, 5], "no room is needed to cancel"
+    assert made[2] == made[1]
     assert {state(sessions, job_id) for job_id in made.values()} == {"cancelled"}
     seen = standing(sessions, batch_id)
     assert (seen.state, seen.counts.cancelled) == (BatchState.CANCELLED, 4)
     ended = sessions.read(batches.ended_since, batch_id, 0.0, 9)
     assert {each.line.line for each in ended} == {1, 2, 3, 4, 5}, "who follows hears of each"
-    assert sessions.read(feeding.owners_waiting) == []
+    assert sorted(named(sessions, other)) == [1], "and the next has its turn"
 
 
 def begun(sessions: Sessions, lines: int, max_failures: int | None = None) -> UUID:
