@@ -140,8 +140,8 @@ class _Promised(NamedTuple):
 
 def _chosen(session: Session, waiting: Mapping[int, _Promised], room: int) -> dict[int, _Promised]:
     """The first lines for which there is room, and those whose results are known."""
-    keys = {each.submission.scan_key for each in waiting.values()}
-    known = jobs.known_results(session, keys - {None})
+    keys = {each.submission.scan_key for each in waiting.values() if each.submission.scan_key}
+    known = jobs.known_results(session, keys)
     chosen = {}
     for line, promised in waiting.items():
         if promised.submission.scan_key in known:
