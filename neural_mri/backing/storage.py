@@ -460,7 +460,8 @@ def _entered(folder: int, name: str, *, create: bool) -> int:
             raise
     with suppress(FileExistsError):
         os.mkdir(name, dir_fd=folder)
-        os.fsync(folder)
+    # Whoever was quicker may not have come so far.
+    os.fsync(folder)
     return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
 
 

@@ -334,6 +334,26 @@ def test_what_stands_there_already_is_not_taken_for_flushed(
     assert flushed == [Path(CHUNK).parent.name], "whoever named it may not have come so far"
 
 
+def test_a_folder_that_somebody_else_makes_first_is_not_taken_for_flushed(
+    folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, flush, flushed = os.mkdir, os.fsync, list[str]()
+
+    def make_second(name: str, *, dir_fd: int) -> None:
+        make(name, dir_fd=dir_fd)
+        make(name, dir_fd=dir_fd)
+
+    def look(file: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+        flush(file)
+
+    root.mkdir()
+    monkeypatch.setattr(os, "mkdir", make_second)
+    monkeypatch.setattr(os, "fsync", look)
+    folder.put("manifests/1.json", b"{}")
+    assert str(root) in flushed
+
+
 def test_any_number_of_files_is_written_with_few_of_them_open(
     folder: FolderStore, root: Path
 ) -> None:
