@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neural_mri.contract.problems import Problem
 from neural_mri.contract.tokens import Tokens
-from worker.scanner.hooks import awake, hooked, set_aside, tensor_in
+from worker.scanner.hooks import awake, computed_by, hooked, own_forward, set_aside, tensor_in
 from worker.scanner.listening import Cancelled, Listener, Silent
 from worker.scanner.loading import LoadedModel
 from worker.scanner.prompts import ScanOutput
@@ -194,7 +194,7 @@ def _unembedding_in_portions(model: LoadedModel, company: Company) -> Iterator[N
     computes it (`linear_maps`), which gives a row the same digits whatever rows are beside it.
     """
     module, is_ours = model.modules.unembed, awake()
-    whole: Callable[[Tensor], Tensor] | None = vars(module).get("forward")
+    whole = own_forward(module)
     if whole is None or model.device.type != "cpu":
         yield
         return
@@ -209,11 +209,8 @@ def _unembedding_in_portions(model: LoadedModel, company: Company) -> Iterator[N
             found[at : at + _ROWS_AT_ONCE] = whole(rows[at : at + _ROWS_AT_ONCE])
         return found.view(*read.shape[:-1], -1)
 
-    vars(module)["forward"] = forward
-    try:
+    with computed_by({module: forward}):
         yield
-    finally:
-        vars(module)["forward"] = whole
 
 
 @contextmanager
