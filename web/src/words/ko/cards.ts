@@ -24,7 +24,7 @@ export const cards = {
   "How much the part writes with something changed.": "자극을 준 상태에서 부품이 쓰는 양.",
   "How much the part writes with nothing changed.": "자극 없이 부품이 쓰는 양.",
   "How much of the answer one clean value brings back after the subject was drowned or replaced.":
-    "주어를 노이즈로 덮거나 바꾼 뒤, 깨끗한 값 하나가 정답을 얼마나 되살리는지.",
+    "주어를 노이즈로 덮거나 바꾼 뒤, 원본 값 하나가 정답을 얼마나 되살리는지.",
   "What replacing the part does to the answer.": "부품을 대체하면 정답이 어떻게 변하는지.",
   "What replacing the part would do, to first order.": "부품을 대체했을 때의 변화, 1차 추정.",
   "What the part writes straight for the answer, past everything that follows.":
