@@ -36,6 +36,7 @@ export const details = {
   "layer × token": "레이어 × 토큰",
   "layer × tensor": "레이어 × 텐서",
   "layer × component": "레이어 × 컴포넌트",
+  "over tokens": "토큰별",
   "Sagittal column": "시상면의 열",
   "at crosshair: {name}": "십자선: {name}",
   "Acquiring…": "촬영 중…",
@@ -103,7 +104,7 @@ export const details = {
   "Singular values": "특잇값",
   "copies {score}": "복사 {score}",
   "QK: where it looks; OV: what it moves. Rank: stable rank, {formula}. The largest {count}.":
-    "QK: 어디를 보는가, OV: 무엇을 옮기는가. 순위: stable rank, {formula}. 가장 큰 {count}개.",
+    "QK: 어디를 보는가, OV: 무엇을 옮기는가. 랭크: stable rank, {formula}. 가장 큰 {count}개.",
   "Neurons by weight": "가중치순 뉴런",
   "Neurons by |in| |out|": "|in| |out| 순 뉴런",
   "Attention pattern": "어텐션 패턴",
@@ -122,7 +123,10 @@ export const details = {
   Support: "근거",
   "ordinary σ: low is suspicious": "평소 σ: 낮으면 의심",
   "gain in nats, not calibrated": "nats 이득, 보정 안 됨",
-  "{support}, gain {gain} nats": "{support}, 이득 {gain} nats",
+  "{entropy} nats of entropy, p {share}": "엔트로피 {entropy} nats, p {share}",
+  "{support} ordinary σ (low is suspicious), gain {gain} nats":
+    "평소 {support} σ (낮으면 의심), 이득 {gain} nats",
+  "gain {gain} nats, not calibrated": "이득 {gain} nats, 보정 안 됨",
   Findings: "소견",
   "This model has no calibration: values are shown, and nothing can be called unusual.":
     "이 모델은 보정되지 않았습니다. 값은 보이지만 이상이라고 판단할 수 없습니다.",
