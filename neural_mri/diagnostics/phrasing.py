@@ -16,7 +16,10 @@ from neural_mri.contract.findings import (
 )
 from neural_mri.contract.suites import Language
 
-__all__ = ("Phrases", "Said", "number")
+__all__ = ("Phrases", "Said", "is_boundless", "number")
+
+_BOUNDLESS = 1e20
+"""Larger is infinite, as JSON has to write it."""
 
 
 class Said(NamedTuple):
@@ -30,11 +33,16 @@ class Said(NamedTuple):
     evidence: str
 
 
+def is_boundless(interval: Interval) -> bool:
+    """Whether nothing is known of where the value lies: there were too few to tell."""
+    return interval.low < -_BOUNDLESS and interval.high > _BOUNDLESS
+
+
 def number(value: float) -> str:
     """Three digits that count; no zeros for show."""
     if math.isnan(value):
         return "–"
-    if math.isinf(value) or abs(value) > 1e20:
+    if math.isinf(value) or abs(value) > _BOUNDLESS:
         return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
@@ -93,11 +101,13 @@ class Phrases:
         return f"{number(interval.low)} – {number(interval.high)}"
 
     def score(self, score: Score | None, unit: str) -> str:
-        """A score with its interval."""
+        """A score with its interval, where there is one."""
         if score is None or not score.n:
             return "–"
         in_percent = unit in ("share of prompts", "share of layers")
         shown = f"{number(100 * score.value)} %" if in_percent else number(score.value)
+        if is_boundless(score.interval):
+            return shown
         return f"{shown} ({self.interval(score.interval, unit)})"
 
     def say(self, finding: Finding, diagnosis: Diagnosis) -> Said:

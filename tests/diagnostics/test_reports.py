@@ -12,10 +12,12 @@ import pytest
 
 from neural_mri.contract.findings import Diagnosis, Rule, Severity
 from neural_mri.contract.problems import InvalidRequest
-from neural_mri.contract.suites import Language, Suite
+from neural_mri.contract.suites import Expectation, Language, Suite
 from neural_mri.diagnostics import FORMATS, Record, diagnose, render
-from neural_mri.diagnostics.phrasing import number
+from neural_mri.diagnostics.phrasing import Phrases, number
+from neural_mri.diagnostics.pictures import intervals
 from neural_mri.diagnostics.reports import read_diagnosis
+from neural_mri.diagnostics.statistics import UNKNOWN
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,26 @@ def test_the_page_needs_nothing_beside_itself_and_shows_what_a_suite_says_as_tex
     assert "default-src 'none'" in page
     for picture in ET.fromstring(f"<all>{''.join(re.findall('<svg.*?</svg>', page))}</all>"):  # noqa: S314
         assert picture.get("aria-label")
+
+
+def test_a_scale_ends_where_it_says_though_nothing_changed(suite: Suite, baseline: Record) -> None:
+    page = render(diagnose(suite, baseline, baseline), "html")
+    ends = re.findall(r'<text class="tick" x="\d+" y="9.0">([^<]+)</text>', page)
+    assert ends[:2] == ["10", "10"]
+
+
+def test_too_few_prompts_to_tell_have_no_interval_and_no_verdict(
+    suite: Suite, candidate: Record
+) -> None:
+    seen = diagnose(suite, candidate)
+    outcome = msgspec.structs.replace(
+        seen.cases[0],
+        expectation=Expectation.BALANCE,
+        score=msgspec.structs.replace(seen.cases[0].score, value=1.07, n=2, interval=UNKNOWN),
+    )
+    assert "∞" not in intervals([outcome], Phrases(Language.EN))
+    assert 'class="dot unclear"' in intervals([outcome], Phrases(Language.EN))
+    assert Phrases(Language.EN).score(outcome.score, "nats") == "1.07"
 
 
 def test_markdown_escapes_what_a_suite_says(failed: Diagnosis) -> None:

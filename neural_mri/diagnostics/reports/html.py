@@ -93,7 +93,11 @@ def _counts(diagnosis: Diagnosis, phrases: Phrases) -> str:
     for finding in diagnosis.findings:
         found[finding.severity] += 1
     boxes = [
-        (number(count), phrases(f"severity_{severity.value}"), severity.value)
+        (
+            number(count),
+            phrases(f"{'severity' if count == 1 else 'severities'}_{severity.value}"),
+            severity.value,
+        )
         for severity, count in found.items()
     ]
     asked = sum(case.asked for case in diagnosis.cases)
