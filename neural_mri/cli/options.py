@@ -115,10 +115,20 @@ PlotFile = Annotated[
 ]
 Prompt = Annotated[str, typer.Argument(help="Text to scan; `-` reads it from standard input.")]
 
+
+def read_token(text: str) -> str:
+    """A token's text: what is no text at all is no token, whatever the model."""
+    if not text:
+        raise typer.BadParameter("the text is empty: expected a token, such as ' Paris'")
+    return text
+
+
 Answer = Annotated[
     str | None,
     typer.Option(
         "--answer",
+        parser=read_token,
+        metavar="TOKEN",
         help="The next token asked about, with its space: ' Paris'.",
         show_default="the likeliest",
     ),
@@ -126,7 +136,10 @@ Answer = Annotated[
 Foil = Annotated[
     str | None,
     typer.Option(
-        "--foil", help="A token to compare with: the metric becomes logit(answer) - logit(foil)."
+        "--foil",
+        parser=read_token,
+        metavar="TOKEN",
+        help="A token to compare with: the metric becomes logit(answer) - logit(foil).",
     ),
 ]
 At = Annotated[

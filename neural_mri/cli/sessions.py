@@ -55,6 +55,19 @@ def _read_revision(text: str) -> str:
     return text
 
 
+def _read_link(text: str) -> str:
+    if re.fullmatch(r"[0-9a-f]{12}", text) is None:
+        # Not the text: what is pasted here by mistake is the link itself, which is a secret.
+        raise typer.BadParameter("this is not a link's id: expected 12 hexadecimal digits")
+    return text
+
+
+def _read_name(text: str) -> str:
+    if not text.strip():
+        raise typer.BadParameter("the name is empty: expected text")
+    return text
+
+
 SessionId = Annotated[UUID, typer.Argument(metavar="ID", parser=_read_id, help="The session's id.")]
 AtRevision = Annotated[
     str | None,
@@ -119,7 +132,7 @@ def show(
 
 @commands.command()
 def save(
-    name: Annotated[str, typer.Argument(help="What the session is called.")],
+    name: Annotated[str, typer.Argument(parser=_read_name, help="What the session is called.")],
     jobs: Annotated[
         list[str], typer.Argument(help="Ids of scans that have succeeded, in the order wanted.")
     ],
@@ -213,7 +226,7 @@ def fork(
 @commands.command()
 def rename(
     session_id: SessionId,
-    name: Annotated[str, typer.Argument(help="What it shall be called.")],
+    name: Annotated[str, typer.Argument(parser=_read_name, help="What it shall be called.")],
     as_json: options.Json = False,
     url: options.Url = None,
 ) -> None:
@@ -248,7 +261,10 @@ def delete(
     with options.open_client(url) as client:
         view = client.sessions.get(session_id)
         if not yes:
-            typer.confirm(f"Delete {view.name!r} and its {view.revision} revisions?", abort=True)
+            revisions = (
+                "its only revision" if view.revision == 1 else f"its {view.revision} revisions"
+            )
+            typer.confirm(f"Delete {view.name!r} and {revisions}?", abort=True)
         client.sessions.delete(session_id)
     note(f"deleted {session_id}")
 
@@ -257,7 +273,13 @@ def delete(
 def share(
     session_id: SessionId,
     access: Annotated[
-        ShareAccess, typer.Option("--access", help="What the link allows.")
+        ShareAccess,
+        typer.Option(
+            "--access",
+            parser=options.one_of(ShareAccess),
+            metavar="|".join(ShareAccess),
+            help="What the link allows.",
+        ),
     ] = ShareAccess.READ,
     redact: Annotated[
         bool,
@@ -303,7 +325,10 @@ def share(
 @commands.command()
 def revoke(
     session_id: SessionId,
-    link: Annotated[str, typer.Argument(help="The link's id, as `share --list` names it.")],
+    link: Annotated[
+        str,
+        typer.Argument(parser=_read_link, help="The link's id, as `share --list` names it."),
+    ],
     as_json: options.Json = False,
     url: options.Url = None,
 ) -> None:

@@ -136,7 +136,7 @@ def read_file(path: Path) -> OpenedSession:
     exchange = Exchange(None, timeout_seconds=1.0, patience_seconds=0.0, headers={})
     file = path.open("rb")
     try:
-        archive = _archive(file)
+        archive = open_archive(file, largest=_LARGEST_FILE)
         document = msgspec.json.decode(archive.document(), type=SessionDocument)
         return OpenedSession(exchange, file, document, archive.name)
     except (msgspec.DecodeError, InvalidArchive) as error:
