@@ -48,7 +48,7 @@ export const details = {
   "the likeliest": "가장 유력한 것",
   Foil: "오답",
   "none: log-probability": "없음: 로그 확률",
-  Corrupt: "변형 프롬프트",
+  Corrupt: "변형",
   "none: mean ablation": "없음: 평균 절제",
   Method: "방법",
   "This method needs a corrupt prompt.": "이 방법에는 변형 프롬프트가 필요합니다.",
