@@ -14,9 +14,9 @@ export const cards = {
     "텐서의 나머지에서 크게 벗어난 가중치의 비율.",
   "The part's largest weight.": "그 부품의 가장 큰 가중치.",
   "Whether the head writes what it reads: 1 copies, −1 writes the opposite.":
-    "head가 읽은 것을 그대로 쓰는지: 1은 복사, −1은 반대로 씀.",
+    "헤드가 읽은 것을 그대로 쓰는지: 1은 복사, −1은 반대로 씀.",
   "How much the part writes to the residual stream at the token.":
-    "그 토큰에서 부품이 residual stream에 쓰는 양.",
+    "그 토큰에서 부품이 잔차 스트림에 쓰는 양.",
   "How much more or less the part writes once something was changed.":
     "자극 후 부품이 더 쓰거나 덜 쓰는 양.",
   "How far the part's write moved, whichever way.":

@@ -85,7 +85,7 @@ export const frame = {
   estimates: "추정치",
   acquiring: "촬영 중",
   "prompt hidden": "프롬프트 숨김",
-  "all heads": "모든 head",
+  "all heads": "모든 헤드",
   "rank {rank}": "순위 {rank}",
   measured: "측정값",
   estimate: "추정치",
