@@ -521,9 +521,10 @@ def _print_scan(scan: ScanDifference, console: Console) -> None:
             f"{table.root_mean_square:.4g}, largest {table.largest or 0:.4g}{rank}"
         )
     )
+    # In the order of their largest: a mean over tokens alone would look like no order at all.
     print_signed(
         [row.component for row in table.strongest],
         [row.difference for row in table.strongest],
-        [row.quantity or "" for row in table.strongest],
+        [f"mean, largest {row.largest:.4g} {row.quantity or ''}" for row in table.strongest],
         console,
     )

@@ -98,6 +98,7 @@ def test_what_differs_is_printed_with_its_components(
     told = shell("sessions", "diff", *sides)
     assert "changed: fMRI" in told.out
     assert re.search(r"root mean square \d", told.out)
+    assert re.search(r"mean, largest \d", told.out)
     assert re.search(r"blocks\.\d\.\w+ +[+-]\d", told.out)
     assert shell("sessions", "diff", *sides, "--json").json["scans"][0]["change"] == "changed"
     more = shell("sessions", "save", "x", second, "--into", sides[0], "--json").json
