@@ -176,7 +176,7 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
     # Whoever looks on does not wait for rows that nobody waits for.
     in_no_hurry = select(head.c.lane).scalar_subquery() != Lane.INTERACTIVE
     batch = (
-        select(_job.id)
+        select(_job.id, _job.estimated_cost)
         .where(
             of_queue,
             _job.batch_key == select(head.c.batch_key).scalar_subquery(),
@@ -187,6 +187,7 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
         .with_for_update(skip_locked=True)
         .cte("batch")
     )
+    whole = select(func.sum(batch.c.estimated_cost)).scalar_subquery()
     return (
         update(JOBS)
         .where(_job.id.in_(select(batch.c.id)))
@@ -196,6 +197,7 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
             lease_owner=bindparam("holder"),
             lease_until=epoch() + bindparam("seconds", type_=Double),
             started_at=epoch(),
+            claim_share=_job.estimated_cost / func.nullif(whole, 0.0),
         )
         .returning(*_job)
     )
