@@ -1,5 +1,6 @@
 """Saved sessions: made, opened, saved, listed, forked, followed."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -27,7 +28,9 @@ from api.session_contents import add_scan, content_of, tell_saved
 from api.session_streams import SessionFollowing
 from api.streams import MEDIA_TYPE, event_stream
 from neural_mri.backing import sessions
+from neural_mri.backing.audit import Deed
 from neural_mri.backing.sessions import Made
+from neural_mri.contract.auth import AuditAction
 from neural_mri.contract.sessions import (
     NewScan,
     NewSession,
@@ -264,8 +267,14 @@ async def change_session(
 async def delete_session(session_id: FromPath[UUID], services: NamedDependency[Services]) -> None:
     """Delete a session."""
     await own_session(services, session_id)
-    await services.sessions.write(sessions.delete_session, session_id)
+    await services.act(_deleted(session_id), sessions.delete_session, session_id)
     await services.publisher.publish(session_id, SessionClosed())
+
+
+def _deleted(session_id: UUID) -> Callable[[bool], Deed | None]:
+    """The deed of a deletion, where there was something to delete."""
+    deed = Deed(AuditAction.SESSION_DELETED, str(session_id), {})
+    return lambda was_there: deed if was_there else None
 
 
 @post(
