@@ -360,9 +360,26 @@ def get(session: Session, job_id: UUID) -> Job | None:
     return _job_of(_run(session, statements.GET, {"job_id": job_id}))
 
 
-def recent(session: Session, owner: str, limit: int = 50) -> list[Job]:
-    """An owner's latest jobs, newest first."""
-    rows = _run(session, statements.RECENT, {"who": owner, "most": limit})
+def recent(
+    session: Session,
+    owner: str,
+    limit: int = 50,
+    *,
+    after: UUID | None = None,
+    scan_key: str | None = None,
+) -> list[Job]:
+    """An owner's latest jobs, newest first, of those older than one of them.
+
+    A scan key may be given by its first digits. Nothing is older than a job that is not there.
+    """
+    parameters: dict[str, Any] = {"who": owner, "most": limit}
+    if after is not None:
+        parameters["last"] = after
+    if scan_key is not None:
+        # Beyond every hexadecimal digit: a range, which an index serves where LIKE may not be.
+        parameters |= {"key_from": scan_key, "key_to": f"{scan_key}g"}
+    wanted = statements.recent(before_one=after is not None, of_a_scan=scan_key is not None)
+    rows = _run(session, wanted, parameters)
     return [Job.of_row(row) for row in rows]
 
 

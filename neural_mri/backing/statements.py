@@ -132,13 +132,28 @@ MADE = select(*_job).where(
 )
 """The job as a move has left it. Parameters: job_id, held_attempt, to, path."""
 
-RECENT = (
-    select(*_job)
-    .where(_job.owner == bindparam("who"))
-    .order_by(_job.created_at.desc(), _job.id.desc())
-    .limit(bindparam("most", type_=Integer))
-)
-"""Newest first. Parameters: who, most."""
+
+@cache
+def recent(*, before_one: bool, of_a_scan: bool) -> Select[Any]:
+    """An owner's jobs, newest first; those older than one of them; those of a scan key that begins so.
+
+    Parameters: who, most; last; key_from and key_to.
+    """
+    wanted = select(*_job).where(_job.owner == bindparam("who"))
+    if before_one:
+        last = JOBS.alias("last").c
+        at = select(last.created_at).where(last.id == bindparam("last")).scalar_subquery()
+        wanted = wanted.where(
+            _job.created_at <= at, or_(_job.created_at < at, _job.id < bindparam("last"))
+        )
+    if of_a_scan:
+        wanted = wanted.where(
+            _job.scan_key >= bindparam("key_from"), _job.scan_key < bindparam("key_to")
+        )
+    return wanted.order_by(_job.created_at.desc(), _job.id.desc()).limit(
+        bindparam("most", type_=Integer)
+    )
+
 
 QUEUED_BY_QUEUE = (
     select(_job.queue, func.count().label("waiting")).where(_WAITING).group_by(_job.queue)

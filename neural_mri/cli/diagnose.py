@@ -292,6 +292,6 @@ def _gates(diagnosis: Diagnosis, phrases: Phrases) -> Table:
             f"{gate.changed} / {gate.tested}",
             phrases.quantity(gate.largest, gate.unit),
             number(gate.p_value),
-            gate.where or "",
+            phrases.place(gate.where, diagnosis) if gate.where else "",
         )
     return table

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from neural_mri.cli import options, outcomes
 from neural_mri.cli.options import Outputs
-from neural_mri.cli.terminal import print_json, standard_output
+from neural_mri.cli.terminal import note, print_json, standard_output
 from neural_mri.contract.jobs import JobState, JobView
 
 __all__ = ("cancel", "job", "jobs", "result")
@@ -60,12 +60,26 @@ def jobs(
             parser=options.whole_number(1, 200), metavar="N", help="How many, the newest first."
         ),
     ] = 20,
+    after: Annotated[
+        UUID | None,
+        typer.Option(
+            metavar="ID",
+            parser=_read_id,
+            help="Only older ones than this: the last of those shown.",
+        ),
+    ] = None,
+    scan_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Only those of this scan, by its key or the first 16 digits of it."
+        ),
+    ] = None,
     as_json: options.Json = False,
     url: options.Url = None,
 ) -> None:
     """List the latest jobs."""
     with options.open_client(url) as client:
-        listed = client.jobs(limit)
+        listed = client.jobs(limit, after=after, scan_key=scan_key)
     if as_json:
         print_json([outcomes.job_document(view) for view in listed])
         return
@@ -81,6 +95,8 @@ def jobs(
             f"{view.created_at:%Y-%m-%d %H:%M:%S}",
         )
     standard_output().print(table)
+    if len(listed) == limit:
+        note(f"older ones: --after {listed[-1].id}")
 
 
 def result(

@@ -104,9 +104,11 @@ class Batches:
             raise
         return list(self.outcomes(batch))
 
-    def list(self, limit: int = 20) -> list[BatchView]:
-        """The latest batches, newest first."""
+    def list(self, limit: int = 20, *, after: BatchReference | None = None) -> list[BatchView]:
+        """The latest batches, newest first; only those older than `after`, the last of the page before."""
         query = {"limit": str(limit)}
+        if after is not None:
+            query["after"] = str(after.id if isinstance(after, BatchView) else after)
         return self._exchange.ask(list[BatchView], "GET", "/api/batches", query=query)
 
     def get(self, batch: BatchReference) -> BatchView:

@@ -509,9 +509,26 @@ class Client:
         """How a job stands now."""
         return self._exchange.ask(JobView, "GET", f"/api/jobs/{_id(job)}")
 
-    def jobs(self, limit: int = 50) -> list[JobView]:
-        """The latest jobs, newest first."""
-        return self._exchange.ask(list[JobView], "GET", "/api/jobs", query={"limit": str(limit)})
+    def jobs(
+        self,
+        limit: int = 50,
+        *,
+        after: JobReference | None = None,
+        scan_key: str | None = None,
+    ) -> list[JobView]:
+        """The latest jobs, newest first.
+
+        Args:
+            limit: How many at most, up to 200.
+            after: Only such as are older than this one, which is the last of the page before.
+            scan_key: Only those of this scan: its key, or at least the first 16 digits of it.
+        """
+        query = {"limit": str(limit)}
+        if after is not None:
+            query["after"] = str(_id(after))
+        if scan_key is not None:
+            query["scan_key"] = scan_key
+        return self._exchange.ask(list[JobView], "GET", "/api/jobs", query=query)
 
     def cancel(self, job: JobReference) -> JobView:
         """Ask for a job to be stopped: at once where it is queued, else at its next checkpoint."""

@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from neural_mri.contract.findings import (
+    EVERYWHERE,
     Diagnosis,
     Evidence,
     Finding,
@@ -62,6 +63,8 @@ class Phrases:
         self._frame: dict[str, str] = words["report"]
         self._measures: dict[str, str] = words["measures"]
         self._units: dict[str, str] = words["units"]
+        self._scans: dict[str, str] = words["scans"]
+        self._quantities: dict[str, str] = words["quantities"]
         self._rules: dict[str, dict[str, str]] = words["rules"]
 
     def __call__(self, name: str, **filled: object) -> str:
@@ -75,6 +78,19 @@ class Phrases:
     def unit(self, name: str) -> str:
         """A unit; one without a translation stands as it is."""
         return self._units.get(name, name)
+
+    def scan(self, name: str) -> str:
+        """A scan's name; a modality's is the same everywhere."""
+        return self._scans.get(name, name)
+
+    def place(self, label: str | None, diagnosis: Diagnosis) -> str:
+        """Where something is: a component by its label, a case by its title, or everything at once."""
+        if label is None:
+            return "–"
+        if label == EVERYWHERE:
+            return self("all_components")
+        titles = {case.id: self.of(case.title) for case in diagnosis.cases}
+        return titles.get(label, label)
 
     def severity(self, severity: Severity | None) -> str:
         """A severity; `passed` where there is none."""
@@ -120,9 +136,8 @@ class Phrases:
         }
         if isinstance(share := finding.numbers.get("share"), float):
             filled["share"] = f"{100 * share:.0f} %"
-        label = str(filled.get("label", ""))
         filled |= {
-            "label": titles.get(label, label),
+            "label": self.place(str(filled.get("label", "")), diagnosis),
             "case": titles.get(finding.case or "", finding.case or ""),
             "value": self.quantity(evidence.value, evidence.unit),
             "interval": self.interval(evidence.interval, evidence.unit),
@@ -130,7 +145,7 @@ class Phrases:
             "layer": "–" if evidence.layer is None else evidence.layer,
             "n": evidence.n,
             "p": "–" if evidence.p_value is None else number(evidence.p_value),
-            "quantity": evidence.quantity,
+            "quantity": self._quantities.get(evidence.quantity, evidence.quantity),
         }
         words = self._rules[finding.rule.value]
         said = {name: words[name].format(**filled) for name in Said._fields if name in words}
@@ -151,7 +166,8 @@ class Phrases:
         if evidence.n:
             parts.append(f"n = {evidence.n}")
         parts += [
-            f"{self('scan').lower()} {evidence.scan} {key[:16]}" for key in evidence.scan_keys[:1]
+            f"{self('scan').lower()} {self.scan(evidence.scan)} {key[:16]}"
+            for key in evidence.scan_keys[:1]
         ]
         return " · ".join(part for part in parts if part)
 

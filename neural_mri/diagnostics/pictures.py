@@ -40,7 +40,7 @@ def _colour(stops: Sequence[tuple[float, tuple[int, int, int]]], at: float) -> s
     return "#ffffff"
 
 
-def heat_map(grid: Grid, phrases: Phrases) -> str:
+def heat_map(grid: Grid, title: str, phrases: Phrases) -> str:
     """Layers from left to right, heads from top to bottom, the MLP below them."""
     n_layers, n_columns = len(grid.rows), len(grid.columns)
     step = (_WIDTH - _LEFT - _RIGHT) / max(n_layers, 1)
@@ -50,7 +50,7 @@ def heat_map(grid: Grid, phrases: Phrases) -> str:
     values = [abs(value) for row in grid.rows for value in row if value is not None]
     largest = max(values, default=0.0) or 1.0
     tall = n_columns * height + 8
-    told = f"{grid.name}: {phrases('largest')} {number(largest)} {phrases.unit(grid.unit)}"
+    told = f"{title}: {phrases('largest')} {number(largest)} {phrases.unit(grid.unit)}"
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {tall + 34:.0f}" role="img" aria-label="{escape(told)}">',
     ]
@@ -137,7 +137,7 @@ def _legend(largest: float, tall: float, *, signed: bool) -> Iterable[str]:
 _CURVES = ("#00ffaa", "#8899aa")
 
 
-def curves(trajectories: Sequence[Trajectory]) -> str:
+def curves(trajectories: Sequence[Trajectory], title: str) -> str:
     """Medians with bands over layers; the first curve is the candidate's."""
     width, height, left, bottom = 505, 210, 46, 26
     known = [
@@ -158,9 +158,7 @@ def curves(trajectories: Sequence[Trajectory]) -> str:
     def y(value: float) -> float:
         return 8 + (height - bottom - 8) * (high - value) / ((high - low) or 1.0)
 
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(trajectories[0].name)}">'
-    ]
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     for value in _ticks(low, high):
         parts.append(
             f'<line class="rule" x1="{left}" x2="{width - 8}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'

@@ -90,6 +90,42 @@ def test_a_session_is_kept_shown_and_taken_away(
     assert damaged.code == ExitCode.FAILED
 
 
+def test_older_jobs_and_batches_are_listed_after_those_shown(
+    shell: Shell, api: httpx.Client
+) -> None:
+    jobs = [
+        api.post("/api/scan/activation", json={"prompt": f"a {n}"}).json()["id"] for n in range(3)
+    ]
+    first = shell("jobs", "--limit", "2")
+    assert [line.split()[0] for line in first.out.splitlines()[1:]] == jobs[:0:-1]
+    (said,) = re.findall(r"--after \S+", first.err)
+    rest = shell("jobs", *said.split(), "--json")
+    assert [job["id"] for job in rest.json] == jobs[:1]
+    assert rest.err == ""
+    assert shell("jobs", "--after", NOBODYS).code == ExitCode.FAILED
+    scans = {"scans": [{"scan_mode": "T1"}]}
+    batches = [api.post("/api/batches", json=scans).json()["id"] for _ in range(2)]
+    latest = shell("batch", "list", "--limit", "1")
+    assert batches[1] in latest.out
+    (said,) = re.findall(r"--after \S+", latest.err)
+    assert [batch["id"] for batch in shell("batch", "list", *said.split(), "--json").json] == (
+        batches[:1]
+    )
+
+
+def test_a_scan_that_a_report_names_is_opened_by_the_digits_it_prints(
+    shell: Shell, api: httpx.Client, world: World
+) -> None:
+    job = scanned(api, world)
+    scanned(api, world, "a b")
+    key = api.get(f"/api/jobs/{job}/manifest").json()["scan_key"]
+    found = shell("jobs", "--scan-key", key[:16], "--json").json
+    assert [each["id"] for each in found] == [job]
+    refused = shell("jobs", "--scan-key", "L1H0")
+    assert refused.code != ExitCode.DONE
+    assert "L1H0" in refused.err
+
+
 def test_what_differs_is_printed_with_its_components(
     shell: Shell, api: httpx.Client, world: World
 ) -> None:
