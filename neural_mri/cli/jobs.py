@@ -1,5 +1,6 @@
 """`neural-mri job`, `jobs`, `result` and `cancel`."""
 
+import re
 from typing import Annotated
 from uuid import UUID
 
@@ -20,6 +21,14 @@ def _read_id(text: str) -> UUID:
         return UUID(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a job's id: expected a UUID") from None
+
+
+def _read_scan_key(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{16,64}", text):
+        raise typer.BadParameter(
+            f"{text!r} is not a scan's key: expected 16 to 64 hexadecimal digits"
+        )
+    return text
 
 
 JobId = Annotated[UUID, typer.Argument(metavar="ID", parser=_read_id, help="The job's id.")]
@@ -71,7 +80,9 @@ def jobs(
     scan_key: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY", help="Only those of this scan, by its key or the first 16 digits of it."
+            metavar="KEY",
+            parser=_read_scan_key,
+            help="Only those of this scan, by its key or the first 16 digits of it.",
         ),
     ] = None,
     as_json: options.Json = False,

@@ -122,8 +122,8 @@ def test_a_scan_that_a_report_names_is_opened_by_the_digits_it_prints(
     found = shell("jobs", "--scan-key", key[:16], "--json").json
     assert [each["id"] for each in found] == [job]
     refused = shell("jobs", "--scan-key", "L1H0")
-    assert refused.code != ExitCode.DONE
-    assert "L1H0" in refused.err
+    assert refused.code == ExitCode.USAGE
+    assert "'L1H0' is not a scan's key" in refused.err
 
 
 def test_what_differs_is_printed_with_its_components(
