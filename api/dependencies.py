@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from api.hub import Hub
 from api.metrics import Metrics
 from api.outlook import Outlook
+from api.rates import Rates
 from api.tokenization import Tokenizers
 from neural_mri.backing import audit, following, jobs, models
 from neural_mri.backing.access import LOCAL, load_pepper
@@ -63,6 +64,7 @@ class Services:
     hub: Hub
     outlook: Outlook
     metrics: Metrics
+    rates: Rates
     pepper: bytes = field(repr=False)
     """What keys and sessions are hashed under."""
     caller: Identity = LOCAL
@@ -208,6 +210,7 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
         hub=Hub(settings, redis, ended),
         outlook=Outlook(settings, sessions, redis),
         metrics=metrics,
+        rates=Rates(redis),
         pepper=load_pepper(settings),
     )
     services.hub.start()

@@ -21,6 +21,7 @@ __all__ = (
     "manifest_path",
     "packed_path",
     "placement_queue",
+    "rate",
     "scan_queue",
     "tokenizer_path",
     "watched",
@@ -64,6 +65,11 @@ def watched(job_id: UUID) -> str:
 def cancel_flag(job_id: UUID) -> str:
     """Redis key set while a running job is asked to stop."""
     return f"cancel:{job_id}"
+
+
+def rate(who: str) -> str:
+    """Redis key that counts a caller's requests of a minute, and is gone after it."""
+    return f"rate:{who}"
 
 
 def heartbeat(worker: str) -> str:
