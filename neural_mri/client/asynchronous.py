@@ -164,7 +164,7 @@ class AsyncClient(_InThreads[Client]):
         base_url: str | None = None,
         *,
         timeout_seconds: float = 30.0,
-        patience_seconds: float = 60.0,
+        patience_seconds: float | None = None,
         headers: Mapping[str, str] | None = None,
         api_key: str | None = None,
     ) -> None:

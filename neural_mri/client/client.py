@@ -12,7 +12,7 @@ import msgspec
 from neural_mri.client.batches import Batches
 from neural_mri.client.diagnosing import Progress, ServiceScans, diagnosed, silent
 from neural_mri.client.errors import ClientError
-from neural_mri.client.exchange import Exchange
+from neural_mri.client.exchange import Exchange, once
 from neural_mri.client.result import Result
 from neural_mri.client.sessions import Sessions
 from neural_mri.client.watching import follow, wait_for
@@ -70,8 +70,10 @@ class Client:
     """A connection to one service. Use it as a context manager, or `close` it.
 
     `scan_*`, `perturb`, `patching`, `trace`, `calibrate` and `run` wait and give the `Result`; `submit`,
-    `load` and `unload` give the job at once, to be followed with `watch` or `wait`. Any method raises `Unreachable` when nobody answers and `Refused`,
-    with the service's problem document, when the service says no.
+    `load` and `unload` give the job at once, to be followed with `watch` or `wait`. Any method raises
+    `Unreachable` when nobody answers and `Refused`, with the service's problem document, when the service says
+    no. A service that is restarted, busy or full is asked again first, in its own time and for as long as
+    `patience_seconds`, where that cannot do a thing twice.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Client:
         base_url: str | None = None,
         *,
         timeout_seconds: float = 30.0,
-        patience_seconds: float = 60.0,
+        patience_seconds: float | None = None,
         headers: Mapping[str, str] | None = None,
         api_key: str | None = None,
     ) -> None:
@@ -89,10 +91,12 @@ class Client:
             base_url: Where the service is; by default the environment's `NMRI_URL`, or else
                 `http://127.0.0.1:8642`. Raises `ValueError` when it is no HTTP address.
             timeout_seconds: How long to wait for an answer to any one request.
-            patience_seconds: How long a broken event stream is tried again before giving up.
+            patience_seconds: How long one call goes on when a service that was there is not, or says that it is
+                busy or full; by default the environment's `NMRI_PATIENCE`, or else 60. 0: not at all.
             headers: Sent with every request, for a service behind a gateway of its own.
             api_key: Who asks, where the service wants to know; by default the environment's
-                `NMRI_API_KEY`. Raises `ValueError` when it is no key.
+                `NMRI_API_KEY`; empty for none whatever the environment says. Raises `ValueError` when it
+                is no key.
         """
         self._exchange = Exchange(
             base_url,
@@ -155,16 +159,18 @@ class Client:
     def load(self, name: str) -> JobView:
         """Ask a worker to hold a model, so that scans of it start at once."""
         body = msgspec.json.encode(ModelRequest(model=name))
-        return self._exchange.ask(JobView, "POST", "/api/model/load", body=body)
+        return self._exchange.ask(JobView, "POST", "/api/model/load", body=body, headers=once(None))
 
     def unload(self, name: str) -> JobView:
         """Ask the workers to let a model go. Pinned models are refused."""
-        return self._exchange.ask(JobView, "DELETE", "/api/model/unload", query={"model": name})
+        return self._exchange.ask(
+            JobView, "DELETE", "/api/model/unload", query={"model": name}, headers=once(None)
+        )
 
     def tokenize(self, prompt: str, *, model: str | None = None) -> Tokens:
         """The prompt as the model reads it."""
         body = msgspec.json.encode({"model": model, "prompt": prompt})
-        return self._exchange.ask(Tokens, "POST", "/api/tokenize", body=body)
+        return self._exchange.ask(Tokens, "POST", "/api/tokenize", body=body, repeatable=True)
 
     # Scans, start to end
 
@@ -497,13 +503,27 @@ class Client:
 
     # Jobs
 
-    def submit(self, scan: Scan, *, lane: Lane = Lane.INTERACTIVE) -> JobView:
+    def submit(
+        self,
+        scan: Scan,
+        *,
+        lane: Lane = Lane.INTERACTIVE,
+        idempotency_key: str | None = None,
+    ) -> JobView:
         """Ask for a scan; the job may be finished already, when its result was known.
 
-        `lane` says how soon it should run: many scans at once belong in the batch lane.
+        `lane` says how soon it should run: many scans at once belong in the batch lane. `idempotency_key` is
+        your own word for this request: sent again within a day, also by another program, it makes no second
+        job. Without one the client makes one up, so that it may send the request again itself.
         """
-        path, query = _PATHS[kind_of(scan)], {"lane": lane.value}
-        return self._exchange.ask(JobView, "POST", path, body=encode_scan(scan), query=query)
+        return self._exchange.ask(
+            JobView,
+            "POST",
+            _PATHS[kind_of(scan)],
+            body=encode_scan(scan),
+            query={"lane": lane.value},
+            headers=once(idempotency_key),
+        )
 
     def job(self, job: JobReference) -> JobView:
         """How a job stands now."""

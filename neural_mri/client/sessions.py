@@ -17,9 +17,9 @@ from uuid import UUID
 import msgspec
 
 from neural_mri.client.errors import Damaged, NotUnderstood
-from neural_mri.client.exchange import Exchange, decoded
+from neural_mri.client.exchange import DEFAULT_URL, Exchange, FileBody, decoded, pieces
 from neural_mri.client.result import Result
-from neural_mri.client.watching import NO_HEADERS, QUIET_SECONDS, messages
+from neural_mri.client.watching import NO_HEADERS, messages
 from neural_mri.contract.archives import SESSION_FILE, Archive, InvalidArchive, open_archive
 from neural_mri.contract.jobs import JobView
 from neural_mri.contract.perturbations import Perturbation
@@ -133,7 +133,9 @@ class OpenedSession:
 
 def read_file(path: Path) -> OpenedSession:
     """A session's file, without any service. Raises `Damaged`, which names what is wrong in it."""
-    exchange = Exchange(None, timeout_seconds=1.0, patience_seconds=0.0, headers={})
+    exchange = Exchange(
+        DEFAULT_URL, timeout_seconds=1.0, patience_seconds=0.0, headers={}, api_key=""
+    )
     file = path.open("rb")
     try:
         archive = open_archive(file, largest=_LARGEST_FILE)
@@ -259,7 +261,8 @@ class Sessions:
 
     def delete(self, session: SessionReference) -> None:
         """Delete it, its revisions and its links."""
-        self._exchange.send("DELETE", _path(session))
+        # The second of two would be told that there is no such session.
+        self._exchange.send("DELETE", _path(session), repeatable=False)
 
     def difference(
         self,
@@ -283,8 +286,7 @@ class Sessions:
         """Write the session into one file."""
         query = {} if revision is None else {"revision": revision}
         with self._download(f"{_path(session)}/export", query) as file, path.open("wb") as written:
-            while part := file.read(1 << 20):
-                written.write(part)
+            written.writelines(pieces(file))
 
     def import_file(self, path: Path) -> SessionDetail:
         """Take in a session's file. Raises `Refused`, whose `members["entry"]` names what is wrong in it."""
@@ -292,7 +294,7 @@ class Sessions:
             SessionDetail,
             "POST",
             "/api/sessions/import",
-            body=_pieces(path),
+            body=FileBody(path),
             headers={"Content-Type": SESSION_FILE},
         )
 
@@ -417,11 +419,7 @@ def _downloaded(
 ) -> IO[bytes]:
     """An answer of any length, as a file."""
     file = tempfile.SpooledTemporaryFile(_SPOOLED)  # noqa: SIM115 -- it outlives this
-    with exchange.stream(
-        path, headers=headers, quiet_seconds=QUIET_SECONDS, query=query
-    ) as response:
-        for chunk in response.iter_bytes():
-            file.write(chunk)
+    exchange.download(path, file, headers=headers, query=query)
     file.seek(0)
     return file
 
@@ -483,9 +481,3 @@ def _uuid(text: str, whose: str) -> UUID:
         return UUID(text)
     except ValueError:
         raise ValueError(f"{text!r} is not {whose}'s id: expected a UUID") from None
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            yield part
