@@ -19,6 +19,7 @@ from neural_mri.cli import (
     scans,
     sessions,
     stimulation,
+    users,
 )
 from neural_mri.cli.exits import EXIT_CODES, ExitCode, exit_code_of
 from neural_mri.cli.terminal import complain, print_json, standard_output
@@ -51,6 +52,9 @@ app.command()(diagnose.report)
 app.add_typer(batch.commands, name="batch")
 app.add_typer(sessions.commands, name="sessions")
 app.add_typer(keys.commands, name="keys")
+app.add_typer(users.commands, name="users")
+app.command()(users.usage)
+app.command()(users.audit)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 import typer
 
 from neural_mri.client import DEFAULT_URL, URL_VARIABLE, Client
+from neural_mri.client.access import Access
 from neural_mri.client.errors import needing
 from neural_mri.contract.components import Component
 from neural_mri.contract.jobs import Lane
@@ -207,6 +208,14 @@ def open_client(url: str | None) -> Client:
         return Client(url)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--url") from error
+
+
+def open_access(url: str | None) -> Access:
+    """What keys and users are asked after. Raises `typer.BadParameter` where the address is none."""
+    try:
+        return Access(url)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def read_prompt(prompt: str) -> str:

@@ -10,16 +10,18 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, update_wrapper
 from types import MethodType, TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
+from neural_mri.client.access import Access
 from neural_mri.client.batches import Batches
 from neural_mri.client.client import Client
 from neural_mri.client.sessions import Sessions
 
-__all__ = ("AsyncBatches", "AsyncClient", "AsyncSessions")
+__all__ = ("AsyncAccess", "AsyncBatches", "AsyncClient", "AsyncSessions")
 
 P = ParamSpec("P")
 Plain = TypeVar("Plain")
+Closed = TypeVar("Closed", bound="_Closes")
 Answer = TypeVar("Answer")
 
 _MOST_CALLS = 64
@@ -150,7 +152,64 @@ class AsyncSessions(_InThreads[Sessions]):
     list = _Called(Sessions.list)
 
 
-class AsyncClient(_InThreads[Client]):
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+class _Opened(_InThreads[Closed]):
+    """What is closed in the end, with its threads."""
+
+    async def close(self) -> None:
+        """Close the connections. What still waits ends with `Unreachable`."""
+        await asyncio.to_thread(self.plain.close)
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncAccess(_Opened[Access]):
+    """`Access`, awaited. Use it as an asynchronous context manager, or `close` it."""
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        timeout_seconds: float = 30.0,
+        patience_seconds: float | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        """Make one; nothing is sent yet. Arguments and errors are `Access`'s."""
+        access = Access(
+            base_url,
+            timeout_seconds=timeout_seconds,
+            patience_seconds=patience_seconds,
+            api_key=api_key,
+        )
+        super().__init__(access, _threads())
+
+    create = _Called(Access.create)
+    keys = _Called(Access.keys)
+    revoke = _Called(Access.revoke)
+    usage = _Called(Access.usage)
+    users = _Called(Access.users)
+    set_limits = _Called(Access.set_limits)
+    audit = _Streamed(Access.audit)
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="neural-mri")
+
+
+class AsyncClient(_Opened[Client]):
     """A `Client` whose methods are awaited. Use it as an asynchronous context manager, or `close` it.
 
         async with AsyncClient() as mri:
@@ -176,7 +235,7 @@ class AsyncClient(_InThreads[Client]):
             headers=headers,
             api_key=api_key,
         )
-        super().__init__(client, ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="neural-mri"))
+        super().__init__(client, _threads())
 
     @property
     def batches(self) -> AsyncBatches:
@@ -193,24 +252,9 @@ class AsyncClient(_InThreads[Client]):
         """Where the service is."""
         return self.plain.base_url
 
-    async def close(self) -> None:
-        """Close the connections. What still waits ends with `Unreachable`."""
-        await asyncio.to_thread(self.plain.close)
-        self.threads.shutdown(wait=False, cancel_futures=True)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
-
     health = _Called(Client.health)
     cluster = _Called(Client.cluster)
+    usage = _Called(Client.usage)
     models = _Called(Client.models)
     model = _Called(Client.model)
     load = _Called(Client.load)

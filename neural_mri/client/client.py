@@ -17,6 +17,7 @@ from neural_mri.client.result import Result
 from neural_mri.client.sessions import Sessions
 from neural_mri.client.watching import follow, wait_for
 from neural_mri.contract.anomalies import Lens, Sublayers
+from neural_mri.contract.auth import Usage
 from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
 from neural_mri.contract.cluster import Cluster
 from neural_mri.contract.components import Component, Kind
@@ -146,6 +147,10 @@ class Client:
     def cluster(self) -> Cluster:
         """The whole service now: workers, what they hold, and what waits."""
         return self._exchange.ask(Cluster, "GET", "/api/cluster")
+
+    def usage(self) -> Usage:
+        """What you have under way and have computed today, beside what you may."""
+        return self._exchange.ask(Usage, "GET", "/api/usage")
 
     def models(self) -> list[ModelInfo]:
         """Every registered model."""

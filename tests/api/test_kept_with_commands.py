@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
 from uuid import UUID
 
 import httpx
@@ -11,35 +10,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv
 
-from neural_mri.cli.app import run
 from neural_mri.cli.exits import ExitCode
 from neural_mri.contract.jobs import JobState
+from tests.api.shell import Shell
 from tests.api.specimens import PROMPT
 from tests.api.world import World
 
 NOBODYS = "01a208e5-620a-7f6d-98da-3f510d18b436"
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return msgspec.json.decode(self.out)
-
-
-class Shell:
-    """Runs commands in this process."""
-
-    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
-        self._capture = capture
-
-    def __call__(self, *arguments: str) -> Said:
-        code = run(arguments)
-        captured = self._capture.readouterr()
-        return Said(code, captured.out, captured.err)
 
 
 @pytest.fixture
