@@ -20,6 +20,7 @@ from neural_mri.cli import (
     sessions,
     stimulation,
     users,
+    watch,
 )
 from neural_mri.cli.exits import EXIT_CODES, ExitCode, exit_code_of
 from neural_mri.cli.terminal import complain, print_json, standard_output
@@ -45,6 +46,7 @@ app.command()(jobs.job)
 app.command()(jobs.jobs)
 app.command()(jobs.result)
 app.command()(jobs.cancel)
+app.command()(watch.watch)
 app.command()(models.tokenize)
 app.command()(cluster.cluster)
 app.command()(diagnose.diagnose)

@@ -11,6 +11,7 @@ from rich.text import Text
 from neural_mri.cli import options, outcomes
 from neural_mri.cli.options import Outputs
 from neural_mri.cli.terminal import note, print_json, standard_output
+from neural_mri.client.progress import place_in_words
 from neural_mri.contract.jobs import JobState, JobView
 
 __all__ = ("cancel", "job", "jobs", "result")
@@ -149,6 +150,8 @@ def _print_job(view: JobView) -> None:
     table.add_column()
     table.add_row("job", str(view.id))
     table.add_row("state", _state(view))
+    if view.queue is not None:
+        table.add_row("queue", place_in_words(view.queue))
     table.add_row("scan", _kind(view))
     table.add_row("model", f"{view.model} {view.revision[:8]}")
     table.add_row("attempt", str(view.attempt))

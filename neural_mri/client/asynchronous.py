@@ -277,5 +277,6 @@ class AsyncClient(_Opened[Client]):
     jobs = _Called(Client.jobs)
     cancel = _Called(Client.cancel)
     watch = _Streamed(Client.watch)
+    watch_many = _Streamed(Client.watch_many)
     wait = _Called(Client.wait)
     result = _Called(Client.result)

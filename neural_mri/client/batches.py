@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from neural_mri.client.errors import ClientError, Damaged, NotUnderstood, Refused, Unreachable
 from neural_mri.client.exchange import QUIET_SECONDS, Exchange, FileBody, once, pieces
+from neural_mri.client.progress import ShowProgress, both, shown
 from neural_mri.client.result import Result
 from neural_mri.client.watching import messages
 from neural_mri.contract.batches import (
@@ -101,15 +102,20 @@ class Batches:
             )
 
     def run(
-        self, scans: Iterable[Scan] | Path, on_event: OnBatchEvent | None = None, **options: Any
+        self,
+        scans: Iterable[Scan] | Path,
+        on_event: OnBatchEvent | None = None,
+        *,
+        progress: ShowProgress = False,
+        **options: Any,
     ) -> list[Outcome]:
         """Submit a batch, wait, and give what became of each line. Interrupted, it cancels the batch.
 
-        The options are those of `submit`.
+        `progress` shows meanwhile how far it is; the other options are those of `submit`.
         """
         batch = self.submit(scans, **options)
         try:
-            self.wait(batch, on_event)
+            self.wait(batch, on_event, progress=progress)
         except KeyboardInterrupt:
             with suppress(ClientError):
                 self.cancel(batch)
@@ -151,15 +157,23 @@ class Batches:
             if isinstance(event, BatchEnded):
                 return
 
-    def wait(self, batch: BatchReference, on_event: OnBatchEvent | None = None) -> BatchView:
+    def wait(
+        self,
+        batch: BatchReference,
+        on_event: OnBatchEvent | None = None,
+        *,
+        progress: ShowProgress = False,
+    ) -> BatchView:
         """The batch once every scan of it has ended, however; each event on the way to `on_event`."""
         view = self.get(batch)
-        if view.state is BatchState.RUNNING or on_event is not None:
+        if view.state is not BatchState.RUNNING and on_event is None:
+            return view
+        with shown(f"batch {view.name or view.id}", progress) as follower:
+            hear = both(on_event, follower)
             for event in self.watch(batch):
-                if on_event is not None:
-                    on_event(event)
-            view = self.get(batch)
-        return view
+                if hear is not None:
+                    hear(event)
+        return self.get(batch)
 
     def lines(
         self, batch: BatchReference, *, state: JobState | str | None = None

@@ -13,9 +13,10 @@ from neural_mri.client.batches import Batches
 from neural_mri.client.diagnosing import Progress, ServiceScans, diagnosed, silent
 from neural_mri.client.errors import ClientError
 from neural_mri.client.exchange import Exchange, once
+from neural_mri.client.progress import ShowProgress, both, name_of, place_in_words, shown
 from neural_mri.client.result import Result
 from neural_mri.client.sessions import Sessions
-from neural_mri.client.watching import follow, wait_for
+from neural_mri.client.watching import JobEvent, follow, follow_many, wait_for
 from neural_mri.contract.anomalies import Lens, Sublayers
 from neural_mri.contract.auth import Usage
 from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
@@ -180,10 +181,14 @@ class Client:
     # Scans, start to end
 
     def scan_structural(
-        self, *, model: str | None = None, on_event: OnEvent | None = None
+        self,
+        *,
+        model: str | None = None,
+        on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """T1: structure and exact parameter counts. Needs no loaded model."""
-        return self.run(StructuralScan(model=model), on_event)
+        return self.run(StructuralScan(model=model), on_event, progress=progress)
 
     def scan_activation(
         self,
@@ -198,6 +203,7 @@ class Client:
         top_predictions: int = 10,
         canonical: bool = False,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """fMRI: what each component writes to the residual stream at each token of a prompt.
 
@@ -215,7 +221,7 @@ class Client:
             top_predictions=top_predictions,
             canonical=canonical,
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def scan_attention(
         self,
@@ -225,10 +231,11 @@ class Client:
         model: str | None = None,
         canonical: bool = False,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """Attention patterns of some layers, every head, every pair of tokens."""
         scan = AttentionScan(model=model, prompt=prompt, layers=tuple(layers), canonical=canonical)
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def scan_weights(
         self,
@@ -239,6 +246,7 @@ class Client:
         histogram_bins: int = 64,
         outlier_sigma: float = 6.0,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """T2: what the published weights are like, and how they differ from a `baseline` model's.
 
@@ -251,7 +259,7 @@ class Client:
             histogram_bins=histogram_bins,
             outlier_sigma=outlier_sigma,
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def scan_circuits(
         self,
@@ -271,6 +279,7 @@ class Client:
         steps: int = 5,
         calibration: str | None = None,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """DTI: what replacing each component does to the answer, and the paths between components.
 
@@ -292,7 +301,7 @@ class Client:
             steps=steps,
             calibration=calibration,
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def scan_anomaly(
         self,
@@ -312,6 +321,7 @@ class Client:
         calibration: str | None = None,
         canonical: bool = False,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """FLAIR: uncertainty, where the answer appears, and whether it is supported.
 
@@ -335,7 +345,7 @@ class Client:
             calibration=calibration,
             canonical=canonical,
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     # Stimulation
 
@@ -353,6 +363,7 @@ class Client:
         calibration: str | None = None,
         canonical: bool = False,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """The model reading a prompt, clean and perturbed, side by side; no weight is ever changed.
 
@@ -371,7 +382,7 @@ class Client:
             calibration=calibration,
             canonical=canonical,
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def patching(
         self,
@@ -389,6 +400,7 @@ class Client:
             PatchSite.MLP,
         ),
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """Activation patching between two prompts of as many tokens: recovery by layer and position."""
         scan = PatchingScan(
@@ -401,7 +413,7 @@ class Client:
             direction=Direction(direction),
             sites=tuple(map(PatchSite, sites)),
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def trace(
         self,
@@ -418,6 +430,7 @@ class Client:
         window: int = 6,
         kinds: Iterable[TraceKind | str] = (TraceKind.STATE, TraceKind.MLP, TraceKind.ATTENTION),
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """Causal tracing (Meng et al. 2022): noise on the subject's embeddings, then states restored."""
         scan = TracingScan(
@@ -433,7 +446,7 @@ class Client:
             window=window,
             kinds=tuple(map(TraceKind, kinds)),
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def calibrate(
         self,
@@ -445,6 +458,7 @@ class Client:
         seed: int = 0,
         lenses: Iterable[Lens | str] = (Lens.BIAS,),
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """Measure what scans are read against, on `texts` or else on text sampled from the model.
 
@@ -458,7 +472,7 @@ class Client:
             seed=seed,
             lenses=tuple(map(Lens, lenses)),
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def run(
         self,
@@ -466,14 +480,16 @@ class Client:
         on_event: OnEvent | None = None,
         *,
         lane: Lane = Lane.INTERACTIVE,
+        progress: ShowProgress = False,
     ) -> Result:
         """Submit a scan, wait, and give its result. Interrupted, it cancels the job.
 
-        Raises `JobFailed` or `JobCancelled` when the job ends without a result.
+        `progress` shows meanwhile how far it is, as with every method that waits: on a terminal or in a
+        notebook, or, if it is `"lines"`, as lines on standard error wherever that leads. Raises `JobFailed` or `JobCancelled` when the job ends without a result.
         """
         job = self.submit(scan, lane=lane)
         try:
-            return self.result(self.wait(job, on_event))
+            return self.result(self.wait(job, on_event, progress=progress))
         except KeyboardInterrupt:
             with suppress(ClientError):
                 self.cancel(job)
@@ -488,6 +504,7 @@ class Client:
         profile: str | None = None,
         records: Records | None = None,
         on_progress: Progress = silent,
+        progress: ShowProgress = False,
     ) -> Diagnosis:
         """Examine a model with a suite of prompts, and gate it against a `baseline` where one is named.
 
@@ -497,14 +514,21 @@ class Client:
         """
         asked = load_suite(suite) if isinstance(suite, str) else suite
         there = None if baseline is None else ServiceScans(self, baseline)
-        return diagnosed(
-            asked,
-            ServiceScans(self, model),
-            there,
-            records or Records(),
-            profile=profile,
-            on_progress=on_progress,
-        )
+        with shown(f"diagnosis {asked.name}", progress, "beginning") as follower:
+
+            def advance(checkpoint: str, done: int, total: int) -> None:
+                on_progress(checkpoint, done, total)
+                if follower is not None and total:
+                    follower.count(checkpoint, done, total)
+
+            return diagnosed(
+                asked,
+                ServiceScans(self, model),
+                there,
+                records or Records(),
+                profile=profile,
+                on_progress=advance,
+            )
 
     # Jobs
 
@@ -566,10 +590,25 @@ class Client:
         """
         return follow(self._exchange, _id(job))
 
-    def wait(self, job: JobReference, on_event: OnEvent | None = None) -> JobView:
+    def watch_many(self, jobs: Iterable[JobReference]) -> Iterator[JobEvent]:
+        """The events of up to 32 jobs on one connection, each with its job's id, until all have `Ended`.
+
+        Raises as `watch` does, and `ValueError` for more jobs.
+        """
+        return follow_many(self._exchange, map(_id, jobs))
+
+    def wait(
+        self,
+        job: JobReference,
+        on_event: OnEvent | None = None,
+        *,
+        progress: ShowProgress = False,
+    ) -> JobView:
         """The job once it has succeeded. Raises `JobFailed` or `JobCancelled` when it does not."""
         view = job if isinstance(job, JobView) else self.job(job)
-        return wait_for(self._exchange, view, on_event)
+        said = place_in_words(view.queue) if view.queue else view.state.value
+        with shown(name_of(view), progress, said) as follower:
+            return wait_for(self._exchange, view, both(on_event, follower))
 
     def result(self, job: JobReference) -> Result:
         """The result of a succeeded job; `Refused` before that. Tables are fetched when asked for."""

@@ -1,10 +1,10 @@
 """Following a job's events to its end, through broken connections and restarts of the service."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from http import HTTPStatus
 from types import MappingProxyType
-from typing import get_args
+from typing import NamedTuple, get_args
 from uuid import UUID
 
 import msgspec
@@ -21,7 +21,10 @@ from neural_mri.client.sse import Message, Parser
 from neural_mri.contract.events import Ended, Event, decode_event, encode_event, event_name
 from neural_mri.contract.jobs import TERMINAL, JobState, JobView
 
-__all__ = ("follow", "messages", "wait_for")
+__all__ = ("MOST_TOGETHER", "JobEvent", "follow", "follow_many", "messages", "wait_for")
+
+MOST_TOGETHER = 32
+"""Jobs that one stream tells of."""
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 STREAM_HEADERS: Mapping[str, str] = MappingProxyType(
@@ -61,8 +64,54 @@ def follow(exchange: Exchange, job_id: UUID) -> Iterator[Event]:
             patience.rest()
 
 
+class JobEvent(NamedTuple):
+    """An event of one of several jobs."""
+
+    job: UUID
+    event: Event
+
+
+class _Whose(msgspec.Struct):
+    job: UUID
+
+
+def follow_many(exchange: Exchange, job_ids: Iterable[UUID]) -> Iterator[JobEvent]:
+    """The events of several jobs as they come, on one stream, until each has `Ended`.
+
+    Raises as `follow` does, and `ValueError` for more jobs than one stream carries.
+    """
+    left = list(dict.fromkeys(job_ids))
+    if len(left) > MOST_TOGETHER:
+        raise ValueError(f"{len(left)} jobs are too many: one stream tells of {MOST_TOGETHER}")
+    return _follow_together(exchange, left)
+
+
+def _follow_together(exchange: Exchange, left: list[UUID]) -> Iterator[JobEvent]:
+    if not left:
+        return
+    query = {"jobs": ",".join(map(str, left))}
+    for message in messages(exchange, "/api/events", query=query):
+        if message.event not in _KNOWN:
+            continue  # of a newer service: nothing we could show
+        event = _event(message)
+        job_id = msgspec.json.decode(message.data, type=_Whose).job
+        yield JobEvent(job_id, event)
+        if isinstance(event, Ended):
+            left.remove(job_id)
+            if not left:
+                return
+    for job_id in left:
+        # The service holds that we have heard of each end, and has told us of these before a break.
+        job = exchange.ask(JobView, "GET", f"/api/jobs/{job_id}")
+        yield JobEvent(job_id, _end_of(job))
+
+
 def messages(
-    exchange: Exchange, path: str, *, headers: Mapping[str, str] = NO_HEADERS
+    exchange: Exchange,
+    path: str,
+    *,
+    headers: Mapping[str, str] = NO_HEADERS,
+    query: Mapping[str, str] | None = None,
 ) -> Iterator[Message]:
     """The messages of any stream, through broken connections, until the service says that it has ended.
 
@@ -76,7 +125,9 @@ def messages(
             resuming["Last-Event-ID"] = last_id
         parser = Parser(last_id)
         try:
-            with exchange.stream(path, headers=resuming, quiet_seconds=QUIET_SECONDS) as response:
+            with exchange.stream(
+                path, headers=resuming, quiet_seconds=QUIET_SECONDS, query=query
+            ) as response:
                 if response.status_code == HTTPStatus.NO_CONTENT:
                     return
                 for chunk in response.iter_bytes():
@@ -135,14 +186,18 @@ def _last_word(
     job = exchange.ask(JobView, "GET", f"/api/jobs/{job_id}")
     patience.heard()
     if job.state in TERMINAL:
-        ended = Ended(
-            state=job.state,
-            attempt=job.attempt,
-            cached=job.cached,
-            result=job.links.get("result"),
-            problem=job.problem,
-        )
+        ended = _end_of(job)
         yield Message(event_name(ended), encode_event(ended).decode(), last_id)
+
+
+def _end_of(job: JobView) -> Ended:
+    return Ended(
+        state=job.state,
+        attempt=job.attempt,
+        cached=job.cached,
+        result=job.links.get("result"),
+        problem=job.problem,
+    )
 
 
 def _event(message: Message) -> Event:
