@@ -137,6 +137,7 @@ class AsyncSessions(_InThreads[Sessions]):
     get = _Called(Sessions.get)
     open = _Called(Sessions.open)
     revisions = _Called(Sessions.revisions)
+    revision = _Called(Sessions.revision)
     rename = _Called(Sessions.rename)
     pin = _Called(Sessions.pin)
     fork = _Called(Sessions.fork)

@@ -65,6 +65,7 @@ ScanLike: TypeAlias = Result | JobView | UUID | str | ScanReference
 _NAMES = frozenset({"saved", "scan", "closed"})
 _LARGEST_FILE = 1 << 36
 _SPOOLED = 64 << 20
+_PAGE = 1000
 
 
 class KeptResult(Result):
@@ -239,10 +240,33 @@ class Sessions:
         file = self._download(f"{_path(session)}/results", {"revision": detail.opened})
         return OpenedSession(self._exchange, file, detail.document, detail.name)
 
-    def revisions(self, session: SessionReference, limit: int = 100) -> list[RevisionView]:
-        """The saves, the latest first."""
+    def revisions(
+        self, session: SessionReference, limit: int = 100, *, before: int | None = None
+    ) -> list[RevisionView]:
+        """The saves, the latest first; `before` the one of that number."""
         path, query = f"{_path(session)}/revisions", {"limit": str(limit)}
+        if before is not None:
+            query["before"] = str(before)
         return self._exchange.ask(list[RevisionView], "GET", path, query=query)
+
+    def revision(self, session: SessionReference, digits: str) -> str:
+        """The whole name of the revision that begins with these digits.
+
+        Raises `ValueError` where there is none, or more than one.
+        """
+        found: list[RevisionView] = []
+        before: int | None = None
+        while page := self.revisions(session, _PAGE, before=before):
+            found += (each for each in page if each.revision.startswith(digits))
+            before = page[-1].number
+            if before <= 1:
+                break
+        if len(found) == 1:
+            return found[0].revision
+        if not found:
+            raise ValueError(f"the session has no revision {digits!r}")
+        names = ", ".join(f"{each.revision[:16]}… (number {each.number})" for each in found[:5])
+        raise ValueError(f"{digits!r} begins {len(found)} revisions: {names}: expected more digits")
 
     def rename(self, session: SessionReference, name: str) -> SessionView:
         """Give it another name."""
@@ -404,6 +428,11 @@ class SharedSession:
         return self._exchange.ask(
             SessionDetail, "POST", "/api/shared/scans", body=body, headers=self._headers
         )
+
+    def export(self, path: Path) -> None:
+        """Write the session into one file, as far as the link shows it."""
+        with path.open("wb") as file:
+            self._exchange.download("/api/shared/export", file, headers=self._headers)
 
     def watch(self) -> Iterator[SessionEvent]:
         """The session's events, until it is deleted."""
