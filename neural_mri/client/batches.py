@@ -98,7 +98,7 @@ class Batches:
                 else opened.enter_context(_Lines(scans)),
                 query=query,
                 headers={"Content-Type": NDJSON, **once(idempotency_key)},
-                patient=wait_for_room,
+                wait_for_room=wait_for_room,
             )
 
     def run(
@@ -231,7 +231,7 @@ class Batches:
     def table(self, batch: BatchReference, name: str) -> pa.Table:
         """One table of all results so far that have it, with a column `line`.
 
-        `.to_pandas()` makes a data frame of it, `polars.from_arrow(...)` another.
+        `.to_pandas()` makes a data frame of it, `polars.DataFrame(...)` another.
         """
         response = self._exchange.send(
             "GET",

@@ -121,9 +121,10 @@ class JobCancelled(JobEnded):
 class MissingExtra(ClientError):
     """A library that only some users need is not installed."""
 
-    def __init__(self, package: str, wanted_for: str) -> None:
+    def __init__(self, package: str, wanted_for: str, extra: str = "plot") -> None:
         super().__init__(
-            f"{wanted_for} needs {package}, which is not installed: pip install 'neural-mri[plot]'"
+            f"{wanted_for} needs {package}, which is not installed: "
+            f"pip install 'neural-mri[{extra}]'"
         )
         self.package = package
 
@@ -137,11 +138,11 @@ def ended_without_result(job: JobView) -> JobEnded:
 
 
 @contextmanager
-def needing(library: str, wanted_for: str) -> Iterator[None]:
+def needing(library: str, wanted_for: str, extra: str = "plot") -> Iterator[None]:
     """Around the import of a library that may not be installed: raises `MissingExtra` if it is not."""
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name != library:
             raise
-        raise MissingExtra(library, wanted_for) from error
+        raise MissingExtra(library, wanted_for, extra) from error

@@ -100,13 +100,17 @@ class Exchange:
         """What one call has, from now on."""
         return Patience(self.patience_seconds, self._left)
 
-    def persist(self, attempt: Callable[[], T], *, repeatable: bool = True) -> T:
+    def persist(
+        self, attempt: Callable[[], T], *, repeatable: bool = True, wait_for_room: bool = True
+    ) -> T:
         """What an attempt gives, made again while it meets what passes. Raises what it raised at last."""
         patience = self.patience()
         while True:
             try:
                 return attempt()
             except (Unreachable, Refused) as error:
+                if not wait_for_room and isinstance(error, Refused) and error.did_nothing:
+                    raise
                 patience.bear(error, repeatable=repeatable, met=self._was_heard)
 
     def send(
@@ -119,14 +123,14 @@ class Exchange:
         headers: Mapping[str, str] | None = None,
         answers: Container[int] = (),
         repeatable: bool | None = None,
-        patient: bool = True,
+        wait_for_room: bool = True,
     ) -> httpx.Response:
         """The whole answer. Raises `Unreachable` or `Refused`.
 
         A body is JSON, unless the headers say otherwise; one in pieces is sent as they come. `answers` are
         statuses beside 2xx that carry an answer to this request, and are no refusal. `repeatable` says
-        whether two such requests do what one does, where the method and the headers do not tell: a refusal
-        that did nothing is borne in any case, unless `patient` is False.
+        whether two such requests do what one does, where the method and the headers do not tell. A refusal for
+        want of room did nothing, and is borne in any case, unless `wait_for_room` is False.
         """
         sent = dict(headers or {})
         if body is not None:
@@ -135,9 +139,6 @@ class Exchange:
             repeatable = IDEMPOTENCY_KEY in sent or (
                 method in _REPEATABLE and "If-Match" not in sent
             )
-        # What is read from somewhere as it is sent cannot be sent again from the start.
-        if isinstance(body, Iterator):
-            patient = False
 
         def attempt() -> httpx.Response:
             with self._reaching():
@@ -146,7 +147,9 @@ class Exchange:
                 )
             return response if response.status_code in answers else _accepted(response)
 
-        return self.persist(attempt, repeatable=repeatable) if patient else attempt()
+        if isinstance(body, Iterator):
+            return attempt()  # what is read as it is sent cannot be sent again from the start
+        return self.persist(attempt, repeatable=repeatable, wait_for_room=wait_for_room)
 
     def ask(
         self,
@@ -159,7 +162,7 @@ class Exchange:
         headers: Mapping[str, str] | None = None,
         answers: Container[int] = (),
         repeatable: bool | None = None,
-        patient: bool = True,
+        wait_for_room: bool = True,
     ) -> T:
         """The answer's JSON as a `wanted`. Raises `Unreachable`, `Refused` or `NotUnderstood`."""
         response = self.send(
@@ -170,7 +173,7 @@ class Exchange:
             headers={"Accept": "application/json", **(headers or {})},
             answers=answers,
             repeatable=repeatable,
-            patient=patient,
+            wait_for_room=wait_for_room,
         )
         return decoded(wanted, response)
 

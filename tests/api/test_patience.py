@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from subprocess import Popen
 
+import msgspec
 import pytest
 
 from neural_mri.backing import jobs
@@ -18,7 +19,7 @@ from neural_mri.contract.scans import ActivationScan
 from tests.api.keyed import Door, keyed
 from tests.api.processes import client_of, on_own_port, process
 from tests.api.specimens import PROMPT
-from tests.api.world import World
+from tests.api.world import World, serving
 
 SCAN = ActivationScan(prompt=PROMPT)
 
@@ -161,6 +162,38 @@ def test_who_may_have_no_more_under_way_waits_until_some_has_ended(
         assert refused.is_set()
         assert (batch.lines, batch.counts.queued) == (2, 2)
         assert len(mri.batches.list()) == 1
+
+
+def sizes(mri: Client, world: World, n: int) -> list[int]:
+    """Of the batches, in order, that so many scans were sent as; every one of them is measured."""
+    scans = [ActivationScan(prompt=f"c {k}") for k in range(n)]
+    with diligent(world):
+        measured = list(ServiceScans(mri, "tiny").scan(scans))
+    assert len({each.scan_key for each in measured}) == n
+    return [batch.lines for batch in reversed(mri.batches.list())]
+
+
+def test_a_diagnosis_asks_for_as_much_at_once_as_its_user_may(
+    shared_settings: Settings, world: World
+) -> None:
+    with keyed(shared_settings, user_max_jobs=5) as door:
+        key = door.key(world).key
+        with Client(door.url, api_key=key, patience_seconds=60) as mri:
+            assert sizes(mri, world, 13) == [5, 5, 3]
+
+
+def test_or_as_the_queue_has_room_for(shared_settings: Settings, world: World) -> None:
+    full = msgspec.structs.replace(shared_settings, max_queued_jobs=4)
+    with serving(full) as api, Client(str(api.base_url), patience_seconds=60) as mri:
+        assert sizes(mri, world, 9) == [4, 4, 1]
+
+
+def test_or_as_one_request_may_be_long(shared_settings: Settings, world: World) -> None:
+    brief = msgspec.structs.replace(shared_settings, max_batch_bytes=2000)
+    with serving(brief) as api, Client(str(api.base_url), patience_seconds=60) as mri:
+        several = sizes(mri, world, 40)
+    assert sum(several) == 40
+    assert max(several) < 40
 
 
 def test_or_is_told_so_without_patience(door: Door, world: World) -> None:
