@@ -31,7 +31,7 @@ _WRITTEN = {
             "stimulation",
         )
     ],
-    "Use": ["sessions.md", "diagnostics.md"],
+    "Use": ["sessions.md", "diagnostics.md", "waiting.md"],
     "Reference": ["reference/python.md", "reference/http.md", "reference/cli.md"],
     "Operate": ["operating.md", "settings.md", "benchmarks.md"],
 }
