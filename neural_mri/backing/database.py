@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -22,6 +22,7 @@ from sqlalchemy import (
     Double,
     Engine,
     ExceptionContext,
+    NullPool,
     create_engine,
     event,
     func,
@@ -36,7 +37,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 from neural_mri.backing.settings import Settings
-from neural_mri.contract.problems import Unavailable
+from neural_mri.contract.problems import Problem, Unavailable
 
 __all__ = (
     "AsyncSessions",
@@ -120,13 +121,17 @@ def epoch() -> _Epoch:
     return _Epoch()
 
 
-def sync_engine(settings: Settings) -> Engine:
-    """An engine on the settings' database."""
+def sync_engine(settings: Settings, *, patience: float | None = None) -> Engine:
+    """An engine on the settings' database.
+
+    `patience` is how many seconds a transaction waits on SQLite for another process's, unless as usual.
+    """
     url = _url(settings)
     # Errors go to logs; the parameters of statements, prompts among them, must not.
     if url.get_backend_name() == "sqlite":
-        engine = create_engine(url, hide_parameters=True)
-        _prepare_sqlite(engine)
+        # Who wants to keep a connection keeps it: see `_Kept`.
+        engine = create_engine(url, hide_parameters=True, poolclass=NullPool)
+        _prepare_sqlite(engine, BUSY_TIMEOUT_SECONDS if patience is None else patience)
         return engine
     engine = create_engine(
         url,
@@ -173,13 +178,13 @@ def _prepare_postgresql(engine: Engine) -> None:
                 error.args = (str(error.args[0]).partition("\n")[0], *error.args[1:])
 
 
-def _prepare_sqlite(engine: Engine) -> None:
+def _prepare_sqlite(engine: Engine, patience: float) -> None:
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver begins nothing by itself: `begin` does
         cursor = connection.cursor()
         for pragma in (
-            f"busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000)}",
+            f"busy_timeout = {int(patience * 1000)}",
             "journal_mode = WAL",
             "synchronous = NORMAL",
             "foreign_keys = ON",
@@ -237,6 +242,45 @@ def _was_undone(refusal: Unavailable) -> bool:
     return isinstance(cause, DBAPIError) and _state(cause) in _UNDONE
 
 
+class _Kept:
+    """Sessions that stay on their connection from one transaction to the next, for whoever comes.
+
+    A connection to SQLite is an open file, and may be had by the dozen; to make a session, take a connection
+    from a pool, and clean and give back both takes longer than most transactions here.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._idle: list[Session] = []
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """One that nobody else uses until the block is left; after a fault it is given up."""
+        session = self._idle.pop() if self._idle else Session(self._engine.connect())
+        try:
+            yield session
+        except Problem:  # a refusal is no fault of the connection's
+            session.rollback()
+            self._idle.append(session)
+            raise
+        except BaseException:
+            _give_up(session)
+            raise
+        self._idle.append(session)
+
+    def close(self) -> None:
+        """Close the connections of those not in use."""
+        while self._idle:
+            _give_up(self._idle.pop())
+
+
+def _give_up(session: Session) -> None:
+    connection = session.get_bind()
+    session.close()
+    if isinstance(connection, Connection):
+        connection.close()
+
+
 class Sessions:
     """Transactions for processes that wait.
 
@@ -247,25 +291,34 @@ class Sessions:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        # SQLite's readers see one state by nature.
-        one_state = (
-            {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
-        )
-        self._reader = sessionmaker(engine.execution_options(**one_state))
-        by_itself = {} if engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
-        self._looker = sessionmaker(engine.execution_options(looking=True, **by_itself))
-        self._writer = sessionmaker(engine.execution_options(writing=True))
+        self._kept = list[_Kept]()
+        # SQLite's readers see one state by nature, and a look needs to be told nothing.
+        self._reader = self._sessions("REPEATABLE READ")
+        self._looker = self._sessions("AUTOCOMMIT", looking=True)
+        self._writer = self._sessions(writing=True)
+
+    def _sessions(
+        self, isolation_level: str | None = None, **kind: bool
+    ) -> Callable[[], AbstractContextManager[Session]]:
+        """Where sessions of one kind come from; the level is PostgreSQL's."""
+        if self.engine.dialect.name == "sqlite":
+            kept = _Kept(self.engine.execution_options(**kind))
+            self._kept.append(kept)
+            return kept.session
+        level = {} if isolation_level is None else {"isolation_level": isolation_level}
+        return sessionmaker(self.engine.execution_options(**level, **kind))
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A session that looks at one state of the database."""
         with _answering(), self._reader() as session:
             yield session
+            session.rollback()
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """A session whose changes are seen all together or not at all."""
-        with _answering(), self._writer.begin() as session:
+        with _answering(), self._writer() as session, session.begin():
             session.connection()  # begins now, not with the first statement: the lock is ours from here
             yield session
 
@@ -306,6 +359,8 @@ class Sessions:
 
     def close(self) -> None:
         """Close every connection."""
+        for kept in self._kept:
+            kept.close()
         self.engine.dispose()
 
 
@@ -315,11 +370,13 @@ class AsyncSessions:
     An asynchronous driver would hop to its thread and back for every step of every statement; a whole
     transaction here hops once (measured on SQLite: a quarter of the time, a third of the CPU). On SQLite one
     thread writes: writers that meet at the file's lock sleep in growing steps, those that queue here go
-    at once.
+    at once. What is looked up there by its key the loop finds itself, sooner than a thread wakes.
     """
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, at_hand: Sessions | None = None) -> None:
         self._sessions = sessions
+        self._at_hand = at_hand
+        """For looks that are no matter for a thread: they wait for nobody."""
         writers = 1 if sessions.engine.dialect.name == "sqlite" else THREADS
         self._readers = ThreadPoolExecutor(THREADS, thread_name_prefix="database-reader")
         self._writers = ThreadPoolExecutor(writers, thread_name_prefix="database-writer")
@@ -333,7 +390,10 @@ class AsyncSessions:
     async def look(
         self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """What `work(session, ...)` finds by one statement."""
+        """What `work(session, ...)` finds by one statement, which takes no time worth speaking of."""
+        if self._at_hand is not None:
+            with suppress(Unavailable):  # where it had to wait, it waits in a thread
+                return self._at_hand.look(work, *args, **kwargs)
         return await self._on(self._readers, partial(self._sessions.look, work, *args, **kwargs))
 
     async def write(
@@ -360,7 +420,9 @@ class AsyncSessions:
         """Let what has begun end, and close every connection."""
         for threads in (self._writers, self._readers):
             await asyncio.to_thread(threads.shutdown, cancel_futures=True)
-        self._sessions.close()
+        for sessions in (self._sessions, self._at_hand):
+            if sessions is not None:
+                sessions.close()
 
 
 def sessions(settings: Settings) -> Sessions:
@@ -370,7 +432,10 @@ def sessions(settings: Settings) -> Sessions:
 
 def async_sessions(settings: Settings) -> AsyncSessions:
     """Transactions on the settings' database, for an event loop."""
-    return AsyncSessions(sessions(settings))
+    own = sessions(settings)
+    if own.engine.dialect.name != "sqlite":
+        return AsyncSessions(own)
+    return AsyncSessions(own, Sessions(sync_engine(settings, patience=0.0)))
 
 
 def migrate(settings: Settings, *, back_to: str | None = None) -> None:

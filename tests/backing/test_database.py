@@ -19,7 +19,7 @@ from neural_mri.backing.database import Sessions, epoch
 from neural_mri.backing.rows import JOBS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import JobState
-from neural_mri.contract.problems import Unavailable
+from neural_mri.contract.problems import TooMany, Unavailable
 from tests.backing.making import on_postgresql, on_sqlite, submission
 
 
@@ -110,6 +110,61 @@ def test_a_look_sees_what_is_committed_and_begins_nothing(sessions: Sessions) ->
         sessions.write(jobs.submit, submission())
         assert _count(session) == jobs_before
     assert sessions.look(count) == 2
+
+
+def _driver(session: Session) -> Any:
+    return session.connection().connection.driver_connection
+
+
+@on_sqlite
+def test_transactions_keep_their_connection_until_one_of_them_has_a_fault(
+    sessions: Sessions,
+) -> None:
+    def refused(session: Session) -> None:
+        jobs.submit(session, submission())
+        raise TooMany("there is no room")
+
+    first = sessions.write(_driver)
+    assert sessions.write(_driver) is first
+    with pytest.raises(TooMany):
+        sessions.write(refused)
+    assert sessions.write(_driver) is first
+    assert sessions.read(_count) == 0, "what was refused was undone"
+    with pytest.raises(DBAPIError):
+        sessions.write(lambda session: session.execute(text("SELECT * FROM no_such_table")))
+    assert sessions.write(_driver) is not first
+
+
+@on_sqlite
+def test_two_at_once_have_a_connection_each(sessions: Sessions) -> None:
+    with sessions.reading() as one, sessions.reading() as other:
+        assert _driver(one) is not _driver(other)
+
+
+@on_sqlite
+def test_a_loop_looks_by_itself_and_waits_in_a_thread(settings: Settings) -> None:
+    async def look() -> None:
+        own = database.async_sessions(settings)
+
+        def where(session: Session) -> int:
+            _count(session)
+            return threading.get_ident()
+
+        with closing(
+            sqlite3.connect(
+                settings.folder / "neural-mri.db", isolation_level=None, check_same_thread=False
+            )
+        ) as alone:
+            alone.execute("PRAGMA locking_mode = EXCLUSIVE")
+            alone.execute("BEGIN EXCLUSIVE")
+            looking = asyncio.create_task(own.look(where))
+            await asyncio.sleep(0.05)
+            assert not looking.done(), "the loop went on, and what it looks for is waited for"
+        assert await looking != threading.get_ident()
+        assert await own.look(where) == threading.get_ident()
+        await own.close()
+
+    asyncio.run(look())
 
 
 @on_sqlite
