@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Double,
     Integer,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    literal,
     or_,
     select,
     tuple_,
@@ -91,6 +93,24 @@ UNFINISHED_AND_OWNER_FINISH = select(
 """Jobs unfinished in all, and where the owner's last job of a queue and lane ends.
 
 Parameters: name, who, in_lane.
+"""
+
+
+STANDING = select(
+    EXISTING_RESULT.scalar_subquery().label("manifest"),
+    select(_job.id)
+    .where(_job.scan_key == bindparam("key"), _UNFINISHED)
+    .exists()
+    .label("is_under_way"),
+    select(_clock.virtual_clock)
+    .where(_clock.queue == bindparam("name"))
+    .scalar_subquery()
+    .label("clock"),
+    *UNFINISHED_AND_OWNER_FINISH.selected_columns,
+)
+"""All that a new job is recorded by: what is known of its scan, and where its queue is.
+
+Parameters: key, name, who, in_lane.
 """
 
 
@@ -178,6 +198,10 @@ QUEUE_OF_SHORT = (
 """Parameters: names, most_cost."""
 
 
+def _state(state: JobState) -> ColumnElement[JobState]:
+    return literal(state, type_=_job.state.type)
+
+
 def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
     of_queue = and_(waiting, _job.queue == bindparam("name"))
     head = (
@@ -203,11 +227,13 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
         .cte("batch")
     )
     whole = select(func.sum(batch.c.estimated_cost)).scalar_subquery()
+    comes_alone = select(func.count()).select_from(batch).scalar_subquery() == 1
+    begins = and_(bindparam("starts", type_=Boolean), _job.kind == JobKind.SCAN, comes_alone)
     return (
         update(JOBS)
         .where(_job.id.in_(select(batch.c.id)))
         .values(
-            state=JobState.CLAIMED,
+            state=case((begins, _state(JobState.RUNNING)), else_=_state(JobState.CLAIMED)),
             attempt=_job.attempt + 1,
             lease_owner=bindparam("holder"),
             lease_until=epoch() + bindparam("seconds", type_=Double),
@@ -221,7 +247,7 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
 CLAIM = _claim(_WAITING)
 """Takes the head of a queue and its mates: of the interactive lane alone where the head is of it.
 
-Parameters: name, most, holder, seconds.
+Parameters: name, most, holder, seconds, starts: whether a scan that comes alone is running when it comes.
 
 CTEs, because PostgreSQL may run a subquery with LIMIT and row locks more than once.
 """
