@@ -92,11 +92,29 @@ class Services:
         **kwargs: P.kwargs,
     ) -> T:
         """What `work(session, ...)` returns, once it is committed and recorded as the caller's deed."""
+        return await self.sessions.write(self._acted(deed, work, *args, **kwargs))
 
+    async def act_briefly(
+        self,
+        deed: Callable[[T], Deed | None],
+        work: Callable[Concatenate[Session, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """The same of a few rows, found by their keys."""
+        return await self.sessions.write_briefly(self._acted(deed, work, *args, **kwargs))
+
+    def _acted(
+        self,
+        deed: Callable[[T], Deed | None],
+        work: Callable[Concatenate[Session, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Callable[[Session], T]:
         def acted(session: Session) -> T:
             return audit.audited(session, self.caller, deed, work, *args, **kwargs)
 
-        return await self.sessions.write(acted)
+        return acted
 
     async def job(self, job_id: UUID) -> Job:
         """The caller's job of that id. Raises `UnknownJob`, for another owner's as well."""

@@ -53,6 +53,9 @@ __all__ = (
 BUSY_TIMEOUT_SECONDS = 5.0
 """How long a SQLite writer waits for another process's transaction."""
 
+LOG_PAGES = 1000
+"""So long SQLite's log becomes before its pages are brought home: as it is usual."""
+
 THREADS = 8
 """Transactions that an event loop may have open at once."""
 
@@ -68,6 +71,12 @@ MIGRATION_LOCK_SECONDS = 4.0
 MIGRATION_STATEMENT_SECONDS = 300.0
 """The same for migrations: a turn is waited for patiently, a table's lock is not, because everybody who
 needs the table queues behind whoever waits for it; a large table's index may take its time."""
+
+SLOW_SECONDS = 0.02
+SLOW_FOR_SECONDS = 1.0
+"""Where a transaction in the loop itself took so long, threads wait for the disk for so long."""
+BRIEF_AT_A_STRETCH = 100
+"""Transactions in the loop itself before a thread makes one, which looks after the log."""
 
 ATTEMPTS = 4
 """Tries of a transaction that others undid: a deadlock's or a serialization failure's victim."""
@@ -121,17 +130,17 @@ def epoch() -> _Epoch:
     return _Epoch()
 
 
-def sync_engine(settings: Settings, *, patience: float | None = None) -> Engine:
-    """An engine on the settings' database.
+def sync_engine(settings: Settings, *, waits: bool = True) -> Engine:
+    """An engine on the settings' database; on SQLite one that `waits` for other processes' transactions.
 
-    `patience` is how many seconds a transaction waits on SQLite for another process's, unless as usual.
+    One that does not leaves it to those that do to bring the log's pages home, which flushes them to the disk.
     """
     url = _url(settings)
     # Errors go to logs; the parameters of statements, prompts among them, must not.
     if url.get_backend_name() == "sqlite":
         # Who wants to keep a connection keeps it: see `_Kept`.
         engine = create_engine(url, hide_parameters=True, poolclass=NullPool)
-        _prepare_sqlite(engine, BUSY_TIMEOUT_SECONDS if patience is None else patience)
+        _prepare_sqlite(engine, waits=waits)
         return engine
     engine = create_engine(
         url,
@@ -178,14 +187,15 @@ def _prepare_postgresql(engine: Engine) -> None:
                 error.args = (str(error.args[0]).partition("\n")[0], *error.args[1:])
 
 
-def _prepare_sqlite(engine: Engine, patience: float) -> None:
+def _prepare_sqlite(engine: Engine, *, waits: bool) -> None:
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver begins nothing by itself: `begin` does
         cursor = connection.cursor()
         for pragma in (
-            f"busy_timeout = {int(patience * 1000)}",
+            f"busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000 * waits)}",
             "journal_mode = WAL",
+            f"wal_autocheckpoint = {LOG_PAGES * waits}",
             "synchronous = NORMAL",
             "foreign_keys = ON",
         ):
@@ -370,13 +380,16 @@ class AsyncSessions:
     An asynchronous driver would hop to its thread and back for every step of every statement; a whole
     transaction here hops once (measured on SQLite: a quarter of the time, a third of the CPU). On SQLite one
     thread writes: writers that meet at the file's lock sleep in growing steps, those that queue here go
-    at once. What is looked up there by its key the loop finds itself, sooner than a thread wakes.
+    at once. What is no more than a few rows found by their keys the loop does itself there, sooner than a
+    thread wakes and is heard of: the file's pages are in memory, and it waits for no lock.
     """
 
     def __init__(self, sessions: Sessions, at_hand: Sessions | None = None) -> None:
         self._sessions = sessions
         self._at_hand = at_hand
-        """For looks that are no matter for a thread: they wait for nobody."""
+        """For what is no matter for a thread: it waits for nobody."""
+        self._brief_left = BRIEF_AT_A_STRETCH
+        self._slow_until = 0.0
         writers = 1 if sessions.engine.dialect.name == "sqlite" else THREADS
         self._readers = ThreadPoolExecutor(THREADS, thread_name_prefix="database-reader")
         self._writers = ThreadPoolExecutor(writers, thread_name_prefix="database-writer")
@@ -404,6 +417,33 @@ class AsyncSessions:
         A caller that is cancelled while it waits leaves a transaction that ends by itself, whole.
         """
         return await self._on(self._writers, partial(self._sessions.write, work, *args, **kwargs))
+
+    async def write_briefly(
+        self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """The same of work that takes no longer than to hand it to a thread."""
+        begun = False
+
+        def now(session: Session, *args: P.args, **kwargs: P.kwargs) -> T:
+            nonlocal begun
+            begun = True
+            return work(session, *args, **kwargs)
+
+        began = time.monotonic()
+        if self._at_hand is not None and self._brief_left and began > self._slow_until:
+            self._brief_left -= 1
+            try:
+                return self._at_hand.write(now, *args, **kwargs)
+            except Unavailable:
+                if begun:
+                    raise
+                # Another process writes: a thread waits for it.
+            finally:
+                ended = time.monotonic()
+                if ended - began > SLOW_SECONDS:
+                    self._slow_until = ended + SLOW_FOR_SECONDS
+        self._brief_left = BRIEF_AT_A_STRETCH
+        return await self.write(work, *args, **kwargs)
 
     async def _on(self, threads: ThreadPoolExecutor, transaction: Callable[[], T]) -> T:
         asked = time.monotonic()
@@ -435,7 +475,7 @@ def async_sessions(settings: Settings) -> AsyncSessions:
     own = sessions(settings)
     if own.engine.dialect.name != "sqlite":
         return AsyncSessions(own)
-    return AsyncSessions(own, Sessions(sync_engine(settings, patience=0.0)))
+    return AsyncSessions(own, Sessions(sync_engine(settings, waits=False)))
 
 
 def migrate(settings: Settings, *, back_to: str | None = None) -> None:

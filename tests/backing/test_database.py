@@ -168,6 +168,77 @@ def test_a_loop_looks_by_itself_and_waits_in_a_thread(settings: Settings) -> Non
 
 
 @on_sqlite
+def test_a_loop_writes_briefly_by_itself_and_waits_for_others_in_a_thread(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "SLOW_SECONDS", 60.0)
+
+    def write(session: Session) -> int:
+        jobs.submit(session, submission())
+        return threading.get_ident()
+
+    async def write_all() -> None:
+        own = database.async_sessions(settings)
+        here = threading.get_ident()
+        assert await own.write_briefly(write) == here
+        with another_writer(settings):
+            writing = asyncio.create_task(own.write_briefly(write))
+            await asyncio.sleep(0.05)
+            assert not writing.done(), "the loop went on, and the other's end is waited for"
+        assert await writing != here
+        assert await own.write_briefly(write) == here
+        monkeypatch.setattr(database, "SLOW_SECONDS", 0.0)
+        assert await own.write_briefly(write) == here
+        assert await own.write_briefly(write) != here, "the disk was slow a moment ago"
+        assert await own.read(_count) == 5
+        await own.close()
+
+    asyncio.run(write_all())
+
+
+@on_sqlite
+def test_what_a_loop_refused_or_spoilt_by_itself_is_not_tried_again(settings: Settings) -> None:
+    tries = 0
+
+    def refuse(session: Session) -> None:
+        nonlocal tries
+        tries += 1
+        jobs.submit(session, submission())
+        raise Unavailable("something else is away")
+
+    async def write() -> None:
+        own = database.async_sessions(settings)
+        with pytest.raises(Unavailable, match="something else"):
+            await own.write_briefly(refuse)
+        assert await own.read(_count) == 0
+        await own.close()
+
+    asyncio.run(write())
+    assert tries == 1
+
+
+@on_sqlite
+def test_a_log_that_only_loops_write_is_brought_home_all_the_same(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "SLOW_SECONDS", 60.0)
+    monkeypatch.setattr(database, "LOG_PAGES", 30)
+    monkeypatch.setattr(database, "BRIEF_AT_A_STRETCH", 5)
+    log = settings.folder / "neural-mri.db-wal"
+
+    async def write() -> int:
+        own = database.async_sessions(settings)
+        for number in range(60):
+            await own.write_briefly(jobs.submit, submission(owner=f"u{number}"))
+        size = log.stat().st_size
+        await own.close()
+        return size
+
+    pages = asyncio.run(write()) / 4096
+    assert 5 < pages < 200, "some at a stretch, then again from the log's beginning"
+
+
+@on_sqlite
 def test_a_locked_database_is_unavailable_and_not_a_bug(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
