@@ -72,9 +72,9 @@ MIGRATION_STATEMENT_SECONDS = 300.0
 """The same for migrations: a turn is waited for patiently, a table's lock is not, because everybody who
 needs the table queues behind whoever waits for it; a large table's index may take its time."""
 
-SLOW_SECONDS = 0.02
+SLOW_SECONDS = 0.05
 SLOW_FOR_SECONDS = 1.0
-"""Where a transaction in the loop itself took so long, threads wait for the disk for so long."""
+"""Where what the loop did itself took so long, threads wait for the disk for so long."""
 BRIEF_AT_A_STRETCH = 100
 """Transactions in the loop itself before a thread makes one, which looks after the log."""
 
@@ -404,8 +404,8 @@ class AsyncSessions:
         self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """What `work(session, ...)` finds by one statement, which takes no time worth speaking of."""
-        if self._at_hand is not None:
-            with suppress(Unavailable):  # where it had to wait, it waits in a thread
+        if self._at_hand is not None and self._is_quick():
+            with suppress(Unavailable), self._timed():  # where it had to wait, it waits in a thread
                 return self._at_hand.look(work, *args, **kwargs)
         return await self._on(self._readers, partial(self._sessions.look, work, *args, **kwargs))
 
@@ -429,21 +429,32 @@ class AsyncSessions:
             begun = True
             return work(session, *args, **kwargs)
 
-        began = time.monotonic()
-        if self._at_hand is not None and self._brief_left and began > self._slow_until:
+        if self._at_hand is not None and self._is_quick() and self._brief_left:
             self._brief_left -= 1
             try:
-                return self._at_hand.write(now, *args, **kwargs)
+                with self._timed():
+                    return self._at_hand.write(now, *args, **kwargs)
             except Unavailable:
                 if begun:
                     raise
                 # Another process writes: a thread waits for it.
-            finally:
-                ended = time.monotonic()
-                if ended - began > SLOW_SECONDS:
-                    self._slow_until = ended + SLOW_FOR_SECONDS
         self._brief_left = BRIEF_AT_A_STRETCH
         return await self.write(work, *args, **kwargs)
+
+    def _is_quick(self) -> bool:
+        """Whether the loop has not waited for the disk a moment ago."""
+        return time.monotonic() >= self._slow_until
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Notice where the loop waits."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            ended = time.monotonic()
+            if ended - began > SLOW_SECONDS:
+                self._slow_until = ended + SLOW_FOR_SECONDS
 
     async def _on(self, threads: ThreadPoolExecutor, transaction: Callable[[], T]) -> T:
         asked = time.monotonic()

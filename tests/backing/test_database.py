@@ -142,7 +142,11 @@ def test_two_at_once_have_a_connection_each(sessions: Sessions) -> None:
 
 
 @on_sqlite
-def test_a_loop_looks_by_itself_and_waits_in_a_thread(settings: Settings) -> None:
+def test_a_loop_looks_by_itself_and_waits_in_a_thread(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "SLOW_SECONDS", 60.0)
+
     async def look() -> None:
         own = database.async_sessions(settings)
 
@@ -190,6 +194,7 @@ def test_a_loop_writes_briefly_by_itself_and_waits_for_others_in_a_thread(
         monkeypatch.setattr(database, "SLOW_SECONDS", 0.0)
         assert await own.write_briefly(write) == here
         assert await own.write_briefly(write) != here, "the disk was slow a moment ago"
+        assert await own.look(lambda _session: threading.get_ident()) != here
         assert await own.read(_count) == 5
         await own.close()
 
