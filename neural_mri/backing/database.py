@@ -424,7 +424,7 @@ class AsyncSessions:
         """The same of work that takes no longer than to hand it to a thread."""
         begun = False
 
-        def now(session: Session, *args: P.args, **kwargs: P.kwargs) -> T:
+        def now(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
             nonlocal begun
             begun = True
             return work(session, *args, **kwargs)
