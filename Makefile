@@ -44,6 +44,7 @@ bench: $(INSTALLED_DEV)  ## Measure what this machine can do
 	$(PY) -m bench
 	$(PY) -m bench.latency
 	$(PY) -m bench.lanes
+	$(PY) -m bench.placement
 	$(PY) -m bench.cluster
 
 # For less: $(PY) -m tests.chaos --jobs 500 --faults 50 --database sqlite --seed 1

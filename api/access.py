@@ -22,9 +22,11 @@ __all__ = (
     "ANYBODY",
     "ANY_KEY",
     "COOKIE",
+    "FOR_PROBES",
     "Admitted",
     "Connection",
     "admit",
+    "count_login",
     "needs",
     "presented",
     "readmission",
@@ -34,9 +36,12 @@ COOKIE = "nmri_session"
 
 _SCOPE = "needed_scope"
 _OPEN = "open"
+_UNCOUNTED = "uncounted"
 
 ANYBODY: Mapping[str, Any] = MappingProxyType({_OPEN: True})
 """`opt` of a route that needs no key; it is told who asks where that is known."""
+FOR_PROBES: Mapping[str, Any] = MappingProxyType({_OPEN: True, _UNCOUNTED: True})
+"""`opt` of a route that needs no key and is never refused: the service is looked after by it."""
 ANY_KEY: Mapping[str, Any] = MappingProxyType({_SCOPE: None})
 """`opt` of a route that any key may use."""
 
@@ -52,7 +57,7 @@ def needs(scope: Scope) -> dict[str, Any]:
 
 
 async def admit(services: Services, connection: Connection, handler: BaseRouteHandler) -> Identity:
-    """The caller, if the route is for them. Raises `Unauthenticated`, `MissingScope`."""
+    """The caller, if the route is for them. Raises `Unauthenticated`, `MissingScope`, `TooMany`."""
     if services.settings.auth == "off":
         return LOCAL
     method = connection.scope["method"]  # type: ignore[typeddict-item]  # of HTTP only
@@ -61,17 +66,32 @@ async def admit(services: Services, connection: Connection, handler: BaseRouteHa
         or method == "OPTIONS"
         or (not connection.scope["path"].startswith("/api/") and _SCOPE not in handler.opt)
     )
+    is_counted = connection.scope["path"].startswith("/api/") and _UNCOUNTED not in handler.opt
+    most = services.settings.user_requests_a_minute if is_counted else 0
     try:
         caller = await _identity(services, connection)
     except Unauthenticated:
-        if is_open:
-            return Identity(user="", scopes=())
-        raise
+        if not is_open:
+            await count_login(services, connection)
+            raise
+        await services.rates.count(f"address:{_address(connection)}", most)
+        return Identity(user="", scopes=())
+    await services.rates.count(f"user:{caller.user}", most)
     usual = Scope.SCAN_READ if method in _SAFE else Scope.SCAN_WRITE
     needed: Scope | None = handler.opt.get(_SCOPE, usual)
     if not is_open and needed is not None:
         caller.require(needed)
     return caller
+
+
+async def count_login(services: Services, connection: Connection) -> None:
+    """Count somebody who may be trying keys, by where they are. Raises `TooMany`."""
+    most = services.settings.login_requests_a_minute
+    await services.rates.count(f"login:{_address(connection)}", most)
+
+
+def _address(connection: Connection) -> str:
+    return connection.client.host if connection.client else ""
 
 
 def readmission(services: Services, connection: Connection) -> Admitted:

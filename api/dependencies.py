@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from api.hub import Hub
 from api.metrics import Metrics
 from api.outlook import Outlook
+from api.rates import Rates
 from api.tokenization import Tokenizers
 from neural_mri.backing import audit, following, jobs, limits, models
 from neural_mri.backing.access import LOCAL, load_pepper
@@ -63,6 +64,7 @@ class Services:
     hub: Hub
     outlook: Outlook
     metrics: Metrics
+    rates: Rates
     pepper: bytes = field(repr=False)
     """What keys and sessions are hashed under."""
     caller: Identity = LOCAL
@@ -90,11 +92,29 @@ class Services:
         **kwargs: P.kwargs,
     ) -> T:
         """What `work(session, ...)` returns, once it is committed and recorded as the caller's deed."""
+        return await self.sessions.write(self._acted(deed, work, *args, **kwargs))
 
+    async def act_briefly(
+        self,
+        deed: Callable[[T], Deed | None],
+        work: Callable[Concatenate[Session, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """The same of a few rows, found by their keys."""
+        return await self.sessions.write_briefly(self._acted(deed, work, *args, **kwargs))
+
+    def _acted(
+        self,
+        deed: Callable[[T], Deed | None],
+        work: Callable[Concatenate[Session, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Callable[[Session], T]:
         def acted(session: Session) -> T:
             return audit.audited(session, self.caller, deed, work, *args, **kwargs)
 
-        return await self.sessions.write(acted)
+        return acted
 
     async def job(self, job_id: UUID) -> Job:
         """The caller's job of that id. Raises `UnknownJob`, for another owner's as well."""
@@ -206,6 +226,7 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
         hub=Hub(settings, redis, ended),
         outlook=Outlook(settings, sessions, redis),
         metrics=metrics,
+        rates=Rates(redis),
         pepper=load_pepper(settings),
     )
     services.hub.start()

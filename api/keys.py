@@ -10,16 +10,14 @@ from collections.abc import Sequence
 import msgspec
 
 from neural_mri.backing import access, database
-from neural_mri.backing.audit import audited
+from neural_mri.backing.audit import CONSOLE, audited
 from neural_mri.backing.settings import InvalidSettings, load_settings
-from neural_mri.contract.auth import ALL_SCOPES, CreatedKey, Identity, NewKey, Scope
+from neural_mri.contract.auth import ALL_SCOPES, CreatedKey, NewKey, Scope
 from neural_mri.contract.problems import Problem
 
 __all__ = ("main",)
 
 DAY_SECONDS = 86_400.0
-CONSOLE = Identity(user="(console)", scopes=ALL_SCOPES)
-"""Who made the key, as far as the record goes: no user can bear that name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -198,8 +198,8 @@ def _check_tokens(scan: Scan, n_tokens: int, operands: Operands) -> None:
         for tokens in operands.prompts.values():
             if len(tokens) != n_tokens:
                 raise Unprocessable(
-                    f"{name} has {len(tokens)} tokens and the prompt {n_tokens}: expected as many, or "
-                    "positions would not correspond",
+                    f"{name} has {len(tokens)} {'token' if len(tokens) == 1 else 'tokens'} and the prompt "
+                    f"{n_tokens}: expected as many, or positions would not correspond",
                     n_tokens=n_tokens,
                     n_other_tokens=len(tokens),
                 )

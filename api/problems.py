@@ -122,7 +122,7 @@ def refusals(*statuses: int) -> dict[int, ResponseSpec]:
             media_type=MEDIA_TYPE,
             generate_examples=False,
         )
-        for status in sorted({*statuses, 400, 401, 403, 500, 503})
+        for status in sorted({*statuses, 400, 401, 403, 429, 500, 503})
     }
 
 

@@ -6,8 +6,9 @@ computes.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -48,6 +49,7 @@ __all__ = (
     "content_of",
     "kept",
     "opened_at",
+    "put_result",
     "saved_scan",
     "settle_all",
     "tell_saved",
@@ -88,10 +90,14 @@ def _keep(store: Store, result: StoredResult) -> Kept | None:
     if not result.is_whole():
         return None
     kept = Kept(result_digest(result.body), result.body, result.manifest)
-    # The manifest last: a result that is there is whole.
-    named = NamedBytes(keys.kept_result_path(kept.digest), kept.body)
-    put_together(store, [*_copied(result), named])
+    put_result(store, kept.digest, kept.body, _copied(result))
     return kept
+
+
+def put_result(store: Store, digest: str, body: bytes, tables: Iterable[NamedBytes]) -> None:
+    """Keep a result, by its manifest and those of its tables that may not be there. Raises `StoreFull`."""
+    # The manifest last: a result that is there is whole.
+    put_together(store, chain(tables, [NamedBytes(keys.kept_result_path(digest), body)]))
 
 
 def _copied(result: StoredResult) -> Iterator[NamedBytes]:

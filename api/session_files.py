@@ -9,10 +9,10 @@ from typing import IO
 import msgspec
 
 from api.dependencies import Services
-from api.session_contents import Kept, kept
+from api.session_contents import Kept, kept, put_result
 from neural_mri.backing import keys, sessions
 from neural_mri.backing.sessions import Made
-from neural_mri.backing.storage import Missing, Store
+from neural_mri.backing.storage import Missing, NamedBytes, Store
 from neural_mri.contract.archives import (
     Archive,
     Entry,
@@ -65,11 +65,8 @@ def taken_in(services: Services, file: IO[bytes]) -> Made:
     archive = open_archive(file, largest=services.settings.max_session_bytes)
     body = archive.document()
     _check(archive, body)
-    # Chunks first: a result that is there is whole.
-    for chunk in archive.chunks():
-        services.store.put(keys.chunk_path(chunk), archive.chunk(chunk))
     for digest in archive.results:
-        services.store.put(keys.kept_result_path(digest), archive.result(digest))
+        put_result(services.store, digest, archive.result(digest), _tables(archive, digest))
     return Made(
         owner=services.caller.user,
         name=archive.name.replace("\0", "")[:200] or "Imported",
@@ -78,6 +75,12 @@ def taken_in(services: Services, file: IO[bytes]) -> Made:
         message="Imported",
         origin=Origin.IMPORTED,
     )
+
+
+def _tables(archive: Archive, digest: str) -> Iterator[NamedBytes]:
+    """A result's tables, each read when its turn comes."""
+    for ref in archive.results[digest].tables:
+        yield NamedBytes(keys.chunk_path(ref.chunk), archive.chunk(ref.chunk))
 
 
 def _check(archive: Archive, body: bytes) -> None:

@@ -97,7 +97,7 @@ async def _submit(services: Services, submission: Submission, *, is_watched: boo
     is_scan = submission.kind is JobKind.SCAN
     services.caller.require(Scope.SCAN_WRITE if is_scan else Scope.MODEL_LOAD)
     limit = services.settings.max_queued_jobs
-    submitted = await services.act(
+    submitted = await services.act_briefly(
         _deed, jobs.submit_once, submission, max_queued=limit, usual=services.limits
     )
     job = submitted.job

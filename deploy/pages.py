@@ -31,7 +31,7 @@ _WRITTEN = {
             "stimulation",
         )
     ],
-    "Use": ["sessions.md", "diagnostics.md"],
+    "Use": ["sessions.md", "diagnostics.md", "waiting.md"],
     "Reference": ["reference/python.md", "reference/http.md", "reference/cli.md"],
     "Operate": ["operating.md", "settings.md", "benchmarks.md"],
 }
@@ -86,7 +86,7 @@ def _python() -> Iterator[str]:
     yield "# Python\n"
     yield "The client needs HTTP and Arrow, and nothing of the service's side.\n"
     for name in ("Client", *sorted(set(neural_mri.client.__all__) - {"Client"})):
-        if isinstance(getattr(neural_mri.client, name), type):
+        if callable(getattr(neural_mri.client, name)):  # a class or a function, no constant
             yield f"::: neural_mri.client.{name}\n"
 
 

@@ -312,21 +312,12 @@ class Attempts:
         """
         job, together = holdings[0].job, [holding.job for holding in holdings]
         interludes = self._interludes(holdings)
-
-        def counted(each: Performed) -> Performed:
-            if not isinstance(each, Scanned):
-                return each
-            return each.without(interludes.lent_seconds / len(together))
-
-        def stand(early: Mapping[int, Performed]) -> None:
-            ready({index: counted(each) for index, each in early.items()})
-
         self._residency.serve(job.revision)
         with (
             self._placing.admitted(job.revision, sum(map(self._needed, together))),
             self._traces.part("forward", together, {"neural_mri.mates": len(together)}) as spans,
         ):
-            measured = scans.perform(
+            scanned = scans.perform(
                 together,
                 self._registered(job),
                 self._residency.get(job.revision),
@@ -334,10 +325,9 @@ class Attempts:
                 calibrations=self._calibrations,
                 models_dir=self._settings.models_dir,
                 listeners=[self._reporter(holding, interludes) for holding in holdings],
-                ready=stand,
+                ready=ready,
                 lent_seconds=lambda: interludes.lent_seconds,
             )
-            scanned = [counted(each) for each in measured]
             for span, one in zip(spans, scanned, strict=True):
                 if isinstance(one, Scanned):
                     span.note({"neural_mri.forward_seconds": one.manifest.forward_seconds})

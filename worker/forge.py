@@ -16,19 +16,19 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 from typing import BinaryIO, NamedTuple, NoReturn
 
 import msgspec
 
 from neural_mri.backing import logs
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
-from neural_mri.contract.local import Open
+from neural_mri.contract.local import MOST_PROCESSES, Open
 from worker.children import forked, ready_to_import
 
 __all__ = ("main", "may_share_weights")
 
 _LARGEST_MESSAGE = 1 << 16
-_MOST_DESCRIPTORS = 2 * 64
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Of NVIDIA's driver, of AMD's, and of Linux under Windows."""
 
@@ -86,7 +86,7 @@ def _fork_for(settings: Settings, asked: socket.socket) -> None:
                     _bury(*key.data)
                     continue
                 message, descriptors, *_ = socket.recv_fds(
-                    asked, _LARGEST_MESSAGE, _MOST_DESCRIPTORS
+                    asked, _LARGEST_MESSAGE, 2 * MOST_PROCESSES
                 )
                 if not message:
                     return
@@ -138,7 +138,7 @@ def _serve(settings: Settings, wanted: Open, pipes: Sequence[_Pipes]) -> None:
 
     own, *others = pipes
     if not may_share_weights(settings):
-        mine = _fork_each(others)
+        mine = _fork_each(others, wanted.model)
         if mine is not None:
             own.close()
         torch.set_num_threads(wanted.threads)
@@ -150,7 +150,7 @@ def _serve(settings: Settings, wanted: Open, pipes: Sequence[_Pipes]) -> None:
     scanner = local.serve(opened, asks, answers, until_prepared=True)
     if scanner is None:
         return
-    if (mine := _fork_each(others)) is not None:
+    if (mine := _fork_each(others, wanted.model)) is not None:
         asks.close()
         answers.close()
         asks, answers = mine.opened()
@@ -164,14 +164,20 @@ def may_share_weights(settings: Settings) -> bool:
     return on_cpu or (settings.device == "auto" and not any(map(os.path.exists, _GPUS)))
 
 
-def _fork_each(others: Sequence[_Pipes]) -> _Pipes | None:
+def _fork_each(others: Sequence[_Pipes], model: str) -> _Pipes | None:
     """Fork a process for each. Its pipes, in such a process; None in the one that forked them."""
+    children = []
     for index, its in enumerate(others):
-        if not forked():
+        child = forked()
+        if not child:
             for each in others[index + 1 :]:
                 each.close()
             return its
         its.close()
+        children.append(child)
+    for child in children:
+        # This process has its own scans to see to, and forks nobody any more.
+        Thread(target=_bury, args=(child, model), daemon=True).start()
     return None
 
 

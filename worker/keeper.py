@@ -17,7 +17,7 @@ from uuid import UUID
 
 import structlog
 
-from neural_mri.backing import events, jobs, keys
+from neural_mri.backing import events, jobs
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.jobs import Job, LeaseOwner
@@ -186,9 +186,9 @@ class Keeper:
     def _hear_cancels(self, held: Sequence[Holding]) -> None:
         """A flag in Redis is only the quicker way: the next renewal says the same."""
         job_ids = [holding.job.id for holding in held]
-        flagged = events.flagged(self._redis, keys.cancel_flag, job_ids)
+        asked = events.asked_to_stop(self._redis, job_ids)
         for holding in held:
-            if holding.job.id in flagged:
+            if holding.job.id in asked:
                 holding.stop(Cancelled)
 
     def _renew(self, held: Sequence[Holding]) -> None:

@@ -9,7 +9,9 @@ is, within a second and without torch; weights that changed become another revis
 """
 
 import argparse
+import getpass
 import hashlib
+import os
 import shutil
 import signal
 import sys
@@ -26,9 +28,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from neural_mri.backing import database, keys, logs, models, storage
+from neural_mri.backing.audit import CONSOLE, Deed, audited
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
+from neural_mri.contract.auth import AuditAction
 from neural_mri.contract.models import ModelName
 from neural_mri.contract.problems import InvalidRequest, Problem, UnsupportedModel
 
@@ -230,6 +234,9 @@ def _register(
         keys.tokenizer_path(tokenizer_digest), (folder / conversion.TOKENIZER_FILE).read_bytes()
     )
     return sessions.write(
+        audited,
+        CONSOLE,
+        _registered,
         models.register,
         name=name,
         source=label,
@@ -245,6 +252,20 @@ def _register(
         ),
         wanted=wanted,
     )
+
+
+def _registered(model: RegisteredModel) -> Deed:
+    """What the record says; who stood at the console is known to the operating system alone."""
+    details = {"source": model.source, "revision": model.revision, "operator": _operator()}
+    return Deed(AuditAction.MODEL_REGISTERED, model.name, details)
+
+
+def _operator() -> str:
+    """The operating system's user: by name, or by number where it has none, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def _list(settings: Settings, console: Console) -> None:

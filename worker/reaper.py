@@ -10,8 +10,9 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from itertools import islice
 from typing import Self
 
 import structlog
@@ -23,6 +24,7 @@ from neural_mri.backing import (
     feeding,
     jobs,
     keys,
+    leftovers,
     limits,
     logs,
     storage,
@@ -45,7 +47,11 @@ MOST_TICKETS = 64
 EXPIRE_EVERY_SECONDS = 10.0
 SWEEP_EVERY_SECONDS = 600.0
 ABANDONED_SECONDS = 3600.0
-"""Nobody takes so long to write a file."""
+"""Nobody takes so long to write a file, or to take away their own."""
+LOOK_THROUGH_EVERY_SECONDS = 86_400.0
+"""How often all results are looked through for those that nobody names."""
+MOST_RESULTS = 1000
+"""Looked at in one round, however many there are: what lost workers held does not wait for it."""
 STOP_EVERY_SECONDS = 1.0
 """How often batches are looked at of which too many scans may have failed, or lines wait for room."""
 
@@ -65,8 +71,10 @@ class Reaper:
         self._publisher = Publisher(redis, settings)
         self._missing: dict[str, int] = {}
         """Tickets that each queue lacked in the last round."""
-        self._expire_at = self._sweep_at = 0.0
+        self._expire_at = self._sweep_at = self._look_through_at = 0.0
         self._stop_at = 0.0
+        self._aged: Iterator[str] = iter(())
+        """Results that are to be looked at."""
         self._away: set[str] = set()
         """What did not answer in the last round; said once."""
 
@@ -83,6 +91,7 @@ class Reaper:
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_EVERY_SECONDS
             self._try("store", self._sweep)
+        self._try("leftovers", self._take_leftovers)
 
     def _try(self, what: str, work: Callable[[], None]) -> None:
         try:
@@ -143,7 +152,11 @@ class Reaper:
                 send_tickets(self._redis, queue, min(count, MOST_TICKETS))
 
     def _forget_result(self, job: Job) -> None:
-        """Take away the result of a lost attempt, if it came so far: nobody can name it any more."""
+        """Take away the result of a lost attempt, if it came so far: nobody can name it any more.
+
+        Most often nothing is left over then. A worker that was not dead may still put it there, and one of an
+        attempt that was handed over has it under another job's id.
+        """
         if job.kind is JobKind.SCAN and job.attempt:
             # Only its worker knew which of both it was to be.
             for path_of in (keys.packed_path, keys.manifest_path):
@@ -153,6 +166,29 @@ class Reaper:
     def _sweep(self) -> None:
         if count := self._store.sweep(ABANDONED_SECONDS):
             log.info("half_written_files_removed", count=count)
+
+    def _take_leftovers(self) -> None:
+        """Take away, of some more results, those of attempts that came to nothing.
+
+        Begins anew with the next sweep where store or database does not answer.
+        """
+        if time.monotonic() >= self._look_through_at:
+            self._look_through_at = time.monotonic() + LOOK_THROUGH_EVERY_SECONDS
+            self._aged = leftovers.aged_results(self._store, ABANDONED_SECONDS)
+        try:
+            self._take_some()
+        except Unavailable:
+            self._look_through_at = self._sweep_at
+            self._aged = iter(())
+            raise
+
+    def _take_some(self) -> None:
+        if some := list(islice(self._aged, MOST_RESULTS)):
+            found = self._sessions.read(leftovers.left_over, some)
+            for path in found:
+                self._store.delete(path)
+            if found:
+                log.info("results_left_over_removed", count=len(found))
 
     def _announce(self, job: Job) -> None:
         self._publisher.announce(job)

@@ -49,7 +49,7 @@ from worker.scanner.attention import scan_attention, scan_attention_together
 from worker.scanner.calibrating import calibrate
 from worker.scanner.calibration import Calibration
 from worker.scanner.circuits import scan_circuits
-from worker.scanner.listening import Cancelled, Listener
+from worker.scanner.listening import Cancelled, Listener, Timed
 from worker.scanner.loading import LoadedModel
 from worker.scanner.mixed_scans import Asked, scan_together
 from worker.scanner.patching import scan_patching
@@ -76,13 +76,6 @@ class Scanned(NamedTuple):
     manifest: Manifest
     """Everything but the tables' addresses."""
     tables: Mapping[str, pa.Table]
-
-    def without(self, seconds: float) -> "Scanned":
-        """The same, its forward without its share of the seconds that its pass has lent to others."""
-        forward = max(0.0, self.manifest.forward_seconds - seconds)
-        return self._replace(
-            manifest=msgspec.structs.replace(self.manifest, forward_seconds=forward)
-        )
 
 
 Performed: TypeAlias = Scanned | Problem | Cancelled
@@ -414,9 +407,9 @@ def _prompt_scan(
 def _calibration(
     model: LoadedModel, scan: CalibrationScan, texts: Sequence[Tokens], listener: Listener
 ) -> ScanOutput:
-    started = time.perf_counter()
-    measured = calibrate(model, scan, listener, texts=texts, prefix=model.prefix)
-    return ScanOutput(measured.to_tables(), forward_seconds=time.perf_counter() - started)
+    timed = Timed(listener)
+    measured = calibrate(model, scan, timed, texts=texts, prefix=model.prefix)
+    return ScanOutput(measured.to_tables(), forward_seconds=timed.own_seconds)
 
 
 def _tokens(job: Job) -> Tokens:

@@ -29,19 +29,21 @@ from api.routes.jobs import cancel_job, get_job, list_jobs
 from api.routes.models import list_models, load_model, model_info, unload_model
 from api.routes.results import get_attention, get_manifest, get_result, get_table
 from api.routes.scans import SCANS
-from api.routes.sessions import (
-    add_session_scan,
-    change_session,
+from api.routes.session_results import (
     compare_sessions,
-    create_session,
-    delete_session,
     export_session,
-    follow_session,
-    fork_session,
-    get_session,
     get_session_results,
     get_session_table,
     import_session,
+)
+from api.routes.sessions import (
+    add_session_scan,
+    change_session,
+    create_session,
+    delete_session,
+    follow_session,
+    fork_session,
+    get_session,
     list_revisions,
     list_sessions,
     save_session,

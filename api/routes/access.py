@@ -8,7 +8,7 @@ from litestar.datastructures import Cookie
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody, QueryParameter
 
-from api.access import ANY_KEY, ANYBODY, COOKIE, presented
+from api.access import ANY_KEY, ANYBODY, COOKIE, count_login, presented
 from api.dependencies import Services
 from api.problems import refusals
 from neural_mri.backing import access
@@ -61,6 +61,7 @@ async def log_in(
     request: Request[Any, Any, Any],
 ) -> Response[Identity]:
     """Open a session."""
+    await count_login(services, request)
     identity = await presented(services, data.key)
     seconds = services.settings.login_seconds
     token = await services.on_behalf_of(identity).act(

@@ -119,15 +119,24 @@ async def create_batch(
     "/api/batches",
     operation_id="listBatches",
     summary="Your latest batches, newest first",
+    description="As long as a page is full, `after` its last batch begins the next.",
     tags=["batches"],
-    responses=refusals(),
+    responses=refusals(404),
 )
 async def list_batches(
     services: NamedDependency[Services],
+    after: Annotated[
+        UUID | None,
+        QueryParameter(
+            description="Only such as are older than this batch: the last of the page before."
+        ),
+    ] = None,
     limit: Annotated[int, QueryParameter(ge=1, le=100, description="How many at most.")] = 20,
 ) -> list[BatchView]:
     """List batches."""
-    found = await services.sessions.read(batches.recent, services.caller.user, limit)
+    if after is not None:
+        await _batch(services, after)
+    found = await services.sessions.read(batches.recent, services.caller.user, limit, after=after)
     return [await services.sessions.read(batches.view, batch) for batch in found]
 
 

@@ -8,7 +8,7 @@ from litestar import Response, get
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
 
-from api.access import ANYBODY
+from api.access import FOR_PROBES
 from api.dependencies import Services
 from api.residents import Holdings, holdings
 from neural_mri import __version__
@@ -78,7 +78,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
         "none is told of no worker and no model."
     ),
     tags=["service"],
-    opt=ANYBODY,
+    opt=FOR_PROBES,
     responses={
         503: ResponseSpec(Health, description="The database is away", generate_examples=False)
     },

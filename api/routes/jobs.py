@@ -25,20 +25,38 @@ LATEST = 1000
     "/api/jobs",
     operation_id="listJobs",
     summary="Your latest jobs, newest first",
+    description="As long as a page is full, `after` its last job begins the next.",
     tags=["jobs"],
-    responses=refusals(),
+    responses=refusals(404),
 )
 async def list_jobs(
     services: NamedDependency[Services],
     in_state: Annotated[
         JobState | None,
-        QueryParameter(name="state", description=f"Only those in a state, of the latest {LATEST}."),
+        QueryParameter(name="state", description=f"Only those in a state, of the {LATEST} latest."),
+    ] = None,
+    scan_key: Annotated[
+        str | None,
+        QueryParameter(
+            pattern=r"^[0-9a-f]{16,64}$",
+            description="Only those of this scan: its key as reports and manifests have it, or its first digits.",
+        ),
+    ] = None,
+    after: Annotated[
+        UUID | None,
+        QueryParameter(
+            description="Only such as are older than this job: the last of the page before."
+        ),
     ] = None,
     limit: Annotated[int, QueryParameter(ge=1, le=200, description="How many at most.")] = 50,
 ) -> list[JobView]:
     """List jobs."""
+    if after is not None:
+        await services.job(after)
     latest = limit if in_state is None else LATEST
-    found = await services.sessions.read(jobs.recent, services.caller.user, latest)
+    found = await services.sessions.read(
+        jobs.recent, services.caller.user, latest, after=after, scan_key=scan_key
+    )
     views = [await services.view(job) for job in found]
     return [view for view in views if in_state in (None, view.state)][:limit]
 

@@ -1,43 +1,43 @@
-"""Saved sessions: made, opened, saved, listed, forked, compared, exported, followed."""
+"""Saved sessions: made, opened, saved, listed, forked, followed."""
 
-import asyncio
+from collections.abc import Callable
 from typing import Annotated, Any
 from uuid import UUID
 
-import msgspec
 from litestar import Request, Response, delete, get, patch, post, put
 from litestar.di import NamedDependency
 from litestar.enums import RequestEncodingType
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
-from litestar.params import BodyKwarg, FromPath, HeaderParameter, PathParameter, QueryParameter
+from litestar.params import BodyKwarg, FromPath, HeaderParameter, QueryParameter
 from litestar.types import ASGIApp
 
 from api.access import readmission
-from api.batch_results import in_thread, pieces_answer
-from api.bodies import BODIES, Form, bounded
 from api.dependencies import Services
-from api.differences import Revision, difference
-from api.negotiation import preferred
 from api.problems import refusals
-from api.results import kept_table_answer
+from api.session_answers import (
+    EVENTS,
+    KNOWN,
+    AtRevision,
+    IfNoneMatch,
+    LastEventId,
+    answered,
+    own_session,
+)
 from api.session_contents import (
     add_scan,
     arriving,
     content_of,
-    kept,
     opened_at,
     settle_all,
     tell_saved,
 )
-from api.session_files import entries_of, take_in
 from api.session_streams import SessionFollowing
 from api.streams import MEDIA_TYPE, event_stream
 from neural_mri.backing import sessions
-from neural_mri.backing.sessions import Made, Opened
-from neural_mri.contract.archives import SESSION_FILE, write_archive
-from neural_mri.contract.problems import UnknownTable
-from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM
+from neural_mri.backing.audit import Deed
+from neural_mri.backing.sessions import Made
+from neural_mri.contract.auth import AuditAction
 from neural_mri.contract.sessions import (
     NewScan,
     NewSession,
@@ -46,31 +46,22 @@ from neural_mri.contract.sessions import (
     SessionChanges,
     SessionClosed,
     SessionDetail,
-    SessionDifference,
     SessionFork,
     SessionPage,
     SessionSave,
     SessionView,
-    UnknownRevision,
 )
 
 __all__ = (
     "add_session_scan",
     "change_session",
-    "compare_sessions",
     "create_session",
     "delete_session",
-    "detail_of",
-    "export_session",
     "follow_session",
     "fork_session",
     "get_session",
-    "get_session_results",
-    "get_session_table",
-    "import_session",
     "list_revisions",
     "list_sessions",
-    "own_session",
     "save_session",
 )
 
@@ -85,58 +76,12 @@ IfMatch = Annotated[
         required=False,
     ),
 ]
-IfNoneMatch = Annotated[
-    str | None,
-    HeaderParameter(
-        name="If-None-Match", description="A revision that you have already.", required=False
-    ),
-]
-LastEventId = Annotated[
-    str | None,
-    HeaderParameter(
-        name="Last-Event-ID",
-        description="The id of the last event that was read: the stream goes on after it.",
-        required=False,
-    ),
-]
-AtRevision = Annotated[
-    str | None,
-    QueryParameter(
-        pattern=r"^[0-9a-f]{64}$", description="Which revision; the latest where left out."
-    ),
-]
-Accept = Annotated[
-    str | None, HeaderParameter(name="Accept", description="Which form.", required=False)
-]
-Range = Annotated[
-    str | None,
-    HeaderParameter(
-        name="Range", description="`bytes=FIRST-LAST`: a part of an Arrow file.", required=False
-    ),
-]
-EVENTS = (
-    "Server-sent events: `saved` (the session stands at a revision: the first event, and one for each "
-    "save), `scan` (where a scan stands that somebody adds), `closed`, the last. Each event's data is a "
-    "JSON object that names its `session` and `type`."
-)
 NOTED = {
     "name": "Where Paris comes from",
     "notes": [{"text": "Heads of layer 21 write the city.", "component": "blocks.21.attn.head_3"}],
     "view": {"mode": "DTI", "layer": 21},
     "message": "First look",
 }
-FILE = ResponseSpec(bytes, description="The file", media_type=SESSION_FILE, generate_examples=False)
-TABLE = {
-    200: ResponseSpec(
-        bytes, description="The table", media_type=ARROW_FILE, generate_examples=False
-    ),
-    206: ResponseSpec(
-        bytes, description="The part asked for", media_type=ARROW_FILE, generate_examples=False
-    ),
-    304: ResponseSpec(None, description="You have it already"),
-    416: ResponseSpec(None, description="The file has no such part"),
-}
-KNOWN = {304: ResponseSpec(None, description="You have it already")}
 
 
 @post(
@@ -169,7 +114,7 @@ async def create_session(
     document = await content_of(services, data)
     made = Made(author, data.name, sessions.encode_document(document), author, data.message)
     view = await services.sessions.write(sessions.create, made)
-    return await _answered(services, view.id, status=201)
+    return await answered(services, view.id, status=201)
 
 
 @get(
@@ -234,7 +179,7 @@ async def get_session(
 ) -> Response[SessionDetail]:
     """Open a session."""
     await own_session(services, session_id)
-    answer = await _answered(services, session_id, revision=revision)
+    answer = await answered(services, session_id, revision=revision)
     if if_none_match is not None and answer.headers["etag"] in if_none_match:
         known: Response[SessionDetail] = Response(
             None,  # type: ignore[arg-type]  # the reader has it
@@ -287,7 +232,7 @@ async def save_session(
         sessions.save, session_id, document, over=over, author=author, message=data.message
     )
     await tell_saved(services, saved, author)
-    return await _answered(services, session_id)
+    return await answered(services, session_id)
 
 
 def _tag(condition: str) -> str:
@@ -331,8 +276,14 @@ async def change_session(
 async def delete_session(session_id: FromPath[UUID], services: NamedDependency[Services]) -> None:
     """Delete a session."""
     await own_session(services, session_id)
-    await services.sessions.write(sessions.delete_session, session_id)
+    await services.act(_deleted(session_id), sessions.delete_session, session_id)
     await services.publisher.publish(session_id, SessionClosed())
+
+
+def _deleted(session_id: UUID) -> Callable[[bool], Deed | None]:
+    """The deed of a deletion, where there was something to delete."""
+    deed = Deed(AuditAction.SESSION_DELETED, str(session_id), {})
+    return lambda was_there: deed if was_there else None
 
 
 @post(
@@ -362,7 +313,7 @@ async def fork_session(
     view = await services.sessions.write(
         sessions.fork, source, owner=author, name=data.name, author=author
     )
-    return await _answered(services, view.id, status=201)
+    return await answered(services, view.id, status=201)
 
 
 @post(
@@ -390,7 +341,7 @@ async def add_session_scan(
     await own_session(services, session_id)
     job = await services.job(data.job)
     saved = await add_scan(services, session_id, job, data.label)
-    return await _answered(services, session_id, status=202 if saved is None else 200)
+    return await answered(services, session_id, status=202 if saved is None else 200)
 
 
 @get(
@@ -413,176 +364,6 @@ async def list_revisions(
     await own_session(services, session_id)
     await arriving(services, session_id)
     return await services.sessions.read(sessions.revisions, session_id, limit=limit, before=before)
-
-
-@get(
-    "/api/sessions/{session_id:uuid}/results",
-    operation_id="getSessionResults",
-    summary="Every result of a session in one file: manifests and Arrow tables",
-    description="A zip, nothing in it compressed; each entry is named by its SHA-256.",
-    tags=["sessions"],
-    responses={200: FILE, **KNOWN, **refusals(404, 410)},
-)
-async def get_session_results(
-    session_id: FromPath[UUID],
-    services: NamedDependency[Services],
-    revision: AtRevision = None,
-    if_none_match: IfNoneMatch = None,
-) -> ASGIApp:
-    """Read all results."""
-    await own_session(services, session_id)
-    opened = await opened_at(services, session_id, revision)
-    return await archive_of(services, opened, if_none_match, whole=False)
-
-
-@get(
-    "/api/sessions/{session_id:uuid}/export",
-    operation_id="exportSession",
-    summary="The session as one file, to be opened from disk or imported elsewhere",
-    description="An .nmri file: the document beside the results. Equal sessions have equal bytes.",
-    tags=["sessions"],
-    responses={200: FILE, **KNOWN, **refusals(404, 410)},
-)
-async def export_session(
-    session_id: FromPath[UUID],
-    services: NamedDependency[Services],
-    revision: AtRevision = None,
-    if_none_match: IfNoneMatch = None,
-) -> ASGIApp:
-    """Export a session."""
-    await own_session(services, session_id)
-    opened = await opened_at(services, session_id, revision)
-    return await archive_of(services, opened, if_none_match, whole=True)
-
-
-async def archive_of(
-    services: Services, opened: Opened, if_none_match: str | None, *, whole: bool
-) -> ASGIApp:
-    """A session's results, and its document where the whole is wanted. Raises `Gone`."""
-    document = sessions.decode_document(opened.document)
-    entries = await asyncio.to_thread(entries_of, services.store, document)
-    etag = f'"{opened.revision}-{"session" if whole else "results"}"'
-    headers = {"etag": etag, "content-disposition": _attachment(opened, whole=whole)}
-    if if_none_match is not None and etag in if_none_match:
-        return not_modified(headers)
-    pieces = write_archive(
-        entries,
-        name=opened.view.name if whole else "",
-        document=opened.document if whole else None,
-    )
-    return pieces_answer(in_thread(pieces), SESSION_FILE, headers)
-
-
-def _attachment(opened: Opened, *, whole: bool) -> str:
-    suffix = "nmri" if whole else "results.nmri"
-    return f'attachment; filename="session-{opened.view.id}.{suffix}"'
-
-
-def not_modified(headers: dict[str, str]) -> ASGIApp:
-    """Tell a reader that it has this already."""
-
-    async def answer(_scope: Any, _receive: Any, send: Any) -> None:
-        listed = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 304, "headers": listed})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    return answer
-
-
-@get(
-    "/api/sessions/{session_id:uuid}/results/{result:str}/{table:str}",
-    operation_id="getSessionTable",
-    summary="One table of a session's result, in Arrow",
-    description="The file never changes; a part of it can be asked for by Range.",
-    tags=["sessions"],
-    responses={**TABLE, **refusals(404, 406, 410)},
-)
-async def get_session_table(
-    session_id: FromPath[UUID],
-    result: Annotated[str, PathParameter(pattern=r"^[0-9a-f]{64}$", description="Its hash.")],
-    table: FromPath[str],
-    services: NamedDependency[Services],
-    accept: Accept = None,
-    byte_range: Range = None,  # noqa: ARG001 (read where the bytes are sent)
-) -> ASGIApp:
-    """Read a table."""
-    media_type = preferred(accept, (ARROW_FILE, ARROW_STREAM))
-    await own_session(services, session_id)
-    if not await services.sessions.read(sessions.holds, session_id, result):
-        raise UnknownRevision(
-            f"no revision of session {session_id} holds the result {result}", result=result
-        )
-    return await session_table(services, result, table, media_type)
-
-
-async def session_table(services: Services, result: str, name: str, media_type: str) -> ASGIApp:
-    """A kept result's table. Raises `UnknownTable`, `Gone`."""
-    manifest = (await asyncio.to_thread(kept, services.store, result)).manifest
-    ref = manifest.table(name)
-    if ref is None:
-        raise UnknownTable(
-            f"the result {result} has no table {name!r}, but "
-            + ", ".join(each.name for each in manifest.tables),
-            tables=[each.name for each in manifest.tables],
-        )
-    return await kept_table_answer(
-        services.store, ref, media_type, filename=f"{result[:12]}.{ref.name}.arrow"
-    )
-
-
-@post(
-    "/api/sessions/import",
-    status_code=201,
-    operation_id="importSession",
-    summary="Take in a session's file",
-    description=(
-        "Each hash is checked before anything is kept, and what is wrong is refused by its entry's name. "
-        "The session's revision is the one that was exported. Its results answer no scans: nobody "
-        "measured them here."
-    ),
-    tags=["sessions"],
-    opt={BODIES: (Form(SESSION_FILE, bytes),)},
-    request_max_body_size=None,
-    responses=refusals(413, 415, 422, 429),
-)
-async def import_session(
-    request: Request[Any, Any, Any], services: NamedDependency[Services]
-) -> Response[SessionDetail]:
-    """Import a session."""
-    chunks = bounded(request, services.settings.max_session_bytes)
-    view = await take_in(services, chunks)
-    return await _answered(services, view.id, status=201)
-
-
-@get(
-    "/api/sessions/{session_id:uuid}/difference",
-    operation_id="compareSessions",
-    summary="What differs between two sessions, or two revisions of one",
-    description=(
-        "Which scans were added, removed or changed; of changed ones what was asked differently, and of "
-        "their main tables each component before and after. Needs no worker and no model."
-    ),
-    tags=["sessions"],
-    responses=refusals(404, 410),
-)
-async def compare_sessions(
-    session_id: FromPath[UUID],
-    services: NamedDependency[Services],
-    other: Annotated[UUID, QueryParameter(description="The session to compare with.")],
-    revision: AtRevision = None,
-    other_revision: AtRevision = None,
-    strongest: Annotated[
-        int, QueryParameter(ge=0, le=1000, description="Rows of each table to tell of.")
-    ] = 20,
-) -> SessionDifference:
-    """Compare sessions."""
-    sides = []
-    for wanted, at in ((session_id, revision), (other, other_revision)):
-        await own_session(services, wanted)
-        opened = await opened_at(services, wanted, at)
-        document = sessions.decode_document(opened.document)
-        sides.append(Revision(opened.revision, document))
-    return await asyncio.to_thread(difference, services.store, *sides, strongest=strongest)
 
 
 @get(
@@ -611,35 +392,3 @@ async def follow_session(
         readmission(services, request),
         look_seconds=services.settings.heartbeat_seconds,
     )
-
-
-async def own_session(services: Services, session_id: UUID) -> SessionView:
-    """The caller's session of that id. Raises `UnknownSession`, for another owner's as well."""
-    view = await services.sessions.read(sessions.find, session_id)
-    if view is None or view.owner != services.caller.user:
-        raise sessions.unknown(session_id)
-    return view
-
-
-async def detail_of(
-    services: Services, session_id: UUID, revision: str | None = None
-) -> SessionDetail:
-    """A session, opened; scans that have arrived by now are in it."""
-    waiting = await arriving(services, session_id)
-    opened = await services.sessions.read(sessions.opened, session_id, revision)
-    return SessionDetail(
-        **msgspec.structs.asdict(opened.view),
-        opened=opened.revision,
-        document=sessions.decode_document(opened.document),
-        arriving=waiting,
-    )
-
-
-async def _answered(
-    services: Services, session_id: UUID, *, status: int = 200, revision: str | None = None
-) -> Response[SessionDetail]:
-    detail = await detail_of(services, session_id, revision)
-    headers = {"etag": f'"{detail.opened}"', "cache-control": "private, no-cache"}
-    if status == 201:
-        headers["location"] = detail.links["self"]
-    return Response(detail, status_code=status, headers=headers)

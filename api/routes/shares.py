@@ -24,7 +24,7 @@ from api.negotiation import preferred
 from api.problems import refusals
 from api.redaction import Redaction
 from api.results import IMMUTABLE
-from api.routes.sessions import (
+from api.session_answers import (
     EVENTS,
     FILE,
     KNOWN,

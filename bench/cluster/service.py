@@ -1,6 +1,5 @@
 """A whole service in a folder of its own, with users, and what its processes have spent."""
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,12 +16,9 @@ from neural_mri.backing.database import Sessions
 from neural_mri.backing.records import Job
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.auth import Scope
-from tests.system.service import Service, free_port, register, running
+from tests.system.service import Service, free_port, ready, register
 
 __all__ = ("USERS", "Cluster", "Spent", "changed", "prepared", "serving")
-
-CALIBRATED = Path(__file__).parents[2] / ".cache" / "calibrated"
-"""What earlier runs have measured of their models, under its own key: it need not be measured again."""
 
 USERS = tuple(f"user-{number:02}" for number in range(16))
 
@@ -94,11 +90,7 @@ def serving(settings: Settings) -> Iterator[Cluster]:
         for user in USERS
     }
     sessions.close()
-    if CALIBRATED.exists():
-        shutil.copytree(CALIBRATED, settings.store_dir, dirs_exist_ok=True)
-    with running(settings) as service:
-        service.wait_until_ready()
-        shutil.copytree(settings.store_dir, CALIBRATED, dirs_exist_ok=True)
+    with ready(settings) as service:
         cluster = Cluster(service, keys)
         try:
             yield cluster

@@ -105,8 +105,9 @@ class Launcher:
         self._wait("api", self._api_answers)
         self._tell("api", "answers")
         first = not (settings.store_dir / "calibrations").is_dir() and not settings.store_url
-        once = ", and measuring what is ordinary for it (once)" if first else ""
-        self._tell("worker", f"loading {settings.pinned_models}{once}")
+        self._tell("worker", f"loading {settings.pinned_models}")
+        if first:
+            self._tell("", "measuring what is ordinary for it (once)")
         with broker.connect(settings) as redis:
             revisions = {model.revision for model in self._pinned().values() if model}
             self._wait("worker", lambda: self._worker_holds(redis, revisions))

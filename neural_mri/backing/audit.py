@@ -16,12 +16,15 @@ from sqlalchemy.orm import Session
 from neural_mri.backing.database import epoch
 from neural_mri.backing.records import new_id
 from neural_mri.backing.rows import AUDIT
-from neural_mri.contract.auth import AuditAction, AuditEntry, Identity
+from neural_mri.contract.auth import ALL_SCOPES, AuditAction, AuditEntry, Identity
 
-__all__ = ("Deed", "audited", "entries", "record")
+__all__ = ("CONSOLE", "Deed", "audited", "entries", "record")
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+CONSOLE = Identity(user="(console)", scopes=ALL_SCOPES)
+"""Who works on the server's own machine and needs no key: no user can bear that name."""
 
 _entry = AUDIT.c
 _details = msgspec.json.Decoder(dict[str, Any])

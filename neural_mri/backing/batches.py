@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import ColumnElement, bindparam, case, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, case, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -274,14 +274,20 @@ def find(session: Session, batch_id: UUID) -> Batch | None:
     return None if row is None else Batch.of_row(row)
 
 
-def recent(session: Session, owner: str, limit: int) -> list[Batch]:
-    """An owner's latest batches, newest first."""
+def recent(session: Session, owner: str, limit: int, *, after: UUID | None = None) -> list[Batch]:
+    """An owner's latest batches, newest first, of those older than one of them."""
     wanted = (
         select(*_batch)
         .where(_batch.owner == owner)
         .order_by(_batch.created_at.desc(), _batch.id.desc())
         .limit(limit)
     )
+    if after is not None:
+        last = BATCHES.alias("last").c
+        at = select(last.created_at).where(last.id == after).scalar_subquery()
+        wanted = wanted.where(
+            _batch.created_at <= at, or_(_batch.created_at < at, _batch.id < after)
+        )
     return [Batch.of_row(row) for row in session.connection().execute(wanted)]
 
 

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -22,6 +22,7 @@ from sqlalchemy import (
     Double,
     Engine,
     ExceptionContext,
+    NullPool,
     create_engine,
     event,
     func,
@@ -36,7 +37,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 from neural_mri.backing.settings import Settings
-from neural_mri.contract.problems import Unavailable
+from neural_mri.contract.problems import Problem, Unavailable
 
 __all__ = (
     "AsyncSessions",
@@ -51,6 +52,9 @@ __all__ = (
 
 BUSY_TIMEOUT_SECONDS = 5.0
 """How long a SQLite writer waits for another process's transaction."""
+
+LOG_PAGES = 1000
+"""So long SQLite's log becomes before its pages are brought home: as it is usual."""
 
 THREADS = 8
 """Transactions that an event loop may have open at once."""
@@ -67,6 +71,12 @@ MIGRATION_LOCK_SECONDS = 4.0
 MIGRATION_STATEMENT_SECONDS = 300.0
 """The same for migrations: a turn is waited for patiently, a table's lock is not, because everybody who
 needs the table queues behind whoever waits for it; a large table's index may take its time."""
+
+SLOW_SECONDS = 0.05
+SLOW_FOR_SECONDS = 1.0
+"""Where what the loop did itself took so long, threads wait for the disk for so long."""
+BRIEF_AT_A_STRETCH = 100
+"""Transactions in the loop itself before a thread makes one, which looks after the log."""
 
 ATTEMPTS = 4
 """Tries of a transaction that others undid: a deadlock's or a serialization failure's victim."""
@@ -120,13 +130,17 @@ def epoch() -> _Epoch:
     return _Epoch()
 
 
-def sync_engine(settings: Settings) -> Engine:
-    """An engine on the settings' database."""
+def sync_engine(settings: Settings, *, waits: bool = True) -> Engine:
+    """An engine on the settings' database; on SQLite one that `waits` for other processes' transactions.
+
+    One that does not leaves it to those that do to bring the log's pages home, which flushes them to the disk.
+    """
     url = _url(settings)
     # Errors go to logs; the parameters of statements, prompts among them, must not.
     if url.get_backend_name() == "sqlite":
-        engine = create_engine(url, hide_parameters=True)
-        _prepare_sqlite(engine)
+        # Who wants to keep a connection keeps it: see `_Kept`.
+        engine = create_engine(url, hide_parameters=True, poolclass=NullPool)
+        _prepare_sqlite(engine, waits=waits)
         return engine
     engine = create_engine(
         url,
@@ -173,14 +187,15 @@ def _prepare_postgresql(engine: Engine) -> None:
                 error.args = (str(error.args[0]).partition("\n")[0], *error.args[1:])
 
 
-def _prepare_sqlite(engine: Engine) -> None:
+def _prepare_sqlite(engine: Engine, *, waits: bool) -> None:
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver begins nothing by itself: `begin` does
         cursor = connection.cursor()
         for pragma in (
-            f"busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000)}",
+            f"busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000 * waits)}",
             "journal_mode = WAL",
+            f"wal_autocheckpoint = {LOG_PAGES * waits}",
             "synchronous = NORMAL",
             "foreign_keys = ON",
         ):
@@ -237,6 +252,45 @@ def _was_undone(refusal: Unavailable) -> bool:
     return isinstance(cause, DBAPIError) and _state(cause) in _UNDONE
 
 
+class _Kept:
+    """Sessions that stay on their connection from one transaction to the next, for whoever comes.
+
+    A connection to SQLite is an open file, and may be had by the dozen; to make a session, take a connection
+    from a pool, and clean and give back both takes longer than most transactions here.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._idle: list[Session] = []
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """One that nobody else uses until the block is left; after a fault it is given up."""
+        session = self._idle.pop() if self._idle else Session(self._engine.connect())
+        try:
+            yield session
+        except Problem:  # a refusal is no fault of the connection's
+            session.rollback()
+            self._idle.append(session)
+            raise
+        except BaseException:
+            _give_up(session)
+            raise
+        self._idle.append(session)
+
+    def close(self) -> None:
+        """Close the connections of those not in use."""
+        while self._idle:
+            _give_up(self._idle.pop())
+
+
+def _give_up(session: Session) -> None:
+    connection = session.get_bind()
+    session.close()
+    if isinstance(connection, Connection):
+        connection.close()
+
+
 class Sessions:
     """Transactions for processes that wait.
 
@@ -247,25 +301,34 @@ class Sessions:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        # SQLite's readers see one state by nature.
-        one_state = (
-            {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
-        )
-        self._reader = sessionmaker(engine.execution_options(**one_state))
-        by_itself = {} if engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
-        self._looker = sessionmaker(engine.execution_options(looking=True, **by_itself))
-        self._writer = sessionmaker(engine.execution_options(writing=True))
+        self._kept = list[_Kept]()
+        # SQLite's readers see one state by nature, and a look needs to be told nothing.
+        self._reader = self._sessions("REPEATABLE READ")
+        self._looker = self._sessions("AUTOCOMMIT", looking=True)
+        self._writer = self._sessions(writing=True)
+
+    def _sessions(
+        self, isolation_level: str | None = None, **kind: bool
+    ) -> Callable[[], AbstractContextManager[Session]]:
+        """Where sessions of one kind come from; the level is PostgreSQL's."""
+        if self.engine.dialect.name == "sqlite":
+            kept = _Kept(self.engine.execution_options(**kind))
+            self._kept.append(kept)
+            return kept.session
+        level = {} if isolation_level is None else {"isolation_level": isolation_level}
+        return sessionmaker(self.engine.execution_options(**level, **kind))
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A session that looks at one state of the database."""
         with _answering(), self._reader() as session:
             yield session
+            session.rollback()
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """A session whose changes are seen all together or not at all."""
-        with _answering(), self._writer.begin() as session:
+        with _answering(), self._writer() as session, session.begin():
             session.connection()  # begins now, not with the first statement: the lock is ours from here
             yield session
 
@@ -306,6 +369,8 @@ class Sessions:
 
     def close(self) -> None:
         """Close every connection."""
+        for kept in self._kept:
+            kept.close()
         self.engine.dispose()
 
 
@@ -315,11 +380,16 @@ class AsyncSessions:
     An asynchronous driver would hop to its thread and back for every step of every statement; a whole
     transaction here hops once (measured on SQLite: a quarter of the time, a third of the CPU). On SQLite one
     thread writes: writers that meet at the file's lock sleep in growing steps, those that queue here go
-    at once.
+    at once. What is no more than a few rows found by their keys the loop does itself there, sooner than a
+    thread wakes and is heard of: the file's pages are in memory, and it waits for no lock.
     """
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, at_hand: Sessions | None = None) -> None:
         self._sessions = sessions
+        self._at_hand = at_hand
+        """For what is no matter for a thread: it waits for nobody."""
+        self._brief_left = BRIEF_AT_A_STRETCH
+        self._slow_until = 0.0
         writers = 1 if sessions.engine.dialect.name == "sqlite" else THREADS
         self._readers = ThreadPoolExecutor(THREADS, thread_name_prefix="database-reader")
         self._writers = ThreadPoolExecutor(writers, thread_name_prefix="database-writer")
@@ -333,7 +403,10 @@ class AsyncSessions:
     async def look(
         self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """What `work(session, ...)` finds by one statement."""
+        """What `work(session, ...)` finds by one statement, which takes no time worth speaking of."""
+        if self._at_hand is not None and self._is_quick():
+            with suppress(Unavailable), self._timed():  # where it had to wait, it waits in a thread
+                return self._at_hand.look(work, *args, **kwargs)
         return await self._on(self._readers, partial(self._sessions.look, work, *args, **kwargs))
 
     async def write(
@@ -344,6 +417,44 @@ class AsyncSessions:
         A caller that is cancelled while it waits leaves a transaction that ends by itself, whole.
         """
         return await self._on(self._writers, partial(self._sessions.write, work, *args, **kwargs))
+
+    async def write_briefly(
+        self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """The same of work that takes no longer than to hand it to a thread."""
+        begun = False
+
+        def now(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            nonlocal begun
+            begun = True
+            return work(session, *args, **kwargs)
+
+        if self._at_hand is not None and self._is_quick() and self._brief_left:
+            self._brief_left -= 1
+            try:
+                with self._timed():
+                    return self._at_hand.write(now, *args, **kwargs)
+            except Unavailable:
+                if begun:
+                    raise
+                # Another process writes: a thread waits for it.
+        self._brief_left = BRIEF_AT_A_STRETCH
+        return await self.write(work, *args, **kwargs)
+
+    def _is_quick(self) -> bool:
+        """Whether the loop has not waited for the disk a moment ago."""
+        return time.monotonic() >= self._slow_until
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Notice where the loop waits."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            ended = time.monotonic()
+            if ended - began > SLOW_SECONDS:
+                self._slow_until = ended + SLOW_FOR_SECONDS
 
     async def _on(self, threads: ThreadPoolExecutor, transaction: Callable[[], T]) -> T:
         asked = time.monotonic()
@@ -360,7 +471,9 @@ class AsyncSessions:
         """Let what has begun end, and close every connection."""
         for threads in (self._writers, self._readers):
             await asyncio.to_thread(threads.shutdown, cancel_futures=True)
-        self._sessions.close()
+        for sessions in (self._sessions, self._at_hand):
+            if sessions is not None:
+                sessions.close()
 
 
 def sessions(settings: Settings) -> Sessions:
@@ -370,7 +483,10 @@ def sessions(settings: Settings) -> Sessions:
 
 def async_sessions(settings: Settings) -> AsyncSessions:
     """Transactions on the settings' database, for an event loop."""
-    return AsyncSessions(sessions(settings))
+    own = sessions(settings)
+    if own.engine.dialect.name != "sqlite":
+        return AsyncSessions(own)
+    return AsyncSessions(own, Sessions(sync_engine(settings, waits=False)))
 
 
 def migrate(settings: Settings, *, back_to: str | None = None) -> None:

@@ -5,7 +5,7 @@ told is dropped and counted; a reader who finds a gap is told where the job stan
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -31,9 +31,9 @@ __all__ = (
     "Replay",
     "Told",
     "WorkerBeat",
+    "asked_to_stop",
     "beat",
     "change_of",
-    "flagged",
     "heartbeats",
     "heartbeats_async",
     "parse_entries",
@@ -207,14 +207,12 @@ def _append(
             pipeline.publish(keys.ENDED, job_id.bytes)
 
 
-def flagged(
-    redis: SyncRedis, flag: Callable[[UUID], str], job_ids: Sequence[UUID]
-) -> frozenset[UUID]:
-    """Those of the jobs whose flag is set; none while Redis is away."""
+def asked_to_stop(redis: SyncRedis, job_ids: Sequence[UUID]) -> frozenset[UUID]:
+    """Those of the jobs whose cancel flag is set; none while Redis is away."""
     if not job_ids:
         return frozenset()
     try:
-        flags = redis.mget([flag(job_id) for job_id in job_ids])
+        flags = redis.mget([keys.cancel_flag(job_id) for job_id in job_ids])
     except AWAY:
         return frozenset()
     return _set_among(job_ids, flags)

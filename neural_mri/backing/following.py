@@ -95,7 +95,14 @@ _SHARE = (
     )
 )
 _LEASE = (
-    select(_job.state, _job.attempt, _job.lease_owner, _job.lease_until, _job.started_at)
+    select(
+        _job.state,
+        _job.attempt,
+        _job.lease_owner,
+        _job.lease_until,
+        _job.started_at,
+        _job.claim_share,
+    )
     .where(_job.id == bindparam("job_id"), _HELD)
     .with_for_update()
 )
@@ -108,6 +115,7 @@ _INHERIT = (
         lease_owner=bindparam("holder"),
         lease_until=bindparam("until"),
         started_at=bindparam("began"),
+        claim_share=bindparam("part"),
     )
 )
 _LEAD = (
@@ -194,6 +202,7 @@ def inherit(session: Session, job: Job) -> int | None:
         holder=row.lease_owner,
         until=row.lease_until,
         began=row.started_at,
+        part=row.claim_share,
     )
     attempt: int = row.attempt
     return attempt

@@ -28,7 +28,7 @@ from neural_mri.backing import following, idempotency, limits, statements
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.records import LANE_WEIGHTS, AnyRow, Job, Submission, new_id
-from neural_mri.contract.jobs import TERMINAL, JobKind, JobState, Lane
+from neural_mri.contract.jobs import TERMINAL, JobState, Lane
 from neural_mri.contract.problems import Problem, ProblemDocument, TooMany, UnknownJob
 
 __all__ = (
@@ -150,22 +150,27 @@ def submit(
     `max_queued` jobs are unfinished.
     """
     row = _row(submission, job_id or new_id())
-    if manifest := _existing_result(session, submission.scan_key):
-        return _born_succeeded(session, row, manifest)
+    found = _standing(session, submission)
+    if found.manifest is not None:
+        return _born_succeeded(session, row, found.manifest)
     if usual is not NO_LIMITS:
         limits.check(session, submission.owner, usual)
-    # From here on submissions to this queue take turns: of two equal ones the second sees the first.
-    turn = _turn(session, submission, max_queued)
+    dialect = session.get_bind().dialect.name
+    if found.clock is None or dialect != "sqlite":
+        # From here on submissions to this queue take turns, as on SQLite from the transaction's beginning: of
+        # two equal ones the second sees the first.
+        _run(session, statements.lock_clock(dialect), {"name": submission.queue})
+        found = _standing(session, submission)
+    turn = _turn(found, submission, max_queued)
     row |= {**_WAITING, "virtual_start": turn.start, "virtual_finish": turn.finish}
-    if submission.scan_key is not None:
-        if found := following.leader(session, submission.scan_key):
-            following.lift(session, found, turn.start)
-            row |= {"leader": found.work, "virtual_finish": None}
-        elif session.get_bind().dialect.name == "postgresql" and (
-            manifest := _existing_result(session, submission.scan_key)
-        ):
-            # It ended while we waited for our turn: on SQLite we have it from the start.
-            return _born_succeeded(session, row, manifest)
+    if found.is_under_way and submission.scan_key is not None:
+        if leader := following.leader(session, submission.scan_key):
+            following.lift(session, leader, turn.start)
+            row |= {"leader": leader.work, "virtual_finish": None}
+        else:  # it has just ended, or has been asked to stop
+            found = _standing(session, submission)
+    if found.manifest is not None:
+        return _born_succeeded(session, row, found.manifest)
     return Job.of_row(_run(session, statements.INSERT, row).one())
 
 
@@ -330,12 +335,10 @@ def _born_succeeded(session: Session, row: dict[str, Any], manifest: str) -> Job
     return Job.of_row(_run(session, statements.INSERT_FINISHED, row).one())
 
 
-def _existing_result(session: Session, scan_key: str | None) -> str | None:
-    """The manifest of the newest usable result of a scan key."""
-    if scan_key is None:
-        return None
-    manifest: str | None = _run(session, statements.EXISTING_RESULT, {"key": scan_key}).scalar()
-    return manifest
+def _standing(session: Session, submission: Submission) -> AnyRow:
+    """What a new job is recorded by, as `statements.STANDING` finds it."""
+    parameters = {"key": submission.scan_key, **_Flow.of(submission)._asdict()}
+    return _run(session, statements.STANDING, parameters).one()
 
 
 class _Turn(NamedTuple):
@@ -343,12 +346,8 @@ class _Turn(NamedTuple):
     finish: float
 
 
-def _turn(session: Session, submission: Submission, max_queued: int) -> _Turn:
+def _turn(found: AnyRow, submission: Submission, max_queued: int) -> _Turn:
     """The virtual start and finish of a new job. Raises `TooMany`."""
-    flow = _Flow.of(submission)
-    locking = statements.lock_clock(session.get_bind().dialect.name)
-    clock: float = _run(session, locking, {"name": flow.name}).scalar_one()
-    found = _run(session, statements.UNFINISHED_AND_OWNER_FINISH, flow._asdict()).one()
     if found.unfinished >= max_queued:
         raise TooMany(
             f"{found.unfinished} jobs are unfinished, the limit is {max_queued}: try again when some "
@@ -356,7 +355,7 @@ def _turn(session: Session, submission: Submission, max_queued: int) -> _Turn:
             unfinished=found.unfinished,
             limit=max_queued,
         )
-    start = clock if found.owner_finish is None else max(clock, found.owner_finish)
+    start = found.clock if found.owner_finish is None else max(found.clock, found.owner_finish)
     return _Turn(start, start + submission.estimated_cost / LANE_WEIGHTS[submission.lane])
 
 
@@ -370,9 +369,26 @@ def get(session: Session, job_id: UUID) -> Job | None:
     return _job_of(_run(session, statements.GET, {"job_id": job_id}))
 
 
-def recent(session: Session, owner: str, limit: int = 50) -> list[Job]:
-    """An owner's latest jobs, newest first."""
-    rows = _run(session, statements.RECENT, {"who": owner, "most": limit})
+def recent(
+    session: Session,
+    owner: str,
+    limit: int = 50,
+    *,
+    after: UUID | None = None,
+    scan_key: str | None = None,
+) -> list[Job]:
+    """An owner's latest jobs, newest first, of those older than one of them.
+
+    A scan key may be given by its first digits. Nothing is older than a job that is not there.
+    """
+    parameters: dict[str, Any] = {"who": owner, "most": limit}
+    if after is not None:
+        parameters["last"] = after
+    if scan_key is not None:
+        # Beyond every hexadecimal digit: a range, which an index serves where LIKE may not be.
+        parameters |= {"key_from": scan_key, "key_to": f"{scan_key}g"}
+    wanted = statements.recent(before_one=after is not None, of_a_scan=scan_key is not None)
+    rows = _run(session, wanted, parameters)
     return [Job.of_row(row) for row in rows]
 
 
@@ -407,7 +423,13 @@ def claim(
     if session.get_bind().dialect.name == "postgresql":
         # Who submits locks the clock, and then the job that theirs will follow: in that order here as well.
         _run(session, statements.HOLD_CLOCK, {"name": queue})
-    parameters = {"name": queue, "most": limit, "holder": str(owner), "seconds": lease_seconds}
+    parameters = {
+        "name": queue,
+        "most": limit,
+        "holder": str(owner),
+        "seconds": lease_seconds,
+        "starts": starts,
+    }
     if most_cost is None:
         rows = _run(session, statements.CLAIM, parameters)
     else:
@@ -417,10 +439,6 @@ def claim(
         # The clock goes with the head alone: mates from further back came along for nothing.
         head = {"name": queue, "start": claimed[0].virtual_start}
         _run(session, statements.MOVE_CLOCK, head)
-    if starts and len(claimed) == 1 and claimed[0].kind is JobKind.SCAN:
-        [job] = claimed
-        running = advance(session, job.id, JobState.RUNNING, attempt=job.attempt)
-        return [running or job]
     return claimed
 
 

@@ -1,12 +1,16 @@
 """Every Redis key, queue name and storage path, in one place."""
 
+from typing import NamedTuple
 from uuid import UUID
 
 __all__ = (
+    "ATTEMPTS",
     "CONTROL_QUEUE",
     "CPU_QUEUE",
     "ENDED",
     "WORKERS",
+    "Attempt",
+    "attempt_of",
     "calibration_path",
     "cancel_flag",
     "chunk_path",
@@ -17,6 +21,7 @@ __all__ = (
     "manifest_path",
     "packed_path",
     "placement_queue",
+    "rate",
     "scan_queue",
     "tokenizer_path",
     "watched",
@@ -32,6 +37,9 @@ ENDED = "ended"
 
 WORKERS = "workers"
 """Redis set of the names that may have a heartbeat."""
+
+ATTEMPTS = ("packed", "manifests")
+"""Folders of what single attempts have measured."""
 
 
 def scan_queue(revision: str) -> str:
@@ -59,6 +67,11 @@ def cancel_flag(job_id: UUID) -> str:
     return f"cancel:{job_id}"
 
 
+def rate(who: str) -> str:
+    """Redis key that counts a caller's requests of a minute, and is gone after it."""
+    return f"rate:{who}"
+
+
 def heartbeat(worker: str) -> str:
     """Redis key under which a worker says what it holds; it expires unless said again."""
     return f"worker:{worker}"
@@ -82,6 +95,24 @@ def is_packed(path: str) -> bool:
 def manifest_path(job_id: UUID, attempt: int) -> str:
     """The manifest of an attempt whose tables stand beside it, each under its own hash."""
     return f"manifests/{job_id}.{attempt}.json"
+
+
+class Attempt(NamedTuple):
+    """One claim of a job."""
+
+    job_id: UUID
+    """The id under which its worker knows the job."""
+    number: int
+
+
+def attempt_of(path: str) -> Attempt | None:
+    """Whose result a file is; None for a file of another kind."""
+    try:
+        job_id, number, _ = path.rpartition("/")[2].split(".")
+        attempt = Attempt(UUID(job_id), int(number))
+    except ValueError:
+        return None
+    return attempt if path in (packed_path(*attempt), manifest_path(*attempt)) else None
 
 
 def kept_result_path(digest: str) -> str:

@@ -1,8 +1,10 @@
 """What one user may have under way at once, and compute within any 24 hours.
 
 Counted in the transaction that submits: of many requests at once none slips through. A day is the last 24
-hours, not the calendar's. What counts is the time for which a worker held the user's jobs: results that
-were known, and scans that followed another's, cost nothing.
+hours, not the calendar's. What counts is the time for which a worker held the user's jobs; those that were
+claimed together share it by what they were estimated to cost, so that nobody is charged a pass that others
+had a part in, and all together no more than it took. Results that were known, and scans that followed
+another's, cost nothing.
 """
 
 import math
@@ -35,15 +37,17 @@ _RAN_TODAY = and_(
 
 _OVERRIDES = select(_user.max_jobs, _user.daily_seconds).where(_user.name == bindparam("who"))
 _IN_FLIGHT = select(func.count()).select_from(JOBS).where(_UNDER_WAY)
-_SECONDS_ENDED = select(func.coalesce(func.sum(_job.finished_at - _job.started_at), 0.0)).where(
-    _RAN_TODAY
-)
-_SECONDS_HELD = select(func.coalesce(func.sum(epoch() - _job.started_at), 0.0)).where(
+_PART = func.coalesce(_job.claim_share, 1.0)
+_SECONDS_ENDED = select(
+    func.coalesce(func.sum((_job.finished_at - _job.started_at) * _PART), 0.0)
+).where(_RAN_TODAY)
+_SECONDS_HELD = select(func.coalesce(func.sum((epoch() - _job.started_at) * _PART), 0.0)).where(
     _UNDER_WAY, _job.lease_owner.is_not(None)
 )
 _LEAVING = (
     select(
-        (_job.finished_at - _job.started_at).label("seconds"),
+        (_job.finished_at - _job.started_at).label("lasted"),
+        ((_job.finished_at - _job.started_at) * _PART).label("charged"),
         (_job.finished_at + DAY_SECONDS - epoch()).label("leaves_in"),
     )
     .where(_RAN_TODAY)
@@ -125,7 +129,7 @@ def _seconds(session: Session, user: str) -> float:
 
 def _typical_seconds(session: Session, user: str) -> int:
     """About how long one of the user's jobs holds a worker."""
-    lasted: list[float] = [row.seconds for row in _run(session, _LEAVING, user)][-16:]
+    lasted: list[float] = [row.lasted for row in _run(session, _LEAVING, user)][-16:]
     mean = sum(lasted) / len(lasted) if lasted else 1.0
     return math.ceil(min(max(mean, 1.0), LONGEST_RETRY_SECONDS))
 
@@ -133,7 +137,7 @@ def _typical_seconds(session: Session, user: str) -> int:
 def _until_below(session: Session, user: str, used: float, limit: float) -> int:
     """Seconds until enough of what was computed is a day ago."""
     for row in _run(session, _LEAVING, user):
-        used -= row.seconds
+        used -= row.charged
         if used < limit:
             leaves_in: float = row.leaves_in
             return max(1, math.ceil(leaves_in))

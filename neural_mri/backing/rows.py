@@ -187,6 +187,8 @@ class JobRow(Base):
     created_at: Mapped[float]
     started_at: Mapped[float | None]
     """When the latest attempt was claimed."""
+    claim_share: Mapped[float | None]
+    """Its part, by estimated cost, of what was claimed with it; NULL for all of it."""
     finished_at: Mapped[float | None]
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -120,6 +120,14 @@ class S3Store:
     def sweep(self, older_seconds: float) -> int:  # noqa: ARG002  a bucket shows no half objects
         """Nothing: an object is there when it is whole."""
         return 0
+
+    def aged(self, folder: str, older_seconds: float) -> Iterator[str]:
+        """Paths in a folder under which bytes have stood for so long, in no order."""
+        before = datetime.now(UTC) - timedelta(seconds=older_seconds)
+        with _explained(folder):
+            # As many as one request gives.
+            for page in obstore.list(self._store, prefix=folder, chunk_size=1000):
+                yield from (found["path"] for found in page if found["last_modified"] < before)
 
 
 class _Uploads:

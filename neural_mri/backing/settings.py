@@ -107,6 +107,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     user_daily_seconds: Annotated[float, Meta(ge=0)] = 0.0
     """Seconds that one user's jobs may compute within 24 hours, where keys are asked for; 0: no limit. Lines of
     batches wait until there are some again."""
+    user_requests_a_minute: Annotated[int, Meta(ge=0)] = 30_000
+    """Requests that one user may make, where keys are asked for; 0: any number."""
+    login_requests_a_minute: Annotated[int, Meta(ge=0)] = 600
+    """Logins, and requests with keys that are none, from one address; 0: any number."""
     lease_seconds: Seconds = 5.0
     """How long a claim holds without being renewed."""
     reaper_interval_seconds: Seconds = 0.2

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Double,
     Integer,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    literal,
     or_,
     select,
     tuple_,
@@ -94,6 +96,24 @@ Parameters: name, who, in_lane.
 """
 
 
+STANDING = select(
+    EXISTING_RESULT.scalar_subquery().label("manifest"),
+    select(_job.id)
+    .where(_job.scan_key == bindparam("key"), _UNFINISHED)
+    .exists()
+    .label("is_under_way"),
+    select(_clock.virtual_clock)
+    .where(_clock.queue == bindparam("name"))
+    .scalar_subquery()
+    .label("clock"),
+    *UNFINISHED_AND_OWNER_FINISH.selected_columns,
+)
+"""All that a new job is recorded by: what is known of its scan, and where its queue is.
+
+Parameters: key, name, who, in_lane.
+"""
+
+
 @cache
 def lock_clock(dialect: str) -> UpdateBase:
     """Reads a queue's clock, making it where there is none, and keeps its row locked. Parameter: name.
@@ -132,13 +152,28 @@ MADE = select(*_job).where(
 )
 """The job as a move has left it. Parameters: job_id, held_attempt, to, path."""
 
-RECENT = (
-    select(*_job)
-    .where(_job.owner == bindparam("who"))
-    .order_by(_job.created_at.desc(), _job.id.desc())
-    .limit(bindparam("most", type_=Integer))
-)
-"""Newest first. Parameters: who, most."""
+
+@cache
+def recent(*, before_one: bool, of_a_scan: bool) -> Select[Any]:
+    """An owner's jobs, newest first; those older than one of them; those of a scan key that begins so.
+
+    Parameters: who, most; last; key_from and key_to.
+    """
+    wanted = select(*_job).where(_job.owner == bindparam("who"))
+    if before_one:
+        last = JOBS.alias("last").c
+        at = select(last.created_at).where(last.id == bindparam("last")).scalar_subquery()
+        wanted = wanted.where(
+            _job.created_at <= at, or_(_job.created_at < at, _job.id < bindparam("last"))
+        )
+    if of_a_scan:
+        wanted = wanted.where(
+            _job.scan_key >= bindparam("key_from"), _job.scan_key < bindparam("key_to")
+        )
+    return wanted.order_by(_job.created_at.desc(), _job.id.desc()).limit(
+        bindparam("most", type_=Integer)
+    )
+
 
 QUEUED_BY_QUEUE = (
     select(_job.queue, func.count().label("waiting")).where(_WAITING).group_by(_job.queue)
@@ -163,6 +198,10 @@ QUEUE_OF_SHORT = (
 """Parameters: names, most_cost."""
 
 
+def _state(state: JobState) -> ColumnElement[JobState]:
+    return literal(state, type_=_job.state.type)
+
+
 def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
     of_queue = and_(waiting, _job.queue == bindparam("name"))
     head = (
@@ -176,7 +215,7 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
     # Whoever looks on does not wait for rows that nobody waits for.
     in_no_hurry = select(head.c.lane).scalar_subquery() != Lane.INTERACTIVE
     batch = (
-        select(_job.id)
+        select(_job.id, _job.estimated_cost)
         .where(
             of_queue,
             _job.batch_key == select(head.c.batch_key).scalar_subquery(),
@@ -187,15 +226,19 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
         .with_for_update(skip_locked=True)
         .cte("batch")
     )
+    whole = select(func.sum(batch.c.estimated_cost)).scalar_subquery()
+    comes_alone = select(func.count()).select_from(batch).scalar_subquery() == 1
+    begins = and_(bindparam("starts", type_=Boolean), _job.kind == JobKind.SCAN, comes_alone)
     return (
         update(JOBS)
         .where(_job.id.in_(select(batch.c.id)))
         .values(
-            state=JobState.CLAIMED,
+            state=case((begins, _state(JobState.RUNNING)), else_=_state(JobState.CLAIMED)),
             attempt=_job.attempt + 1,
             lease_owner=bindparam("holder"),
             lease_until=epoch() + bindparam("seconds", type_=Double),
             started_at=epoch(),
+            claim_share=_job.estimated_cost / func.nullif(whole, 0.0),
         )
         .returning(*_job)
     )
@@ -204,7 +247,7 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
 CLAIM = _claim(_WAITING)
 """Takes the head of a queue and its mates: of the interactive lane alone where the head is of it.
 
-Parameters: name, most, holder, seconds.
+Parameters: name, most, holder, seconds, starts: whether a scan that comes alone is running when it comes.
 
 CTEs, because PostgreSQL may run a subquery with LIMIT and row locks more than once.
 """

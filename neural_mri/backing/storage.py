@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -124,6 +125,12 @@ class Store(Protocol):
     def sweep(self, older_seconds: float) -> int:
         """Take away what somebody began to write, so long ago, and died; how many files that were."""
 
+    def aged(self, folder: str, older_seconds: float) -> Iterator[str]:
+        """Paths in a folder under which bytes have stood for so long, in no order.
+
+        Looked for as they are asked for, and left out where they are taken away meanwhile.
+        """
+
 
 def put_together(store: Store, files: Iterable[NamedBytes]) -> None:
     """Keep files, the last of which is found only once all others are. Raises `StoreFull`."""
@@ -207,6 +214,19 @@ class FolderStore:
                             os.unlink(name, dir_fd=folder)
                             count += 1
         return count
+
+    def aged(self, folder: str, older_seconds: float) -> Iterator[str]:
+        """Paths in a folder under which bytes have stood for so long, in no order."""
+        before = time.time() - older_seconds
+        with (
+            suppress(Missing),
+            self._folder(f"{folder}/any") as (opened, _),
+            os.scandir(opened) as entries,
+        ):
+            for entry in entries:
+                path = f"{folder}/{entry.name}"
+                if _PATH.fullmatch(path) and _is_older(entry, before):
+                    yield path
 
     @contextmanager
     def _folder(self, path: str) -> Iterator["_Place"]:
@@ -460,7 +480,8 @@ def _entered(folder: int, name: str, *, create: bool) -> int:
             raise
     with suppress(FileExistsError):
         os.mkdir(name, dir_fd=folder)
-        os.fsync(folder)
+    # Whoever was quicker may not have come so far.
+    os.fsync(folder)
     return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
 
 
@@ -471,6 +492,15 @@ def _opened(folder: int, name: str) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
+
+
+def _is_older(entry: os.DirEntry[str], before: float) -> bool:
+    """Whether it is a file, last written before then, and still there."""
+    try:
+        found = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_mtime < before
 
 
 def _read(folder: int, name: str) -> bytes:

@@ -1,8 +1,8 @@
 """The commands put together, and errors turned into a sentence and an exit code."""
 
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,6 +19,8 @@ from neural_mri.cli import (
     scans,
     sessions,
     stimulation,
+    users,
+    watch,
 )
 from neural_mri.cli.exits import EXIT_CODES, ExitCode, exit_code_of
 from neural_mri.cli.terminal import complain, print_json, standard_output
@@ -44,6 +46,7 @@ app.command()(jobs.job)
 app.command()(jobs.jobs)
 app.command()(jobs.result)
 app.command()(jobs.cancel)
+app.command()(watch.watch)
 app.command()(models.tokenize)
 app.command()(cluster.cluster)
 app.command()(diagnose.diagnose)
@@ -51,6 +54,9 @@ app.command()(diagnose.report)
 app.add_typer(batch.commands, name="batch")
 app.add_typer(sessions.commands, name="sessions")
 app.add_typer(keys.commands, name="keys")
+app.add_typer(users.commands, name="users")
+app.command()(users.usage)
+app.command()(users.audit)
 
 
 @app.command()
@@ -64,21 +70,27 @@ def health(as_json: options.Json = False, url: options.Url = None) -> None:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         table.add_column()
+        told = {"workers": _worker, "models": _model}
         for name, value in state.items():
-            table.add_row(name, _in_words(value))
+            table.add_row(name, _in_words(value, told.get(name, str)))
         standard_output().print(table)
     if state.get("status") == "down":
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _in_words(value: object) -> str:
-    match value:
-        case dict():
-            return ", ".join(f"{name} {_in_words(part)}" for name, part in value.items())
-        case list():
-            return "\n".join(map(_in_words, value)) or "none"
-        case _:
-            return str(value)
+def _in_words(value: object, each: Callable[[Any], str]) -> str:
+    return ("\n".join(map(each, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def _worker(seen: Mapping[str, Any]) -> str:
+    """Who it is and what it holds; `neural-mri cluster` has the rest."""
+    held = (f"{model['name']} {model.get('state', '')}".strip() for model in seen.get("models", ()))
+    return f"{seen['worker']} on {seen.get('device', '?')}: {', '.join(held) or 'no model'}"
+
+
+def _model(named: Mapping[str, Any]) -> str:
+    state = f" {named['state']}" if "state" in named else ""
+    return f"{named['name']}{state}, {named.get('queued', 0)} queued"
 
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer's callback
@@ -106,7 +118,7 @@ def run(arguments: Sequence[str]) -> int:
         code = app(list(arguments), prog_name="neural-mri", standalone_mode=False)
     except typer.TyperException as error:
         if message := error.format_message():  # none where the help was printed instead
-            complain(message)
+            complain(message.replace("Value error, ", "", 1))  # who found it is nobody's matter
         return ExitCode.USAGE
     except ClientError as error:
         complain(str(error))

@@ -177,12 +177,16 @@ def list_(
             parser=options.whole_number(1, 100), metavar="N", help="How many, the newest first."
         ),
     ] = 20,
+    after: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Only older ones than this: the last of those shown."),
+    ] = None,
     as_json: options.Json = False,
     url: options.Url = None,
 ) -> None:
     """List the latest batches."""
     with options.open_client(url) as client:
-        listed = client.batches.list(limit)
+        listed = client.batches.list(limit, after=after)
     if as_json:
         print_json(listed)
         return
@@ -201,6 +205,8 @@ def list_(
             f"{batch.created_at:%Y-%m-%d %H:%M:%S}",
         )
     standard_output().print(table)
+    if len(listed) == limit:
+        note(f"older ones: --after {listed[-1].id}")
 
 
 @commands.command()

@@ -20,7 +20,7 @@ from neural_mri.client import ClientError
 from neural_mri.client.diagnosing import ServiceScans, diagnosed
 from neural_mri.client.local import LocalScans, LocalWorkers, WorkerMissing
 from neural_mri.contract.findings import Diagnosis, Severity
-from neural_mri.contract.problems import Problem
+from neural_mri.contract.problems import InvalidRequest, Problem
 from neural_mri.contract.suites import Language, Suite
 from neural_mri.diagnostics import FORMATS, Records, Scans, load_suite, render, suite_names
 from neural_mri.diagnostics.phrasing import Phrases, number
@@ -149,14 +149,25 @@ def report(
 ) -> None:
     """Write a diagnosis again, in another form or another language. Nothing is scanned."""
     try:
-        text = render(read_diagnosis(diagnosis.read_bytes()), form, language)
+        text = render(_read(diagnosis), form, language)
         if out is None:
             sys.stdout.buffer.write(text.encode())
         else:
             out.write_text(text, "utf-8")
-    except (Problem, OSError) as error:
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}")
+        raise typer.Exit(ExitCode.USAGE) from error
+    except Problem as error:
         complain(str(error))
         raise typer.Exit(ExitCode.USAGE) from error
+
+
+def _read(file: Path) -> Diagnosis:
+    body = file.read_bytes()
+    try:
+        return read_diagnosis(body)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{file}: {error.detail}") from error
 
 
 def _run(
@@ -281,6 +292,6 @@ def _gates(diagnosis: Diagnosis, phrases: Phrases) -> Table:
             f"{gate.changed} / {gate.tested}",
             phrases.quantity(gate.largest, gate.unit),
             number(gate.p_value),
-            gate.where or "",
+            phrases.place(gate.where, diagnosis) if gate.where else "",
         )
     return table

@@ -1,5 +1,6 @@
 """`neural-mri job`, `jobs`, `result` and `cancel`."""
 
+import re
 from typing import Annotated
 from uuid import UUID
 
@@ -9,7 +10,8 @@ from rich.text import Text
 
 from neural_mri.cli import options, outcomes
 from neural_mri.cli.options import Outputs
-from neural_mri.cli.terminal import print_json, standard_output
+from neural_mri.cli.terminal import note, print_json, standard_output
+from neural_mri.client.progress import place_in_words
 from neural_mri.contract.jobs import JobState, JobView
 
 __all__ = ("cancel", "job", "jobs", "result")
@@ -20,6 +22,14 @@ def _read_id(text: str) -> UUID:
         return UUID(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a job's id: expected a UUID") from None
+
+
+def _read_scan_key(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{16,64}", text):
+        raise typer.BadParameter(
+            f"{text!r} is not a scan's key: expected 16 to 64 hexadecimal digits"
+        )
+    return text
 
 
 JobId = Annotated[UUID, typer.Argument(metavar="ID", parser=_read_id, help="The job's id.")]
@@ -60,12 +70,28 @@ def jobs(
             parser=options.whole_number(1, 200), metavar="N", help="How many, the newest first."
         ),
     ] = 20,
+    after: Annotated[
+        UUID | None,
+        typer.Option(
+            metavar="ID",
+            parser=_read_id,
+            help="Only older ones than this: the last of those shown.",
+        ),
+    ] = None,
+    scan_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            parser=_read_scan_key,
+            help="Only those of this scan, by its key or the first 16 digits of it.",
+        ),
+    ] = None,
     as_json: options.Json = False,
     url: options.Url = None,
 ) -> None:
     """List the latest jobs."""
     with options.open_client(url) as client:
-        listed = client.jobs(limit)
+        listed = client.jobs(limit, after=after, scan_key=scan_key)
     if as_json:
         print_json([outcomes.job_document(view) for view in listed])
         return
@@ -81,6 +107,8 @@ def jobs(
             f"{view.created_at:%Y-%m-%d %H:%M:%S}",
         )
     standard_output().print(table)
+    if len(listed) == limit:
+        note(f"older ones: --after {listed[-1].id}")
 
 
 def result(
@@ -122,6 +150,8 @@ def _print_job(view: JobView) -> None:
     table.add_column()
     table.add_row("job", str(view.id))
     table.add_row("state", _state(view))
+    if view.queue is not None:
+        table.add_row("queue", place_in_words(view.queue))
     table.add_row("scan", _kind(view))
     table.add_row("model", f"{view.model} {view.revision[:8]}")
     table.add_row("attempt", str(view.attempt))

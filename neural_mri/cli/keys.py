@@ -10,7 +10,6 @@ from rich.table import Table
 
 from neural_mri.cli import options
 from neural_mri.cli.terminal import note, print_json, standard_output
-from neural_mri.client.access import Access
 from neural_mri.contract.auth import KeyView, NewKey, Scope
 
 __all__ = ("commands",)
@@ -24,13 +23,6 @@ def _read_key_id(text: str) -> str:
     if re.fullmatch(r"[0-9a-f]{12}", text) is None:
         raise typer.BadParameter("this is not a key's id: expected 12 hexadecimal digits")
     return text
-
-
-def _open(url: str | None) -> Access:
-    try:
-        return Access(url)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 @commands.command()
@@ -71,7 +63,7 @@ def create(
         )
     except msgspec.ValidationError as error:
         raise typer.BadParameter(str(error)) from error
-    with _open(url) as access:
+    with options.open_access(url) as access:
         made = access.create(wanted)
     if as_json:
         print_json(made)
@@ -89,7 +81,7 @@ def list_(
     url: options.Url = None,
 ) -> None:
     """List your keys; everybody's for an admin."""
-    with _open(url) as access:
+    with options.open_access(url) as access:
         listed = access.keys(user)
     if as_json:
         print_json(listed)
@@ -116,7 +108,7 @@ def revoke(
     url: options.Url = None,
 ) -> None:
     """End a key for good, and every session opened with it."""
-    with _open(url) as access:
+    with options.open_access(url) as access:
         key = access.revoke(key_id)
     if as_json:
         print_json(key)

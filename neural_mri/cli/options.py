@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 import typer
 
 from neural_mri.client import DEFAULT_URL, URL_VARIABLE, Client
+from neural_mri.client.access import Access
 from neural_mri.client.errors import needing
 from neural_mri.contract.components import Component
 from neural_mri.contract.jobs import Lane
@@ -115,10 +116,20 @@ PlotFile = Annotated[
 ]
 Prompt = Annotated[str, typer.Argument(help="Text to scan; `-` reads it from standard input.")]
 
+
+def read_token(text: str) -> str:
+    """A token's text: what is no text at all is no token, whatever the model."""
+    if not text:
+        raise typer.BadParameter("the text is empty: expected a token, such as ' Paris'")
+    return text
+
+
 Answer = Annotated[
     str | None,
     typer.Option(
         "--answer",
+        parser=read_token,
+        metavar="TOKEN",
         help="The next token asked about, with its space: ' Paris'.",
         show_default="the likeliest",
     ),
@@ -126,7 +137,10 @@ Answer = Annotated[
 Foil = Annotated[
     str | None,
     typer.Option(
-        "--foil", help="A token to compare with: the metric becomes logit(answer) - logit(foil)."
+        "--foil",
+        parser=read_token,
+        metavar="TOKEN",
+        help="A token to compare with: the metric becomes logit(answer) - logit(foil).",
     ),
 ]
 At = Annotated[
@@ -194,6 +208,14 @@ def open_client(url: str | None) -> Client:
         return Client(url)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--url") from error
+
+
+def open_access(url: str | None) -> Access:
+    """What keys and users are asked after. Raises `typer.BadParameter` where the address is none."""
+    try:
+        return Access(url)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def read_prompt(prompt: str) -> str:

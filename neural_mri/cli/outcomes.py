@@ -53,6 +53,7 @@ def scan(
 def follow(client: Client, job: JobView, *, quiet: bool) -> JobView:
     """The job once it has succeeded, its progress shown. An interruption cancels it."""
     with _cancelling_on_interrupt(client, job), JobProgress(quiet=quiet) as progress:
+        progress.begin(job)
         return client.wait(job, progress)
 
 

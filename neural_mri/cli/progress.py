@@ -5,19 +5,18 @@ from typing import NamedTuple, Self
 
 import numpy as np
 from rich.console import Group
-from rich.filesize import decimal
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from neural_mri.cli.heat import frame_strip
 from neural_mri.cli.terminal import complaints
+from neural_mri.client.progress import amount_in_words, place_in_words
 from neural_mri.contract import events
 from neural_mri.contract.components import Component
+from neural_mri.contract.jobs import JobView
 
 __all__ = ("JobProgress",)
-
-_COUNTED_IN_BYTES = frozenset({"download", "convert", "load", "weights"})
 
 _EFFECTS_SHOWN = 8
 
@@ -72,16 +71,23 @@ class JobProgress:
         if self._live is not None:
             self._live.stop()
 
+    def begin(self, job: JobView) -> None:
+        """Show how a job stands before its first event."""
+        said = place_in_words(job.queue) if job.queue else job.state.value
+        self._bars.update(self._state, description=said)
+
     def __call__(self, event: events.Event) -> None:
         """Show what an event says."""
         match event:
             case events.StateChanged(state=state, attempt=attempt):
                 again = f" (attempt {attempt})" if attempt > 1 else ""
                 self._bars.update(self._state, description=f"{state.value}{again}")
+            case events.Queued():
+                self._bars.update(self._state, description=place_in_words(event))
             case events.Progress(stage=stage, done=done, total=total):
                 if stage not in self._stages:
                     self._stages[stage] = self._bars.add_task(stage, total=total, amount="")
-                amount = _amount(stage, done, total)
+                amount = amount_in_words(stage, done, total)
                 self._bars.update(self._stages[stage], completed=done, total=total, amount=amount)
             case events.LayerFrame(layer=layer, heads=heads, attn=attn, mlp=mlp):
                 measured = [value for value in (*heads, attn, mlp) if value is not None]
@@ -116,9 +122,3 @@ class JobProgress:
         values = np.full(max(self._frames) + 1, np.nan, dtype=np.float32)
         values[list(self._frames)] = list(self._frames.values())
         return frame_strip(values, self._console)
-
-
-def _amount(stage: str, done: int, total: int) -> str:
-    if stage in _COUNTED_IN_BYTES:
-        return f"{decimal(done)} of {decimal(total)}"
-    return f"{done} of {total}"

@@ -1,7 +1,9 @@
-"""`neural-mri sessions list|show|save|add|open|fork|rename|pin|delete|share|revoke|export|import|diff|watch`."""
+"""`neural-mri sessions list|show|save|add|open|fork|revisions|rename|pin|delete|share|revoke|export|import|diff|watch`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 from uuid import UUID
@@ -14,7 +16,9 @@ from rich.text import Text
 from neural_mri.cli import options
 from neural_mri.cli.files import existing, writing
 from neural_mri.cli.listing import print_heading, print_signed
+from neural_mri.cli.places import Place, reached_own, reaching, read_own, read_place, whole_revision
 from neural_mri.cli.terminal import note, print_json, standard_output
+from neural_mri.client import Client
 from neural_mri.client.sessions import OpenedSession, read_file
 from neural_mri.contract.sessions import (
     Note,
@@ -35,13 +39,6 @@ commands = typer.Typer(
 DAY_SECONDS = 86_400.0
 
 
-def _read_id(text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a session's id: expected a UUID") from None
-
-
 def _read_job(text: str) -> UUID:
     try:
         return UUID(text)
@@ -50,15 +47,45 @@ def _read_job(text: str) -> UUID:
 
 
 def _read_revision(text: str) -> str:
-    if re.fullmatch(r"[0-9a-f]{64}", text) is None:
-        raise typer.BadParameter(f"{text!r} is no revision: expected 64 hexadecimal digits")
+    if re.fullmatch(r"[0-9a-f]{4,64}", text) is None:
+        raise typer.BadParameter(
+            f"{text!r} is no revision: expected its 64 hexadecimal digits, or the first few of them"
+        )
     return text
 
 
-SessionId = Annotated[UUID, typer.Argument(metavar="ID", parser=_read_id, help="The session's id.")]
+def _read_link(text: str) -> str:
+    if re.fullmatch(r"[0-9a-f]{12}", text) is None:
+        # Not the text: what is pasted here by mistake is the link itself, which is a secret.
+        raise typer.BadParameter("this is not a link's id: expected 12 hexadecimal digits")
+    return text
+
+
+def _read_name(text: str) -> str:
+    if not text.strip():
+        raise typer.BadParameter("the name is empty: expected text")
+    return text
+
+
+Session = Annotated[
+    Place,
+    typer.Argument(
+        metavar="ID",
+        parser=read_place,
+        help="The session's id, or a link as far as it allows that.",
+    ),
+]
+OwnSession = Annotated[
+    Place, typer.Argument(metavar="ID", parser=read_own, help="The id of a session of yours.")
+]
 AtRevision = Annotated[
     str | None,
-    typer.Option("--revision", parser=_read_revision, help="Which one.", show_default="the latest"),
+    typer.Option(
+        "--revision",
+        parser=_read_revision,
+        help="Which one: its name's first digits, as `sessions revisions` lists them.",
+        show_default="the latest",
+    ),
 ]
 
 
@@ -103,14 +130,14 @@ def list_(
 
 @commands.command()
 def show(
-    session_id: SessionId,
+    session: Session,
     revision: AtRevision = None,
     as_json: options.Json = False,
     url: options.Url = None,
 ) -> None:
     """Show what a session holds."""
-    with options.open_client(url) as client:
-        detail = client.sessions.get(session_id, revision=revision)
+    with reaching(session, url) as kept:
+        detail = kept.get(revision)
     if as_json:
         print_json(detail)
     else:
@@ -119,7 +146,7 @@ def show(
 
 @commands.command()
 def save(
-    name: Annotated[str, typer.Argument(help="What the session is called.")],
+    name: Annotated[str, typer.Argument(parser=_read_name, help="What the session is called.")],
     jobs: Annotated[
         list[str], typer.Argument(help="Ids of scans that have succeeded, in the order wanted.")
     ],
@@ -128,10 +155,10 @@ def save(
     ] = None,
     message: Annotated[str, typer.Option("--message", help="For the list of revisions.")] = "",
     into: Annotated[
-        UUID | None,
+        Place | None,
         typer.Option(
             "--into",
-            parser=_read_id,
+            parser=read_own,
             metavar="ID",
             help="Save over this session's latest revision.",
         ),
@@ -143,22 +170,22 @@ def save(
     """Keep scans together. With --into, a new revision that holds these instead."""
     said = [Note(text=text) for text in notes or ()]
     scans = [_read_job(job) for job in jobs]
-    with options.open_client(url) as client:
-        if into is None:
+    with reached_own(into or Place(), url) as client:
+        if into is None or into.session is None:
             detail = client.sessions.create(name, scans, notes=said, message=message)
         else:
-            held = client.sessions.get(into)
+            held = client.sessions.get(into.session)
             detail = client.sessions.save(
                 held, scans=scans, notes=[*held.document.notes, *said], message=message
             )
             if detail.name != name:
-                client.sessions.rename(into, name)
+                client.sessions.rename(into.session, name)
     _print_id(detail, as_json=as_json, quiet=quiet)
 
 
 @commands.command()
 def add(
-    session_id: SessionId,
+    session: Session,
     job: Annotated[
         str, typer.Argument(help="A scan's id; one that runs is added once it is done.")
     ],
@@ -168,14 +195,17 @@ def add(
     url: options.Url = None,
 ) -> None:
     """Add a scan to whatever the session holds."""
-    with options.open_client(url) as client:
-        detail = client.sessions.add(session_id, _read_job(job), label=label)
+    job_id = _read_job(job)
+    with reaching(session, url, as_oneself=True) as kept:
+        detail = kept.add(job_id, label)
     _print_id(detail, as_json=as_json, quiet=quiet)
 
 
 @commands.command("open")
 def open_(
-    what: Annotated[str, typer.Argument(help="A session's id, or an .nmri file on this disk.")],
+    what: Annotated[
+        str, typer.Argument(help="A session's id, a link to it, or an .nmri file on this disk.")
+    ],
     revision: AtRevision = None,
     url: options.Url = None,
 ) -> None:
@@ -185,17 +215,13 @@ def open_(
         with read_file(existing(path, "WHAT")) as opened:
             _print_opened(opened)
         return
-    session_id = _read_id(what)
-    with (
-        options.open_client(url) as client,
-        client.sessions.open(session_id, revision=revision) as opened,
-    ):
+    with reaching(read_place(what), url) as kept, kept.open(revision) as opened:
         _print_opened(opened)
 
 
 @commands.command()
 def fork(
-    session_id: SessionId,
+    session: Session,
     name: Annotated[
         str | None, typer.Option("--name", help="Of the new one.", show_default="the same")
     ] = None,
@@ -205,27 +231,59 @@ def fork(
     url: options.Url = None,
 ) -> None:
     """Begin a session of your own where another stands."""
-    with options.open_client(url) as client:
-        detail = client.sessions.fork(session_id, name, revision=revision)
+    with reaching(session, url, as_oneself=True) as kept:
+        detail = kept.fork(name, revision)
     _print_id(detail, as_json=as_json, quiet=quiet)
 
 
 @commands.command()
+def revisions(
+    session: OwnSession,
+    limit: Annotated[
+        int,
+        typer.Option(
+            parser=options.whole_number(1, 1000), metavar="N", help="How many, the latest first."
+        ),
+    ] = 20,
+    as_json: options.Json = False,
+    url: options.Url = None,
+) -> None:
+    """List a session's saves: what each is called, who made it, and why."""
+    with _own(session, url) as (client, session_id):
+        listed = client.sessions.revisions(session_id, limit)
+    if as_json:
+        print_json(listed)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("number", "revision", "saved", "by", "message"):
+        table.add_column(heading, no_wrap=heading == "revision")
+    for each in listed:
+        table.add_row(
+            str(each.number),
+            each.revision[:12],
+            f"{each.created_at:%Y-%m-%d %H:%M:%S}",
+            Text(each.author),
+            Text(each.message),
+        )
+    standard_output().print(table)
+
+
+@commands.command()
 def rename(
-    session_id: SessionId,
-    name: Annotated[str, typer.Argument(help="What it shall be called.")],
+    session: OwnSession,
+    name: Annotated[str, typer.Argument(parser=_read_name, help="What it shall be called.")],
     as_json: options.Json = False,
     url: options.Url = None,
 ) -> None:
     """Give a session another name."""
-    with options.open_client(url) as client:
+    with _own(session, url) as (client, session_id):
         view = client.sessions.rename(session_id, name)
     _print_view(view, as_json=as_json)
 
 
 @commands.command()
 def pin(
-    session_id: SessionId,
+    session: OwnSession,
     off: Annotated[
         bool, typer.Option("--off", help="Let it stand among the others again.")
     ] = False,
@@ -233,31 +291,40 @@ def pin(
     url: options.Url = None,
 ) -> None:
     """Let a session stand first in lists."""
-    with options.open_client(url) as client:
+    with _own(session, url) as (client, session_id):
         view = client.sessions.pin(session_id, pinned=not off)
     _print_view(view, as_json=as_json)
 
 
 @commands.command()
 def delete(
-    session_id: SessionId,
+    session: OwnSession,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     url: options.Url = None,
 ) -> None:
     """Delete a session, its revisions and its links."""
-    with options.open_client(url) as client:
+    with _own(session, url) as (client, session_id):
         view = client.sessions.get(session_id)
         if not yes:
-            typer.confirm(f"Delete {view.name!r} and its {view.revision} revisions?", abort=True)
+            revisions = (
+                "its only revision" if view.revision == 1 else f"its {view.revision} revisions"
+            )
+            typer.confirm(f"Delete {view.name!r} and {revisions}?", abort=True)
         client.sessions.delete(session_id)
     note(f"deleted {session_id}")
 
 
 @commands.command()
 def share(
-    session_id: SessionId,
+    session: OwnSession,
     access: Annotated[
-        ShareAccess, typer.Option("--access", help="What the link allows.")
+        ShareAccess,
+        typer.Option(
+            "--access",
+            parser=options.one_of(ShareAccess),
+            metavar="|".join(ShareAccess),
+            help="What the link allows.",
+        ),
     ] = ShareAccess.READ,
     redact: Annotated[
         bool,
@@ -279,7 +346,7 @@ def share(
     url: options.Url = None,
 ) -> None:
     """Make a link to a session. It is printed once, and kept nowhere."""
-    with options.open_client(url) as client:
+    with _own(session, url) as (client, session_id):
         if listed:
             _print_shares(client.sessions.shares(session_id), as_json=as_json)
             return
@@ -302,13 +369,16 @@ def share(
 
 @commands.command()
 def revoke(
-    session_id: SessionId,
-    link: Annotated[str, typer.Argument(help="The link's id, as `share --list` names it.")],
+    session: OwnSession,
+    link: Annotated[
+        str,
+        typer.Argument(parser=_read_link, help="The link's id, as `share --list` names it."),
+    ],
     as_json: options.Json = False,
     url: options.Url = None,
 ) -> None:
     """End a link for good."""
-    with options.open_client(url) as client:
+    with _own(session, url) as (client, session_id):
         ended = client.sessions.revoke(session_id, link)
     if as_json:
         print_json(ended)
@@ -318,7 +388,7 @@ def revoke(
 
 @commands.command()
 def export(
-    session_id: SessionId,
+    session: Session,
     file: Annotated[
         Path | None, typer.Argument(help="Where to.", show_default="ID.nmri here")
     ] = None,
@@ -327,9 +397,10 @@ def export(
     url: options.Url = None,
 ) -> None:
     """Write a session into one file, tables and all."""
-    path = file or Path(f"{session_id}.nmri")
-    with options.open_client(url) as client, writing(path, quiet=quiet):
-        client.sessions.export(session_id, path, revision=revision)
+    with reaching(session, url) as kept:
+        path = file or Path(f"{kept.get().id}.nmri")
+        with writing(path, quiet=quiet):
+            kept.export(path, revision)
 
 
 @commands.command("import")
@@ -347,8 +418,8 @@ def import_(
 
 @commands.command()
 def diff(
-    session_id: SessionId,
-    other: Annotated[UUID, typer.Argument(metavar="OTHER", parser=_read_id, help="Another's id.")],
+    session: OwnSession,
+    other: Annotated[Place, typer.Argument(metavar="OTHER", parser=read_own, help="Another's id.")],
     revision: AtRevision = None,
     other_revision: Annotated[
         str | None,
@@ -359,12 +430,15 @@ def diff(
     url: options.Url = None,
 ) -> None:
     """Tell what differs between two sessions: which scans, what was asked, what was measured."""
-    with options.open_client(url) as client:
+    with (
+        _own(session, url) as (client, session_id),
+        _own(other, url) as (_, other_id),
+    ):
         told = client.sessions.difference(
             session_id,
-            other,
-            revision=revision,
-            other_revision=other_revision,
+            other_id,
+            revision=whole_revision(client, session_id, revision),
+            other_revision=whole_revision(client, other_id, other_revision),
             strongest=top,
         )
     if as_json:
@@ -374,14 +448,23 @@ def diff(
 
 
 @commands.command()
-def watch(session_id: SessionId, url: options.Url = None) -> None:
+def watch(session: Session, url: options.Url = None) -> None:
     """Print a session's events, a line of JSON each, until Ctrl-C or until it is deleted."""
-    with options.open_client(url) as client:
+    with reaching(session, url) as kept:
         try:
-            for event in client.sessions.watch(session_id):
+            for event in kept.watch():
                 print_json(event)
         except KeyboardInterrupt:
             return
+
+
+@contextmanager
+def _own(place: Place, url: str | None) -> Iterator[tuple[Client, UUID]]:
+    """The service of a session of the caller's, and its id."""
+    with reached_own(place, url) as client:
+        if place.session is None:
+            raise typer.BadParameter("a link names no session of yours: expected an id")
+        yield client, place.session
 
 
 def _print_id(detail: SessionDetail, *, as_json: bool, quiet: bool) -> None:
@@ -463,9 +546,18 @@ def _print_shares(shares: Sequence[ShareView], *, as_json: bool) -> None:
             each.access.value,
             "yes" if each.redacted else "no",
             Text(each.label),
-            "good" if each.revoked_at is None else "revoked",
+            _link_state(each),
         )
     standard_output().print(table)
+
+
+def _link_state(link: ShareView) -> str:
+    if link.revoked_at is not None:
+        return "revoked"
+    if link.expires_at is None:
+        return "good"
+    over = link.expires_at <= datetime.now(link.expires_at.tzinfo)
+    return f"{'expired' if over else 'until'} {link.expires_at:%Y-%m-%d %H:%M}"
 
 
 def _print_difference(told: SessionDifference) -> None:
@@ -497,9 +589,10 @@ def _print_scan(scan: ScanDifference, console: Console) -> None:
             f"{table.root_mean_square:.4g}, largest {table.largest or 0:.4g}{rank}"
         )
     )
+    # In the order of their largest: a mean over tokens alone would look like no order at all.
     print_signed(
         [row.component for row in table.strongest],
         [row.difference for row in table.strongest],
-        [row.quantity or "" for row in table.strongest],
+        [f"mean, largest {row.largest:.4g} {row.quantity or ''}" for row in table.strongest],
         console,
     )

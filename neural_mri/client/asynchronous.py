@@ -10,16 +10,18 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, update_wrapper
 from types import MethodType, TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
+from neural_mri.client.access import Access
 from neural_mri.client.batches import Batches
 from neural_mri.client.client import Client
 from neural_mri.client.sessions import Sessions
 
-__all__ = ("AsyncBatches", "AsyncClient", "AsyncSessions")
+__all__ = ("AsyncAccess", "AsyncBatches", "AsyncClient", "AsyncSessions")
 
 P = ParamSpec("P")
 Plain = TypeVar("Plain")
+Closed = TypeVar("Closed", bound="_Closes")
 Answer = TypeVar("Answer")
 
 _MOST_CALLS = 64
@@ -135,6 +137,7 @@ class AsyncSessions(_InThreads[Sessions]):
     get = _Called(Sessions.get)
     open = _Called(Sessions.open)
     revisions = _Called(Sessions.revisions)
+    revision = _Called(Sessions.revision)
     rename = _Called(Sessions.rename)
     pin = _Called(Sessions.pin)
     fork = _Called(Sessions.fork)
@@ -150,48 +153,12 @@ class AsyncSessions(_InThreads[Sessions]):
     list = _Called(Sessions.list)
 
 
-class AsyncClient(_InThreads[Client]):
-    """A `Client` whose methods are awaited. Use it as an asynchronous context manager, or `close` it.
+class _Closes(Protocol):
+    def close(self) -> None: ...
 
-        async with AsyncClient() as mri:
-            scans = await asyncio.gather(*(mri.scan_activation(prompt) for prompt in prompts))
 
-    `watch` is for `async for`. Results are plain `Result` objects.
-    """
-
-    def __init__(
-        self,
-        base_url: str | None = None,
-        *,
-        timeout_seconds: float = 30.0,
-        patience_seconds: float = 60.0,
-        headers: Mapping[str, str] | None = None,
-        api_key: str | None = None,
-    ) -> None:
-        """Make a client; nothing is sent yet. Arguments and errors are `Client`'s."""
-        client = Client(
-            base_url,
-            timeout_seconds=timeout_seconds,
-            patience_seconds=patience_seconds,
-            headers=headers,
-            api_key=api_key,
-        )
-        super().__init__(client, ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="neural-mri"))
-
-    @property
-    def batches(self) -> AsyncBatches:
-        """Many scans in one request."""
-        return AsyncBatches(self.plain.batches, self.threads)
-
-    @property
-    def sessions(self) -> AsyncSessions:
-        """Scans kept together, opened again, compared and shared."""
-        return AsyncSessions(self.plain.sessions, self.threads)
-
-    @property
-    def base_url(self) -> str:
-        """Where the service is."""
-        return self.plain.base_url
+class _Opened(_InThreads[Closed]):
+    """What is closed in the end, with its threads."""
 
     async def close(self) -> None:
         """Close the connections. What still waits ends with `Unreachable`."""
@@ -209,8 +176,86 @@ class AsyncClient(_InThreads[Client]):
     ) -> None:
         await self.close()
 
+
+class AsyncAccess(_Opened[Access]):
+    """`Access`, awaited. Use it as an asynchronous context manager, or `close` it."""
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        timeout_seconds: float = 30.0,
+        patience_seconds: float | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        """Make one; nothing is sent yet. Arguments and errors are `Access`'s."""
+        access = Access(
+            base_url,
+            timeout_seconds=timeout_seconds,
+            patience_seconds=patience_seconds,
+            api_key=api_key,
+        )
+        super().__init__(access, _threads())
+
+    create = _Called(Access.create)
+    keys = _Called(Access.keys)
+    revoke = _Called(Access.revoke)
+    usage = _Called(Access.usage)
+    users = _Called(Access.users)
+    set_limits = _Called(Access.set_limits)
+    audit = _Streamed(Access.audit)
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="neural-mri")
+
+
+class AsyncClient(_Opened[Client]):
+    """A `Client` whose methods are awaited. Use it as an asynchronous context manager, or `close` it.
+
+        async with AsyncClient() as mri:
+            scans = await asyncio.gather(*(mri.scan_activation(prompt) for prompt in prompts))
+
+    `watch` is for `async for`. Results are plain `Result` objects.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        timeout_seconds: float = 30.0,
+        patience_seconds: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        """Make a client; nothing is sent yet. Arguments and errors are `Client`'s."""
+        client = Client(
+            base_url,
+            timeout_seconds=timeout_seconds,
+            patience_seconds=patience_seconds,
+            headers=headers,
+            api_key=api_key,
+        )
+        super().__init__(client, _threads())
+
+    @property
+    def batches(self) -> AsyncBatches:
+        """Many scans in one request."""
+        return AsyncBatches(self.plain.batches, self.threads)
+
+    @property
+    def sessions(self) -> AsyncSessions:
+        """Scans kept together, opened again, compared and shared."""
+        return AsyncSessions(self.plain.sessions, self.threads)
+
+    @property
+    def base_url(self) -> str:
+        """Where the service is."""
+        return self.plain.base_url
+
     health = _Called(Client.health)
     cluster = _Called(Client.cluster)
+    usage = _Called(Client.usage)
     models = _Called(Client.models)
     model = _Called(Client.model)
     load = _Called(Client.load)
@@ -233,5 +278,6 @@ class AsyncClient(_InThreads[Client]):
     jobs = _Called(Client.jobs)
     cancel = _Called(Client.cancel)
     watch = _Streamed(Client.watch)
+    watch_many = _Streamed(Client.watch_many)
     wait = _Called(Client.wait)
     result = _Called(Client.result)

@@ -5,19 +5,21 @@ for line in mri.batches.watch(batch): ...
 mri.batches.table(batch, "predictions").to_pandas()
 """
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 from uuid import UUID
 
 import msgspec
 import pyarrow as pa
 
-from neural_mri.client.errors import ClientError, Damaged, NotUnderstood
-from neural_mri.client.exchange import Exchange
+from neural_mri.client.errors import ClientError, Damaged, NotUnderstood, Refused, Unreachable
+from neural_mri.client.exchange import QUIET_SECONDS, Exchange, FileBody, once, pieces
+from neural_mri.client.progress import ShowProgress, both, shown
 from neural_mri.client.result import Result
-from neural_mri.client.watching import QUIET_SECONDS, messages
+from neural_mri.client.watching import messages
 from neural_mri.contract.batches import (
     NDJSON,
     BatchEnded,
@@ -40,6 +42,8 @@ OnBatchEvent = Callable[[BatchEvent], None]
 
 _NAMES = frozenset({"progress", "line", "ended"})
 _PAGE = 1000
+_SPOOLED = 16 << 20
+"""Bytes of a batch that are kept in memory while it is sent; more go to a file."""
 
 
 class Outcome(NamedTuple):
@@ -65,6 +69,7 @@ class Batches:
         max_failures: int | None = None,
         name: str = "",
         idempotency_key: str | None = None,
+        wait_for_room: bool = True,
     ) -> BatchView:
         """Ask for many scans; they are sent as they come.
 
@@ -76,37 +81,52 @@ class Batches:
             max_failures: So many failed scans cancel those that are left.
             name: What it is for.
             idempotency_key: Your own word for this batch: sent again within a day it makes no second one.
+                Without one the client makes one up, so that it may send the batch again itself.
+            wait_for_room: Where there is none for so many jobs, try again for as long as the client has
+                patience; else raise `Refused` with status 429 at once.
         """
         query = {"lane": Lane(lane).value, "on_invalid": OnInvalid(on_invalid).value, "name": name}
         if max_failures is not None:
             query["max_failures"] = str(max_failures)
-        headers = {"Content-Type": NDJSON}
-        if idempotency_key is not None:
-            headers["Idempotency-Key"] = idempotency_key
-        body = _file(scans) if isinstance(scans, Path) else map(_line, scans)
-        return self._exchange.ask(
-            BatchView, "POST", "/api/batches", body=body, query=query, headers=headers
-        )
+        with ExitStack() as opened:
+            return self._exchange.ask(
+                BatchView,
+                "POST",
+                "/api/batches",
+                body=FileBody(scans)
+                if isinstance(scans, Path)
+                else opened.enter_context(_Lines(scans)),
+                query=query,
+                headers={"Content-Type": NDJSON, **once(idempotency_key)},
+                wait_for_room=wait_for_room,
+            )
 
     def run(
-        self, scans: Iterable[Scan] | Path, on_event: OnBatchEvent | None = None, **options: Any
+        self,
+        scans: Iterable[Scan] | Path,
+        on_event: OnBatchEvent | None = None,
+        *,
+        progress: ShowProgress = False,
+        **options: Any,
     ) -> list[Outcome]:
         """Submit a batch, wait, and give what became of each line. Interrupted, it cancels the batch.
 
-        The options are those of `submit`.
+        `progress` shows meanwhile how far it is; the other options are those of `submit`.
         """
         batch = self.submit(scans, **options)
         try:
-            self.wait(batch, on_event)
+            self.wait(batch, on_event, progress=progress)
         except KeyboardInterrupt:
             with suppress(ClientError):
                 self.cancel(batch)
             raise
         return list(self.outcomes(batch))
 
-    def list(self, limit: int = 20) -> list[BatchView]:
-        """The latest batches, newest first."""
+    def list(self, limit: int = 20, *, after: BatchReference | None = None) -> list[BatchView]:
+        """The latest batches, newest first; only those older than `after`, the last of the page before."""
         query = {"limit": str(limit)}
+        if after is not None:
+            query["after"] = str(after.id if isinstance(after, BatchView) else after)
         return self._exchange.ask(list[BatchView], "GET", "/api/batches", query=query)
 
     def get(self, batch: BatchReference) -> BatchView:
@@ -137,15 +157,23 @@ class Batches:
             if isinstance(event, BatchEnded):
                 return
 
-    def wait(self, batch: BatchReference, on_event: OnBatchEvent | None = None) -> BatchView:
+    def wait(
+        self,
+        batch: BatchReference,
+        on_event: OnBatchEvent | None = None,
+        *,
+        progress: ShowProgress = False,
+    ) -> BatchView:
         """The batch once every scan of it has ended, however; each event on the way to `on_event`."""
         view = self.get(batch)
-        if view.state is BatchState.RUNNING or on_event is not None:
+        if view.state is not BatchState.RUNNING and on_event is None:
+            return view
+        with shown(f"batch {view.name or view.id}", progress) as follower:
+            hear = both(on_event, follower)
             for event in self.watch(batch):
-                if on_event is not None:
-                    on_event(event)
-            view = self.get(batch)
-        return view
+                if hear is not None:
+                    hear(event)
+        return self.get(batch)
 
     def lines(
         self, batch: BatchReference, *, state: JobState | str | None = None
@@ -182,17 +210,28 @@ class Batches:
     def summaries(self, batch: BatchReference, *, after: int = 0) -> Iterator[dict[str, Any]]:
         """Each line that has ended, with its result's summary, as the service sends them."""
         headers = {"Accept": NDJSON}
-        path, query = f"{_path(batch)}/results", {"after": str(after)}
-        with self._exchange.stream(
-            path, headers=headers, quiet_seconds=QUIET_SECONDS, query=query
-        ) as response:
-            for line in response.iter_lines():
-                yield msgspec.json.decode(line, type=dict[str, Any])
+        path, patience = f"{_path(batch)}/results", self._exchange.patience()
+        while True:
+            query = {"after": str(after)}
+            try:
+                with self._exchange.stream(
+                    path, headers=headers, quiet_seconds=QUIET_SECONDS, query=query
+                ) as response:
+                    for line in response.iter_lines():
+                        summary = msgspec.json.decode(line, type=dict[str, Any])
+                        patience.heard()
+                        patience.got_on()
+                        after = int(summary["line"])
+                        yield summary
+            except (Unreachable, Refused) as error:
+                patience.bear(error)
+            else:
+                return
 
     def table(self, batch: BatchReference, name: str) -> pa.Table:
         """One table of all results so far that have it, with a column `line`.
 
-        `.to_pandas()` makes a data frame of it, `polars.from_arrow(...)` another.
+        `.to_pandas()` makes a data frame of it, `polars.DataFrame(...)` another.
         """
         response = self._exchange.send(
             "GET",
@@ -208,25 +247,36 @@ class Batches:
 
     def save(self, batch: BatchReference, path: Path) -> None:
         """Write every manifest and table so far, and `lines.json`, into one zip."""
-        headers = {"Accept": "application/zip"}
-        with (
-            self._exchange.stream(
-                f"{_path(batch)}/results", headers=headers, quiet_seconds=QUIET_SECONDS
-            ) as response,
-            path.open("wb") as file,
-        ):
-            for chunk in response.iter_bytes():
-                file.write(chunk)
+        with path.open("wb") as file:
+            self._exchange.download(
+                f"{_path(batch)}/results", file, headers={"Accept": "application/zip"}
+            )
 
 
-def _line(scan: Scan) -> bytes:
-    return encode_scan(scan) + b"\n"
+class _Lines:
+    """Scans, a line each, as often as they are asked for; they themselves are asked for once.
 
+    They may come from a generator that is slow, or endless until it is not: each is sent as it comes, and kept
+    beside it.
+    """
 
-def _file(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            yield chunk
+    def __init__(self, scans: Iterable[Scan]) -> None:
+        self._scans = iter(scans)
+        self._kept = tempfile.SpooledTemporaryFile(_SPOOLED)  # noqa: SIM115 -- closed with this
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kept.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._kept.seek(0)
+        yield from pieces(self._kept)
+        for scan in self._scans:
+            line = encode_scan(scan) + b"\n"
+            self._kept.write(line)
+            yield line
 
 
 def _path(batch: BatchReference) -> str:

@@ -12,11 +12,13 @@ import msgspec
 from neural_mri.client.batches import Batches
 from neural_mri.client.diagnosing import Progress, ServiceScans, diagnosed, silent
 from neural_mri.client.errors import ClientError
-from neural_mri.client.exchange import Exchange
+from neural_mri.client.exchange import Exchange, once
+from neural_mri.client.progress import ShowProgress, both, name_of, place_in_words, shown
 from neural_mri.client.result import Result
 from neural_mri.client.sessions import Sessions
-from neural_mri.client.watching import follow, wait_for
+from neural_mri.client.watching import JobEvent, follow, follow_many, wait_for
 from neural_mri.contract.anomalies import Lens, Sublayers
+from neural_mri.contract.auth import Usage
 from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
 from neural_mri.contract.cluster import Cluster
 from neural_mri.contract.components import Component, Kind
@@ -70,8 +72,10 @@ class Client:
     """A connection to one service. Use it as a context manager, or `close` it.
 
     `scan_*`, `perturb`, `patching`, `trace`, `calibrate` and `run` wait and give the `Result`; `submit`,
-    `load` and `unload` give the job at once, to be followed with `watch` or `wait`. Any method raises `Unreachable` when nobody answers and `Refused`,
-    with the service's problem document, when the service says no.
+    `load` and `unload` give the job at once, to be followed with `watch` or `wait`. Any method raises
+    `Unreachable` when nobody answers and `Refused`, with the service's problem document, when the service says
+    no. A service that is restarted, busy or full is asked again first, in its own time and for as long as
+    `patience_seconds`, where that cannot do a thing twice.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Client:
         base_url: str | None = None,
         *,
         timeout_seconds: float = 30.0,
-        patience_seconds: float = 60.0,
+        patience_seconds: float | None = None,
         headers: Mapping[str, str] | None = None,
         api_key: str | None = None,
     ) -> None:
@@ -89,10 +93,12 @@ class Client:
             base_url: Where the service is; by default the environment's `NMRI_URL`, or else
                 `http://127.0.0.1:8642`. Raises `ValueError` when it is no HTTP address.
             timeout_seconds: How long to wait for an answer to any one request.
-            patience_seconds: How long a broken event stream is tried again before giving up.
+            patience_seconds: How long one call goes on when a service that was there is not, or says that it is
+                busy or full; by default the environment's `NMRI_PATIENCE`, or else 60. 0: not at all.
             headers: Sent with every request, for a service behind a gateway of its own.
             api_key: Who asks, where the service wants to know; by default the environment's
-                `NMRI_API_KEY`. Raises `ValueError` when it is no key.
+                `NMRI_API_KEY`; empty for none whatever the environment says. Raises `ValueError` when it
+                is no key.
         """
         self._exchange = Exchange(
             base_url,
@@ -143,6 +149,10 @@ class Client:
         """The whole service now: workers, what they hold, and what waits."""
         return self._exchange.ask(Cluster, "GET", "/api/cluster")
 
+    def usage(self) -> Usage:
+        """What you have under way and have computed today, beside what you may."""
+        return self._exchange.ask(Usage, "GET", "/api/usage")
+
     def models(self) -> list[ModelInfo]:
         """Every registered model."""
         return self._exchange.ask(list[ModelInfo], "GET", "/api/models")
@@ -155,24 +165,30 @@ class Client:
     def load(self, name: str) -> JobView:
         """Ask a worker to hold a model, so that scans of it start at once."""
         body = msgspec.json.encode(ModelRequest(model=name))
-        return self._exchange.ask(JobView, "POST", "/api/model/load", body=body)
+        return self._exchange.ask(JobView, "POST", "/api/model/load", body=body, headers=once(None))
 
     def unload(self, name: str) -> JobView:
         """Ask the workers to let a model go. Pinned models are refused."""
-        return self._exchange.ask(JobView, "DELETE", "/api/model/unload", query={"model": name})
+        return self._exchange.ask(
+            JobView, "DELETE", "/api/model/unload", query={"model": name}, headers=once(None)
+        )
 
     def tokenize(self, prompt: str, *, model: str | None = None) -> Tokens:
         """The prompt as the model reads it."""
         body = msgspec.json.encode({"model": model, "prompt": prompt})
-        return self._exchange.ask(Tokens, "POST", "/api/tokenize", body=body)
+        return self._exchange.ask(Tokens, "POST", "/api/tokenize", body=body, repeatable=True)
 
     # Scans, start to end
 
     def scan_structural(
-        self, *, model: str | None = None, on_event: OnEvent | None = None
+        self,
+        *,
+        model: str | None = None,
+        on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """T1: structure and exact parameter counts. Needs no loaded model."""
-        return self.run(StructuralScan(model=model), on_event)
+        return self.run(StructuralScan(model=model), on_event, progress=progress)
 
     def scan_activation(
         self,
@@ -187,6 +203,7 @@ class Client:
         top_predictions: int = 10,
         canonical: bool = False,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """fMRI: what each component writes to the residual stream at each token of a prompt.
 
@@ -204,7 +221,7 @@ class Client:
             top_predictions=top_predictions,
             canonical=canonical,
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def scan_attention(
         self,
@@ -214,10 +231,11 @@ class Client:
         model: str | None = None,
         canonical: bool = False,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """Attention patterns of some layers, every head, every pair of tokens."""
         scan = AttentionScan(model=model, prompt=prompt, layers=tuple(layers), canonical=canonical)
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def scan_weights(
         self,
@@ -228,6 +246,7 @@ class Client:
         histogram_bins: int = 64,
         outlier_sigma: float = 6.0,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """T2: what the published weights are like, and how they differ from a `baseline` model's.
 
@@ -240,7 +259,7 @@ class Client:
             histogram_bins=histogram_bins,
             outlier_sigma=outlier_sigma,
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def scan_circuits(
         self,
@@ -260,6 +279,7 @@ class Client:
         steps: int = 5,
         calibration: str | None = None,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """DTI: what replacing each component does to the answer, and the paths between components.
 
@@ -281,7 +301,7 @@ class Client:
             steps=steps,
             calibration=calibration,
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def scan_anomaly(
         self,
@@ -301,6 +321,7 @@ class Client:
         calibration: str | None = None,
         canonical: bool = False,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """FLAIR: uncertainty, where the answer appears, and whether it is supported.
 
@@ -324,7 +345,7 @@ class Client:
             calibration=calibration,
             canonical=canonical,
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     # Stimulation
 
@@ -342,6 +363,7 @@ class Client:
         calibration: str | None = None,
         canonical: bool = False,
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """The model reading a prompt, clean and perturbed, side by side; no weight is ever changed.
 
@@ -360,7 +382,7 @@ class Client:
             calibration=calibration,
             canonical=canonical,
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def patching(
         self,
@@ -378,6 +400,7 @@ class Client:
             PatchSite.MLP,
         ),
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """Activation patching between two prompts of as many tokens: recovery by layer and position."""
         scan = PatchingScan(
@@ -390,7 +413,7 @@ class Client:
             direction=Direction(direction),
             sites=tuple(map(PatchSite, sites)),
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def trace(
         self,
@@ -407,6 +430,7 @@ class Client:
         window: int = 6,
         kinds: Iterable[TraceKind | str] = (TraceKind.STATE, TraceKind.MLP, TraceKind.ATTENTION),
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """Causal tracing (Meng et al. 2022): noise on the subject's embeddings, then states restored."""
         scan = TracingScan(
@@ -422,7 +446,7 @@ class Client:
             window=window,
             kinds=tuple(map(TraceKind, kinds)),
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def calibrate(
         self,
@@ -434,6 +458,7 @@ class Client:
         seed: int = 0,
         lenses: Iterable[Lens | str] = (Lens.BIAS,),
         on_event: OnEvent | None = None,
+        progress: ShowProgress = False,
     ) -> Result:
         """Measure what scans are read against, on `texts` or else on text sampled from the model.
 
@@ -447,7 +472,7 @@ class Client:
             seed=seed,
             lenses=tuple(map(Lens, lenses)),
         )
-        return self.run(scan, on_event)
+        return self.run(scan, on_event, progress=progress)
 
     def run(
         self,
@@ -455,14 +480,16 @@ class Client:
         on_event: OnEvent | None = None,
         *,
         lane: Lane = Lane.INTERACTIVE,
+        progress: ShowProgress = False,
     ) -> Result:
         """Submit a scan, wait, and give its result. Interrupted, it cancels the job.
 
-        Raises `JobFailed` or `JobCancelled` when the job ends without a result.
+        `progress` shows meanwhile how far it is, as with every method that waits: on a terminal or in a
+        notebook, or, if it is `"lines"`, as lines on standard error wherever that leads. Raises `JobFailed` or `JobCancelled` when the job ends without a result.
         """
         job = self.submit(scan, lane=lane)
         try:
-            return self.result(self.wait(job, on_event))
+            return self.result(self.wait(job, on_event, progress=progress))
         except KeyboardInterrupt:
             with suppress(ClientError):
                 self.cancel(job)
@@ -477,6 +504,7 @@ class Client:
         profile: str | None = None,
         records: Records | None = None,
         on_progress: Progress = silent,
+        progress: ShowProgress = False,
     ) -> Diagnosis:
         """Examine a model with a suite of prompts, and gate it against a `baseline` where one is named.
 
@@ -486,32 +514,70 @@ class Client:
         """
         asked = load_suite(suite) if isinstance(suite, str) else suite
         there = None if baseline is None else ServiceScans(self, baseline)
-        return diagnosed(
-            asked,
-            ServiceScans(self, model),
-            there,
-            records or Records(),
-            profile=profile,
-            on_progress=on_progress,
-        )
+        with shown(f"diagnosis {asked.name}", progress, "beginning") as follower:
+
+            def advance(checkpoint: str, done: int, total: int) -> None:
+                on_progress(checkpoint, done, total)
+                if follower is not None and total:
+                    follower.count(checkpoint, done, total)
+
+            return diagnosed(
+                asked,
+                ServiceScans(self, model),
+                there,
+                records or Records(),
+                profile=profile,
+                on_progress=advance,
+            )
 
     # Jobs
 
-    def submit(self, scan: Scan, *, lane: Lane = Lane.INTERACTIVE) -> JobView:
+    def submit(
+        self,
+        scan: Scan,
+        *,
+        lane: Lane = Lane.INTERACTIVE,
+        idempotency_key: str | None = None,
+    ) -> JobView:
         """Ask for a scan; the job may be finished already, when its result was known.
 
-        `lane` says how soon it should run: many scans at once belong in the batch lane.
+        `lane` says how soon it should run: many scans at once belong in the batch lane. `idempotency_key` is
+        your own word for this request: sent again within a day, also by another program, it makes no second
+        job. Without one the client makes one up, so that it may send the request again itself.
         """
-        path, query = _PATHS[kind_of(scan)], {"lane": lane.value}
-        return self._exchange.ask(JobView, "POST", path, body=encode_scan(scan), query=query)
+        return self._exchange.ask(
+            JobView,
+            "POST",
+            _PATHS[kind_of(scan)],
+            body=encode_scan(scan),
+            query={"lane": lane.value},
+            headers=once(idempotency_key),
+        )
 
     def job(self, job: JobReference) -> JobView:
         """How a job stands now."""
         return self._exchange.ask(JobView, "GET", f"/api/jobs/{_id(job)}")
 
-    def jobs(self, limit: int = 50) -> list[JobView]:
-        """The latest jobs, newest first."""
-        return self._exchange.ask(list[JobView], "GET", "/api/jobs", query={"limit": str(limit)})
+    def jobs(
+        self,
+        limit: int = 50,
+        *,
+        after: JobReference | None = None,
+        scan_key: str | None = None,
+    ) -> list[JobView]:
+        """The latest jobs, newest first.
+
+        Args:
+            limit: How many at most, up to 200.
+            after: Only such as are older than this one, which is the last of the page before.
+            scan_key: Only those of this scan: its key, or at least the first 16 digits of it.
+        """
+        query = {"limit": str(limit)}
+        if after is not None:
+            query["after"] = str(_id(after))
+        if scan_key is not None:
+            query["scan_key"] = scan_key
+        return self._exchange.ask(list[JobView], "GET", "/api/jobs", query=query)
 
     def cancel(self, job: JobReference) -> JobView:
         """Ask for a job to be stopped: at once where it is queued, else at its next checkpoint."""
@@ -524,10 +590,25 @@ class Client:
         """
         return follow(self._exchange, _id(job))
 
-    def wait(self, job: JobReference, on_event: OnEvent | None = None) -> JobView:
+    def watch_many(self, jobs: Iterable[JobReference]) -> Iterator[JobEvent]:
+        """The events of up to 32 jobs on one connection, each with its job's id, until all have `Ended`.
+
+        Raises as `watch` does, and `ValueError` for more jobs.
+        """
+        return follow_many(self._exchange, map(_id, jobs))
+
+    def wait(
+        self,
+        job: JobReference,
+        on_event: OnEvent | None = None,
+        *,
+        progress: ShowProgress = False,
+    ) -> JobView:
         """The job once it has succeeded. Raises `JobFailed` or `JobCancelled` when it does not."""
         view = job if isinstance(job, JobView) else self.job(job)
-        return wait_for(self._exchange, view, on_event)
+        said = place_in_words(view.queue) if view.queue else view.state.value
+        with shown(name_of(view), progress, said) as follower:
+            return wait_for(self._exchange, view, both(on_event, follower))
 
     def result(self, job: JobReference) -> Result:
         """The result of a succeeded job; `Refused` before that. Tables are fetched when asked for."""

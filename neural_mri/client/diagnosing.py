@@ -1,17 +1,21 @@
 """Diagnoses over a service: a suite's scans sent as batches, results taken as they come."""
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
+from http import HTTPStatus
 from typing import Protocol
 from uuid import UUID
 
 import msgspec
 
 from neural_mri.client.batches import Batches
+from neural_mri.client.errors import Refused
 from neural_mri.client.result import Result
+from neural_mri.contract.auth import Usage
 from neural_mri.contract.baselines import Subject, check_comparable, record_key
-from neural_mri.contract.batches import MOST_LINES, LineEnded
+from neural_mri.contract.batches import BatchView, LineEnded
 from neural_mri.contract.findings import Diagnosis
 from neural_mri.contract.jobs import JobState, JobView, Lane
 from neural_mri.contract.models import ModelInfo, ModelName
@@ -25,12 +29,35 @@ from neural_mri.diagnostics.records import Record, Records
 __all__ = ("Progress", "ServiceScans", "diagnosed", "recorded", "silent")
 
 
+_TOO_MUCH = (
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.UNPROCESSABLE_ENTITY,
+)
+"""Refusals that a smaller batch may not meet."""
+
+
+def _fewer(some: int, refused: Refused) -> int:
+    """How many to ask for after so many were too many. Raises the refusal where their number is not to blame."""
+    said = refused.members
+    limit, taken = said.get("limit"), said.get("in_flight", said.get("unfinished", 0))
+    told = limit - taken if isinstance(limit, int) and isinstance(taken, int) else some
+    if told < some:
+        return max(1, told)
+    if refused.status == HTTPStatus.UNPROCESSABLE_ENTITY:
+        raise refused
+    return some // 2
+
+
 class Service(Protocol):
     """What of a client is needed here."""
 
     @property
     def batches(self) -> Batches:
         """Many scans in one request."""
+
+    def usage(self) -> Usage:
+        """What the caller has under way, beside what is allowed."""
 
     def model(self, name: str | None = None) -> ModelInfo:
         """A registered model."""
@@ -77,13 +104,39 @@ class ServiceScans:
 
     def scan(self, scans: Sequence[Scan]) -> Generator[Scanned, None, None]:
         """What each scan measured, in their order. Left before the end, it cancels what is under way."""
-        named = [msgspec.structs.replace(scan, model=self._info.name) for scan in scans]
-        for start in range(0, len(named), MOST_LINES):
-            yield from self._together(named[start : start + MOST_LINES])
+        left = [msgspec.structs.replace(scan, model=self._info.name) for scan in scans]
+        while left:
+            some, batch = self._submitted(left)
+            yield from self._together(batch, some)
+            left = left[some:]
 
-    def _together(self, scans: Sequence[Scan]) -> Iterator[Scanned]:
+    def _submitted(self, scans: Sequence[Scan]) -> tuple[int, BatchView]:
+        """A batch of as many of the first scans as the service takes now: at least one, for which it waits."""
+        some = min(len(scans), self._room())
+        while True:
+            try:
+                batch = self._service.batches.submit(
+                    scans[:some],
+                    lane=Lane.BATCH,
+                    name=f"diagnosis of {self._info.name}",
+                    wait_for_room=some == 1,
+                )
+            except Refused as refused:
+                if some == 1 or refused.status not in _TOO_MUCH:
+                    raise
+                some = _fewer(some, refused)
+            else:
+                return some, batch
+
+    def _room(self) -> int:
+        """How many scans the caller may ask for now, as far as the caller's own limit says."""
+        usage = self._service.usage()
+        if usage.max_jobs is None:
+            return sys.maxsize
+        return max(1, usage.max_jobs - usage.in_flight)
+
+    def _together(self, batch: BatchView, n_scans: int) -> Iterator[Scanned]:
         batches = self._service.batches
-        batch = batches.submit(scans, lane=Lane.BATCH, name=f"diagnosis of {self._info.name}")
         ended: dict[int, UUID] = {}
         n_given = 0
         try:
@@ -97,7 +150,7 @@ class ServiceScans:
                     n_given += 1
                     yield self._measured(ended.pop(n_given))
         finally:
-            if n_given < len(scans):
+            if n_given < n_scans:
                 batches.cancel(batch)
 
     def _measured(self, job: UUID) -> Scanned:

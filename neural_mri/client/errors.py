@@ -13,6 +13,7 @@ ClientError
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 from neural_mri.contract.jobs import JobState, JobView
@@ -39,20 +40,38 @@ class ClientError(Exception):
 class Unreachable(ClientError):
     """Nobody answered at the service's address."""
 
-    def __init__(self, base_url: str, reason: str) -> None:
+    def __init__(
+        self, base_url: str, reason: str, *, sent: bool = True, broken: bool = False
+    ) -> None:
         super().__init__(
             f"{base_url} does not answer ({reason}): start the service with `make up` or "
             "`python -m deploy.embedded`; if it runs elsewhere, say where with NMRI_URL or --url"
         )
         self.base_url = base_url
         self.reason = reason
+        self.sent = sent
+        """Whether the request may have arrived: False where nothing has even been sent."""
+        self.broken = broken
+        """Whether somebody was there, and the connection broke."""
+
+
+_PASSING = (
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
 
 
 class Refused(ClientError):
     """The service refused a request; `document` is its RFC 9457 problem document, whole."""
 
-    def __init__(self, document: dict[str, Any]) -> None:
+    def __init__(
+        self, document: dict[str, Any], *, retry_after_seconds: float | None = None
+    ) -> None:
         self.document = document
+        self.retry_after_seconds = retry_after_seconds
+        """How long the service asks to wait before another attempt, where it does."""
         self.status = int(document.get("status", 0))
         self.type = str(document.get("type", "about:blank"))
         self.title = str(document.get("title", ""))
@@ -63,6 +82,16 @@ class Refused(ClientError):
             if name not in {"type", "title", "status", "detail", "instance"}
         }
         super().__init__(self.detail)
+
+    @property
+    def passes(self) -> bool:
+        """Whether a later attempt may be answered: the service is busy, full or away, and says no more."""
+        return self.status in _PASSING
+
+    @property
+    def did_nothing(self) -> bool:
+        """Whether it passes, and the request is sure to have had no effect."""
+        return self.status == HTTPStatus.TOO_MANY_REQUESTS
 
 
 class NotUnderstood(ClientError):
@@ -92,9 +121,10 @@ class JobCancelled(JobEnded):
 class MissingExtra(ClientError):
     """A library that only some users need is not installed."""
 
-    def __init__(self, package: str, wanted_for: str) -> None:
+    def __init__(self, package: str, wanted_for: str, extra: str = "plot") -> None:
         super().__init__(
-            f"{wanted_for} needs {package}, which is not installed: pip install 'neural-mri[plot]'"
+            f"{wanted_for} needs {package}, which is not installed: "
+            f"pip install 'neural-mri[{extra}]'"
         )
         self.package = package
 
@@ -108,11 +138,11 @@ def ended_without_result(job: JobView) -> JobEnded:
 
 
 @contextmanager
-def needing(library: str, wanted_for: str) -> Iterator[None]:
+def needing(library: str, wanted_for: str, extra: str = "plot") -> Iterator[None]:
     """Around the import of a library that may not be installed: raises `MissingExtra` if it is not."""
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name != library:
             raise
-        raise MissingExtra(library, wanted_for) from error
+        raise MissingExtra(library, wanted_for, extra) from error

@@ -1,28 +1,59 @@
 """One HTTP exchange with the service: a request out, a value or one of `errors` back.
 
-The only module that knows httpx's exceptions and problem documents on the wire.
+A request whose answer was lost, or that met a service which was away or full, is sent again where that can do
+no harm, for as long as the caller has patience. The only module that knows httpx's exceptions and problem
+documents on the wire.
 """
 
+import math
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from threading import Event
+from typing import IO, Any, TypeVar
+from uuid import uuid4
 
 import httpx
 import msgspec
 
 from neural_mri import __version__
 from neural_mri.client.errors import NotUnderstood, Refused, Unreachable
+from neural_mri.client.patience import Patience
 from neural_mri.contract.auth import KEY_PATTERN
 from neural_mri.contract.problems import MEDIA_TYPE
 
-__all__ = ("DEFAULT_URL", "KEY_VARIABLE", "URL_VARIABLE", "Exchange")
+__all__ = (
+    "DEFAULT_URL",
+    "IDEMPOTENCY_KEY",
+    "KEY_VARIABLE",
+    "PATIENCE_VARIABLE",
+    "QUIET_SECONDS",
+    "URL_VARIABLE",
+    "Exchange",
+    "FileBody",
+    "decoded",
+    "once",
+    "pieces",
+)
 
 DEFAULT_URL = "http://127.0.0.1:8642"
 URL_VARIABLE = "NMRI_URL"
 """Not `NEURAL_MRI_*`: those are the processes' settings, and they refuse one they do not know."""
 KEY_VARIABLE = "NMRI_API_KEY"
+PATIENCE_VARIABLE = "NMRI_PATIENCE"
+"""Seconds for which every call goes on trying, where the program says nothing else."""
+IDEMPOTENCY_KEY = "Idempotency-Key"
+
+QUIET_SECONDS = 60.0
+"""Silence after which a stream is given up and opened again; the service comments every 15 s."""
+
+_PATIENCE_SECONDS = 60.0
+_REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE"})
+"""Methods of which two requests do what one does (RFC 9110, section 9.2.2)."""
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -39,11 +70,13 @@ class Exchange:
         base_url: str | None,
         *,
         timeout_seconds: float,
-        patience_seconds: float,
+        patience_seconds: float | None,
         headers: Mapping[str, str],
         api_key: str | None = None,
     ) -> None:
-        self.patience_seconds = patience_seconds
+        self.patience_seconds = _patience() if patience_seconds is None else patience_seconds
+        self._left = Event()
+        self._was_heard = False
         self._timeout_seconds = timeout_seconds
         self.base_url = _checked_url(base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL)
         self._http = httpx.Client(
@@ -51,7 +84,7 @@ class Exchange:
             timeout=timeout_seconds,
             headers={
                 "User-Agent": f"neural-mri/{__version__}",
-                **_authorization(api_key or os.environ.get(KEY_VARIABLE)),
+                **_authorization(os.environ.get(KEY_VARIABLE) if api_key is None else api_key),
                 **headers,
             },
             # A proxy named in the environment cannot reach this machine's own loopback.
@@ -59,8 +92,26 @@ class Exchange:
         )
 
     def close(self) -> None:
-        """Close the connections; requests after this raise `RuntimeError`."""
+        """Close the connections; who waits for the service waits no longer, later requests raise `RuntimeError`."""
+        self._left.set()
         self._http.close()
+
+    def patience(self) -> Patience:
+        """What one call has, from now on."""
+        return Patience(self.patience_seconds, self._left)
+
+    def persist(
+        self, attempt: Callable[[], T], *, repeatable: bool = True, wait_for_room: bool = True
+    ) -> T:
+        """What an attempt gives, made again while it meets what passes. Raises what it raised at last."""
+        patience = self.patience()
+        while True:
+            try:
+                return attempt()
+            except (Unreachable, Refused) as error:
+                if not wait_for_room and isinstance(error, Refused) and error.did_nothing:
+                    raise
+                patience.bear(error, repeatable=repeatable, met=self._was_heard)
 
     def send(
         self,
@@ -71,18 +122,34 @@ class Exchange:
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         answers: Container[int] = (),
+        repeatable: bool | None = None,
+        wait_for_room: bool = True,
     ) -> httpx.Response:
         """The whole answer. Raises `Unreachable` or `Refused`.
 
         A body is JSON, unless the headers say otherwise; one in pieces is sent as they come. `answers` are
-        statuses beside 2xx that carry an answer to this request, and are no refusal.
+        statuses beside 2xx that carry an answer to this request, and are no refusal. `repeatable` says
+        whether two such requests do what one does, where the method and the headers do not tell. A refusal for
+        want of room did nothing, and is borne in any case, unless `wait_for_room` is False.
         """
         sent = dict(headers or {})
         if body is not None:
             sent.setdefault("Content-Type", "application/json")
-        with self._reaching():
-            response = self._http.request(method, path, content=body, params=query, headers=sent)
-        return response if response.status_code in answers else _accepted(response)
+        if repeatable is None:
+            repeatable = IDEMPOTENCY_KEY in sent or (
+                method in _REPEATABLE and "If-Match" not in sent
+            )
+
+        def attempt() -> httpx.Response:
+            with self._reaching():
+                response = self._http.request(
+                    method, path, content=body, params=query, headers=sent
+                )
+            return response if response.status_code in answers else _accepted(response)
+
+        if isinstance(body, Iterator):
+            return attempt()  # what is read as it is sent cannot be sent again from the start
+        return self.persist(attempt, repeatable=repeatable, wait_for_room=wait_for_room)
 
     def ask(
         self,
@@ -94,6 +161,8 @@ class Exchange:
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         answers: Container[int] = (),
+        repeatable: bool | None = None,
+        wait_for_room: bool = True,
     ) -> T:
         """The answer's JSON as a `wanted`. Raises `Unreachable`, `Refused` or `NotUnderstood`."""
         response = self.send(
@@ -103,6 +172,8 @@ class Exchange:
             query=query,
             headers={"Accept": "application/json", **(headers or {})},
             answers=answers,
+            repeatable=repeatable,
+            wait_for_room=wait_for_room,
         )
         return decoded(wanted, response)
 
@@ -115,7 +186,10 @@ class Exchange:
         quiet_seconds: float,
         query: Mapping[str, str] | None = None,
     ) -> Iterator[httpx.Response]:
-        """An answer read as it arrives; silence of `quiet_seconds` counts as a broken connection."""
+        """An answer read as it arrives; silence of `quiet_seconds` counts as a broken connection.
+
+        Tried once: who reads it knows where it would have to go on.
+        """
         timeout = httpx.Timeout(self._timeout_seconds, read=quiet_seconds)
         with (
             self._reaching(),
@@ -123,19 +197,67 @@ class Exchange:
                 "GET", path, headers=headers, params=query, timeout=timeout
             ) as response,
         ):
+            self._was_heard = True
             if not response.is_success:
                 response.read()
             yield _accepted(response)
+
+    def download(
+        self,
+        path: str,
+        file: IO[bytes],
+        *,
+        headers: Mapping[str, str],
+        query: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write an answer of any length into a file; from its start again where the connection breaks."""
+
+        def attempt() -> None:
+            file.seek(0)
+            file.truncate()
+            with self.stream(
+                path, headers=headers, quiet_seconds=QUIET_SECONDS, query=query
+            ) as response:
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+
+        self.persist(attempt)
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
         try:
             yield
+        except (httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise Unreachable(self.base_url, "no answer in time", sent=False) from error
         except httpx.TimeoutException as error:
             raise Unreachable(self.base_url, "no answer in time") from error
         except httpx.TransportError as error:
             reason = _ERRNO.sub("", str(error)).lower() or type(error).__name__
-            raise Unreachable(self.base_url, reason) from error
+            connected = not isinstance(error, httpx.ConnectError)
+            raise Unreachable(self.base_url, reason, sent=connected, broken=connected) from error
+        self._was_heard = True
+
+
+class FileBody:
+    """A file's bytes, from its start whenever they are sent."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self._path.open("rb") as file:
+            yield from pieces(file)
+
+
+def pieces(file: IO[bytes]) -> Iterator[bytes]:
+    """The rest of a file, some at a time."""
+    while piece := file.read(1 << 20):
+        yield piece
+
+
+def once(word: str | None) -> dict[str, str]:
+    """The header under which a request may be sent twice and is done once: the caller's word, or a new one."""
+    return {IDEMPOTENCY_KEY: str(uuid4()) if word is None else word}
 
 
 def decoded(wanted: type[T], response: httpx.Response) -> T:
@@ -152,7 +274,7 @@ def decoded(wanted: type[T], response: httpx.Response) -> T:
 def _accepted(response: httpx.Response) -> httpx.Response:
     if response.is_success:
         return response
-    raise Refused(_problem(response))
+    raise Refused(_problem(response), retry_after_seconds=_retry_after(response))
 
 
 def _problem(response: httpx.Response) -> dict[str, Any]:
@@ -172,6 +294,32 @@ def _problem(response: httpx.Response) -> dict[str, Any]:
             f"{response.reason_phrase}, without a problem document: is this a Neural MRI service?"
         ),
     }
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds of a Retry-After, which may be a moment as well (RFC 9110, section 10.2.3)."""
+    said = response.headers.get("retry-after", "")
+    if said.isascii() and said.isdigit():
+        return float(said)
+    try:
+        moment = parsedate_to_datetime(said)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+def _patience() -> float:
+    """What the environment says, or the usual. Raises `ValueError`."""
+    said = os.environ.get(PATIENCE_VARIABLE) or str(_PATIENCE_SECONDS)
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{PATIENCE_VARIABLE} is {said!r}: expected seconds, 0 or more")
+    return seconds
 
 
 def _authorization(api_key: str | None) -> dict[str, str]:

@@ -216,7 +216,13 @@ class LocalScans:
             records: Where checkpoints that were seen before are known by their files' contents, so that
                 no process has to open them.
             workers: Where its processes come from; its own where left out.
+
+        Raises `ValueError` for more processes than one checkpoint may have.
         """
+        if processes is not None and not 1 <= processes <= local.MOST_PROCESSES:
+            raise ValueError(
+                f"processes is {processes}: expected 1 to {local.MOST_PROCESSES}, or None"
+            )
         self._records = records
         self._model = _absolute(model)
         self._count = processes or _processes(self._model)

@@ -29,6 +29,7 @@ from neural_mri.contract.scans import ScanKind
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+    from polars import DataFrame as PolarsFrame
 
 __all__ = ("Prediction", "Result")
 
@@ -219,6 +220,15 @@ class Result:
         with needing("pandas", "a data frame"):
             import pandas as pd  # noqa: F401 -- pyarrow's own message would not name the extra
         return self.to_long().to_pandas()
+
+    def to_polars(self) -> "PolarsFrame":
+        """`to_long`, as a data frame of Polars; Arrow's memory is shared where it can be.
+
+        Raises `MissingExtra` where Polars is not installed.
+        """
+        with needing("polars", "a Polars data frame", "polars"):
+            import polars as pl
+        return pl.DataFrame(self.to_long())
 
     def plot(
         self,

@@ -17,9 +17,9 @@ from uuid import UUID
 import msgspec
 
 from neural_mri.client.errors import Damaged, NotUnderstood
-from neural_mri.client.exchange import Exchange, decoded
+from neural_mri.client.exchange import DEFAULT_URL, Exchange, FileBody, decoded, pieces
 from neural_mri.client.result import Result
-from neural_mri.client.watching import NO_HEADERS, QUIET_SECONDS, messages
+from neural_mri.client.watching import NO_HEADERS, messages
 from neural_mri.contract.archives import SESSION_FILE, Archive, InvalidArchive, open_archive
 from neural_mri.contract.jobs import JobView
 from neural_mri.contract.perturbations import Perturbation
@@ -65,6 +65,7 @@ ScanLike: TypeAlias = Result | JobView | UUID | str | ScanReference
 _NAMES = frozenset({"saved", "scan", "closed"})
 _LARGEST_FILE = 1 << 36
 _SPOOLED = 64 << 20
+_PAGE = 1000
 
 
 class KeptResult(Result):
@@ -133,10 +134,12 @@ class OpenedSession:
 
 def read_file(path: Path) -> OpenedSession:
     """A session's file, without any service. Raises `Damaged`, which names what is wrong in it."""
-    exchange = Exchange(None, timeout_seconds=1.0, patience_seconds=0.0, headers={})
+    exchange = Exchange(
+        DEFAULT_URL, timeout_seconds=1.0, patience_seconds=0.0, headers={}, api_key=""
+    )
     file = path.open("rb")
     try:
-        archive = _archive(file)
+        archive = open_archive(file, largest=_LARGEST_FILE)
         document = msgspec.json.decode(archive.document(), type=SessionDocument)
         return OpenedSession(exchange, file, document, archive.name)
     except (msgspec.DecodeError, InvalidArchive) as error:
@@ -237,10 +240,33 @@ class Sessions:
         file = self._download(f"{_path(session)}/results", {"revision": detail.opened})
         return OpenedSession(self._exchange, file, detail.document, detail.name)
 
-    def revisions(self, session: SessionReference, limit: int = 100) -> list[RevisionView]:
-        """The saves, the latest first."""
+    def revisions(
+        self, session: SessionReference, limit: int = 100, *, before: int | None = None
+    ) -> list[RevisionView]:
+        """The saves, the latest first; `before` the one of that number."""
         path, query = f"{_path(session)}/revisions", {"limit": str(limit)}
+        if before is not None:
+            query["before"] = str(before)
         return self._exchange.ask(list[RevisionView], "GET", path, query=query)
+
+    def revision(self, session: SessionReference, digits: str) -> str:
+        """The whole name of the revision that begins with these digits.
+
+        Raises `ValueError` where there is none, or more than one.
+        """
+        found: list[RevisionView] = []
+        before: int | None = None
+        while page := self.revisions(session, _PAGE, before=before):
+            found += (each for each in page if each.revision.startswith(digits))
+            before = page[-1].number
+            if before <= 1:
+                break
+        if len(found) == 1:
+            return found[0].revision
+        if not found:
+            raise ValueError(f"the session has no revision {digits!r}")
+        names = ", ".join(f"{each.revision[:16]}… (number {each.number})" for each in found[:5])
+        raise ValueError(f"{digits!r} begins {len(found)} revisions: {names}: expected more digits")
 
     def rename(self, session: SessionReference, name: str) -> SessionView:
         """Give it another name."""
@@ -259,7 +285,8 @@ class Sessions:
 
     def delete(self, session: SessionReference) -> None:
         """Delete it, its revisions and its links."""
-        self._exchange.send("DELETE", _path(session))
+        # The second of two would be told that there is no such session.
+        self._exchange.send("DELETE", _path(session), repeatable=False)
 
     def difference(
         self,
@@ -283,8 +310,7 @@ class Sessions:
         """Write the session into one file."""
         query = {} if revision is None else {"revision": revision}
         with self._download(f"{_path(session)}/export", query) as file, path.open("wb") as written:
-            while part := file.read(1 << 20):
-                written.write(part)
+            written.writelines(pieces(file))
 
     def import_file(self, path: Path) -> SessionDetail:
         """Take in a session's file. Raises `Refused`, whose `members["entry"]` names what is wrong in it."""
@@ -292,7 +318,7 @@ class Sessions:
             SessionDetail,
             "POST",
             "/api/sessions/import",
-            body=_pieces(path),
+            body=FileBody(path),
             headers={"Content-Type": SESSION_FILE},
         )
 
@@ -403,6 +429,11 @@ class SharedSession:
             SessionDetail, "POST", "/api/shared/scans", body=body, headers=self._headers
         )
 
+    def export(self, path: Path) -> None:
+        """Write the session into one file, as far as the link shows it."""
+        with path.open("wb") as file:
+            self._exchange.download("/api/shared/export", file, headers=self._headers)
+
     def watch(self) -> Iterator[SessionEvent]:
         """The session's events, until it is deleted."""
         return _events(self._exchange, "/api/shared/events", self._headers)
@@ -417,11 +448,7 @@ def _downloaded(
 ) -> IO[bytes]:
     """An answer of any length, as a file."""
     file = tempfile.SpooledTemporaryFile(_SPOOLED)  # noqa: SIM115 -- it outlives this
-    with exchange.stream(
-        path, headers=headers, quiet_seconds=QUIET_SECONDS, query=query
-    ) as response:
-        for chunk in response.iter_bytes():
-            file.write(chunk)
+    exchange.download(path, file, headers=headers, query=query)
     file.seek(0)
     return file
 
@@ -483,9 +510,3 @@ def _uuid(text: str, whose: str) -> UUID:
         return UUID(text)
     except ValueError:
         raise ValueError(f"{text!r} is not {whose}'s id: expected a UUID") from None
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            yield part

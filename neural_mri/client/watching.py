@@ -1,12 +1,10 @@
 """Following a job's events to its end, through broken connections and restarts of the service."""
 
-import random
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from http import HTTPStatus
 from types import MappingProxyType
-from typing import get_args
+from typing import NamedTuple, get_args
 from uuid import UUID
 
 import msgspec
@@ -17,69 +15,26 @@ from neural_mri.client.errors import (
     Unreachable,
     ended_without_result,
 )
-from neural_mri.client.exchange import Exchange
+from neural_mri.client.exchange import QUIET_SECONDS, Exchange
+from neural_mri.client.patience import Patience
 from neural_mri.client.sse import Message, Parser
 from neural_mri.contract.events import Ended, Event, decode_event, encode_event, event_name
 from neural_mri.contract.jobs import TERMINAL, JobState, JobView
 
-__all__ = ("follow", "messages", "wait_for")
+__all__ = ("MOST_TOGETHER", "JobEvent", "follow", "follow_many", "messages", "wait_for")
 
-QUIET_SECONDS = 60.0
-"""Silence after which a stream is given up and opened again; the service comments every 15 s."""
+MOST_TOGETHER = 32
+"""Jobs that one stream tells of."""
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 STREAM_HEADERS: Mapping[str, str] = MappingProxyType(
     {"Accept": "text/event-stream", "Cache-Control": "no-store"}
 )
 
-_FIRST_PAUSE_SECONDS = 0.25
-_LONGEST_PAUSE_SECONDS = 10.0
-
 _MOST_BARREN = 3
 """After so many connections in a row without a message, the job itself is asked how it stands."""
 
-_PASSING = (
-    HTTPStatus.TOO_MANY_REQUESTS,
-    HTTPStatus.BAD_GATEWAY,
-    HTTPStatus.SERVICE_UNAVAILABLE,
-    HTTPStatus.GATEWAY_TIMEOUT,
-)
-"""Refusals that a later attempt may not meet."""
-
 _KNOWN = frozenset(kind.__struct_config__.tag for kind in get_args(Event))
-
-
-class _Patience:
-    """How long to wait before the next attempt, and when to stop trying."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._first_pause = _FIRST_PAUSE_SECONDS
-        self._heard_at = time.monotonic()
-        self._failures = 0
-
-    def heard(self, asked_pause_seconds: float | None = None) -> None:
-        """The service is there, and may have said how long to wait before coming back."""
-        self._heard_at = time.monotonic()
-        if asked_pause_seconds is not None:
-            self._first_pause = asked_pause_seconds
-
-    def got_on(self) -> None:
-        """The stream brought something; the next pause is a short one again."""
-        self._failures = 0
-
-    def pause(self) -> float:
-        """Seconds before the next attempt: doubling, up to a bound.
-
-        Jitter keeps the clients of a restarted service from coming back all at once.
-        """
-        longest: float = min(self._first_pause * 2**self._failures, _LONGEST_PAUSE_SECONDS)
-        self._failures += 1
-        return longest * (0.5 + random.random() / 2)  # noqa: S311 -- spreads load, guards nothing
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() - self._heard_at > self._seconds
 
 
 def follow(exchange: Exchange, job_id: UUID) -> Iterator[Event]:
@@ -88,7 +43,7 @@ def follow(exchange: Exchange, job_id: UUID) -> Iterator[Event]:
     A broken connection is opened again after the last event received. Raises `Unreachable` when the
     service has not been heard for `exchange.patience_seconds`, and `Refused` when it will not show the job.
     """
-    patience = _Patience(exchange.patience_seconds)
+    patience = exchange.patience()
     last_id, barren = "", 0
     while True:
         source = _last_word if barren == _MOST_BARREN else _messages
@@ -104,19 +59,65 @@ def follow(exchange: Exchange, job_id: UUID) -> Iterator[Event]:
                     if isinstance(event, Ended):
                         return
         except (Unreachable, Refused) as error:
-            if patience.is_over or (isinstance(error, Refused) and error.status not in _PASSING):
-                raise
-        time.sleep(patience.pause())
+            patience.bear(error)
+        else:
+            patience.rest()
+
+
+class JobEvent(NamedTuple):
+    """An event of one of several jobs."""
+
+    job: UUID
+    event: Event
+
+
+class _Whose(msgspec.Struct):
+    job: UUID
+
+
+def follow_many(exchange: Exchange, job_ids: Iterable[UUID]) -> Iterator[JobEvent]:
+    """The events of several jobs as they come, on one stream, until each has `Ended`.
+
+    Raises as `follow` does, and `ValueError` for more jobs than one stream carries.
+    """
+    left = list(dict.fromkeys(job_ids))
+    if len(left) > MOST_TOGETHER:
+        raise ValueError(f"{len(left)} jobs are too many: one stream tells of {MOST_TOGETHER}")
+    return _follow_together(exchange, left)
+
+
+def _follow_together(exchange: Exchange, left: list[UUID]) -> Iterator[JobEvent]:
+    if not left:
+        return
+    query = {"jobs": ",".join(map(str, left))}
+    for message in messages(exchange, "/api/events", query=query):
+        if message.event not in _KNOWN:
+            continue  # of a newer service: nothing we could show
+        event = _event(message)
+        job_id = msgspec.json.decode(message.data, type=_Whose).job
+        yield JobEvent(job_id, event)
+        if isinstance(event, Ended):
+            left.remove(job_id)
+            if not left:
+                return
+    for job_id in left:
+        # The service holds that we have heard of each end, and has told us of these before a break.
+        job = exchange.ask(JobView, "GET", f"/api/jobs/{job_id}")
+        yield JobEvent(job_id, _end_of(job))
 
 
 def messages(
-    exchange: Exchange, path: str, *, headers: Mapping[str, str] = NO_HEADERS
+    exchange: Exchange,
+    path: str,
+    *,
+    headers: Mapping[str, str] = NO_HEADERS,
+    query: Mapping[str, str] | None = None,
 ) -> Iterator[Message]:
     """The messages of any stream, through broken connections, until the service says that it has ended.
 
     Raises as `follow` does.
     """
-    patience = _Patience(exchange.patience_seconds)
+    patience = exchange.patience()
     last_id = ""
     while True:
         resuming = {**STREAM_HEADERS, **headers}
@@ -124,7 +125,9 @@ def messages(
             resuming["Last-Event-ID"] = last_id
         parser = Parser(last_id)
         try:
-            with exchange.stream(path, headers=resuming, quiet_seconds=QUIET_SECONDS) as response:
+            with exchange.stream(
+                path, headers=resuming, quiet_seconds=QUIET_SECONDS, query=query
+            ) as response:
                 if response.status_code == HTTPStatus.NO_CONTENT:
                     return
                 for chunk in response.iter_bytes():
@@ -134,9 +137,9 @@ def messages(
                         yield message
                     patience.heard(parser.retry_seconds)
         except (Unreachable, Refused) as error:
-            if patience.is_over or (isinstance(error, Refused) and error.status not in _PASSING):
-                raise
-        time.sleep(patience.pause())
+            patience.bear(error)
+        else:
+            patience.rest()
 
 
 def wait_for(
@@ -157,7 +160,7 @@ def wait_for(
 
 
 def _messages(
-    exchange: Exchange, job_id: UUID, last_id: str, patience: _Patience
+    exchange: Exchange, job_id: UUID, last_id: str, patience: Patience
 ) -> Generator[Message, None, None]:
     """The messages of one connection."""
     headers = dict(STREAM_HEADERS)
@@ -177,20 +180,24 @@ def _messages(
 
 
 def _last_word(
-    exchange: Exchange, job_id: UUID, last_id: str, patience: _Patience
+    exchange: Exchange, job_id: UUID, last_id: str, patience: Patience
 ) -> Generator[Message, None, None]:
     """The `ended` of a job whose stream no longer brings it; nothing while the job goes on."""
     job = exchange.ask(JobView, "GET", f"/api/jobs/{job_id}")
     patience.heard()
     if job.state in TERMINAL:
-        ended = Ended(
-            state=job.state,
-            attempt=job.attempt,
-            cached=job.cached,
-            result=job.links.get("result"),
-            problem=job.problem,
-        )
+        ended = _end_of(job)
         yield Message(event_name(ended), encode_event(ended).decode(), last_id)
+
+
+def _end_of(job: JobView) -> Ended:
+    return Ended(
+        state=job.state,
+        attempt=job.attempt,
+        cached=job.cached,
+        result=job.links.get("result"),
+        problem=job.problem,
+    )
 
 
 def _event(message: Message) -> Event:

@@ -174,9 +174,12 @@ class AuditAction(StrEnum):
     MODEL_LOADED = "model_loaded"
     """Asked for: the job in the details tells what became of it."""
     MODEL_UNLOADED = "model_unloaded"
+    MODEL_REGISTERED = "model_registered"
+    """Its weights brought into the store, or others in their place, on the server's own machine."""
     JOB_CANCELLED = "job_cancelled"
     SESSION_SHARED = "session_shared"
     SESSION_UNSHARED = "session_unshared"
+    SESSION_DELETED = "session_deleted"
 
 
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from neural_mri.contract.baselines import Subject
 from neural_mri.contract.suites import Expectation, Language, Measure
 
 __all__ = (
+    "EVERYWHERE",
     "Carrier",
     "CaseOutcome",
     "Diagnosis",
@@ -25,6 +26,10 @@ __all__ = (
     "Severity",
     "Trajectory",
 )
+
+
+EVERYWHERE = "all components"
+"""The label of what was compared as one, and belongs to no component."""
 
 
 class Severity(StrEnum):

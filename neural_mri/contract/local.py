@@ -14,6 +14,7 @@ from neural_mri.contract.problems import ProblemDocument
 from neural_mri.contract.tokens import Tokens
 
 __all__ = (
+    "MOST_PROCESSES",
     "Answer",
     "Ask",
     "Describe",
@@ -29,6 +30,9 @@ __all__ = (
     "read_message",
     "write_message",
 )
+
+MOST_PROCESSES = 64
+"""Of one checkpoint: two descriptors each go in one datagram, which takes 253 on Linux."""
 
 
 class Which(msgspec.Struct, frozen=True, kw_only=True, tag="subject"):

@@ -109,8 +109,9 @@ def resolve_positions(
     resolved = set()
     for position in positions:
         if not -n_tokens <= position < n_tokens:
+            tokens = "token" if n_tokens == 1 else "tokens"
             raise InvalidPositions(
-                f"token_positions has {position}, but the prompt has {n_tokens} tokens: expected "
+                f"token_positions has {position}, but the prompt has {n_tokens} {tokens}: expected "
                 f"{-n_tokens} to {n_tokens - 1}",
                 position=position,
                 n_tokens=n_tokens,

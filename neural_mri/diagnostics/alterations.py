@@ -10,6 +10,7 @@ import numpy as np
 
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.findings import (
+    EVERYWHERE,
     CaseOutcome,
     Evidence,
     Finding,
@@ -147,7 +148,7 @@ def _finding(
             prompt=prompt_text(suite, shown),
         ),
         numbers={
-            "label": place.label if place else tested.components[index] or "all components",
+            "label": place.label if place else tested.components[index] or EVERYWHERE,
             "changed": len(tested.changed),
             "tested": len(tested.components),
             "mean": float(np.clip(column.mean(), -1e30, 1e30)),

@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from neural_mri.contract.findings import (
+    EVERYWHERE,
     Diagnosis,
     Evidence,
     Finding,
@@ -16,7 +17,10 @@ from neural_mri.contract.findings import (
 )
 from neural_mri.contract.suites import Language
 
-__all__ = ("Phrases", "Said", "number")
+__all__ = ("Phrases", "Said", "is_boundless", "number")
+
+_BOUNDLESS = 1e20
+"""Larger is infinite, as JSON has to write it."""
 
 
 class Said(NamedTuple):
@@ -30,11 +34,16 @@ class Said(NamedTuple):
     evidence: str
 
 
+def is_boundless(interval: Interval) -> bool:
+    """Whether nothing is known of where the value lies: there were too few to tell."""
+    return interval.low < -_BOUNDLESS and interval.high > _BOUNDLESS
+
+
 def number(value: float) -> str:
     """Three digits that count; no zeros for show."""
     if math.isnan(value):
         return "–"
-    if math.isinf(value) or abs(value) > 1e20:
+    if math.isinf(value) or abs(value) > _BOUNDLESS:
         return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
@@ -54,6 +63,8 @@ class Phrases:
         self._frame: dict[str, str] = words["report"]
         self._measures: dict[str, str] = words["measures"]
         self._units: dict[str, str] = words["units"]
+        self._scans: dict[str, str] = words["scans"]
+        self._quantities: dict[str, str] = words["quantities"]
         self._rules: dict[str, dict[str, str]] = words["rules"]
 
     def __call__(self, name: str, **filled: object) -> str:
@@ -67,6 +78,19 @@ class Phrases:
     def unit(self, name: str) -> str:
         """A unit; one without a translation stands as it is."""
         return self._units.get(name, name)
+
+    def scan(self, name: str) -> str:
+        """A scan's name; a modality's is the same everywhere."""
+        return self._scans.get(name, name)
+
+    def place(self, label: str | None, diagnosis: Diagnosis) -> str:
+        """Where something is: a component by its label, a case by its title, or everything at once."""
+        if label is None:
+            return "–"
+        if label == EVERYWHERE:
+            return self("all_components")
+        titles = {case.id: self.of(case.title) for case in diagnosis.cases}
+        return titles.get(label, label)
 
     def severity(self, severity: Severity | None) -> str:
         """A severity; `passed` where there is none."""
@@ -93,11 +117,13 @@ class Phrases:
         return f"{number(interval.low)} – {number(interval.high)}"
 
     def score(self, score: Score | None, unit: str) -> str:
-        """A score with its interval."""
+        """A score with its interval, where there is one."""
         if score is None or not score.n:
             return "–"
         in_percent = unit in ("share of prompts", "share of layers")
         shown = f"{number(100 * score.value)} %" if in_percent else number(score.value)
+        if is_boundless(score.interval):
+            return shown
         return f"{shown} ({self.interval(score.interval, unit)})"
 
     def say(self, finding: Finding, diagnosis: Diagnosis) -> Said:
@@ -110,9 +136,8 @@ class Phrases:
         }
         if isinstance(share := finding.numbers.get("share"), float):
             filled["share"] = f"{100 * share:.0f} %"
-        label = str(filled.get("label", ""))
         filled |= {
-            "label": titles.get(label, label),
+            "label": self.place(str(filled.get("label", "")), diagnosis),
             "case": titles.get(finding.case or "", finding.case or ""),
             "value": self.quantity(evidence.value, evidence.unit),
             "interval": self.interval(evidence.interval, evidence.unit),
@@ -120,7 +145,7 @@ class Phrases:
             "layer": "–" if evidence.layer is None else evidence.layer,
             "n": evidence.n,
             "p": "–" if evidence.p_value is None else number(evidence.p_value),
-            "quantity": evidence.quantity,
+            "quantity": self._quantities.get(evidence.quantity, evidence.quantity),
         }
         words = self._rules[finding.rule.value]
         said = {name: words[name].format(**filled) for name in Said._fields if name in words}
@@ -141,7 +166,8 @@ class Phrases:
         if evidence.n:
             parts.append(f"n = {evidence.n}")
         parts += [
-            f"{self('scan').lower()} {evidence.scan} {key[:16]}" for key in evidence.scan_keys[:1]
+            f"{self('scan').lower()} {self.scan(evidence.scan)} {key[:16]}"
+            for key in evidence.scan_keys[:1]
         ]
         return " · ".join(part for part in parts if part)
 

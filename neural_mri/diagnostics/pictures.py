@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from neural_mri.contract.findings import CaseOutcome, Grid, Trajectory
 from neural_mri.contract.suites import Expectation
-from neural_mri.diagnostics.phrasing import Phrases, number
+from neural_mri.diagnostics.phrasing import Phrases, is_boundless, number
 
 __all__ = ("curves", "heat_map", "intervals")
 
@@ -40,7 +40,7 @@ def _colour(stops: Sequence[tuple[float, tuple[int, int, int]]], at: float) -> s
     return "#ffffff"
 
 
-def heat_map(grid: Grid, phrases: Phrases) -> str:
+def heat_map(grid: Grid, title: str, phrases: Phrases) -> str:
     """Layers from left to right, heads from top to bottom, the MLP below them."""
     n_layers, n_columns = len(grid.rows), len(grid.columns)
     step = (_WIDTH - _LEFT - _RIGHT) / max(n_layers, 1)
@@ -50,7 +50,7 @@ def heat_map(grid: Grid, phrases: Phrases) -> str:
     values = [abs(value) for row in grid.rows for value in row if value is not None]
     largest = max(values, default=0.0) or 1.0
     tall = n_columns * height + 8
-    told = f"{grid.name}: {phrases('largest')} {number(largest)} {phrases.unit(grid.unit)}"
+    told = f"{title}: {phrases('largest')} {number(largest)} {phrases.unit(grid.unit)}"
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {tall + 34:.0f}" role="img" aria-label="{escape(told)}">',
     ]
@@ -128,7 +128,7 @@ def _legend(largest: float, tall: float, *, signed: bool) -> Iterable[str]:
     ends = (
         (f"−{number(largest)}", "0", f"+{number(largest)}")
         if signed
-        else (number(largest), number(10 ** (math.log10(max(largest, 10.0)) / 2)), "≤1")
+        else (number(max(largest, 10.0)), number(max(largest, 10.0) ** 0.5), "≤1")
     )
     for place, text in zip((9.0, tall / 2 + 4, tall), ends, strict=True):
         yield f'<text class="tick" x="{x + 18}" y="{place:.1f}">{text}</text>'
@@ -137,7 +137,7 @@ def _legend(largest: float, tall: float, *, signed: bool) -> Iterable[str]:
 _CURVES = ("#00ffaa", "#8899aa")
 
 
-def curves(trajectories: Sequence[Trajectory]) -> str:
+def curves(trajectories: Sequence[Trajectory], title: str) -> str:
     """Medians with bands over layers; the first curve is the candidate's."""
     width, height, left, bottom = 505, 210, 46, 26
     known = [
@@ -158,9 +158,7 @@ def curves(trajectories: Sequence[Trajectory]) -> str:
     def y(value: float) -> float:
         return 8 + (height - bottom - 8) * (high - value) / ((high - low) or 1.0)
 
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(trajectories[0].name)}">'
-    ]
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     for value in _ticks(low, high):
         parts.append(
             f'<line class="rule" x1="{left}" x2="{width - 8}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
@@ -212,7 +210,9 @@ def intervals(cases: Sequence[CaseOutcome], phrases: Phrases) -> str:
 
 def _balance_range(cases: Sequence[CaseOutcome]) -> tuple[float, float]:
     ends = [
-        abs(end) for case in cases for end in (case.score.interval.low, case.score.interval.high)
+        abs(end)
+        for case in cases
+        for end in (case.score.value, case.score.interval.low, case.score.interval.high)
     ]
     largest = max((end for end in ends if end < _BOUNDLESS), default=1.0) or 1.0
     return (-largest * 1.05, largest * 1.05)
@@ -257,17 +257,22 @@ def _forest(cases: Sequence[CaseOutcome], phrases: Phrases, bounds: tuple[float,
             )
         ends = case.score.interval
         # As expected, beyond doubt: better than chance, or of a balance, none that leans.
-        if case.expectation is Expectation.BALANCE:
+        known = not is_boundless(ends)
+        if not known:
+            as_expected = False
+        elif case.expectation is Expectation.BALANCE:
             as_expected = ends.low <= 0 <= ends.high
         else:
             as_expected = ends.low > (case.chance or 0.5)
         kind = "clear" if as_expected else "unclear"
+        told = number(case.score.value)
+        if known:
+            told += f" ({number(ends.low)} – {number(ends.high)})"
+            parts.append(
+                f'<line class="span {kind}" x1="{x(ends.low):.1f}" x2="{x(ends.high):.1f}" y1="{y}" y2="{y}"/>'
+            )
         parts.append(
-            f'<line class="span {kind}" x1="{x(ends.low):.1f}" x2="{x(ends.high):.1f}" y1="{y}" y2="{y}"/>'
-        )
-        parts.append(
-            f'<circle class="dot {kind}" cx="{x(case.score.value):.1f}" cy="{y}" r="5"><title>'
-            f"{number(case.score.value)} ({number(ends.low)} – {number(ends.high)})</title></circle>"
+            f'<circle class="dot {kind}" cx="{x(case.score.value):.1f}" cy="{y}" r="5"><title>{told}</title></circle>'
         )
         parts.append(
             f'<text class="value" x="{_WIDTH - right + 18}" y="{y + 4}">{number(case.score.value)}'

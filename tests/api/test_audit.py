@@ -7,9 +7,8 @@ import httpx
 import pytest
 from sqlalchemy.orm import Session
 
-from api.keys import CONSOLE
 from neural_mri.backing import access, audit, limits
-from neural_mri.backing.audit import Deed
+from neural_mri.backing.audit import CONSOLE, Deed
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.auth import AuditAction, Scope
 from tests.api.keyed import USER, Door, keyed
@@ -67,6 +66,22 @@ def test_the_record_says_who_did_what_with_which_key(door: Door, world: World) -
         assert entries["model_loaded"]["details"] == {"job": loading["id"]}
         assert made["key"][18:] not in root.get("/api/audit").text
         assert PROMPT not in root.get("/api/audit").text
+
+
+def test_who_deleted_a_session_is_recorded_once_and_who_tried_is_not(
+    door: Door, world: World
+) -> None:
+    with (
+        door.user(world, "root", ADMIN) as root,
+        door.user(world, "ada") as ada,
+        door.user(world, "bob") as bob,
+    ):
+        path = f"/api/sessions/{ada.post('/api/sessions', json={'name': 'Secret'}).json()['id']}"
+        assert bob.delete(path).status_code == 404
+        assert ada.delete(path).status_code == 204
+        assert ada.delete(path).status_code == 404
+        assert said(root) == [("ada", "session_deleted", path.rpartition("/")[2])]
+        assert "Secret" not in root.get("/api/audit").text
 
 
 def test_what_was_refused_or_sent_twice_is_no_deed(door: Door, world: World) -> None:

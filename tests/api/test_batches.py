@@ -76,6 +76,16 @@ def table_of(api: httpx.Client, batch: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def test_every_batch_is_found_page_by_page(api: httpx.Client) -> None:
+    ids = [accepted(api, fmri(text))["id"] for text in ("a", "b", "c", "d", "e")][::-1]
+    pages, after = [], ""
+    while page := [batch["id"] for batch in api.get(f"/api/batches?limit=2{after}").json()]:
+        pages.append(page)
+        after = f"&after={page[-1]}"
+    assert pages == [ids[:2], ids[2:4], ids[4:]]
+    assert api.get("/api/batches?after=00000000-0000-0000-0000-000000000000").status_code == 404
+
+
 def test_lines_become_jobs_in_the_batch_lane(api: httpx.Client, world: World) -> None:
     batch = accepted(api, fmri("a"), "", fmri("b"), {"scan_mode": "T1"}, name="nightly")
     assert (batch["lines"], batch["refused"], batch["repeated"]) == (3, 0, 0)

@@ -101,7 +101,10 @@ def test_two_callers_keys_have_nothing_to_do_with_each_other(
         assert ask(bob, prompt="a").json()["id"] == theirs
 
 
-def test_a_day_later_the_key_is_forgotten(api: httpx.Client, world: World) -> None:
+def test_a_day_later_the_key_is_forgotten(
+    api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neural_mri.backing.idempotency.FORGETS_ONE_IN", 1)
     first = ask(api).json()["id"]
     ask(api, "old")
     with world.sessions.writing() as session:

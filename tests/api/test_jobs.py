@@ -1,9 +1,13 @@
 """Jobs: looking at them, and stopping them."""
 
+from uuid import UUID
+
 import httpx
 import pytest
+from sqlalchemy import update
 
 from neural_mri.backing import jobs, keys
+from neural_mri.backing.rows import JOBS
 from neural_mri.contract.jobs import JobKind, JobState
 from tests.api.reading import read_all
 from tests.api.specimens import PROMPT
@@ -38,6 +42,42 @@ def test_jobs_are_listed_newest_first_by_state_if_wished(api: httpx.Client, worl
     assert api.get("/api/jobs?state=failed").json() == []
     for query in ("state=asleep", "limit=0", "limit=201", "limit=x"):
         assert api.get(f"/api/jobs?{query}").status_code == 400
+
+
+def test_every_job_is_found_page_by_page_and_a_page_by_another_users_job_is_not(
+    api: httpx.Client, world: World
+) -> None:
+    ids = [scan(api, f"a {n}") for n in range(7)][::-1]
+    with world.sessions.writing() as session:
+        # Of one moment: what tells them apart is the id.
+        session.execute(update(JOBS).where(JOBS.c.id != UUID(ids[0])).values(created_at=1.0))
+    pages, after = [], ""
+    while page := [job["id"] for job in api.get(f"/api/jobs?limit=3{after}").json()]:
+        pages.append(page)
+        after = f"&after={page[-1]}"
+    assert pages == [ids[:3], ids[3:6], ids[6:]]
+    with world.sessions.writing() as session:
+        session.execute(update(JOBS).where(JOBS.c.id == UUID(ids[0])).values(owner="bob"))
+    for unknown in (ids[0], "00000000-0000-0000-0000-000000000000"):
+        assert api.get(f"/api/jobs?after={unknown}").status_code == 404
+    assert api.get("/api/jobs?after=x").status_code == 400
+
+
+def test_jobs_are_found_by_the_key_of_their_scan_or_its_first_digits(
+    api: httpx.Client, world: World
+) -> None:
+    first, again, other = scan(api, "a 1"), scan(api, "a 1"), scan(api, "a 2")
+    with world.sessions.reading() as session:
+        keys_of = {str(job.id): job.scan_key or "" for job in jobs.recent(session, "local")}
+    assert keys_of[first] == keys_of[again] != keys_of[other]
+    for key in (keys_of[first], keys_of[first][:16]):
+        found = api.get(f"/api/jobs?scan_key={key}").json()
+        assert [job["id"] for job in found] == [again, first]
+        older = api.get(f"/api/jobs?scan_key={key}&after={again}").json()
+        assert [job["id"] for job in older] == [first]
+    assert api.get(f"/api/jobs?scan_key={'0' * 64}").json() == []
+    for wrong in (keys_of[first][:15], "G" * 16, "0" * 65, "%25" * 16):
+        assert api.get(f"/api/jobs?scan_key={wrong}").status_code == 400
 
 
 def test_a_queued_job_is_cancelled_at_once_and_its_stream_ends(

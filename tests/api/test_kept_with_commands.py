@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
 from uuid import UUID
 
 import httpx
@@ -11,35 +10,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv
 
-from neural_mri.cli.app import run
 from neural_mri.cli.exits import ExitCode
 from neural_mri.contract.jobs import JobState
+from tests.api.shell import Shell
 from tests.api.specimens import PROMPT
 from tests.api.world import World
 
 NOBODYS = "01a208e5-620a-7f6d-98da-3f510d18b436"
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return msgspec.json.decode(self.out)
-
-
-class Shell:
-    """Runs commands in this process."""
-
-    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
-        self._capture = capture
-
-    def __call__(self, *arguments: str) -> Said:
-        code = run(arguments)
-        captured = self._capture.readouterr()
-        return Said(code, captured.out, captured.err)
 
 
 @pytest.fixture
@@ -90,6 +67,42 @@ def test_a_session_is_kept_shown_and_taken_away(
     assert damaged.code == ExitCode.FAILED
 
 
+def test_older_jobs_and_batches_are_listed_after_those_shown(
+    shell: Shell, api: httpx.Client
+) -> None:
+    jobs = [
+        api.post("/api/scan/activation", json={"prompt": f"a {n}"}).json()["id"] for n in range(3)
+    ]
+    first = shell("jobs", "--limit", "2")
+    assert [line.split()[0] for line in first.out.splitlines()[1:]] == jobs[:0:-1]
+    (said,) = re.findall(r"--after \S+", first.err)
+    rest = shell("jobs", *said.split(), "--json")
+    assert [job["id"] for job in rest.json] == jobs[:1]
+    assert rest.err == ""
+    assert shell("jobs", "--after", NOBODYS).code == ExitCode.FAILED
+    scans = {"scans": [{"scan_mode": "T1"}]}
+    batches = [api.post("/api/batches", json=scans).json()["id"] for _ in range(2)]
+    latest = shell("batch", "list", "--limit", "1")
+    assert batches[1] in latest.out
+    (said,) = re.findall(r"--after \S+", latest.err)
+    assert [batch["id"] for batch in shell("batch", "list", *said.split(), "--json").json] == (
+        batches[:1]
+    )
+
+
+def test_a_scan_that_a_report_names_is_opened_by_the_digits_it_prints(
+    shell: Shell, api: httpx.Client, world: World
+) -> None:
+    job = scanned(api, world)
+    scanned(api, world, "a b")
+    key = api.get(f"/api/jobs/{job}/manifest").json()["scan_key"]
+    found = shell("jobs", "--scan-key", key[:16], "--json").json
+    assert [each["id"] for each in found] == [job]
+    refused = shell("jobs", "--scan-key", "L1H0")
+    assert refused.code == ExitCode.USAGE
+    assert "'L1H0' is not a scan's key" in refused.err
+
+
 def test_what_differs_is_printed_with_its_components(
     shell: Shell, api: httpx.Client, world: World
 ) -> None:
@@ -98,6 +111,7 @@ def test_what_differs_is_printed_with_its_components(
     told = shell("sessions", "diff", *sides)
     assert "changed: fMRI" in told.out
     assert re.search(r"root mean square \d", told.out)
+    assert re.search(r"mean, largest \d", told.out)
     assert re.search(r"blocks\.\d\.\w+ +[+-]\d", told.out)
     assert shell("sessions", "diff", *sides, "--json").json["scans"][0]["change"] == "changed"
     more = shell("sessions", "save", "x", second, "--into", sides[0], "--json").json

@@ -3,13 +3,10 @@
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,11 +18,10 @@ from api.batches import CHUNK
 from neural_mri.backing import jobs
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.batches import NDJSON
+from tests.api.processes import ROOT, client_of, on_own_port, process
 from tests.api.reading import follow
 from tests.api.specimens import PROMPT
 from tests.api.world import World
-
-ROOT = Path(__file__).parents[2]
 
 LOAD_EVERYTHING = """
 import sys, api.__main__
@@ -36,47 +32,9 @@ print(*sorted(sys.modules))
 """
 
 
-@contextmanager
-def process(settings: Settings, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("NEURAL_MRI_")}
-    started = subprocess.Popen(
-        [sys.executable, "-m", "api"],
-        cwd=ROOT,
-        env={**inherited, **settings.environment(), **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.wait()
-        assert started.stderr is not None
-        started.stderr.close()
-
-
 @pytest.fixture
 def own_port(world: World) -> Settings:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return msgspec.structs.replace(world.settings, port=port)
-
-
-@contextmanager
-def client_of(settings: Settings) -> Iterator[httpx.Client]:
-    """A client of a process that has just been started, once it answers."""
-    until = time.monotonic() + 20
-    with httpx.Client(base_url=f"http://127.0.0.1:{settings.port}", timeout=10) as client:
-        while True:
-            try:
-                assert client.get("/api/health").status_code == 200
-            except httpx.ConnectError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.01)
-            else:
-                break
-        yield client
+    return on_own_port(world.settings)
 
 
 def test_it_never_loads_what_only_the_worker_needs() -> None:

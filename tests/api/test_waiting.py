@@ -7,7 +7,6 @@ import pytest
 
 from api.waiting import wait_seconds
 from neural_mri.backing import keys
-from neural_mri.backing.events import flagged
 from tests.api.reading import follow
 from tests.api.world import World
 from tests.system.service import until
@@ -97,4 +96,4 @@ def test_who_followed_and_left_takes_nothing_from_what_who_asked_has_said(
 
 def is_watched(world: World, job_id: str) -> bool:
     """Whether a worker would tell of the job's frames."""
-    return bool(flagged(world.redis, keys.watched, [UUID(job_id)]))
+    return bool(world.redis.exists(keys.watched(UUID(job_id))))

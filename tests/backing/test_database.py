@@ -19,7 +19,7 @@ from neural_mri.backing.database import Sessions, epoch
 from neural_mri.backing.rows import JOBS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import JobState
-from neural_mri.contract.problems import Unavailable
+from neural_mri.contract.problems import TooMany, Unavailable
 from tests.backing.making import on_postgresql, on_sqlite, submission
 
 
@@ -110,6 +110,137 @@ def test_a_look_sees_what_is_committed_and_begins_nothing(sessions: Sessions) ->
         sessions.write(jobs.submit, submission())
         assert _count(session) == jobs_before
     assert sessions.look(count) == 2
+
+
+def _driver(session: Session) -> Any:
+    return session.connection().connection.driver_connection
+
+
+@on_sqlite
+def test_transactions_keep_their_connection_until_one_of_them_has_a_fault(
+    sessions: Sessions,
+) -> None:
+    def refused(session: Session) -> None:
+        jobs.submit(session, submission())
+        raise TooMany("there is no room")
+
+    first = sessions.write(_driver)
+    assert sessions.write(_driver) is first
+    with pytest.raises(TooMany):
+        sessions.write(refused)
+    assert sessions.write(_driver) is first
+    assert sessions.read(_count) == 0, "what was refused was undone"
+    with pytest.raises(DBAPIError):
+        sessions.write(lambda session: session.execute(text("SELECT * FROM no_such_table")))
+    assert sessions.write(_driver) is not first
+
+
+@on_sqlite
+def test_two_at_once_have_a_connection_each(sessions: Sessions) -> None:
+    with sessions.reading() as one, sessions.reading() as other:
+        assert _driver(one) is not _driver(other)
+
+
+@on_sqlite
+def test_a_loop_looks_by_itself_and_waits_in_a_thread(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "SLOW_SECONDS", 60.0)
+
+    async def look() -> None:
+        own = database.async_sessions(settings)
+
+        def where(session: Session) -> int:
+            _count(session)
+            return threading.get_ident()
+
+        with closing(
+            sqlite3.connect(
+                settings.folder / "neural-mri.db", isolation_level=None, check_same_thread=False
+            )
+        ) as alone:
+            alone.execute("PRAGMA locking_mode = EXCLUSIVE")
+            alone.execute("BEGIN EXCLUSIVE")
+            looking = asyncio.create_task(own.look(where))
+            await asyncio.sleep(0.05)
+            assert not looking.done(), "the loop went on, and what it looks for is waited for"
+        assert await looking != threading.get_ident()
+        assert await own.look(where) == threading.get_ident()
+        await own.close()
+
+    asyncio.run(look())
+
+
+@on_sqlite
+def test_a_loop_writes_briefly_by_itself_and_waits_for_others_in_a_thread(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "SLOW_SECONDS", 60.0)
+
+    def write(session: Session) -> int:
+        jobs.submit(session, submission())
+        return threading.get_ident()
+
+    async def write_all() -> None:
+        own = database.async_sessions(settings)
+        here = threading.get_ident()
+        assert await own.write_briefly(write) == here
+        with another_writer(settings):
+            writing = asyncio.create_task(own.write_briefly(write))
+            await asyncio.sleep(0.05)
+            assert not writing.done(), "the loop went on, and the other's end is waited for"
+        assert await writing != here
+        assert await own.write_briefly(write) == here
+        monkeypatch.setattr(database, "SLOW_SECONDS", 0.0)
+        assert await own.write_briefly(write) == here
+        assert await own.write_briefly(write) != here, "the disk was slow a moment ago"
+        assert await own.look(lambda _session: threading.get_ident()) != here
+        assert await own.read(_count) == 5
+        await own.close()
+
+    asyncio.run(write_all())
+
+
+@on_sqlite
+def test_what_a_loop_refused_or_spoilt_by_itself_is_not_tried_again(settings: Settings) -> None:
+    tries = 0
+
+    def refuse(session: Session) -> None:
+        nonlocal tries
+        tries += 1
+        jobs.submit(session, submission())
+        raise Unavailable("something else is away")
+
+    async def write() -> None:
+        own = database.async_sessions(settings)
+        with pytest.raises(Unavailable, match="something else"):
+            await own.write_briefly(refuse)
+        assert await own.read(_count) == 0
+        await own.close()
+
+    asyncio.run(write())
+    assert tries == 1
+
+
+@on_sqlite
+def test_a_log_that_only_loops_write_is_brought_home_all_the_same(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "SLOW_SECONDS", 60.0)
+    monkeypatch.setattr(database, "LOG_PAGES", 30)
+    monkeypatch.setattr(database, "BRIEF_AT_A_STRETCH", 5)
+    log = settings.folder / "neural-mri.db-wal"
+
+    async def write() -> int:
+        own = database.async_sessions(settings)
+        for number in range(60):
+            await own.write_briefly(jobs.submit, submission(owner=f"u{number}"))
+        size = log.stat().st_size
+        await own.close()
+        return size
+
+    pages = asyncio.run(write()) / 4096
+    assert 5 < pages < 200, "some at a stretch, then again from the log's beginning"
 
 
 @on_sqlite

@@ -208,18 +208,18 @@ def test_an_event_loop_survives_a_dead_server(tmp_path: Path, call: str) -> None
 # Cancel flags and heartbeats
 
 
-def test_a_worker_sees_which_of_its_jobs_were_flagged(
+def test_a_worker_sees_which_of_its_jobs_are_asked_to_stop(
     publisher: Publisher, redis: SyncRedis
 ) -> None:
     other = uuid4()
     publisher.flag_cancel(JOB)
-    assert events.flagged(redis, keys.cancel_flag, [other, JOB]) == {JOB}
-    assert events.flagged(redis, keys.cancel_flag, []) == frozenset()
+    assert events.asked_to_stop(redis, [other, JOB]) == {JOB}
+    assert events.asked_to_stop(redis, []) == frozenset()
 
 
-def test_without_a_server_nothing_is_flagged(tmp_path: Path) -> None:
+def test_without_a_server_nothing_is_asked_to_stop(tmp_path: Path) -> None:
     away = broker.connect(Settings(redis_url=f"unix://{tmp_path}/nobody.sock"))
-    assert events.flagged(away, keys.cancel_flag, [JOB]) == frozenset()
+    assert events.asked_to_stop(away, [JOB]) == frozenset()
 
 
 def worker_beat(name: str) -> WorkerBeat:

@@ -22,8 +22,9 @@ from hypothesis.stateful import (
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import database, following, jobs
+from neural_mri.backing import database, following, jobs, keys
 from neural_mri.backing.jobs import Job, LeaseOwner
+from neural_mri.backing.leftovers import left_over
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import HELD, TERMINAL, JobState, Lane
 from tests.backing.making import QUEUE, submission, tokens, unused
@@ -63,10 +64,14 @@ class FollowingMachine(RuleBasedStateMachine):
         self.ended: dict[UUID, Job] = {}
         self.seen: dict[UUID, int] = {}
         self.clock = 0.0
+        self.results: dict[str, Job] = {}
+        """What each claim may have left in the store, by where it would stand."""
+        self.left_over: set[str] = set()
 
     def teardown(self) -> None:
         try:
             self.everybody_is_served_in_the_end()
+            self.what_is_left_over_is_what_nobody_holds_or_names_or_ever_will()
         finally:
             self.sessions.close()
             shutil.rmtree(self.folder)
@@ -83,7 +88,7 @@ class FollowingMachine(RuleBasedStateMachine):
             for job in claimed:
                 for state in (S.RUNNING, S.STORING):
                     assert self.sessions.write(jobs.advance, job.id, state, attempt=job.attempt)
-                path = f"manifests/{job.id}.{job.attempt}"
+                path = keys.manifest_path(job.id, job.attempt)
                 assert self.sessions.write(
                     jobs.advance, job.id, S.SUCCEEDED, attempt=job.attempt, manifest=path
                 )
@@ -137,12 +142,13 @@ class FollowingMachine(RuleBasedStateMachine):
         )
         first = min(waiting, key=lambda job: (job.virtual_start, job.id), default=None)
         assert (claimed[0].id if claimed else None) == (first.id if first else None)
+        self.results |= {keys.manifest_path(job.id, job.attempt): job for job in claimed}
         return multiple(*claimed)
 
     @rule(attempt=attempts, to=st.sampled_from(MOVES))
     def advance(self, attempt: Job, to: JobState) -> None:
         before = self.sessions.read(everything)
-        path = f"manifests/{attempt.id}.{attempt.attempt}" if to is S.SUCCEEDED else None
+        path = keys.manifest_path(attempt.id, attempt.attempt) if to is S.SUCCEEDED else None
         moved = self.sessions.write(
             jobs.advance, attempt.id, to, attempt=attempt.attempt, manifest=path
         )
@@ -255,6 +261,23 @@ class FollowingMachine(RuleBasedStateMachine):
         for job in self.sessions.read(everything).values():
             assert job.attempt >= self.seen.get(job.id, 0)
             self.seen[job.id] = job.attempt
+
+    @invariant()
+    def what_is_left_over_is_what_nobody_holds_or_names_or_ever_will(self) -> None:
+        left = set(self.sessions.read(left_over, list(self.results)))
+        assert self.left_over <= left
+        self.left_over = left
+        found = self.sessions.read(everything).values()
+        named = {job.manifest for job in found}
+        held = {
+            path
+            for path, attempt in self.results.items()
+            for job in found
+            if job.state in HELD
+            and attempt.id in (job.id, job.leader)
+            and job.attempt == attempt.attempt
+        }
+        assert left == self.results.keys() - named - held
 
     @invariant()
     def the_clock_only_goes_forward(self) -> None:

@@ -92,6 +92,48 @@ def test_what_still_runs_counts_as_far_as_it_has_come(sessions: Sessions) -> Non
         sessions.write(submit, HUNDRED_SECONDS)
 
 
+def claimed_together(session: Session, count: int) -> None:
+    """One claim, the last of them half a minute ago."""
+    assert (
+        len(jobs.claim(session, queue=QUEUE, owner=ELSEWHERE, limit=16, lease_seconds=60)) == count
+    )
+    session.execute(update(JOBS).values(started_at=JOBS.c.started_at - 30.0))
+
+
+def test_scans_that_share_a_pass_share_what_it_took(sessions: Sessions) -> None:
+    whose = ("ada", "ada", "ada", "bob")
+    with sessions.writing() as session:
+        made = [jobs.submit(session, submission(owner=owner)) for owner in whose]
+        claimed_together(session, 4)
+    charged = {owner: sessions.read(limits.usage, owner, THREE).seconds_today for owner in whose}
+    assert charged["ada"] == pytest.approx(22.5, abs=0.5)
+    assert charged["bob"] == pytest.approx(7.5, abs=0.5)
+    for job in made:
+        sessions.write(jobs.advance, job.id, JobState.FAILED, attempt=1)
+    charged = {owner: sessions.read(limits.usage, owner, THREE).seconds_today for owner in whose}
+    assert charged["ada"] + charged["bob"] == pytest.approx(30.0, abs=0.5)
+    assert charged["ada"] == pytest.approx(3 * charged["bob"], abs=0.5)
+
+
+def test_who_is_handed_a_part_of_a_pass_is_charged_that_part(sessions: Sessions) -> None:
+    with sessions.writing() as session:
+        made = jobs.submit(session, submission(owner="ada", scan_key="a" * 64))
+        jobs.submit(session, submission(owner="bob", scan_key="a" * 64))
+        jobs.submit(session, submission(owner="eve"))
+        claimed_together(session, 2)
+    sessions.write(jobs.request_cancel, made.id)
+    assert sessions.read(limits.usage, "bob", THREE).seconds_today == pytest.approx(15.0, abs=0.5)
+
+
+def test_a_claim_of_the_release_before_is_charged_whole(sessions: Sessions) -> None:
+    with sessions.writing() as session:
+        for owner in ("ada", "bob"):
+            jobs.submit(session, submission(owner=owner))
+        claimed_together(session, 2)
+        session.execute(update(JOBS).values(claim_share=None))
+    assert sessions.read(limits.usage, "ada", THREE).seconds_today == pytest.approx(30.0, abs=0.5)
+
+
 def test_a_users_own_limits_go_before_everybodys(sessions: Sessions) -> None:
     sessions.write(limits.set_limits, "ada", UserLimits(max_jobs=1))
     sessions.write(submit, THREE)

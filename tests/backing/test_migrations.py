@@ -2,16 +2,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, select
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, MetaData, Table, func, insert, inspect, select, update
 
 from neural_mri.backing import database
 from neural_mri.backing.database import MigrationBlocked
 from neural_mri.backing.rows import JOBS, Base
 from neural_mri.backing.settings import Settings
+from neural_mri.contract.jobs import JobState
 from tests.backing.making import on_postgresql
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +76,74 @@ def test_processes_that_migrate_at_once_take_turns(fresh: Settings) -> None:
     starting = [subprocess.Popen(command, env=environment, cwd=ROOT) for _ in range(3)]
     assert [process.wait(60) for process in starting] == [0, 0, 0]
     assert "jobs" in _tables(fresh)
+
+
+def _as_released(settings: Settings) -> MetaData:
+    """The tables of the schema before the newest, as a process of that release knows them."""
+    scripts = ScriptDirectory(str(ROOT / "migrations"))
+    before = scripts.get_revision("head").down_revision
+    assert isinstance(before, str)
+    database.migrate(settings)
+    database.migrate(settings, back_to=before)
+    known = MetaData()
+    engine = database.sync_engine(settings)
+    try:
+        known.reflect(engine)
+    finally:
+        engine.dispose()
+    return known
+
+
+def _sample(table: Table) -> dict[str, object]:
+    """A row that names every column a release knows, which no default of a newer schema fills in."""
+    named = {"state": "queued", "kind": "scan", "lane": "interactive", "action": "login"}
+    values: dict[str, object] = {}
+    for column in table.columns:
+        if column.nullable:
+            values[column.name] = None
+            continue
+        kind = column.type.python_type
+        values[column.name] = named.get(column.name, UUID(int=1) if kind is UUID else kind())
+    return values
+
+
+def _job_of_the_release(connection: Connection, jobs: Table) -> None:
+    """A job's whole life, by statements that write and read back every column the release knows."""
+    made = connection.execute(insert(jobs).values(_sample(jobs)).returning(*jobs.c)).one()
+    mine = jobs.c.id == made.id
+    held = {"attempt": 1, "lease_owner": "host:1:2", "lease_until": 60.0, "started_at": 1.0}
+    ended = {"lease_owner": None, "lease_until": None, "finished_at": 2.0, "manifest": "a/b"}
+    for state, values in (
+        (JobState.CLAIMED, held),
+        (JobState.RUNNING, {}),
+        (JobState.QUEUED, {"lease_owner": None, "lease_until": None}),
+        (JobState.CLAIMED, {**held, "attempt": 2}),
+        (JobState.STORING, {}),
+        (JobState.SUCCEEDED, ended),
+    ):
+        moved = connection.execute(
+            update(jobs).where(mine).values(state=state.value, **values).returning(*jobs.c)
+        ).one()
+        assert moved.state == state.value
+
+
+def test_the_release_before_works_on_the_newest_schema(fresh: Settings) -> None:
+    """Who migrates first and restarts processes one by one has old ones on the new schema."""
+    released = _as_released(fresh)
+    database.migrate(fresh)
+    engine = database.sync_engine(fresh)
+    try:
+        with engine.execution_options(writing=True).begin() as connection:
+            for table in released.sorted_tables:
+                if table.name == "alembic_version":
+                    continue
+                if table.name == "jobs":
+                    _job_of_the_release(connection, table)
+                else:
+                    connection.execute(insert(table).values(_sample(table)).returning(*table.c))
+                assert connection.execute(select(func.count()).select_from(table)).scalar_one() == 1
+    finally:
+        engine.dispose()
 
 
 @on_postgresql

@@ -6,6 +6,7 @@ import time
 from base64 import b64decode
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_a_ticket_is_the_message_that_celery_itself_would_send(
     ours, celerys = redis.lrange(QUEUE, 0, -1)
     assert readable(ours) == readable(celerys)
     app.close()
+
+
+def test_each_ticket_has_an_id_of_its_own(redis: SyncRedis) -> None:
+    queue.send_tickets(redis, QUEUE, 2)
+    one, other = (json.loads(message) for message in redis.lrange(QUEUE, 0, -1))
+    for part, name in (("headers", "id"), ("properties", "delivery_tag")):
+        assert len({one[part][name], other[part][name], str(UUID(int=0))}) == 3
 
 
 def test_celery_reads_our_ticket(redis: SyncRedis, redis_settings: Settings) -> None:

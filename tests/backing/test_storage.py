@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -74,6 +75,28 @@ def test_what_is_not_there_is_missing(store: Store) -> None:
     store.delete(CHUNK)
     assert not store.exists(CHUNK)
     store.delete(CHUNK)
+
+
+def test_what_stands_in_a_folder_is_listed_by_age(store: Store) -> None:
+    packed = {keys.packed_path(uuid4(), number) for number in range(5)}
+    for path in (*packed, CHUNK, "packed.txt", "packed/deeper/still"):
+        store.put(path, b"result")
+    assert list(store.aged("packed", 3600.0)) == []
+    assert set(store.aged("packed", -3600.0)) >= packed
+    assert not {CHUNK, "packed.txt"} & set(store.aged("packed", -3600.0))
+    assert list(store.aged("manifests", -3600.0)) == []
+    listing = store.aged("packed", -3600.0)
+    seen = {next(listing)}
+    for path in packed - seen:
+        store.delete(path)
+    assert packed & (seen | set(listing)) >= seen
+
+
+def test_what_is_half_written_is_not_listed(folder: FolderStore, root: Path) -> None:
+    halves = folder.begin([NamedBytes("packed/a.result", b"result")])
+    assert len(files(root)) == 1
+    assert list(folder.aged("packed", -3600.0)) == []
+    halves.drop()
 
 
 @pytest.mark.parametrize(
@@ -332,6 +355,26 @@ def test_what_stands_there_already_is_not_taken_for_flushed(
     monkeypatch.setattr(os, "fsync", look)
     folder.put(CHUNK, b"arrow")
     assert flushed == [Path(CHUNK).parent.name], "whoever named it may not have come so far"
+
+
+def test_a_folder_that_somebody_else_makes_first_is_not_taken_for_flushed(
+    folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, flush, flushed = os.mkdir, os.fsync, list[str]()
+
+    def make_second(name: str, *, dir_fd: int) -> None:
+        make(name, dir_fd=dir_fd)
+        make(name, dir_fd=dir_fd)
+
+    def look(file: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+        flush(file)
+
+    root.mkdir()
+    monkeypatch.setattr(os, "mkdir", make_second)
+    monkeypatch.setattr(os, "fsync", look)
+    folder.put("manifests/1.json", b"{}")
+    assert str(root) in flushed
 
 
 def test_any_number_of_files_is_written_with_few_of_them_open(

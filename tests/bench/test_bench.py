@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import devices, growth, memory, stimulation, weights
+from bench import devices, growth, memory, page, placement, stimulation, weights
 from bench.timing import Row, median_seconds, prompt
 from tests import models
 from worker.scanner.loading import LoadedModel
@@ -84,3 +84,13 @@ def test_memory_that_is_taken_for_a_moment_is_seen() -> None:
         return torch.ones(n_bytes // 4).cumsum(0)
 
     assert memory.rise(take) > n_bytes / 2
+
+
+def test_the_page_holds_what_the_placement_simulation_finds() -> None:
+    """On a virtual clock a figure is the same everywhere: what is published is what the code does."""
+    written = page.section(Path("docs/benchmarks.md").read_text(), placement.TITLE)
+    assert written is not None
+    tables = list(placement.figures(rates=(0.3, 0.7)))
+    assert len(tables) == len(placement.KINDS)
+    for table in tables:
+        assert set(table.splitlines()) <= set(written.splitlines())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from neural_mri.backing import database as databases
-from neural_mri.backing import keys, storage
+from neural_mri.backing import keys
 from neural_mri.backing.database import Sessions
 from neural_mri.contract.problems import Unavailable
 from tests.chaos.faults import Faults
@@ -69,7 +69,7 @@ class Litter(NamedTuple):
     halves: int
     """Files begun and not finished: the reaper takes them away when they are an hour old."""
     orphans: int
-    """Manifests that no job names: of workers killed between the two, after others had their job."""
+    """Results that no job names, of workers killed between the two: the reaper takes them away once a day."""
 
 
 class Report(NamedTuple):
@@ -256,15 +256,15 @@ def _look_round(stage: Stage, load: Load) -> tuple[Verdict, list[str], Litter]:
             time.sleep(0.2)
         wrong += leaks
         wrong += witness.told_wrongly(redis, load.accepted)
-    verdict = witness.verdict(load.accepted)
-    wrong += verdict.wrong
-    wrong += witness.wrong_with_batches(load.batches)
     service.stop()
     wrong += [f"process {pid} had to be killed" for pid in service.left_over]
-    halves = len(witness.half_written())
-    storage.open_store(service.settings).sweep(older_seconds=0.0)
+    litter = Litter(len(witness.half_written()), len(witness.orphans()))
+    witness.tidy()
     wrong += [f"half a file stays: {path}" for path in witness.half_written()]
-    return verdict, wrong, Litter(halves, witness.orphans())
+    wrong += [f"a result that nobody names stays: {path}" for path in witness.orphans()]
+    verdict = witness.verdict(load.accepted)
+    wrong += [*verdict.wrong, *witness.wrong_with_batches(load.batches)]
+    return verdict, wrong, litter
 
 
 def _kept_logs(service: Service, faults: Faults) -> Path:

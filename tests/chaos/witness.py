@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import batches, keys, storage
+from neural_mri.backing import batches, keys, leftovers, storage
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import parse_entries
@@ -209,14 +209,22 @@ class Witness:
         """Files that somebody began to write and did not finish."""
         return [path for path in self._settings.store_dir.rglob(".*") if path.is_file()]
 
-    def orphans(self) -> int:
+    def orphans(self) -> set[str]:
         """Results in the store that no job names."""
         root = self._settings.store_dir
         found = [*root.glob("packed/*.result"), *root.glob("manifests/*.json")]
         stored = {str(path.relative_to(root)) for path in found}
         with self._sessions.reading() as session:
             named = session.execute(text("SELECT manifest FROM jobs WHERE manifest IS NOT NULL"))
-            return len(stored - set(named.scalars()))
+            return stored - set(named.scalars())
+
+    def tidy(self) -> None:
+        """Take away what the reaper does when it is old enough."""
+        store = storage.open_store(self._settings)
+        store.sweep(older_seconds=0.0)
+        found = list(leftovers.aged_results(store, older_seconds=0.0))
+        for path in self._sessions.read(leftovers.left_over, found):
+            store.delete(path)
 
     def told_wrongly(self, redis: SyncRedis, jobs: Iterable[UUID]) -> list[str]:
         """Streams that tell another end than the database, or tell on after it."""

@@ -228,8 +228,20 @@ def test_a_service_that_is_down_fails_the_health_check(shell: Shell, wire: Wire)
     wire.answers["GET", "/api/health"] = [json_answer(state, 503)] * 2
     said = shell("health")
     assert said.code == ExitCode.FAILED
-    assert re.search(r"workers +none\s+models +name tiny, queued 3", said.out)
+    assert re.search(r"workers +none\s+models +tiny, 3 queued", said.out)
     assert msgspec.json.decode(shell("health", "--json").out) == state
+
+
+def test_health_says_which_worker_holds_what(shell: Shell, wire: Wire) -> None:
+    held = {"name": "tiny", "state": "resident", "memory_bytes": 542680576, "load_seconds": None}
+    workers = [
+        {"worker": "one@host", "device": "cpu", "models": [held], "at": 1795691862.4},
+        {"worker": "two@host", "device": "cuda:0", "models": []},
+    ]
+    wire.answers["GET", "/api/health"] = [json_answer({"status": "ready", "workers": workers})]
+    said = [line.split() for line in shell("health").out.splitlines()]
+    assert said[1] == ["workers", "one@host", "on", "cpu:", "tiny", "resident"]
+    assert said[2] == ["two@host", "on", "cuda:0:", "no", "model"]
 
 
 def test_models_are_listed_with_their_shapes(shell: Shell) -> None:

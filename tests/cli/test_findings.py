@@ -39,6 +39,7 @@ from tests.cli.test_process import ran
 from tests.client.specimens import SCAN_KEY
 from tests.client.wire import Wire
 
+UNKNOWN = "01a21790-3674-79be-94ed-287ed744bafa"
 COMMANDS = {
     "weights": ("scan", "weights"),
     "circuits": ("scan", "circuits", PROMPT),
@@ -265,6 +266,12 @@ def test_every_operation_is_read_with_its_positions_and_amounts(
         (("scan", "anomaly", PROMPT, "--calibration", "x"), "'x' is no calibration's key"),
         (("scan", "weights", "--sigma", "0"), "'0' is not a number from 1 to 1000"),
         (("patching", PROMPT), "Missing option '--corrupt'"),
+        (("scan", "circuits", PROMPT, "--answer", ""), "the text is empty: expected a token"),
+        (("scan", "activation", PROMPT, "--lane", "x"), "'--lane': 'x' is not one of"),
+        (("sessions", "share", UNKNOWN, "--access", "x"), "'x' is none: expected read, fork"),
+        (("sessions", "rename", UNKNOWN, ""), "the name is empty: expected text"),
+        (("sessions", "revoke", UNKNOWN, "x"), "not a link's id: expected 12 hexadecimal"),
+        (("report", "/no/file"), "/no/file: No such file"),
         (("calibrate", "/no/file"), "cannot read /no/file"),
     ],
 )

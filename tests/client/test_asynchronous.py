@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from neural_mri.client import AsyncClient, Client, Refused
-from neural_mri.client.asynchronous import AsyncBatches, AsyncSessions
+from neural_mri.client.access import Access
+from neural_mri.client.asynchronous import AsyncAccess, AsyncBatches, AsyncSessions
 from neural_mri.client.batches import Batches
 from neural_mri.client.sessions import Sessions
 from neural_mri.contract.events import Ended
@@ -21,7 +22,12 @@ PROMPT = "The Eiffel Tower is in"
 
 @pytest.mark.parametrize(
     ("awaited", "plain"),
-    [(AsyncClient, Client), (AsyncBatches, Batches), (AsyncSessions, Sessions)],
+    [
+        (AsyncClient, Client),
+        (AsyncAccess, Access),
+        (AsyncBatches, Batches),
+        (AsyncSessions, Sessions),
+    ],
 )
 def test_whatever_can_be_asked_can_be_awaited(awaited: type, plain: type) -> None:
     def offered(kind: type) -> set[str]:

@@ -108,11 +108,12 @@ def test_the_service_names_the_model_it_does_not_know(client: Client) -> None:
     ],
     ids=["a gateway's page", "a broken document", "a redirect"],
 )
-def test_an_error_without_a_problem_document_gets_one(
-    wire: Wire, client: Client, answer: Answer
-) -> None:
+def test_an_error_without_a_problem_document_gets_one(wire: Wire, answer: Answer) -> None:
     wire.answers["GET", "/api/models"] = [answer]
-    with pytest.raises(Refused, match="is this a Neural MRI service") as raised:
+    with (
+        Client(wire.url, patience_seconds=0) as client,
+        pytest.raises(Refused, match="is this a Neural MRI service") as raised,
+    ):
         client.models()
     assert raised.value.status == answer.status
     assert raised.value.type == "about:blank"

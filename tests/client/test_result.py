@@ -122,9 +122,36 @@ def test_the_data_frame_is_the_long_form(scanned: Result) -> None:
     assert hottest.component == "blocks.3.attn.head_2"
 
 
-@pytest.mark.parametrize(("library", "method"), [("pandas", "to_pandas"), ("matplotlib", "plot")])
+def test_the_polars_frame_is_the_long_form(client: Client) -> None:
+    polars = pytest.importorskip("polars")
+    results = [
+        client.scan_activation("a"),
+        client.scan_structural(),
+        client.scan_weights(),
+        client.scan_circuits("a"),
+        client.scan_attention("a", layers=[0]),
+    ]
+    for result in results:
+        frame, long = result.to_polars(), result.to_long()
+        assert isinstance(frame, polars.DataFrame)
+        assert frame.columns == long.column_names
+        assert repr(frame.to_dicts()) == repr(long.to_pylist())  # NaN among them
+    hottest = (
+        results[0].to_polars().filter(kind="head", position=4).sort("value").row(-1, named=True)
+    )
+    assert hottest["component"] == "blocks.3.attn.head_2"
+
+
+@pytest.mark.parametrize(
+    ("library", "method", "extra"),
+    [
+        ("pandas", "to_pandas", "plot"),
+        ("polars", "to_polars", "polars"),
+        ("matplotlib", "plot", "plot"),
+    ],
+)
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(
-    library: str, method: str
+    library: str, method: str, extra: str
 ) -> None:
     program = f"""
 import sys
@@ -150,7 +177,7 @@ except MissingExtra as error:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     ).stdout
     assert library in said
-    assert "pip install 'neural-mri[plot]'" in said
+    assert f"pip install 'neural-mri[{extra}]'" in said
 
 
 def test_activations_are_an_array_with_names(scanned: Result) -> None:

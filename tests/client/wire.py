@@ -75,6 +75,10 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
+NO_ANSWER = Answer(0, "", b"")
+"""The request is read, and the connection torn."""
+
+
 class Asked(NamedTuple):
     """One request, as it arrived."""
 
@@ -263,6 +267,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def do_DELETE(self) -> None:
         self._answer()
 
@@ -391,6 +398,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _send(self, answer: Answer) -> None:
+        if answer is NO_ANSWER:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.content_type)
         if answer.status != 204:

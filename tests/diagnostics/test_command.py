@@ -1,8 +1,10 @@
 """`neural-mri diagnose --local` and `neural-mri report`, as processes; and what CI templates make of them."""
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +13,16 @@ import pytest
 import yaml
 
 from neural_mri.contract.suites import Suite
+from tests.deploy.hosts import Host, host
 from tests.diagnostics.making import as_toml, edited, saved
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def code_host() -> Iterator[Host]:
+    with host() as opened:
+        yield opened
 
 
 class World(NamedTuple):
@@ -90,19 +99,42 @@ def test_what_cannot_run_exits_with_2_and_says_why(
     assert said in answer.stderr
 
 
-def test_the_github_action_runs_as_the_shell_steps_it_contains(world: World) -> None:
+class Ran(NamedTuple):
+    """A job of the action: the exit code of each shell step, and what of it ran."""
+
+    codes: list[int]
+    steps: list[str]
+    said: str
+
+
+def run_action(world: World, given: dict[str, str], code_host: Host) -> Ran:
+    """The action's steps one by one, as GitHub runs those of a composite action."""
     action = yaml.safe_load((ROOT / "deploy/ci/github/action.yml").read_text())
-    given = {name: str(each.get("default", "")) for name, each in action["inputs"].items()}
-    given |= {"model": "broken", "baseline": "main", "suite": "tiny.toml", "python": sys.executable}
+    defaults = {name: str(each.get("default", "")) for name, each in action["inputs"].items()}
+    context = {f"inputs.{name}": value for name, value in {**defaults, **given}.items()}
+    context |= {
+        "github.action_path": str(ROOT / "deploy/ci/github"),
+        "github.event.pull_request.number": "5",
+        "github.event_name": "pull_request",
+        "github.token": "secret",
+    }
     output, summary = world.folder / "output", world.folder / "summary"
+    for path in (output, summary):
+        path.write_text("")
     files = {"GITHUB_OUTPUT": str(output), "GITHUB_STEP_SUMMARY": str(summary)}
-    codes = []
+    files |= {"GITHUB_API_URL": code_host.url, "GITHUB_REPOSITORY": "a/b"}
+    codes, steps, said, failed = list[int](), list[str](), "", False
     for step in action["runs"]["steps"]:
+        outputs = dict(line.split("=") for line in output.read_text().splitlines())
+        context |= {f"steps.diagnose.outputs.{name}": value for name, value in outputs.items()}
+        if not holds(step.get("if", "success()"), context, failed=failed):
+            continue
+        steps.append(step["name"])
         if "run" not in step:
-            assert step["uses"].startswith("actions/")
+            assert step["uses"].partition("/")[0] in ("actions", "github")
             continue
         assert "${{" not in step["run"], "inputs reach the shell by its environment alone"
-        environment = {name: filled(value, given) for name, value in step.get("env", {}).items()}
+        environment = {name: filled(value, context) for name, value in step.get("env", {}).items()}
         done = subprocess.run(
             ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
             cwd=world.folder,
@@ -112,20 +144,88 @@ def test_the_github_action_runs_as_the_shell_steps_it_contains(world: World) -> 
             check=False,
         )
         codes.append(done.returncode)
-    assert codes == [0, 1], done.stderr
-    assert output.read_text() == "outcome=failed\n"
-    assert "L1H0 is where the change begins" in summary.read_text()
-    assert (world.folder / given["out"] / "diagnosis.sarif").exists()
+        said += done.stderr
+        failed = failed or (done.returncode != 0 and not step.get("continue-on-error", False))
+    return Ran(codes, steps, said)
 
 
-def filled(value: str, inputs: dict[str, str]) -> str:
+def holds(condition: str, context: dict[str, str], *, failed: bool) -> bool:
+    """What GitHub makes of a condition: of conjunctions and comparisons alone, which is all there is."""
+    parts = condition.split(" && ")
+    if parts[0] not in ("always()", "success()"):
+        raise AssertionError(f"{condition!r} does not begin with whether earlier steps matter")
+    told = [re.fullmatch(r"([\w.-]+) (==|!=) '(.*)'", part) for part in parts[1:]]
+    assert all(told), condition
+    return (parts[0] == "always()" or not failed) and all(
+        (context.get(name, "") == value) == (sign == "==")
+        for name, sign, value in (each.groups() for each in told if each)
+    )
+
+
+def filled(value: str, context: dict[str, str]) -> str:
     """What GitHub makes of an expression."""
-    for name, given in inputs.items():
-        value = value.replace(f"${{{{ inputs.{name} }}}}", given)
-    return value.replace("${{ github.action_path }}", str(ROOT / "deploy/ci/github"))
+    return re.sub(r"\$\{\{ ([\w.-]+) \}\}", lambda found: filled(context[found[1]], context), value)
 
 
-def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(world: World) -> None:
+AFTER = [
+    "Keep measurements for later jobs",
+    "Upload the report",
+    "Show findings among code scanning's alerts",
+    "Tell the pull request",
+]
+
+
+def test_the_github_action_runs_as_the_shell_steps_it_contains(
+    world: World, code_host: Host
+) -> None:
+    given = {
+        "model": "broken",
+        "baseline": "main",
+        "suite": "tiny.toml",
+        "python": sys.executable,
+        "comment": "true",
+        "upload-sarif": "true",
+    }
+    ran = run_action(world, given, code_host)
+    assert ran.codes == [0, 1, 0], ran.said
+    assert ran.steps[-4:] == AFTER, "what was measured and found is kept though the gate failed"
+    assert (world.folder / "output").read_text() == "outcome=failed\nreported=true\n"
+    assert "L1H0 is where the change begins" in (world.folder / "summary").read_text()
+    assert (world.folder / "neural-mri-report" / "diagnosis.sarif").exists()
+    (comment,) = code_host.comments
+    assert comment["body"].startswith("<!-- neural-mri tiny.toml -->")
+    assert "L1H0 is where the change begins" in comment["body"]
+    assert code_host.tokens == {"Bearer secret"}
+
+
+def test_the_github_action_needs_no_rights_unless_asked_and_reports_nothing_where_nothing_ran(
+    world: World, code_host: Host
+) -> None:
+    given = {"model": "nowhere", "suite": "tiny.toml", "python": sys.executable}
+    ran = run_action(world, {**given, "comment": "true"}, code_host)
+    assert ran.codes == [0, 2], ran.said
+    assert ran.steps[-1] == AFTER[0]
+    assert code_host.comments == []
+    passed = run_action(world, {**given, "model": "main"}, code_host)
+    assert passed.codes == [0, 0], passed.said
+    assert passed.steps[-2:] == AFTER[:2]
+
+
+def test_the_github_action_saves_its_cache_whatever_the_gate_says(world: World) -> None:
+    action = yaml.safe_load((ROOT / "deploy/ci/github/action.yml").read_text())
+    used = {
+        step["uses"].partition("@")[0]: step for step in action["runs"]["steps"] if "uses" in step
+    }
+    assert "actions/cache" not in used, "it saves nothing of a job that failed"
+    fetched, kept = used["actions/cache/restore"], used["actions/cache/save"]
+    assert kept["if"] == "always()"
+    assert kept["with"]["path"] == fetched["with"]["path"] == "${{ inputs.records }}"
+    assert kept["with"]["key"].startswith(fetched["with"]["restore-keys"])
+
+
+def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(
+    world: World, code_host: Host
+) -> None:
     job = yaml.safe_load((ROOT / "deploy/ci/gitlab/neural-mri.yml").read_text())[
         ".neural-mri-diagnose"
     ]
@@ -135,17 +235,27 @@ def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(world: World) -
         "NMRI_PYTHON": sys.executable,
         "NMRI_TREE": str(ROOT),
     }
-    # A runner puts a job's lines into one shell, which ends with the first that fails.
-    script = "\n".join(["set -eu", *job["before_script"], *job["script"]])
-    done = subprocess.run(
-        ["sh", "-c", script],
-        cwd=world.folder,
-        env=world.environment(**variables),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    variables |= {"CI_API_V4_URL": code_host.url, "CI_PROJECT_ID": "1", "CI_MERGE_REQUEST_IID": "5"}
+
+    def ran(lines: list[str], **further: str) -> subprocess.CompletedProcess[str]:
+        # A runner puts a job's lines into one shell, which ends with the first that fails.
+        return subprocess.run(
+            ["sh", "-c", "\n".join(["set -eu", *lines])],
+            cwd=world.folder,
+            env=world.environment(**variables, **further),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = ran([*job["before_script"], *job["script"]])
     assert done.returncode == 0, done.stderr
+    # What comes after has a shell of its own, whether the script failed or not.
+    assert ran(job["after_script"]).returncode == 0
+    assert code_host.comments == [], "without a token nobody is told"
+    assert ran(job["after_script"], NMRI_TOKEN="secret").returncode == 0
+    assert code_host.comments[0]["body"].startswith("<!-- neural-mri tiny.toml -->\n## 🟢")
     assert (world.folder / job["artifacts"]["reports"]["junit"]).exists()
     assert job["artifacts"]["paths"] == [variables["NMRI_OUT"]]
     assert job["cache"]["paths"] == [variables["NMRI_BASELINES"]]
+    assert job["cache"]["when"] == job["artifacts"]["when"] == "always"

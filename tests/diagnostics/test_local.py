@@ -250,3 +250,34 @@ def test_a_process_that_is_killed_is_told_of_the_others_go_on_and_none_outlives_
         assert len(running) == 2
     other.close()
     assert soon(lambda: not any(each.is_running() for each in running))
+
+
+def test_a_process_that_was_forked_from_another_is_named_too_when_it_is_killed(
+    tiny_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = ""
+
+    def told() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "main ended by SIGKILL" in said
+
+    with LocalWorkers() as workers:
+        with LocalScans(str(tiny_folder), processes=3, threads=1, workers=workers) as scans:
+            assert next(scans.scan([StructuralScan()])).tables
+            running = forked(workers)
+            victim = next(each for each in running if each.parent() in running)
+            victim.kill()
+            assert soon(told)
+            assert set(forked(workers)) == set(running) - {victim}, "the others go on"
+        assert soon(lambda: not forked(workers))
+    told()
+    assert said.count("ended by") == 1
+
+
+@pytest.mark.parametrize("processes", [65, 0, -1])
+def test_more_processes_than_one_message_asks_for_are_refused(
+    tiny_folder: Path, processes: int
+) -> None:
+    with pytest.raises(ValueError, match=f"processes is {processes}: expected 1 to 64"):
+        LocalScans(str(tiny_folder), processes=processes)

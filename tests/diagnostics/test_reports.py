@@ -12,10 +12,13 @@ import pytest
 
 from neural_mri.contract.findings import Diagnosis, Rule, Severity
 from neural_mri.contract.problems import InvalidRequest
-from neural_mri.contract.suites import Language, Suite
+from neural_mri.contract.suites import Expectation, Language, Measure, Suite
 from neural_mri.diagnostics import FORMATS, Record, diagnose, render
-from neural_mri.diagnostics.phrasing import number
+from neural_mri.diagnostics.comparison import UNITS
+from neural_mri.diagnostics.phrasing import Phrases, number
+from neural_mri.diagnostics.pictures import intervals
 from neural_mri.diagnostics.reports import read_diagnosis
+from neural_mri.diagnostics.statistics import UNKNOWN
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def test_both_languages_say_the_same_things_with_the_same_numbers() -> None:
     english, korean = phrases(Language.EN), phrases(Language.KO)
     assert english.keys() == korean.keys()
     assert set(english["rules"]) == set(korean["rules"]) == {rule.value for rule in Rule}
-    for section in ("report", "measures", "units"):
+    for section in ("report", "scans", "quantities", "measures", "units"):
         assert english[section].keys() == korean[section].keys()
         for name, text in english[section].items():
             assert placeholders(text) == placeholders(korean[section][name]), name
@@ -61,6 +64,53 @@ def test_every_form_tells_every_diagnosis(
         assert diagnosis.candidate.model in text
         assert not re.search(r"\{[a-z_]+\}", text) or form in ("html", "json", "sarif")
         assert "nan" not in re.findall(r"[\w.]+", text)
+
+
+MEANT = """
+    NEURAL Neural MRI Model Resonance Imaging Holm MLP RMS UTC AUROC nats ablation neural mri jobs scan key local
+    fMRI DTI FLAIR T2 llama float32 cpu eager sdpa Embed Unembed tensor NaN CC0 tiny
+"""
+"""Latin letters that a Korean reader reads as they stand: names, units, a command."""
+
+
+def told(page: str) -> str:
+    """What a page shows and what it says to a screen reader; prompts, sources and addresses left out."""
+    spoken = " ".join(re.findall(r'aria-label="([^"]*)"', page))
+    page = re.sub(
+        r"<style>.*?</style>|<q>.*?</q>|<small class=source>.*?</small>", " ", page, flags=re.DOTALL
+    )
+    text = re.sub(r"<[^>]+>", " ", page) + spoken
+    return re.sub(
+        r"`[^`]*`|\b(blocks|embed|unembed|ln_final|pos_embed)[\w.:]*|[0-9a-f]{12,}", " ", text
+    )
+
+
+def english(text: str, diagnosis: Diagnosis) -> set[str]:
+    words = re.findall(r"[A-Za-z][A-Za-z0-9]+", text)
+    names = {*re.findall(r"\w+", MEANT), *re.findall(r"\w+", diagnosis.candidate.model), "main"}
+    names |= {
+        case.id for case in diagnosis.cases
+    }  # their Korean titles are made of them, in the tests
+    names |= {str(group) for each in diagnosis.findings if (group := each.numbers.get("group"))}
+    return {word for word in words if word not in names and not re.fullmatch(r"[LHw]\d+\w*", word)}
+
+
+@pytest.mark.parametrize("form", ["html", "md"])
+def test_a_korean_report_is_korean_but_for_names_units_and_what_was_asked(
+    form: str, failed: Diagnosis, alone: Diagnosis
+) -> None:
+    assert {gate.where for gate in failed.gates} >= {"all components"}
+    for diagnosis in (failed, alone):
+        assert english(told(render(diagnosis, form, Language.KO)), diagnosis) == set()
+        assert len(english(told(render(diagnosis, form)), diagnosis)) > 100
+
+
+@pytest.mark.parametrize("language", Language)
+def test_every_unit_and_quantity_has_words_in_every_language(language: Language) -> None:
+    known = phrases(language)
+    assert {*UNITS.values(), "share of layers", "weights"} - {"logits"} <= known["units"].keys()
+    risk = {each.name for each in UNITS if each.measure is Measure.RISK}
+    assert risk == known["quantities"].keys()
 
 
 def test_a_diagnosis_comes_back_from_its_json(failed: Diagnosis, alone: Diagnosis) -> None:
@@ -122,6 +172,26 @@ def test_the_page_needs_nothing_beside_itself_and_shows_what_a_suite_says_as_tex
     assert "default-src 'none'" in page
     for picture in ET.fromstring(f"<all>{''.join(re.findall('<svg.*?</svg>', page))}</all>"):  # noqa: S314
         assert picture.get("aria-label")
+
+
+def test_a_scale_ends_where_it_says_though_nothing_changed(suite: Suite, baseline: Record) -> None:
+    page = render(diagnose(suite, baseline, baseline), "html")
+    ends = re.findall(r'<text class="tick" x="\d+" y="9.0">([^<]+)</text>', page)
+    assert ends[:2] == ["10", "10"]
+
+
+def test_too_few_prompts_to_tell_have_no_interval_and_no_verdict(
+    suite: Suite, candidate: Record
+) -> None:
+    seen = diagnose(suite, candidate)
+    outcome = msgspec.structs.replace(
+        seen.cases[0],
+        expectation=Expectation.BALANCE,
+        score=msgspec.structs.replace(seen.cases[0].score, value=1.07, n=2, interval=UNKNOWN),
+    )
+    assert "∞" not in intervals([outcome], Phrases(Language.EN))
+    assert 'class="dot unclear"' in intervals([outcome], Phrases(Language.EN))
+    assert Phrases(Language.EN).score(outcome.score, "nats") == "1.07"
 
 
 def test_markdown_escapes_what_a_suite_says(failed: Diagnosis) -> None:

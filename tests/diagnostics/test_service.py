@@ -31,6 +31,8 @@ def test_a_service_measures_what_a_process_measures_and_a_baseline_once(
                 records=records,
                 on_progress=lambda *seen: heard.append(seen),
             )
+            named = [key for each in diagnosis.findings for key in each.evidence.scan_keys[:1]]
+            opened = [mri.jobs(scan_key=key[:16]) for key in named]
             many = ServiceScans(mri, "tiny").scan(
                 [TracingScan(prompt=f"a b c {n}", subject=f"{n}") for n in range(40)]
             )
@@ -41,6 +43,8 @@ def test_a_service_measures_what_a_process_measures_and_a_baseline_once(
     assert diagnosis.passed
     assert diagnosis.tests == 60
     assert heard[-1] == ("tiny", 0, 0), "the baseline's record serves the candidate too"
+    assert named
+    assert all(opened), "a report's keys lead to the scans that it stands on"
     assert first.tables
     assert left.state is BatchState.CANCELLED, "who stops listening leaves nothing running"
     stored = records.get(baseline.key)

@@ -1,5 +1,7 @@
 """Suites as they are written, and those that come with the package."""
 
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -51,6 +53,68 @@ def test_a_prompt_with_a_corrupt_one_asks_for_something_else_there(name: str) ->
         for item in case.items:
             assert item.corrupt != item.prompt
             assert item.answer != item.foil
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_no_text_of_a_suite_holds_an_escape_that_was_meant_for_another_format(name: str) -> None:
+    texts = _texts(msgspec.to_builtins(load_suite(name)))
+    assert [
+        text for text in texts if "\\" in text or text != unicodedata.normalize("NFC", text)
+    ] == []
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_no_case_asks_one_prompt_twice(name: str) -> None:
+    for case in load_suite(name).cases:
+        prompts = [item.prompt for item in case.items]
+        assert sorted(set(prompts)) == sorted(prompts)
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_sums_are_right_and_none_of_them_stands_among_the_examples(name: str) -> None:
+    for item in load_suite(name).case("arithmetic").items:
+        *examples, asked = item.prompt.split("\n")
+        assert item.corrupt is not None
+        *_, asked_instead = item.corrupt.split("\n")
+        assert item.answer == str(_sum(asked))
+        assert item.foil == str(_sum(asked_instead))
+        assert all(example == f"{_terms(example)}={_sum(example)}" for example in examples)
+        assert not {_terms(asked), _terms(asked_instead)} & {_terms(each) for each in examples}
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_what_was_said_before_is_the_answer_where_a_case_asks_to_repeat_it(name: str) -> None:
+    suite = load_suite(name)
+    for item in suite.case("induction").items:
+        words = item.prompt.split()
+        begun = words[words.index(words[0], 1) :]
+        assert words[: len(begun) + 1] == [*begun, item.answer.strip()]
+        assert item.corrupt == item.prompt.replace(item.answer, str(item.foil))
+    for item in suite.case("indirect-object").items:
+        assert item.prompt.count(item.answer) == 1
+        assert item.prompt.count(str(item.foil)) == 2
+    for item in suite.case("greater-than").items:
+        begun_in = int(item.prompt.split("year ")[1][2:4])
+        assert int(str(item.foil)) < begun_in < int(item.answer)
+
+
+def _texts(value: object) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            yield from _texts(list(value.values()))
+        case list() | tuple():
+            for each in value:
+                yield from _texts(each)
+
+
+def _terms(line: str) -> str:
+    return line.partition("=")[0]
+
+
+def _sum(line: str) -> int:
+    return sum(int(term) for term in _terms(line).split("+"))
 
 
 def test_the_digest_is_of_what_is_asked_not_of_how_it_is_told_or_judged() -> None:

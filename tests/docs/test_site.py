@@ -39,13 +39,15 @@ def test_every_request_is_described(site: Path) -> None:
 def test_everything_the_client_offers_is_described(site: Path) -> None:
     page = (site / "reference/python.html").read_text()
     for name in neural_mri.client.__all__:
-        if isinstance(getattr(neural_mri.client, name), type):
-            assert f'id="neural_mri.client.{name}' in page, name
+        if callable(getattr(neural_mri.client, name)):
+            assert f'id="neural_mri.client.{name}"' in page, name
+    for named in ("Sessions.fork", "SharedSession.open", "Batches.submit", "Access.set_limits"):
+        assert f'id="neural_mri.client.{named}"' in page, named
 
 
 def test_every_command_is_described(site: Path) -> None:
     page = (site / "reference/cli.html").read_text()
-    for command in ("scan activation", "scan circuits", "perturb", "keys create", "cluster"):
+    for command in ("scan activation", "perturb", "users limit", "watch", "sessions revisions"):
         assert f"<code>neural-mri {command}</code>" in page
 
 

@@ -29,11 +29,15 @@ OWNED: Mapping[str, str] = {
     "path result": "0" * 64,
     "query jobs": NOBODYS,
     "query other": NOBODYS,
+    "query after": NOBODYS,
     "body $.job": NOBODYS,
     "body $.scans.job": NOBODYS,
 }
 """What names one user's thing, and a name of nothing that looks like it. Whoever else names the thing is
 answered as if there were none. `Person.names` has the things."""
+
+NARROWING = {"query after"}
+"""Where a list begins: asked for only where it is tried."""
 
 COMMON: Mapping[str, str] = {
     "path table": "a table's name, within a result",
@@ -80,6 +84,10 @@ class Person(NamedTuple):
     token: str
     """Of a link to their session."""
 
+    def own(self, operation: str, at: str) -> str:
+        """What an operation can name of theirs; what one name is of may depend on the operation."""
+        return self.names.get(f"{operation} {at}") or self.names[at]
+
 
 @pytest.fixture(scope="module")
 def document(service: Guarded) -> dict[str, Any]:
@@ -118,6 +126,8 @@ def settled_in(service: Guarded, http: httpx.Client, key: str, prompt: str) -> P
         "path result": session["document"]["scans"][0]["result"],
         "query jobs": job,
         "query other": session["id"],
+        "listJobs query after": job,
+        "listBatches query after": batch,
         "body $.job": job,
         "body $.scans.job": job,
     }
@@ -139,7 +149,8 @@ def ask(
     """
     name = operation.spec["operationId"]
     here = {str(place)[len(name) + 1 :] for place in places(document) if place.operation == name}
-    said = {**{place: person.names[place] for place in here & OWNED.keys()}, **named}
+    usual = (here & OWNED.keys()) - NARROWING
+    said = {**{place: person.own(name, place) for place in usual}, **named}
     fill = {"table": "activations", "layer": "0", "user": ADA}
     query, body = dict(QUERIES.get(name, {})), BODIES.get(name, body_example(operation, document))
     for place, value in said.items():
@@ -158,6 +169,14 @@ def ask(
         headers={"prefer": "wait=0", "if-match": "*", "share-token": person.token},
         **({} if body is None else {"json": body}),
     )
+
+
+def ask_own(
+    person: Person, operation: Operation, document: dict[str, Any], at: str
+) -> httpx.Response:
+    """Ask for an operation on one's own things, what a list goes on after among them."""
+    own = person.own(operation.spec["operationId"], at)
+    return ask(person, operation, document, {at: own} if at in NARROWING else {})
 
 
 def _nested(path: list[str], value: str) -> dict[str, Any]:
@@ -190,7 +209,7 @@ def test_a_strangers_thing_is_answered_for_as_if_there_were_none(
 ) -> None:
     tried, told = set(), []
     for operation, at in named_in(document):
-        own, nothing = ada.names[at], OWNED[at]
+        own, nothing = ada.own(operation.spec["operationId"], at), OWNED[at]
         theirs, nothings = (ask(eve, operation, document, {at: name}) for name in (own, nothing))
         same = theirs.text.replace(own, "ID") == nothings.text.replace(nothing, "ID")
         if (
@@ -212,7 +231,7 @@ def test_the_same_requests_reach_what_is_ones_own(document: dict[str, Any], ada:
     """Else a stranger's 404 would prove nothing."""
     for operation, at in named_in(document):
         if operation.method == "get":
-            answer = ask(ada, operation, document, {})
+            answer = ask_own(ada, operation, document, at)
             assert answer.status_code < 400, f"{operation.path} {at}: {answer.text}"
 
 
@@ -221,15 +240,15 @@ def test_what_strangers_tried_changed_nothing(
 ) -> None:
     def state() -> dict[str, bytes]:
         return {
-            operation.path: ask(ada, operation, document, {}).content
-            for operation, _ in named_in(document)
+            operation.path: ask_own(ada, operation, document, at).content
+            for operation, at in named_in(document)
             if operation.method == "get"
         }
 
     before = state()
     for operation, at in named_in(document):
         if operation.method != "get":
-            ask(eve, operation, document, {at: ada.names[at]})
+            ask(eve, operation, document, {at: ada.own(operation.spec["operationId"], at)})
     assert state() == before
     waiting = _made(ada.http, "/api/scan/structural", {})["id"]
     assert eve.http.delete(f"/api/jobs/{waiting}").status_code == 404
@@ -242,13 +261,22 @@ def test_no_list_tells_of_a_strangers_things(
     marks = {*ada.names.values(), ada.token, ADA, SECRET, "Eiffel"}
     asked = 0
     for operation in operations(document):
-        named = any(one.path == operation.path for one, _ in named_in(document))
+        named = any(
+            one.path == operation.path and at not in NARROWING for one, at in named_in(document)
+        )
         if operation.method == "get" and not named:
             answer = ask(eve, operation, document, {})
             told = [mark for mark in marks if mark in answer.text]
             assert told == [], f"{operation.path}: {answer.text}"
             asked += 1
     assert asked >= 12
+
+
+def test_the_key_of_a_strangers_scan_finds_nothing(ada: Person, eve: Person) -> None:
+    job = ada.names["path job_id"]
+    by_key = {"scan_key": ada.http.get(f"/api/jobs/{job}/manifest").json()["scan_key"]}
+    assert job in ada.http.get("/api/jobs", params=by_key).text
+    assert eve.http.get("/api/jobs", params=by_key).json() == []
 
 
 def test_an_equal_scan_says_nothing_of_who_asked_first(service: Guarded, ada: Person) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from neural_mri.backing.settings import Settings
-from tests.system.service import Service, free_port, register, running
+from tests.system.service import Service, free_port, ready, register
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -15,7 +15,6 @@ def service(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) -> I
     """The service with its default model, ready; every test leaves it so."""
     settings = Settings(data_dir=tmp_path_factory.mktemp("service") / "data", port=free_port())
     register(settings, SMOLLM2, smollm2_folder)
-    with running(settings) as service:
-        service.wait_until_ready()
+    with ready(settings) as service:
         yield service
     shutil.rmtree(settings.folder)  # half a gigabyte that nobody looks at again

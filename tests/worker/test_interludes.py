@@ -171,11 +171,12 @@ def test_short_scans_run_between_the_chunks_and_change_no_bit(
         assert job.attempt == 1
 
 
+@pytest.mark.parametrize("name", ["trace", "forward"])
 def test_what_is_lent_is_neither_held_against_a_scan_nor_counted(
-    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     bench = holding_tiny
-    long = long_scan(bench, deadline_seconds=1.0)
+    long = long_scan(bench, name, deadline_seconds=1.0)
     lent = 1.5
 
     def a_slow_one_comes(pause: int) -> None:
@@ -239,9 +240,12 @@ def test_what_is_lent_while_a_lens_is_read_is_nobodys_though_mates_have_their_re
     own = time.monotonic() - began - lent
     assert bench.now(short[0]).state is not S.QUEUED, "it was let in while the lens was read"
     done = [bench.now(job).manifest or "" for job in mates]
-    seconds = [stored.load_manifest(bench.store, path).compute_seconds for path in done]
+    manifests = [stored.load_manifest(bench.store, path) for path in done]
+    seconds = [manifest.compute_seconds for manifest in manifests]
     assert all(seconds)
     assert sum(seconds) < own
+    [forward] = {manifest.forward_seconds for manifest in manifests}
+    assert 0 < forward * len(mates) < own, "nothing was lent in the forward that they share"
 
 
 def test_leases_of_both_are_renewed(holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

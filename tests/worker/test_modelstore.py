@@ -1,3 +1,4 @@
+import getpass
 import shutil
 import subprocess
 import sys
@@ -5,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from neural_mri.backing import keys, models, storage
+from neural_mri.backing import audit, keys, models, storage
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
+from neural_mri.contract.auth import AuditAction
 from neural_mri.contract.problems import InvalidRequest, UnsupportedModel
 from tests import models as families
 from worker import modelstore
@@ -53,6 +55,24 @@ def test_adding_again_changes_nothing_and_loads_no_torch(
         check=True,
     )
     assert again.stdout.strip() == tiny.registered_at.isoformat()
+
+
+def test_the_record_says_who_brought_which_weights_and_when_others_took_their_place(
+    tiny: RegisteredModel, settings: Settings, sessions: Sessions, tiny_folder: Path, tmp_path: Path
+) -> None:
+    modelstore.add(settings, "tiny", f"folder:{tiny_folder}")
+    changed = families.save("llama", tmp_path / "tiny", seed=1)
+    shutil.copy(tiny_folder / "tokenizer.json", changed)
+    other = modelstore.add(settings, "tiny", f"folder:{changed}")
+    recorded = sessions.read(audit.entries, limit=10)
+    assert [(each.user, each.action, each.subject) for each in recorded] == 2 * [
+        ("(console)", AuditAction.MODEL_REGISTERED, "tiny")
+    ]
+    who = getpass.getuser()
+    assert [each.details for each in recorded] == [
+        {"source": "folder:tiny", "revision": revision, "operator": who}
+        for revision in (other.revision, tiny.revision)
+    ]
 
 
 def test_other_weights_are_another_revision(

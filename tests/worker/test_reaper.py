@@ -69,7 +69,7 @@ def reaper(settings: Settings, sessions: Sessions, client: SyncRedis) -> Reaper:
     return Reaper(settings, sessions, client, storage.open_store(settings))
 
 
-def submit(sessions: Sessions, count: int = 1) -> list[Job]:
+def submit(sessions: Sessions, count: int = 1, scan_key: str | None = None) -> list[Job]:
     asked = Submission(
         owner="ada",
         kind=JobKind.SCAN,
@@ -77,6 +77,7 @@ def submit(sessions: Sessions, count: int = 1) -> list[Job]:
         revision="0123456789abcdef" * 4,
         queue=QUEUE,
         request=b"{}",
+        scan_key=scan_key,
     )
     return [sessions.write(jobs.submit, asked) for _ in range(count)]
 
@@ -162,6 +163,85 @@ def test_files_that_nobody_finishes_are_taken_away_in_the_end(
         os.utime(file, (long_ago, long_ago))
     reaper.round()
     assert sorted(folder.iterdir()) == sorted([growing, whole])
+
+
+@pytest.mark.parametrize("path_of", [keys.packed_path, keys.manifest_path])
+def test_results_of_attempts_that_came_to_nothing_are_taken_away_in_the_end(
+    reaper: Reaper,
+    settings: Settings,
+    sessions: Sessions,
+    path_of: Callable[[UUID, int], str],
+) -> None:
+    [first, _] = submit(sessions, 2, scan_key="a" * 64)
+    handed_over = claim(sessions)
+    assert sessions.write(jobs.request_cancel, first.id).moved
+    store = storage.open_store(settings)
+    reaper.round()
+    late = path_of(handed_over.id, handed_over.attempt)
+    store.put(late, b"{}")
+    again = claim(sessions, owner=LeaseOwner.here())
+    running = path_of(again.id, again.attempt)
+    store.put(running, b"{}")
+
+    def looked_through() -> bool:
+        reaper._look_through_at = 0.0
+        reaper.round()
+        return not store.exists(late)
+
+    assert not looked_through(), "somebody may have it in hand"
+    for path in (late, running):
+        long_ago = time.time() - 2 * ABANDONED_SECONDS
+        os.utime(settings.store_dir / path, (long_ago, long_ago))
+    assert looked_through()
+    assert store.exists(running)
+    for to, named in ((JobState.RUNNING, None), (JobState.SUCCEEDED, running)):
+        sessions.write(jobs.advance, again.id, to, attempt=again.attempt, manifest=named)
+    assert looked_through()
+    assert store.exists(running)
+
+
+def test_however_many_results_there_are_a_round_looks_at_some(
+    reaper: Reaper, settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.reaper.MOST_RESULTS", 2)
+    store = storage.open_store(settings)
+    for job in submit(sessions, 5):
+        lost = claim(sessions)
+        sessions.write(jobs.advance, lost.id, JobState.FAILED, attempt=1, problem={"detail": "no"})
+        path = keys.packed_path(job.id, 1)
+        store.put(path, b"{}")
+        os.utime(settings.store_dir / path, (0, 0))
+    left = []
+    for _ in range(4):
+        reaper.round()
+        left.append(len(list((settings.store_dir / "packed").iterdir())))
+    assert left == [3, 1, 0, 0]
+
+
+def test_results_that_cannot_be_looked_through_are_with_the_next_sweep(
+    reaper: Reaper, settings: Settings, sessions: Sessions
+) -> None:
+    settings.store_dir.mkdir(parents=True)
+    in_the_way = settings.store_dir / "packed"
+    in_the_way.touch()
+    submit(sessions)
+    lost = claim(sessions)
+    with structlog.testing.capture_logs() as logged:
+        for _ in range(3):
+            reaper.round()
+    said = [line["event"] for line in logged if line.get("on") == "leftovers"]
+    assert said == ["round_failed", "round_succeeded_again"]
+    assert state(sessions, lost.id) is JobState.QUEUED
+    in_the_way.unlink()
+    path = keys.packed_path(lost.id, lost.attempt)
+    storage.open_store(settings).put(path, b"{}")
+    os.utime(settings.store_dir / path, (0, 0))
+    reaper.round()
+    assert (settings.store_dir / path).exists()
+    assert reaper._look_through_at == reaper._sweep_at
+    reaper._sweep_at = reaper._look_through_at = 0.0
+    reaper.round()
+    assert not (settings.store_dir / path).exists()
 
 
 def test_what_a_living_worker_holds_is_left_alone(

@@ -6,7 +6,6 @@ gradients (`attribution`); `fast` does both, estimates for the first picture and
 in it. What connects components is read off the same gradients (`edges`).
 """
 
-import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -33,7 +32,7 @@ from worker.scanner.attribution import (
 from worker.scanner.circuit_questions import Prompts, Question
 from worker.scanner.direct_attribution import DirectAttribution, direct_attribution
 from worker.scanner.edges import Edges, strongest_edges
-from worker.scanner.listening import Listener
+from worker.scanner.listening import Listener, Timed
 from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import Metric, log_probability
 from worker.scanner.prompts import ScanOutput
@@ -79,13 +78,13 @@ def scan_circuits(
     request.check(model.architecture)
     prompts = Prompts.of(model, request, tokens, corrupt)
     question = Question.of(model, answer_id, foil_id)
-    started = time.perf_counter()
-    circuit = _Circuit(model, request, prompts, question, listener, reference)
+    timed = Timed(listener)
+    circuit = _Circuit(model, request, prompts, question, timed, reference)
     effects = circuit.effects()
     edges = circuit.edges()
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    forward_seconds = time.perf_counter() - started
+    forward_seconds = timed.own_seconds
     metric = circuit.metric
     made = {
         "effects": tables.effects_table(metric, effects, **circuit.provenance()),

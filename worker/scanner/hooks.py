@@ -1,18 +1,32 @@
 """Reading a plain model's modules while it runs, and leaving it as it was."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ("Before", "Reader", "awake", "hooked", "set_aside", "tensor_in", "tensor_out")
+__all__ = (
+    "Before",
+    "Forward",
+    "Reader",
+    "awake",
+    "computed_by",
+    "hooked",
+    "own_forward",
+    "set_aside",
+    "tensor_in",
+    "tensor_out",
+)
 
 Reader = Callable[[nn.Module, tuple[Any, ...], Any], None]
 """Called with a module, its positional arguments and its output."""
 Before = Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]
 """Called with a module and its positional arguments, before it runs; may give it others."""
+
+Forward = Callable[[Tensor], Tensor]
+"""What a module computes."""
 
 
 class _Awake:
@@ -63,6 +77,29 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def own_forward(module: nn.Module) -> Forward | None:
+    """What a module alone computes in place of its class's `forward`: ours, or what takes it to its weights."""
+    return vars(module).get("forward")
+
+
+@contextmanager
+def computed_by(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Have modules computed by other functions meanwhile, afterwards by whatever it was before.
+
+    On the instance, where it hides the class's own: hooks, names and weights are as they were.
+    """
+    hidden = {module: own_forward(module) for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, own in hidden.items():
+            vars(module).pop("forward", None)
+            if own is not None:
+                vars(module)["forward"] = own
 
 
 def tensor_in(args: tuple[Any, ...]) -> Tensor:

@@ -5,8 +5,8 @@ or so rows of a prompt that takes longer than the product: two thirds of a small
 which PyTorch carries for other types, reads the weights as they lie. Both sum in float32, in another order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
+
+from worker.scanner.hooks import Forward, computed_by, own_forward
 
 __all__ = ("computing", "linear", "of", "take_over")
 
@@ -34,26 +36,17 @@ def take_over(model: nn.Module) -> None:
     Maps that are elsewhere than on a CPU, of another type or spread over devices are left alone.
     """
     for module in of(model):
-        if _suits(module.weight) and "forward" not in vars(module):
+        if _suits(module.weight) and own_forward(module) is None:
             vars(module)["forward"] = _forward_of(module)
 
 
-@contextmanager
 def computing(
     maps: Sequence[nn.Linear | Conv1D], *, back_along: int | None = None, alike: bool = False
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Have the maps computed by `linear`, with its options, meanwhile."""
-    # On the instance, where it hides the class's own, ours, or one that takes it to where its weights are.
-    hidden = [vars(module).get("forward") for module in maps]
-    try:
-        for module in maps:
-            vars(module)["forward"] = _forward_of(module, back_along=back_along, alike=alike)
-        yield
-    finally:
-        for module, own in zip(maps, hidden, strict=True):
-            vars(module).pop("forward", None)
-            if own is not None:
-                vars(module)["forward"] = own
+    return computed_by(
+        {module: _forward_of(module, back_along=back_along, alike=alike) for module in maps}
+    )
 
 
 def linear(
@@ -130,7 +123,7 @@ def _suits(weight: Tensor) -> bool:
     )
 
 
-def _forward_of(module: nn.Linear | Conv1D, **options: Any) -> Callable[[Tensor], Tensor]:
+def _forward_of(module: nn.Linear | Conv1D, **options: Any) -> Forward:
     transposed = isinstance(module, Conv1D)
 
     def forward(read: Tensor) -> Tensor:

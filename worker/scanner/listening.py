@@ -65,7 +65,7 @@ class Silent:
         self.checkpoint()
 
 
-class Timed(Silent):
+class Timed:
     """Passes on what work tells and asks, and knows how much of the time since then was the work's own.
 
     May be asked for it by another thread.
@@ -86,6 +86,18 @@ class Timed(Silent):
     def progress(self, stage: str, done: int, total: int) -> None:
         """Passed on."""
         self._listener.progress(stage, done, total)
+
+    def layer(self, frame: LayerFrame) -> None:
+        """Passed on."""
+        self._listener.layer(frame)
+
+    def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
+        """Passed on."""
+        self._listener.frames(make)
+
+    def effects(self, frame: EffectsFrame) -> None:
+        """Passed on."""
+        self._listener.effects(frame)
 
     def checkpoint(self) -> None:
         """Passed on."""

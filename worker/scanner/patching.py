@@ -4,7 +4,6 @@ Each patched run is one of the two runs with one value of the other's in it: a c
 one position. How much of the difference in the metric that value carries is its recovery.
 """
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from neural_mri.contract.perturbations import Direction, PatchingScan, PatchSite
 from neural_mri.contract.scans import resolve_positions
 from neural_mri.contract.tokens import Tokens
 from worker.scanner.circuit_questions import Question, paired_ids
-from worker.scanner.listening import Listener
+from worker.scanner.listening import Listener, Timed
 from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import recovery
 from worker.scanner.patched_runs import PatchedRun, Runs, changes
@@ -70,7 +69,7 @@ def scan_patching(
         listener.progress("forward", layer + 1, shape.n_layers)
         listener.checkpoint()
 
-    started = time.perf_counter()
+    timed = Timed(listener)
     recorded = record(model, ids, on_layer=on_layer)
     metric = question.metric(recorded.logits[_CLEAN])
     source, base = _CLEAN, _CORRUPT
@@ -80,10 +79,10 @@ def scan_patching(
     patches = [
         PatchedRun(base, component, at) for component in components for at in range(position + 1)
     ]
-    found = changes(model, Runs(recorded, source), patches, metric, listener, stage="patching")
+    found = changes(model, Runs(recorded, source), patches, metric, timed, stage="patching")
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    forward_seconds = time.perf_counter() - started
+    forward_seconds = timed.own_seconds
 
     clean, corrupted = metric(recorded.logits).cpu()
     unpatched = clean if base == _CLEAN else corrupted

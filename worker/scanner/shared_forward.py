@@ -5,7 +5,6 @@ batch, a row a prompt, each scan by hooks of its own on rows of its own. Readers
 them may stand beside any other; a prompt that two of them ask about is one row.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 
 from neural_mri.contract.problems import Problem
 from neural_mri.contract.tokens import Tokens
-from worker.scanner.hooks import awake, hooked, set_aside, tensor_in
-from worker.scanner.listening import Cancelled, Listener, Silent
+from worker.scanner.hooks import awake, computed_by, hooked, own_forward, set_aside, tensor_in
+from worker.scanner.listening import Cancelled, Listener, Silent, Timed
 from worker.scanner.loading import LoadedModel
 from worker.scanner.prompts import ScanOutput
 
@@ -104,18 +103,6 @@ class Company(Silent):
         if stopped is not None:
             raise stopped
 
-    @contextmanager
-    def listening(self, model: LoadedModel) -> Iterator[None]:
-        """Hear of each block of the next forward, after whoever reads it."""
-        blocks = model.modules.blocks
-
-        def after(layer: int, *_: Any) -> None:
-            self.progress("forward", layer + 1, len(blocks))
-            self.pause()
-
-        with hooked(*((block.block, partial(after, layer)) for layer, block in enumerate(blocks))):
-            yield
-
 
 class RowsOf:
     """Some rows of a batch."""
@@ -153,6 +140,7 @@ class ForwardRead(NamedTuple):
     logits: list[Float[Tensor, "place d_vocab"]]
     """Each reader's, where it wanted them."""
     seconds: float
+    """Without the pauses in it."""
 
 
 def read_forward(
@@ -166,11 +154,11 @@ def read_forward(
     Raises `Cancelled` when nobody in the company waits any more.
     """
     places = [place for reader in readers for place in reader.logits_at]
-    started = time.perf_counter()
+    timed = Timed(company)
     with ExitStack() as reading:
         for reader in readers:
             reading.enter_context(reader.listening())
-        reading.enter_context(company.listening(model))
+        reading.enter_context(_hearing(model, timed))
         reading.enter_context(_unembedding_in_portions(model, company))
         if places:
             if places != list(range(ids.numel())):
@@ -181,9 +169,20 @@ def read_forward(
             logits = torch.empty(0, model.architecture.d_vocab)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    seconds = time.perf_counter() - started
+    seconds = timed.own_seconds
     places_of_each = [len(reader.logits_at) for reader in readers]
     return ForwardRead(list(torch.split(logits, places_of_each)), seconds)
+
+
+def _hearing(model: LoadedModel, listener: Listener) -> AbstractContextManager[None]:
+    """Let somebody hear of each block of the next forward, after whoever reads it."""
+    blocks = model.modules.blocks
+
+    def after(layer: int, *_: Any) -> None:
+        listener.progress("forward", layer + 1, len(blocks))
+        listener.pause()
+
+    return hooked(*((block.block, partial(after, layer)) for layer, block in enumerate(blocks)))
 
 
 @contextmanager
@@ -194,7 +193,7 @@ def _unembedding_in_portions(model: LoadedModel, company: Company) -> Iterator[N
     computes it (`linear_maps`), which gives a row the same digits whatever rows are beside it.
     """
     module, is_ours = model.modules.unembed, awake()
-    whole: Callable[[Tensor], Tensor] | None = vars(module).get("forward")
+    whole = own_forward(module)
     if whole is None or model.device.type != "cpu":
         yield
         return
@@ -209,11 +208,8 @@ def _unembedding_in_portions(model: LoadedModel, company: Company) -> Iterator[N
             found[at : at + _ROWS_AT_ONCE] = whole(rows[at : at + _ROWS_AT_ONCE])
         return found.view(*read.shape[:-1], -1)
 
-    vars(module)["forward"] = forward
-    try:
+    with computed_by({module: forward}):
         yield
-    finally:
-        vars(module)["forward"] = whole
 
 
 @contextmanager

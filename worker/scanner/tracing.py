@@ -5,7 +5,6 @@ clean values are put back, one place and position at a time: where that brings t
 passes.
 """
 
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from neural_mri.contract.scans import resolve_positions
 from neural_mri.contract.tokens import Tokens
 from worker.scanner.circuit_questions import Question
 from worker.scanner.final_residuals import Measure
-from worker.scanner.listening import Listener
+from worker.scanner.listening import Listener, Timed
 from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import Metric, log_probability
 from worker.scanner.patched_runs import PatchedRun, Runs, changes
@@ -70,7 +69,7 @@ def scan_tracing(
         listener.progress("forward", layer + 1, shape.n_layers)
         listener.checkpoint()
 
-    started = time.perf_counter()
+    timed = Timed(listener)
     noise_sd = request.sigma * _entries_sd(model, ids)
     recorded = record(
         model,
@@ -87,12 +86,10 @@ def scan_tracing(
         for place in places
         for at in range(position + 1)
     ]
-    found = changes(
-        model, Runs(recorded, _CLEAN), patches, asked.measure, listener, stage="tracing"
-    )
+    found = changes(model, Runs(recorded, _CLEAN), patches, asked.measure, timed, stage="tracing")
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    forward_seconds = time.perf_counter() - started
+    forward_seconds = timed.own_seconds
 
     effect = Spread.of(found.values.view(request.draws, len(places), position + 1))
     made = {

@@ -93,7 +93,11 @@ def _counts(diagnosis: Diagnosis, phrases: Phrases) -> str:
     for finding in diagnosis.findings:
         found[finding.severity] += 1
     boxes = [
-        (number(count), phrases(f"severity_{severity.value}"), severity.value)
+        (
+            number(count),
+            phrases(f"{'severity' if count == 1 else 'severities'}_{severity.value}"),
+            severity.value,
+        )
         for severity, count in found.items()
     ]
     asked = sum(case.asked for case in diagnosis.cases)
@@ -108,8 +112,9 @@ def _counts(diagnosis: Diagnosis, phrases: Phrases) -> str:
 
 def _picture(grid: Grid, phrases: Phrases) -> str:
     key = _PICTURES[grid.name]
+    title = phrases(key)
     return (
-        f'<figure><h3>{escape(phrases(key))}</h3><div class="film">{heat_map(grid, phrases)}</div>'
+        f'<figure><h3>{escape(title)}</h3><div class="film">{heat_map(grid, title, phrases)}</div>'
         f"<figcaption>{escape(phrases(key + '_about'))} {escape(phrases.unit(grid.unit))}</figcaption></figure>"
     )
 
@@ -124,7 +129,7 @@ def _gates(diagnosis: Diagnosis, phrases: Phrases) -> str:
             phrases.quantity(gate.largest, gate.unit),
             number(gate.noise),
             number(gate.p_value),
-            gate.where or "–",
+            phrases.place(gate.where, diagnosis),
         )
         rows.append(
             f"<tr><th scope=row>{escape(phrases.measure(gate.measure.value))}</th>"
@@ -229,7 +234,7 @@ def _lenses(trajectories: Sequence[Trajectory], phrases: Phrases) -> str:
             for index, each in enumerate(mine)
         )
         figures.append(
-            f"<figure><h3>{escape(phrases(key))}</h3><div class=film>{curves(mine)}</div>"
+            f"<figure><h3>{escape(phrases(key))}</h3><div class=film>{curves(mine, phrases(key))}</div>"
             f"<figcaption>{legend} nats · {escape(phrases('layer'))} · {escape(phrases('median'))}"
             "</figcaption></figure>"
         )

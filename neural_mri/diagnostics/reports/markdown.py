@@ -48,7 +48,7 @@ def _lines(diagnosis: Diagnosis, phrases: Phrases) -> Iterator[str]:
                     phrases.quantity(gate.largest, gate.unit),
                     number(gate.noise),
                     number(gate.p_value),
-                    gate.where or "–",
+                    phrases.place(gate.where, diagnosis),
                 )
                 for gate in diagnosis.gates
             ],

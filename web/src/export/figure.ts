@@ -333,7 +333,7 @@ function axes(layout: Layout, topology: Topology, ink: Ink): string {
   return [...ends, ...heads, ...layers].join("");
 }
 
-function colourBar(
+export function colourBar(
   colours: Colours,
   lut: Lut,
   x: number,
@@ -362,13 +362,23 @@ function colourBar(
   );
   const [least, greatest] = bounds(window, scale);
   const middle = scale === "log" ? Math.sqrt(least * greatest) : (least + greatest) / 2;
+  // What lies beyond the window has the colour of its end, and the end says so.
+  const beyond = [
+    (distribution.at(-1) ?? high) > high ? "≥ " : "",
+    "",
+    (distribution[0] ?? low) < low ? "≤ " : "",
+  ];
   const ticks = [greatest, middle, least].map((value, at) => {
     const level = y + (at * height) / 2;
     return (
       element("path", {
         d: `M${round(x + CHART + 3 + BAR)} ${round(level)}h4`,
         stroke: ink.text,
-      }) + text(x + CHART + BAR + 10, level + 4, short(value), { "font-size": 11, fill: ink.text })
+      }) +
+      text(x + CHART + BAR + 10, level + 4, `${beyond[at] ?? ""}${short(value)}`, {
+        "font-size": 11,
+        fill: ink.text,
+      })
     );
   });
   return [

@@ -220,12 +220,15 @@ export class Sessions {
     const stimuli = saved.stimuli.length > 0 ? saved.stimuli : session.stimuli();
     const wanted: Place = bare ? { ...saved, stimuli } : place;
     const first = firstOf(document);
+    // Nobody has looked at what programs save: it opens as a scan that is finished does.
+    const unseen = bare && wanted.jobs.length === 0 && first !== null;
     const shown = wanted.jobs.length > 0 || first === null ? wanted : { ...wanted, ...first };
     if (document.scans.length > 0) {
       const beside = bare ? null : place.beside;
       if (beside !== null) await this.beside.fetch(beside);
       const jobs = [...this.#structureFor(document, shown.jobs), ...shown.jobs];
       await this.#room.restore(shown, this.#shelf.models(), jobs);
+      if (unseen) this.#room.reset();
     } else {
       this.told = t("The session holds no scans yet.");
       await this.#room.study.begin();

@@ -9,6 +9,7 @@ import { loadStructural, type Loader, type Series, type SeriesId } from "../mode
 import { SEQUENCES, isSequence, type SequenceId } from "../model/sequences";
 import { topologyOf, type Topology } from "../model/topology";
 import type { Log } from "./log.svelte";
+import { seconds } from "../ui/format";
 import { counted, t } from "../words/words.svelte";
 
 export type Loadable<T> =
@@ -530,9 +531,7 @@ function finishedSentence(series: Series): string {
     ...(series.tokens.length > 0
       ? [counted(series.tokens.length, "{count} token", "{count} tokens")]
       : []),
-    ...(forwardSeconds
-      ? [t("{time} forward", { time: `${(forwardSeconds * 1000).toFixed(0)} ms` })]
-      : []),
+    ...(forwardSeconds ? [t("{time} forward", { time: seconds(forwardSeconds) })] : []),
   ];
   const complete = t("{what} complete", { what: titleOf(series.sequence) });
   return `${complete}${facts.length > 0 ? `: ${facts.join(", ")}` : ""}.`;

@@ -4,13 +4,14 @@ import { t } from "../words/words.svelte";
 
 const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 
-/** A measured value: four significant digits; whole numbers with their thousands apart. */
+/** A measured value: four significant digits, and all of those before the point; thousands apart. */
 export function value(x: number): string {
   if (Number.isNaN(x)) return t("not measured");
   if (!Number.isFinite(x)) return x > 0 ? "+∞" : "−∞";
   if (Number.isInteger(x) && Math.abs(x) < 1e15) return grouped.format(x);
   const size = Math.abs(x);
-  if (size >= 1e6 || size < 1e-3) return x.toExponential(3);
+  if (size >= 1e7 || size < 1e-3) return x.toExponential(3);
+  if (size >= 1e4) return grouped.format(x);
   return x.toPrecision(4);
 }
 
@@ -58,6 +59,11 @@ export function clock(elapsed: number): string {
 export function token(text: string): string {
   if (text === "") return "◌";
   return text.replaceAll(" ", "·").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+}
+
+/** What of a text fits into so many characters; that more was there is seen. */
+export function shortened(text: string, room: number): string {
+  return text.length > room ? `${text.slice(0, room - 1)}…` : text;
 }
 
 /** A token as it is spoken: white space is no word. */

@@ -252,6 +252,10 @@ test("a component is stimulated by keyboard alone, compared, and let go", async 
   await page.keyboard.press("f");
   expect((await reading(page)).value).toBe(after.at(-1));
   expect(await violations(page)).toEqual([]);
+  // What is only spoken, deep in the panel, makes the window scroll no more than what is seen.
+  expect(
+    await page.evaluate(() => document.documentElement.scrollHeight - window.innerHeight),
+  ).toBe(0);
   // Two jobs stand in the address: the scan and the stimulation. Both come back.
   expect((await address(page)).getAll("job")).toHaveLength(2);
   await page.reload();
@@ -268,6 +272,8 @@ test("a fact is traced, and its map stands in the sagittal plane", async () => {
   await page.getByText("Name the words of the prompt").waitFor();
   await page.getByTestId("subject").fill("The Eiffel Tower");
   await page.keyboard.press("Enter");
+  await page.getByText("Tracing…").waitFor();
+  expect(await page.getByText("Patching…").count()).toBe(0);
   await page.locator(".status", { hasText: "Tracing complete" }).waitFor();
   await page.getByTestId("trace").waitFor();
   // There is no fMRI scan beside it, and nothing stands in front of the picture to say so.

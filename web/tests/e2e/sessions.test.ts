@@ -132,6 +132,27 @@ test("saved, forgotten and opened by its ID: complete in three requests, and no 
   await service.worker("on");
 });
 
+test("what a program saved, and nobody has looked at, opens at its last token", async () => {
+  const { context, page } = await stranger();
+  await go(page);
+  await scan(page);
+  const seen = await reading(page);
+  await page.waitForFunction(() => location.hash.includes("job="));
+  const job = new URLSearchParams(await page.evaluate(() => location.hash.slice(1))).get("job");
+  const made = await page.request.post(`${service.origin}/api/sessions`, {
+    data: { name: "From a script", scans: [{ job }] },
+  });
+  expect(made.status(), await made.text()).toBe(201);
+  const { id } = (await made.json()) as { id: string };
+  await go(page, `session=${id}`);
+  await page.reload();
+  await page.getByTestId("open-session").filter({ hasText: "From a script" }).waitFor();
+  await settled(page);
+  expect(seen.column).toBeGreaterThan(0);
+  expect(await reading(page)).toEqual(seen);
+  await context.close();
+});
+
 test("an address with an open session in it shows the same again, unsaved notes among it", async () => {
   const { context, page } = await stranger();
   await go(page);

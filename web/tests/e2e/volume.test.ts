@@ -75,6 +75,14 @@ test("a region's numbers are those of the floats in it", async () => {
   await page.getByTestId("statistics").waitFor();
   const xs = await page.getByTestId("region").boundingBox();
   expect(xs?.width).toBeGreaterThan(20);
+  // The tool draws its own outline, and leaves the letters of the axes as they are.
+  const strokes = (selector: string) =>
+    page
+      .locator(selector)
+      .first()
+      .evaluate((element) => getComputedStyle(element).strokeDasharray);
+  expect(await strokes("[data-testid=axial] text")).toBe("none");
+  expect(await strokes("[data-testid=region]")).not.toBe("none");
   // By key the region is the crosshair's layer: what is in it is known without looking.
   await page.keyboard.press("Escape");
   await page.keyboard.press("e");

@@ -6,6 +6,7 @@ import { dense, densely } from "../../scripts/dense.mjs";
 import { UnreadableArchive, pack, stateHash, unpack, type Archive } from "../../src/export/archive";
 import { csvOf } from "../../src/export/csv";
 import { fileName } from "../../src/export/download";
+import { colourBar } from "../../src/export/figure";
 import { INKS, onGround } from "../../src/export/ink";
 import { sha256 } from "../../src/export/sha256";
 import { storedFetch } from "../../src/export/stored";
@@ -106,6 +107,20 @@ test("on paper nothing stays white, and either direction darkens evenly from it"
     expect(light(index - 1)).toBeLessThanOrEqual(light(index));
   expect(onGround(lut("inferno"), false, "paper")).toBe(lut("inferno"));
   expect(INKS.paper.ground).toBe("#ffffff");
+});
+
+test("the end of a scale says when values lie beyond it", () => {
+  const map = lut("green-violet");
+  const bar = (...values: readonly number[]) => {
+    const window = { level: 0, width: 2 };
+    const distribution = Float64Array.from(values);
+    const colours = { lut: map, window, scale: "linear", signed: true, unit: "nats" } as const;
+    return colourBar({ ...colours, distribution }, map, 0, 0, INKS.paper);
+  };
+  expect(bar(-16, 0, 0.5)).toContain(">≤ -1.00<");
+  expect(bar(-16, 0, 0.5)).toContain(">1.00<");
+  expect(bar(0, 3)).toContain(">≥ 1.00<");
+  expect(bar()).not.toMatch(/[≤≥]/);
 });
 
 test("a figure's words are escaped, whatever the prompt was", () => {

@@ -1,12 +1,25 @@
 import { expect, test } from "vitest";
 
-import { bytes, clock, percent, seconds, short, spoken, token, value } from "../../src/ui/format";
+import {
+  bytes,
+  clock,
+  percent,
+  seconds,
+  short,
+  shortened,
+  spoken,
+  token,
+  value,
+} from "../../src/ui/format";
 import { nearest } from "../../src/render/hit";
 
-test("values keep four digits, and whole numbers all of them", () => {
+test("values keep four digits and all before the point, whole numbers all of them", () => {
   expect(value(3.14159)).toBe("3.142");
   expect(value(468.912)).toBe("468.9");
   expect(value(2654784)).toBe("2,654,784");
+  expect(value(22661.4)).toBe("22,661");
+  expect(value(-1118034.2)).toBe("-1,118,034");
+  expect(value(12345678.5)).toBe("1.235e+7");
   expect(value(0.00001234)).toBe("1.234e-5");
   expect(value(NaN)).toBe("not measured");
 });
@@ -30,6 +43,11 @@ test("white space in tokens is seen, and not read out as a word", () => {
   expect(token("")).toBe("◌");
   expect(spoken(" Paris")).toBe("Paris");
   expect(spoken("\n")).toBe("white space");
+});
+
+test("a text that is cut says so", () => {
+  expect(shortened("Tower", 5)).toBe("Tower");
+  expect(shortened("Tower", 4)).toBe("Tow…");
 });
 
 test("the pointer means the nearest mark, within reach", () => {

@@ -14,9 +14,9 @@ export const cards = {
     "텐서의 나머지에서 크게 벗어난 가중치의 비율.",
   "The part's largest weight.": "그 부품의 가장 큰 가중치.",
   "Whether the head writes what it reads: 1 copies, −1 writes the opposite.":
-    "head가 읽은 것을 그대로 쓰는지: 1은 복사, −1은 반대로 씀.",
+    "헤드가 읽은 것을 그대로 쓰는지: 1은 복사, −1은 반대로 씀.",
   "How much the part writes to the residual stream at the token.":
-    "그 토큰에서 부품이 residual stream에 쓰는 양.",
+    "그 토큰에서 부품이 잔차 스트림에 쓰는 양.",
   "How much more or less the part writes once something was changed.":
     "자극 후 부품이 더 쓰거나 덜 쓰는 양.",
   "How far the part's write moved, whichever way.":
@@ -24,7 +24,7 @@ export const cards = {
   "How much the part writes with something changed.": "자극을 준 상태에서 부품이 쓰는 양.",
   "How much the part writes with nothing changed.": "자극 없이 부품이 쓰는 양.",
   "How much of the answer one clean value brings back after the subject was drowned or replaced.":
-    "주어를 노이즈로 덮거나 바꾼 뒤, 깨끗한 값 하나가 정답을 얼마나 되살리는지.",
+    "주어를 노이즈로 덮거나 바꾼 뒤, 원본 값 하나가 정답을 얼마나 되살리는지.",
   "What replacing the part does to the answer.": "부품을 대체하면 정답이 어떻게 변하는지.",
   "What replacing the part would do, to first order.": "부품을 대체했을 때의 변화, 1차 추정.",
   "What the part writes straight for the answer, past everything that follows.":

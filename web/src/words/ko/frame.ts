@@ -62,7 +62,7 @@ export const frame = {
   "Scan failed": "스캔 실패",
   Dismiss: "닫기",
   "No {id} scan yet": "아직 {id} 스캔이 없습니다",
-  "It reads no prompt and is taken once a model.": "프롬프트 없이 모델마다 한 번만 찍습니다.",
+  "One scan of each model is enough.": "모델마다 한 번만 찍으면 됩니다.",
   "It asks what carries one next token. Try:":
     "다음 토큰 하나를 무엇이 만들어 내는지 추적합니다. 예:",
   "{answer} rather than {foil}": "{foil}이(가) 아니라 {answer}",
@@ -85,7 +85,7 @@ export const frame = {
   estimates: "추정치",
   acquiring: "촬영 중",
   "prompt hidden": "프롬프트 숨김",
-  "all heads": "모든 head",
+  "all heads": "모든 헤드",
   "rank {rank}": "순위 {rank}",
   measured: "측정값",
   estimate: "추정치",

@@ -76,7 +76,7 @@ export const hanging = {
   "Current scan's ID": "현재 스캔 ID",
   "current: as it is, or a scan's ID": "현재: 그대로 또는 스캔 ID",
   Open: "열기",
-  "Both runs of the stimulation, read from one batch.": "한 배치에서 읽은 자극의 두 실행.",
+  "Both runs, read from one batch.": "한 배치에서 읽은 두 실행.",
   "Stimulate something first (P).": "먼저 자극하세요 (P).",
   "Windows are linked: one colour, one value.": "윈도 연동: 같은 색은 같은 값.",
   "crosshair at the same relative depth": "같은 상대 깊이의 십자선",

@@ -37,7 +37,7 @@ export const keys = {
   "Corner texts": "모서리 글자",
   "Hide the prompt": "프롬프트 숨기기",
   "Go to the prompt": "프롬프트로 이동",
-  "Strongest attention head": "가장 강한 어텐션 head",
+  "Strongest attention head": "가장 강한 어텐션 헤드",
   "Guided tour": "안내 투어",
   "This help": "이 도움말",
 } as const;

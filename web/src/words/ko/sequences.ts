@@ -6,14 +6,14 @@ export const sequences = {
   Tracts: "경로",
   Anomaly: "이상",
   "Static structure: every head and MLP, and how many parameters it has.":
-    "정적 구조: 모든 head와 MLP, 그리고 각각의 파라미터 수.",
+    "정적 구조: 모든 헤드와 MLP, 그리고 각각의 파라미터 수.",
   "Lighter and larger: more parameters.": "밝고 클수록 파라미터가 많습니다.",
   "How large the weights of each component are, as published; no prompt is read.":
     "각 컴포넌트의 가중치(weight) 크기. 공개된 그대로이며 프롬프트를 읽지 않습니다.",
   "Lighter blue: larger weights. A ring marks weights far outside the rest of their tensor.":
     "밝은 파랑일수록 가중치가 큽니다. 고리는 텐서의 나머지에서 크게 벗어난 이상치(outlier)입니다.",
   "What each component writes to the residual stream at each token of a prompt.":
-    "프롬프트의 각 토큰에서 컴포넌트가 residual stream에 쓰는 활성화(activation).",
+    "프롬프트의 각 토큰에서 컴포넌트가 잔차 스트림에 쓰는 활성화(activation).",
   "Hotter and larger: writes more at this token.": "뜨겁고 클수록 이 토큰에서 더 많이 씁니다.",
   "Which components carry the answer, and along which paths: what replacing each one does to it.":
     "어떤 컴포넌트가 어떤 경로로 정답을 나르는지: 각각을 대체하면 정답이 어떻게 변하는지 봅니다.",
