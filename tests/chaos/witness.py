@@ -144,9 +144,7 @@ class Witness:
         return Verdict(
             states=Counter(moves[-1].is_now.value for moves in of_job.values()),
             wrong=wrong,
-            claims=sum(
-                move.is_now is JobState.CLAIMED for moves in of_job.values() for move in moves
-            ),
+            claims=sum(_is_claim(move) for moves in of_job.values() for move in moves),
             most_attempts=max((moves[-1].attempt for moves in of_job.values()), default=0),
         )
 
@@ -250,6 +248,12 @@ def _uuid(value: object) -> UUID:
     return value if isinstance(value, UUID) else UUID(str(value))
 
 
+def _is_claim(move: Move) -> bool:
+    """Whether a worker took the job: one that comes alone is begun as it is taken."""
+    begun = move.was is JobState.QUEUED and move.is_now is JobState.RUNNING
+    return begun or move.is_now is JobState.CLAIMED
+
+
 def _wrong_with(job: UUID, moves: list[Move]) -> Iterator[str]:
     ends = [move for move in moves if move.is_now in TERMINAL and move.was is not move.is_now]
     if len(ends) != 1:
@@ -262,9 +266,10 @@ def _wrong_with(job: UUID, moves: list[Move]) -> Iterator[str]:
             yield f"{job} went back from attempt {attempt} to {move.attempt}"
         attempt = move.attempt
         follows = move.leader is not None
-        if move.was is not None and not follows and move.is_now not in TRANSITIONS[move.was]:
+        may = move.was is None or follows or move.is_now in TRANSITIONS[move.was]
+        if not may and not _is_claim(move):
             yield f"{job} went from {move.was} to {move.is_now}"
-        if move.is_now is JobState.CLAIMED and move.attempt != (move.was_attempt or 0) + 1:
+        if _is_claim(move) and move.attempt != (move.was_attempt or 0) + 1:
             yield f"{job} was claimed without a new attempt: {move}"
     end = moves[-1]
     own = end.was is not None and end.was is not JobState.QUEUED
