@@ -185,9 +185,10 @@ class Summaries:
             torch.cat([part.values for part in self._neurons]).cpu(),
         )
 
-    def sinks(self, prompt: slice = slice(None)) -> Bool[Tensor, " pos"]:
-        """Whether each token of the prompt, these positions of the batch, is a sink in any layer."""
-        return sinks(torch.cat(self._residual_norms)[:, prompt].cpu())
+    def sinks(self, *, each: int = 1) -> Bool[Tensor, "prompt pos"]:
+        """Whether each token of each of `each` prompts is a sink in any layer."""
+        norms = torch.cat(self._residual_norms).cpu()
+        return sinks(norms.view(len(norms), each, -1))
 
     def _kept_of_each(self, values: Float[Tensor, "layer pos width"]) -> Tensor:
         return values if self._kept is None else values.index_select(1, self._kept)
@@ -241,11 +242,11 @@ def _side_by_side(values: Sequence[Tensor]) -> Float[Tensor, "layer *rest"]:
     return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
 
 
-def sinks(norms: Float[Tensor, "layer pos"]) -> Bool[Tensor, " pos"]:
+def sinks(norms: Float[Tensor, "layer *prompt pos"]) -> Bool[Tensor, "*prompt pos"]:
     """Whether each token is a sink in any layer, from the norms of what leaves the blocks."""
-    found = torch.zeros(norms.shape[1], dtype=torch.bool)
-    found[0] = True
-    if len(found) > 1:
-        typical = norms[:, 1:].median(dim=1, keepdim=True).values
+    found = torch.zeros(norms.shape[1:], dtype=torch.bool)
+    found[..., 0] = True
+    if norms.shape[-1] > 1:
+        typical = norms[..., 1:].median(dim=-1, keepdim=True).values
         found |= (norms > SINK_RATIO * typical).any(dim=0)
     return found
