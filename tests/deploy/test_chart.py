@@ -273,6 +273,16 @@ def test_every_setting_that_the_runbook_names_can_be_set(name: str) -> None:
         assert any(wanted in each for each in seen)
 
 
+def test_whatever_reads_the_database_first_sees_to_its_schema() -> None:
+    migrate = {
+        ("python", "-m", "neural_mri.backing"),
+        ("python", "-m", "worker.modelstore", "bring"),
+    }
+    for name, pod in pods():
+        (first, *_) = pod["spec"]["initContainers"]
+        assert tuple(first["command"]) in migrate, name
+
+
 def test_an_upgrade_needs_no_gpu_beside_those_that_workers_hold() -> None:
     (worker,) = [
         each
