@@ -87,9 +87,9 @@ class Timed:
         """Passed on."""
         self._listener.progress(stage, done, total)
 
-    def layer(self, frame: LayerFrame) -> None:
+    def layer(self, layer: int, make: Callable[[], LayerFrame]) -> None:
         """Passed on."""
-        self._listener.layer(frame)
+        self._listener.layer(layer, make)
 
     def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
         """Passed on."""
