@@ -393,9 +393,10 @@ class Attempts:
             if ended is None:
                 self._take_away(result.path)
                 continue
+            home = ended.view().links["result"]
             for ref in result.manifest.tables:
-                url = f"{ended.view().links['result']}/{ref.name}"
-                self._outbox.post(ended.id, Artifact(table=ref.name, url=url, bytes=ref.bytes))
+                artifact = Artifact(table=ref.name, url=f"{home}/{ref.name}", bytes=ref.bytes)
+                self._outbox.post(ended.id, artifact)
             self._tell(ended)
         crash_point("worker.succeeded")
 

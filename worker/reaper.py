@@ -4,6 +4,8 @@ Its own small process, without torch, so that it goes on when workers do not. It
 any moment, or run twice, it loses nothing and doubles nothing.
 """
 
+import faulthandler
+import os
 import select
 import signal
 import socket
@@ -13,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import islice
+from pathlib import Path
 from typing import Self
 
 import structlog
@@ -40,7 +43,7 @@ from neural_mri.backing.storage import Store
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
 from neural_mri.contract.problems import TooMany, Unavailable
 
-__all__ = ("Ending", "Reaper", "main")
+__all__ = ("Beat", "Ending", "Reaper", "main")
 
 MOST_TICKETS = 64
 """Sent to a queue in one round: a flood of jobs needs no flood of tickets, workers claim batches."""
@@ -55,6 +58,9 @@ MOST_RESULTS = 1000
 STOP_EVERY_SECONDS = 1.0
 """How often batches are looked at of which too many scans may have failed, or lines wait for room."""
 
+SWEEP_TIMES = 15.0
+"""So many times as long as anything else a sweep may take: a folder may hold millions of files."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -62,8 +68,15 @@ class Reaper:
     """Rounds of reaping and topping up."""
 
     def __init__(
-        self, settings: Settings, sessions: Sessions, redis: SyncRedis, store: Store
+        self,
+        settings: Settings,
+        sessions: Sessions,
+        redis: SyncRedis,
+        store: Store,
+        beat: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
+        self._beat = beat
+        """Told, before anything that may hang, for how long that could take."""
         self._settings = settings
         self._sessions = sessions
         self._redis = redis
@@ -80,9 +93,12 @@ class Reaper:
 
     def run(self, ends_within: Callable[[float], bool]) -> None:
         """Rounds until it is to end within the seconds between two; a round under way is finished."""
-        self.round()
-        while not ends_within(self._settings.reaper_interval_seconds):
+        pause = self._settings.reaper_interval_seconds
+        ended = False
+        while not ended:
             self.round()
+            self._beat(pause + self._settings.reaper_hung_seconds)
+            ended = ends_within(pause)
 
     def round(self) -> None:
         """Look once. What does not answer is tried again next time."""
@@ -90,10 +106,11 @@ class Reaper:
         self._try("redis", self._top_up)
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_EVERY_SECONDS
-            self._try("store", self._sweep)
+            self._try("store", self._sweep, times=SWEEP_TIMES)
         self._try("leftovers", self._take_leftovers)
 
-    def _try(self, what: str, work: Callable[[], None]) -> None:
+    def _try(self, what: str, work: Callable[[], None], *, times: float = 1.0) -> None:
+        self._beat(times * self._settings.reaper_hung_seconds)
         try:
             work()
         except (Unavailable, *AWAY) as error:
@@ -121,6 +138,7 @@ class Reaper:
         if moved:
             crash_point("reaper.taken-back")
         for job in moved:
+            self._beat(self._settings.reaper_hung_seconds)
             self._forget_result(job)
             self._announce(job)
         # A worker may be idle: it need not wait for two rounds to find them missing.
@@ -250,6 +268,34 @@ class Ending:
         return bool(select.select([self._heard], [], [], seconds)[0])
 
 
+class Beat:
+    """Says of this process that it goes on, and ends it once it does not. A context manager.
+
+    The time of change of a file is until when the process is alive: a probe compares it with the clock.
+    A process that hangs is ended by its own watchdog, which says on standard error where it hung, and needs
+    neither the interpreter nor a probe: whoever started the process starts it again.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._path = Path(file) if file else None
+
+    def __enter__(self) -> Self:
+        if self._path is not None:
+            self._path.touch()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    def __call__(self, seconds: float) -> None:
+        """What comes next takes at most so long."""
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        if self._path is not None:
+            until = time.time() + seconds
+            with suppress(OSError):  # then the probe ends what would have gone on: no harm
+                os.utime(self._path, (until, until))
+
+
 def main() -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
     try:
@@ -258,10 +304,15 @@ def main() -> int:
         print(error, file=sys.stderr)  # noqa: T201 (there is no log without settings)
         return 2
     logs.configure(settings, process="reaper")
-    with Ending() as ending, closing(database.sessions(settings)) as sessions:
+    with (
+        Ending() as ending,
+        closing(database.sessions(settings)) as sessions,
+        Beat(settings.reaper_beat_file) as beat,
+    ):
         log.info("reaper_started", seconds=settings.reaper_interval_seconds)
         store = storage.open_store(settings)
-        Reaper(settings, sessions, broker.connect(settings), store).run(ending.comes_within)
+        redis = broker.connect(settings)
+        Reaper(settings, sessions, redis, store, beat).run(ending.comes_within)
     log.info("reaper_stopped")
     return 0
 

@@ -2,9 +2,9 @@
 
 The scan must never wait for Redis, so it posts to an `Outbox` and a thread publishes. The outbox bounds
 what it holds and what it sends: progress at most `PROGRESS_PER_SECOND` a job (the last one of a stage
-always), of one layer the newest frame only, token frames all and in order, and any frames only of jobs that
-somebody may watch (`unseen`). It bounds how often it sends as well: whatever the thread computes the scan
-does not.
+always), of one layer the newest frame only, token frames all and in order, and progress and any frames only
+of jobs that somebody may watch (`unseen`). It bounds how often it sends as well: whatever the thread computes
+the scan does not.
 """
 
 import math
@@ -102,9 +102,15 @@ class Outbox:
     def post(self, job_id: UUID, event: Event) -> None:
         """Queue an event; returns at once."""
         with self._changed:
+            if isinstance(event, Progress | LayerFrame) and self._has_kept(job_id, event):
+                return
             match event:
                 case Progress():
-                    self._hold(job_id, event)
+                    # Nobody waits for that of a job that nobody watches: the newest will do.
+                    if job_id in self._watched:
+                        self._hold(job_id, event)
+                    else:
+                        self._append(job_id, event)
                 case LayerFrame():
                     self._replace_or_append(job_id, event)
                 case ActivationFrame():
@@ -117,15 +123,25 @@ class Outbox:
                 self._publish_at = 0.0
             self._wake_for(job_id)
 
-    def post_frames(self, job_id: UUID, make: Callable[[], Sequence[ActivationFrame]]) -> None:
-        """Queue token frames, which are made when somebody is to see them."""
+    def post_frames(self, job_id: UUID, frames: Frames) -> None:
+        """Queue frames, which are made when somebody is to see them."""
         with self._changed:
+            if self._has_kept(job_id, frames):
+                return
             if job_id not in self._watched:
-                self._append(job_id, Frames(make))
+                self._append(job_id, frames)
                 self._wake_for(job_id)
                 return
-        for frame in make():
+        for frame in frames.made():
             self.post(job_id, frame)
+
+    def _has_kept(self, job_id: UUID, picture: Progress | LayerFrame | Frames) -> bool:
+        """Put a picture to others that wait for somebody: a forward tells of hundreds, and of most nobody hears."""
+        unseen = self._unseen.get(job_id)
+        if unseen is None or not unseen.takes_pictures or len(unseen) >= LARGEST_BACKLOG:
+            return False
+        unseen.keep(picture)
+        return True
 
     def lose(self, job_id: UUID) -> None:
         """Keep no frames of a job that is another attempt's now, or that has ended elsewhere.
@@ -182,7 +198,6 @@ class Outbox:
     def _release(self, job_id: UUID) -> None:
         progress = self._held.pop(job_id, None)
         if progress is not None:
-            self._due[job_id] = time.monotonic() + 1 / PROGRESS_PER_SECOND
             self._append(job_id, progress)
 
     def _replace_or_append(self, job_id: UUID, frame: LayerFrame) -> None:
@@ -239,10 +254,15 @@ class Outbox:
         self._waiting.append(Told(job_id, event))
         if len(self._waiting) > MOST_AT_ONCE:
             self._publish_at = 0.0
-        if isinstance(event, LayerFrame):
-            self._layers.add((job_id, event.layer))
-        if isinstance(event, Ended):
-            self._forget(job_id)
+        match event:
+            case Progress():
+                self._due[job_id] = time.monotonic() + 1 / PROGRESS_PER_SECOND
+            case LayerFrame():
+                self._layers.add((job_id, event.layer))
+            case Ended():
+                self._forget(job_id)
+            case _:
+                pass
 
     def _publish(self) -> None:
         while True:
@@ -342,13 +362,13 @@ class Reporter:
         """`done` of `total` steps of a stage are behind us."""
         self._outbox.post(self._job_id, Progress(stage=stage, done=done, total=total))
 
-    def layer(self, frame: LayerFrame) -> None:
+    def layer(self, layer: int, make: Callable[[], LayerFrame]) -> None:
         """A layer has been computed."""
-        self._outbox.post(self._job_id, frame)
+        self._outbox.post_frames(self._job_id, Frames(make, layer))
 
     def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
         """Tokens' components are known."""
-        self._outbox.post_frames(self._job_id, make)
+        self._outbox.post_frames(self._job_id, Frames(make))
 
     def effects(self, frame: EffectsFrame) -> None:
         """Components' effects are estimated, or measured."""

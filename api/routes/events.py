@@ -34,7 +34,7 @@ DESCRIPTION = (
     "(earlier events are gone; the job stands as it says), and one `ended`, the last. Each event's "
     "data is a JSON object that names its `job` and `type`. A stream begins with the job's first "
     "event, or after Last-Event-ID; it ends early where the key it was asked for with is revoked, or the "
-    "session closed. Frames are told of a job that somebody may look at as it runs: one whose request did "
+    "session closed. Progress and frames are told of a job that somebody may look at as it runs: one whose request did "
     "not wait for the answer, or that is followed before its end. 204: the end has been read already."
 )
 RESPONSES = {

@@ -244,12 +244,11 @@ class Launcher:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """What children see: our settings as they stand, and libraries that stay off the network."""
+    """What children see: our settings as they stand, and libraries that report to nobody."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     return {
         **own,
         **settings.environment(),
-        "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "disabled",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",

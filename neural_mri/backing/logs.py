@@ -42,6 +42,7 @@ _NOISY = {
     "alembic": logging.WARNING,
     "asyncio": logging.WARNING,
     "aiosqlite": logging.WARNING,
+    "httpx2": logging.WARNING,  # a file's address on the hub is signed: whoever reads it may fetch
     "sqlalchemy": logging.WARNING,
     "urllib3": logging.WARNING,
 }

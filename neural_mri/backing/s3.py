@@ -152,6 +152,9 @@ class _Uploads:
             earlier.result()
         self._sending.append(_SENDERS.submit(self._store.put, file.path, file.body))
 
+    def flush(self) -> None:
+        """Nothing: all that may be sent before the others is on its way."""
+
     def place(self, placed: Callable[[int], None], last: Callable[[], None] = lambda: None) -> None:
         """Wait for all but the last, then send it."""
         for index, sent in enumerate(self._sending):

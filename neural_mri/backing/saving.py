@@ -80,6 +80,7 @@ class Saving:
         self._later = deque(results)
         """Beyond what may be open at once."""
         self._begun: list[_Begun] = []
+        self._is_alone = len(self._later) == 1
         self._begin_some()
 
     def __enter__(self) -> Self:
@@ -114,12 +115,14 @@ class Saving:
         return finished
 
     def _begin_some(self) -> None:
-        n_files = sum(len(begun.result.tables) + 1 for begun in self._begun)
-        while self._later and (not n_files or n_files < MOST_OPEN):
+        n_files = sum(begun.n_files for begun in self._begun)
+        while self._later and n_files < MOST_OPEN:
             begun = _Begun(self._later.popleft())
             begun.attempt(partial(_Begun.begin, store=self._store))
+            if not self._is_alone:
+                begun.attempt(_Begun.flush)
             self._begun.append(begun)
-            n_files += len(begun.result.tables) + 1
+            n_files += begun.n_files
 
 
 class _Begun:
@@ -144,6 +147,11 @@ class _Begun:
         return self._path == self.result.packed
 
     @property
+    def n_files(self) -> int:
+        """How many files that is."""
+        return 1 if self.is_packed else len(self.result.tables) + 1
+
+    @property
     def has_failed(self) -> bool:
         """Whether a step has failed."""
         return self._error is not None
@@ -160,6 +168,11 @@ class _Begun:
     def begin(self, store: Store) -> None:
         """Begin to write all of its files."""
         self._writing = store.begin(self._files())
+
+    def flush(self) -> None:
+        """Let the disk work while others are begun."""
+        if self._writing is not None:
+            self._writing.flush()
 
     def place(self) -> None:
         """Let the tables be found, and then the manifest; or all at once."""

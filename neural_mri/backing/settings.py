@@ -21,6 +21,8 @@ Seconds = Annotated[float, Meta(gt=0)]
 Bucket = Annotated[str, Meta(pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w.-]+)*/?)?$")]
 Address = Annotated[str, Meta(pattern=r"^(https?://[^/?#\s@]+/?)?$")]
 
+ModelSources = Annotated[str, Meta(pattern=r"^([^=,\s]+=[^=,\s]+(,[^=,\s]+=[^=,\s]+)*)?$")]
+
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*(?=@)|(?<=nmri_[0-9a-f]{12}_)[\w-]+")
 
 _SECRET = frozenset({"key_pepper"})
@@ -68,6 +70,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Model of a request that names none."""
     pinned_models: str = "smollm2-135m-instruct"
     """Models a worker loads at start and never evicts, separated by commas."""
+    model_sources: ModelSources = ""
+    """Where models come from that are brought into the store by name: `NAME=SOURCE`, separated by commas."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Floating-point type models are loaded in."""
     device: str = "auto"
@@ -115,6 +119,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long a claim holds without being renewed."""
     reaper_interval_seconds: Seconds = 0.2
     """How often lost tickets and dead leases are looked for."""
+    reaper_hung_seconds: Seconds = 120.0
+    """How long the reaper may be about one thing before it is taken for hung, and ends to be started anew."""
+    reaper_beat_file: str = ""
+    """File whose time of change is until when the reaper is alive, for a probe; none where empty."""
     max_attempts: Annotated[int, Meta(ge=1)] = 3
     """Claims a job may lose before it is quarantined."""
     job_deadline_seconds: Seconds = 600.0
@@ -170,6 +178,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def pinned(self) -> tuple[str, ...]:
         """Names of the models to pin."""
         return tuple(name.strip() for name in self.pinned_models.split(",") if name.strip())
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where models come from, by their names."""
+        pairs = (pair.partition("=") for pair in self.model_sources.split(",") if pair)
+        return {name: source for name, _, source in pairs}
 
     def __repr__(self) -> str:
         fields = (field.name for field in msgspec.structs.fields(self))

@@ -81,6 +81,9 @@ class NamedBytes(NamedTuple):
 class Writing(Protocol):
     """Files on their way into a store, together: placed, then settled, or else dropped."""
 
+    def flush(self) -> None:
+        """Let them be written meanwhile: there is something else to do before they are placed."""
+
     def place(self, placed: Callable[[int], None], last: Callable[[], None] = lambda: None) -> None:
         """Let all be found under their paths, the last only once all others are.
 
@@ -339,10 +342,15 @@ class _Halves:
                         _place(half)
                     self.settle()
                 self._halves.append(self._half(file))
-            self._flush(self._halves[-MOST_OPEN:])
+            if len(self._halves) > 1:
+                self.flush()
         except BaseException:
             self.drop()
             raise
+
+    def flush(self) -> None:
+        """Have the disk write what it does not yet: a file that is begun alone is left to who waits for it."""
+        self._flush(self._halves[-MOST_OPEN:])
 
     def place(self, placed: Callable[[int], None], last: Callable[[], None] = lambda: None) -> None:
         """Let all be found under their paths, the last only once all others are."""
@@ -404,6 +412,7 @@ class _Half:
         # A leading dot is no path of ours: a half-written file cannot be asked for.
         self._beside = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
         self._flushing: Future[None] | None = None
+        self._is_flushed = False
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         self._file: int | None = os.open(self._beside, flags, 0o600, dir_fd=place.folder)
         try:
@@ -419,14 +428,20 @@ class _Half:
 
     def await_flush(self) -> None:
         """Wait until its bytes are on the disk."""
-        if self._flushing is not None:
-            with _explained(self._path):
+        if self._file is None or self._is_flushed:
+            return
+        with _explained(self._path):
+            if self._flushing is None:
+                # Who would wait for a thread can wait for the disk.
+                os.fsync(self._file)
+            else:
                 self._flushing.result()
+        self._is_flushed = True
 
     def place(self) -> None:
         """Rename it into its place, once its bytes are on the disk."""
         self.await_flush()
-        if self._file is None or self._flushing is None:
+        if self._file is None:
             return
         with _explained(self._path):
             crash_point("worker.written")

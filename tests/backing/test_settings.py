@@ -94,3 +94,13 @@ def test_everything_lives_in_the_data_folder_unless_told_otherwise(tmp_path: Pat
 
 def test_pinned_models_are_separated_by_commas() -> None:
     assert Settings(pinned_models=" a, b ,,").pinned == ("a", "b")
+
+
+def test_sources_of_models_are_read_by_name() -> None:
+    said = "a=folder:/data/a,b=hf:acme/b@v2"
+    settings = load_settings({"NEURAL_MRI_MODEL_SOURCES": said})
+    assert settings.sources == {"a": "folder:/data/a", "b": "hf:acme/b@v2"}
+    assert Settings().sources == {}
+    for wrong in ("a", "a=", "=hf:acme/b", "a=hf:acme/b,", "a=b c"):
+        with pytest.raises(InvalidSettings, match="NEURAL_MRI_MODEL_SOURCES"):
+            load_settings({"NEURAL_MRI_MODEL_SOURCES": wrong})

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,31 @@ def test_what_files_lie_in_is_flushed_once_for_all_of_them_before_they_are_settl
     writing.settle()
     assert sorted(flushed) == ["chunks/aa", "chunks/bb", "manifests"]
     assert files(root) == set(names)
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_file_alone_is_flushed_by_who_waits_for_it_and_by_others_where_there_is_more_to_do(
+    folder: FolderStore, monkeypatch: pytest.MonkeyPatch, *, meanwhile: bool
+) -> None:
+    folder.put("packed/before", b"so that the folder is there")
+    real, flushed = os.fsync, list[tuple[str, bool]]()
+
+    def look(file: int) -> None:
+        name = Path(f"/proc/self/fd/{file}").readlink().name
+        flushed.append((name, threading.current_thread() is threading.main_thread()))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", look)
+    writing = folder.begin([NamedBytes("packed/1", b"arrow")])
+    if meanwhile:
+        writing.flush()
+    writing.place(lambda _index: None)
+    assert folder.get("packed/1") == b"arrow"
+    writing.settle()
+    (file, by_us), (place, last_by_us) = flushed
+    assert file.startswith(".1.")
+    assert by_us is not meanwhile
+    assert (place, last_by_us) == ("packed", True)
 
 
 def test_what_stands_there_already_is_not_taken_for_flushed(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from neural_mri.backing import keys, saving, stored
 from neural_mri.backing.saving import SavedResult, Saving, Unsaved
 from neural_mri.backing.storage import (
+    MOST_OPEN,
     Damaged,
     FolderStore,
     Missing,
@@ -353,6 +354,16 @@ def test_of_results_that_are_begun_those_alone_are_found_that_are_finished(
         assert stored.load_manifest(store, one.path) == one.manifest
         [ref] = one.manifest.tables
         assert stored.read_tables(store, one.path)["tokens"].num_rows == ref.rows
+
+
+def test_as_many_small_results_as_files_may_be_open_are_all_begun_at_once(
+    folder: FolderStore,
+) -> None:
+    results = [unsaved(attempt=attempt) for attempt in range(1, MOST_OPEN + 2)]
+    with Saving(folder, results[:-1]) as going:
+        assert going.is_quick
+    with Saving(folder, results) as going:
+        assert not going.is_quick
 
 
 def test_a_result_that_cannot_be_encoded_costs_the_others_nothing(

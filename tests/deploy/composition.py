@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ("COMPOSE", "MissingVariable", "services")
+__all__ = ("COMPOSE", "MissingVariable", "merged", "services", "started")
 
 COMPOSE = Path(__file__).parents[2] / "deploy/compose/compose.yaml"
 
@@ -21,6 +21,27 @@ def services(environment: Mapping[str, str], path: Path = COMPOSE) -> dict[str, 
     loaded = yaml.safe_load(path.read_text())
     found: dict[str, dict[str, Any]] = _filled(loaded["services"], environment)
     return found
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Services of one file with those of another over them: mappings are merged, everything else replaced."""
+    found = dict(below)
+    for key, value in above.items():
+        before = found.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            found[key] = merged(before, value)
+        else:
+            found[key] = value
+    return found
+
+
+def started(found: Mapping[str, dict[str, Any]], profile: str = "") -> dict[str, dict[str, Any]]:
+    """Those of the services that `up` starts."""
+    return {
+        name: service
+        for name, service in found.items()
+        if "profiles" not in service or profile in service["profiles"]
+    }
 
 
 def _filled(value: Any, environment: Mapping[str, str]) -> Any:

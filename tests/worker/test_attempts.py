@@ -350,6 +350,7 @@ def test_a_job_that_waits_for_the_store_can_be_cancelled(
 
 def test_loading_makes_a_model_ready_wanted_and_heard_of(bench: Bench) -> None:
     job = bench.order(JobKind.LOAD)
+    bench.redis.set(keys.watched(job.id), b"1")
     bench.attempts().take(keys.CONTROL_QUEUE)
     assert bench.now(job).state is JobState.SUCCEEDED
     assert bench.intake.said == [f"open {bench.queue}"]

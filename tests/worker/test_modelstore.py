@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from neural_mri.backing import audit, keys, models, storage
@@ -124,6 +125,7 @@ def test_pickled_weights_are_refused_by_name(settings: Settings, tmp_path: Path)
     [
         (None, "needs a source"),
         ("http://example.org/model", "is not a source"),
+        ("hf:https://example.org/model", "is no repository of the hub"),
         ("folder:/nowhere/at/all", "there is no folder"),
         ("gguf:/nowhere/at/all.gguf", "there is no gguf"),
         ("package:no-such-package", "is not installed"),
@@ -135,6 +137,78 @@ def test_a_source_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match=said):
         modelstore.add(settings, "anything", source)
+
+
+def test_a_registered_model_needs_no_source_again(
+    settings: Settings, sessions: Sessions, tiny_folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_folder, tmp_path / "mine")
+    model = modelstore.add(settings, "mine", f"folder:{source}")
+    shutil.rmtree(source)
+    assert modelstore.add(settings, "mine") == model
+    # Not even where the settings still name the folder it was brought from.
+    said = msgspec.structs.replace(settings, model_sources=f"mine=folder:{source}")
+    assert modelstore.add(said, "mine") == model
+    assert sessions.read(models.get, "mine") == model
+
+
+def test_a_known_model_that_was_replaced_is_not_put_back(
+    settings: Settings, tiny_folder: Path
+) -> None:
+    (name,) = modelstore.KNOWN_SOURCES
+    mine = modelstore.add(settings, name, f"folder:{tiny_folder}")
+    assert modelstore.add(settings, name) == mine
+
+
+def test_without_a_source_another_type_of_numbers_is_taken_up(
+    tiny: RegisteredModel, settings: Settings
+) -> None:
+    halved = modelstore.add(msgspec.structs.replace(settings, dtype="bfloat16"), "tiny")
+    assert halved.numerics.dtype == "bfloat16"
+    assert (halved.folder, halved.source) == (tiny.folder, tiny.source)
+
+
+def test_a_registered_model_whose_folder_has_gone_wants_its_source(
+    tiny: RegisteredModel, settings: Settings
+) -> None:
+    shutil.rmtree(settings.models_dir / tiny.folder)
+    with pytest.raises(
+        InvalidRequest, match=r"tiny is registered from folder:tiny, and .* no longer"
+    ):
+        modelstore.add(settings, "tiny")
+
+
+def test_a_source_can_stand_in_the_settings(
+    settings: Settings, sessions: Sessions, tiny_folder: Path
+) -> None:
+    said = msgspec.structs.replace(
+        settings,
+        default_model="first",
+        pinned_models="first, second",
+        model_sources=f"second=folder:{tiny_folder},first=folder:{tiny_folder}",
+    )
+    for _ in range(2):
+        brought = subprocess.run(
+            [sys.executable, "-m", "worker.modelstore", "bring"],
+            env=said.environment(),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert brought.returncode == 0, brought.stderr
+    assert [model.name for model in sessions.read(models.all)] == ["first", "second"]
+
+
+def test_equal_files_leave_the_folder_that_a_worker_reads(
+    tiny: RegisteredModel, settings: Settings, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = settings.models_dir / tiny.folder
+    before = (folder / "model.safetensors").stat().st_ino
+    later = shutil.copytree(tiny_folder, tmp_path / "tiny", copy_function=shutil.copyfile)
+    again = modelstore.add(settings, "tiny", f"folder:{later}")
+    assert (again.folder, again.revision) == (tiny.folder, tiny.revision)
+    assert (folder / "model.safetensors").stat().st_ino == before
 
 
 def test_a_file_that_may_hold_code_is_refused(settings: Settings, tmp_path: Path) -> None:

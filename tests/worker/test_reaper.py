@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState, Lane
 from tests.servers import Valkey, database_copy, migrated_database, sqlite_only, valkey
-from worker.reaper import ABANDONED_SECONDS, MOST_TICKETS, Ending, Reaper
+from worker.reaper import ABANDONED_SECONDS, MOST_TICKETS, SWEEP_TIMES, Ending, Reaper
 
 QUEUE = "scan.0123456789abcdef"
 DEAD = LeaseOwner.here()._replace(start_ticks=1)
@@ -394,6 +395,37 @@ def test_the_process_repairs_what_two_crashes_left_and_ends_on_sigterm(
     _, said = process.communicate(timeout=10)
     assert process.returncode == 0
     assert "reaper_stopped" in said
+
+
+def test_one_that_hangs_ends_and_says_where(settings: Settings, sessions: Sessions) -> None:
+    submit(sessions)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes what is sent, and never answers
+        port = silent.getsockname()[1]
+        hung = msgspec.structs.replace(
+            settings, redis_url=f"redis://127.0.0.1:{port}/0", reaper_hung_seconds=0.5
+        )
+        ended = subprocess.run(
+            [sys.executable, "-m", "worker.reaper"],
+            env={**os.environ, **hung.environment()},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert "Timeout (0:00:00.5" in ended.stderr
+    assert "in _top_up" in ended.stderr
+
+
+def test_a_pause_is_no_hanging(
+    settings: Settings, sessions: Sessions, client: SyncRedis, tmp_path: Path
+) -> None:
+    slow = msgspec.structs.replace(settings, reaper_interval_seconds=60.0, reaper_hung_seconds=1.0)
+    beats: list[float] = []
+    reaper = Reaper(slow, sessions, client, storage.open_store(settings), beats.append)
+    reaper.run(lambda seconds: seconds == 60.0)
+    assert beats[-1] == 61.0
+    assert set(beats[:-1]) == {1.0, SWEEP_TIMES}
 
 
 def test_an_end_is_heard_at_any_moment_and_remembered() -> None:

@@ -23,6 +23,7 @@ from neural_mri.contract.events import (
 from neural_mri.contract.jobs import JobState
 from worker import reporter
 from worker.reporter import LARGEST_BACKLOG, LOOK_SECONDS, MOST_AT_ONCE, Outbox, Reporter
+from worker.unseen import Frames
 
 JOB = uuid4()
 ENDED = JobState.SUCCEEDED
@@ -125,7 +126,7 @@ def test_every_token_frame_arrives_once_and_in_order(redis: SyncRedis, settings:
 def test_frames_of_a_job_that_nobody_watches_are_neither_made_nor_sent(
     redis: SyncRedis, settings: Settings
 ) -> None:
-    def made() -> list[ActivationFrame]:
+    def made() -> Any:
         raise AssertionError("nobody was to see them")
 
     begun = StateChanged(state=JobState.RUNNING, attempt=1)
@@ -133,11 +134,13 @@ def test_frames_of_a_job_that_nobody_watches_are_neither_made_nor_sent(
     with Outbox(Publisher(redis, settings)) as outbox:
         listener = Reporter(outbox, JOB, nothing_stops_it)
         outbox.post(JOB, begun)
-        listener.layer(layer_frame(0, 1.0))
+        listener.progress("forward", 1, 30)
+        listener.layer(0, made)
         listener.frames(made)
         listener.effects(effects(0.5))
         assert outbox.flush(5)
-        listener.layer(layer_frame(1, 1.0))
+        listener.progress("forward", 30, 30)
+        listener.layer(1, made)
         outbox.post(JOB, ended)
         assert outbox.flush(5)
         assert told(redis, JOB) == [begun, ended]
@@ -153,11 +156,13 @@ def test_who_comes_to_watch_is_told_of_all_that_came_before_in_order(
     with Outbox(Publisher(redis, settings)) as outbox:
         listener = Reporter(outbox, JOB, nothing_stops_it)
         outbox.post(JOB, begun)
-        listener.layer(layer_frame(0, 1.0))
+        outbox.post(JOB, progress(1))
+        listener.layer(0, lambda: layer_frame(0, 1.0))
         assert outbox.flush(5)
         assert told(redis, JOB) == [begun]
-        listener.layer(layer_frame(1, 2.0))
-        listener.layer(layer_frame(0, 3.0))
+        outbox.post(JOB, progress(2))
+        listener.layer(1, lambda: layer_frame(1, 2.0))
+        listener.layer(0, lambda: layer_frame(0, 3.0))
         listener.frames(frames(range(2)))
         redis.set(keys.watched(JOB), b"1")
         assert outbox.flush(5)
@@ -165,7 +170,7 @@ def test_who_comes_to_watch_is_told_of_all_that_came_before_in_order(
         outbox.post(JOB, ended)
         assert outbox.flush(5)
         layers = [layer_frame(0, 3.0), layer_frame(1, 2.0)]
-        assert told(redis, JOB) == [begun, *layers, *frames(range(4))(), ended]
+        assert told(redis, JOB) == [begun, progress(2), *layers, *frames(range(4))(), ended]
 
 
 def test_who_comes_to_watch_just_before_the_end_is_told_of_all_before_it(
@@ -191,7 +196,7 @@ def test_whoever_watches_one_job_of_a_pass_is_told_of_that_alone(
     with Outbox(Publisher(redis, settings)) as outbox:
         for job_id in (watched, other):
             outbox.post(job_id, layer_frame(0, 1.0))
-            outbox.post_frames(job_id, frames(range(2)))
+            outbox.post_frames(job_id, Frames(frames(range(2))))
         assert outbox.flush(5)
         assert told(redis, watched) == [layer_frame(0, 1.0), *frames(range(2))()]
         assert told(redis, other) == []
@@ -220,7 +225,7 @@ def test_who_watches_is_told_of_frames_that_come_with_the_end_while_another_job_
         if comes:
             comes = False
             outbox.post(JOB, layer_frame(0, 1.0))
-            outbox.post_frames(JOB, frames(range(2)))
+            outbox.post_frames(JOB, Frames(frames(range(2))))
             outbox.post(JOB, ended)
 
     sink = Collected(watched=lambda: is_watched, meanwhile=scan)
@@ -239,7 +244,7 @@ def test_of_a_job_that_was_lost_no_frame_is_kept_and_nobody_asks_who_watches() -
     sink = Collected(watched=lambda: is_watched)
     with Outbox(sink) as outbox:
         outbox.post(JOB, layer_frame(0, 1.0))
-        outbox.post_frames(JOB, frames(range(2)))
+        outbox.post_frames(JOB, Frames(frames(range(2))))
         assert outbox.flush(5)
         outbox.post(JOB, begun)
         outbox.lose(JOB)

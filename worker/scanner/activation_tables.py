@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neural_mri.contract.components import Component, Kind
@@ -20,10 +21,12 @@ from worker.scanner.prompts import finished
 
 __all__ = (
     "CACHED_BYTES",
+    "Predictions",
     "activations_table",
     "columns_of",
     "neurons_table",
     "percentile_table",
+    "predictions",
     "predictions_table",
     "tokens_table",
     "vectors_table",
@@ -168,15 +171,22 @@ def neurons_table(neurons: Neurons, positions: tuple[int, ...]) -> pa.Table:
     )
 
 
-def predictions_table(
-    model: LoadedModel,
-    request: ActivationScan,
-    logits: Float[Tensor, "pos d_vocab"],
-    positions: tuple[int, ...],
-) -> pa.Table:
-    """The likeliest next tokens after each reported position, likeliest first."""
-    n_ranks = min(request.top_predictions, logits.shape[-1])
-    top = largest(logits, n_ranks)
+class Predictions(NamedTuple):
+    """The likeliest next tokens after some positions, likeliest first. On the CPU."""
+
+    token_ids: Int[Tensor, "pos rank"]
+    logits: Float[Tensor, "pos rank"]
+    log_probabilities: Float[Tensor, "pos rank"]
+    probabilities: Float[Tensor, "pos rank"]
+
+    def of(self, own: slice) -> "Predictions":
+        """Those after some of the positions."""
+        return Predictions(*(each[own] for each in self))
+
+
+def predictions(request: ActivationScan, logits: Float[Tensor, "pos d_vocab"]) -> Predictions:
+    """What is likeliest at every position, whosesoever that is: a few operations, and one wait for a device."""
+    top = largest(logits, min(request.top_predictions, logits.shape[-1]))
     rows_at_once = max(1, CACHED_BYTES[logits.device.type] // (4 * logits.shape[-1]))
     # The fused softmax goes over a row once less than `logsumexp`. Into one place: what glibc before 2.38
     # frees of aligned memory it does not give out again for as much, and all rows would lie there at once.
@@ -194,14 +204,23 @@ def predictions_table(
         torch.log_softmax(rows, -1, torch.float32, out=everything)
         torch.gather(everything, -1, ids, out=found)
     log_probabilities = likeliest.cpu()
-    top_logits, token_ids = top.values.float().cpu(), top.indices.cpu()
+    return Predictions(
+        top.indices.cpu(), top.values.float().cpu(), log_probabilities, log_probabilities.exp()
+    )
+
+
+def predictions_table(
+    model: LoadedModel, found: Predictions, positions: tuple[int, ...]
+) -> pa.Table:
+    """The likeliest next tokens after each reported position, likeliest first."""
+    texts = [model.text(token) for token in found.token_ids.flatten().tolist()]
     columns = {
-        **_ranks(positions, n_ranks),
-        "token_id": _column(token_ids, torch.int32),
-        "text": pa.array([model.text(token) for token in token_ids.view(-1).tolist()], pa.string()),
-        "logit": _column(top_logits, torch.float32),
-        "log_probability": _column(log_probabilities, torch.float32),
-        "probability": _column(log_probabilities.exp(), torch.float32),
+        **_ranks(positions, found.token_ids.shape[1]),
+        "token_id": _column(found.token_ids, torch.int32),
+        "text": pa.array(texts, pa.string()),
+        "logit": _column(found.logits, torch.float32),
+        "log_probability": _column(found.log_probabilities, torch.float32),
+        "probability": _column(found.probabilities, torch.float32),
     }
     return finished(
         build("predictions", columns),

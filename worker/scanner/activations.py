@@ -135,6 +135,8 @@ class ActivationRows:
         shares = None
         if self._calibration is not None and request.aggregation is Aggregation.L2_NORM:
             shares = self._calibration.percentile(values, self._components)
+        predictions = tables.predictions(request, logits)
+        sinks_of_each = found.sinks(each=len(self._prompts))
         n_positions = len(self._positions)
         made_of_each = []
         for at, (tokens, listener) in enumerate(zip(self._prompts, self._listeners, strict=True)):
@@ -147,8 +149,8 @@ class ActivationRows:
                 tokens=tokens,
                 unit=unit(request.aggregation),
             )
-            sinks = found.sinks(slice(at * len(tokens), (at + 1) * len(tokens)))
-            made = self._tables(tokens, values[:, own], sinks, logits[own])
+            sinks = sinks_of_each[at]
+            made = self._tables(tokens, values[:, own], sinks, predictions.of(own))
             if self._calibration is not None and shares is not None:
                 made["percentile"] = tables.percentile_table(
                     self._calibration, self._components, shares[:, own], self._positions, sinks
@@ -166,13 +168,13 @@ class ActivationRows:
         tokens: Tokens,
         values: Float[Tensor, "component pos"],
         sinks: Bool[Tensor, " all_pos"],
-        logits: Float[Tensor, "pos d_vocab"],
+        predictions: tables.Predictions,
     ) -> dict[str, pa.Table]:
         request, components, positions = self._request, self._components, self._positions
         return {
             "tokens": tables.tokens_table(tokens, sinks),
             "activations": tables.activations_table(request, components, values, positions),
-            "predictions": tables.predictions_table(self._model, request, logits, positions),
+            "predictions": tables.predictions_table(self._model, predictions, positions),
         }
 
 

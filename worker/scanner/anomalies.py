@@ -21,7 +21,7 @@ from neural_mri.contract.problems import Conflict, Unprocessable, UnsupportedMod
 from neural_mri.contract.scans import ActivationScan, resolve_positions
 from neural_mri.contract.tokens import Tokens
 from worker.scanner import anomaly_tables as tables
-from worker.scanner.activation_tables import predictions_table, tokens_table
+from worker.scanner.activation_tables import predictions, predictions_table, tokens_table
 from worker.scanner.anomaly_tables import Findings
 from worker.scanner.calibration import Calibration
 from worker.scanner.channels import (
@@ -272,8 +272,7 @@ class AnomalyRows:
             "tokens": tokens_table(tokens, sinks),
             "predictions": predictions_table(
                 model,
-                ActivationScan(prompt="-"),
-                measured.logits if target > 0 else logits,
+                predictions(ActivationScan(prompt="-"), measured.logits if target > 0 else logits),
                 (target,),
             ),
         }

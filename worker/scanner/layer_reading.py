@@ -5,7 +5,7 @@ Hooks only take hold of tensors. They are summarised as soon as enough has gathe
 equal scans give equal digits.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -151,21 +151,32 @@ class Reading:
         self._gathered, self._gathered_bytes = [], 0
 
     def _tell(self, layer: int) -> None:
-        values = self.summaries.layer_values(layer, each=len(self._listeners))
-        told = zip(self._listeners, self._last_positions, values, strict=True)
-        for listener, last_position, of_prompt in told:
+        of_prompts = self.summaries.layer_values(layer, each=len(self._listeners))
+        told = zip(self._listeners, self._last_positions, strict=True)
+        for number, (listener, last_position) in enumerate(told):
+            made = partial(_frame, layer, last_position, self._unit, of_prompts, number)
+            listener.layer(layer, made)
 
-            def one(kind: Kind, of_prompt: Mapping[Kind, list[float]] = of_prompt) -> float | None:
-                return of_prompt[kind][0] if kind in of_prompt else None
 
-            listener.layer(
-                LayerFrame(
-                    layer=layer,
-                    token_idx=last_position,
-                    heads=tuple(of_prompt.get(Kind.HEAD, ())),
-                    mlp=one(Kind.MLP),
-                    attn=one(Kind.ATTN),
-                    resid_post=one(Kind.RESID_POST),
-                    unit=self._unit,
-                )
-            )
+def _frame(
+    layer: int,
+    last_position: int,
+    unit: str,
+    of_prompts: Callable[[], Sequence[Mapping[Kind, list[float]]]],
+    number: int,
+) -> LayerFrame:
+    """What one prompt's listener is told of a layer, if somebody is to see it."""
+    values = of_prompts()[number]
+
+    def one(kind: Kind) -> float | None:
+        return values[kind][0] if kind in values else None
+
+    return LayerFrame(
+        layer=layer,
+        token_idx=last_position,
+        heads=tuple(values.get(Kind.HEAD, ())),
+        mlp=one(Kind.MLP),
+        attn=one(Kind.ATTN),
+        resid_post=one(Kind.RESID_POST),
+        unit=unit,
+    )

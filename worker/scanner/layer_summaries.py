@@ -5,8 +5,9 @@ scan would otherwise spend its time on, on any device.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -151,20 +152,28 @@ class Summaries:
         """The reported values, in reporting order, on the CPU."""
         return self._values.cpu()[self._rows]
 
-    def layer_values(self, layer: int, *, each: int = 1) -> list[dict[Kind, list[float]]]:
-        """A layer's reported values at the last position of each of `each` prompts.
+    def layer_values(
+        self, layer: int, *, each: int = 1
+    ) -> Callable[[], list[dict[Kind, list[float]]]]:
+        """A layer's reported values at the last position of each of `each` prompts, when they are asked for.
 
-        Waits for the device.
+        They then wait for the device, and keep nothing but the values themselves.
         """
-        of_layer = self._blocks[layer]
-        step = of_layer.shape[1] // each
-        rows: defaultdict[Kind, list[int]] = defaultdict(list)
-        for component in self._of_layer[layer]:
-            rows[component.kind].append(self._row_of_kind[component.kind] + (component.index or 0))
-        return [
-            {kind: [last[row] for row in of_kind] for kind, of_kind in rows.items()}
-            for last in of_layer[:, step - 1 :: step].T.tolist()
-        ]
+        of_layer, components = self._blocks[layer], self._of_layer[layer]
+        row_of_kind = self._row_of_kind
+
+        @cache
+        def values() -> list[dict[Kind, list[float]]]:
+            step = of_layer.shape[1] // each
+            rows: defaultdict[Kind, list[int]] = defaultdict(list)
+            for component in components:
+                rows[component.kind].append(row_of_kind[component.kind] + (component.index or 0))
+            return [
+                {kind: [last[row] for row in of_kind] for kind, of_kind in rows.items()}
+                for last in of_layer[:, step - 1 :: step].T.tolist()
+            ]
+
+        return values
 
     def neurons(self) -> Neurons | None:
         """The strongest neurons, on the CPU; None where none were asked for."""
@@ -176,9 +185,10 @@ class Summaries:
             torch.cat([part.values for part in self._neurons]).cpu(),
         )
 
-    def sinks(self, prompt: slice = slice(None)) -> Bool[Tensor, " pos"]:
-        """Whether each token of the prompt, these positions of the batch, is a sink in any layer."""
-        return sinks(torch.cat(self._residual_norms)[:, prompt].cpu())
+    def sinks(self, *, each: int = 1) -> Bool[Tensor, "prompt pos"]:
+        """Whether each token of each of `each` prompts is a sink in any layer."""
+        norms = torch.cat(self._residual_norms).cpu()
+        return sinks(norms.view(len(norms), each, -1))
 
     def _kept_of_each(self, values: Float[Tensor, "layer pos width"]) -> Tensor:
         return values if self._kept is None else values.index_select(1, self._kept)
@@ -232,11 +242,11 @@ def _side_by_side(values: Sequence[Tensor]) -> Float[Tensor, "layer *rest"]:
     return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
 
 
-def sinks(norms: Float[Tensor, "layer pos"]) -> Bool[Tensor, " pos"]:
+def sinks(norms: Float[Tensor, "layer *prompt pos"]) -> Bool[Tensor, "*prompt pos"]:
     """Whether each token is a sink in any layer, from the norms of what leaves the blocks."""
-    found = torch.zeros(norms.shape[1], dtype=torch.bool)
-    found[0] = True
-    if len(found) > 1:
-        typical = norms[:, 1:].median(dim=1, keepdim=True).values
+    found = torch.zeros(norms.shape[1:], dtype=torch.bool)
+    found[..., 0] = True
+    if norms.shape[-1] > 1:
+        typical = norms[..., 1:].median(dim=-1, keepdim=True).values
         found |= (norms > SINK_RATIO * typical).any(dim=0)
     return found

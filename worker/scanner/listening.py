@@ -20,8 +20,8 @@ class Listener(Protocol):
     def progress(self, stage: str, done: int, total: int) -> None:
         """`done` of `total` steps of `stage` are behind us."""
 
-    def layer(self, frame: LayerFrame) -> None:
-        """A layer has been computed."""
+    def layer(self, layer: int, make: Callable[[], LayerFrame]) -> None:
+        """A layer has been computed. Its frame is made as those of tokens are."""
 
     def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
         """Tokens' values are known, exactly as they will be stored.
@@ -48,8 +48,8 @@ class Silent:
     def progress(self, stage: str, done: int, total: int) -> None:
         """Nothing."""
 
-    def layer(self, frame: LayerFrame) -> None:
-        """Nothing."""
+    def layer(self, layer: int, make: Callable[[], LayerFrame]) -> None:
+        """Nothing: it is not even made."""
 
     def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
         """Nothing: they are not even made."""
@@ -87,9 +87,9 @@ class Timed:
         """Passed on."""
         self._listener.progress(stage, done, total)
 
-    def layer(self, frame: LayerFrame) -> None:
+    def layer(self, layer: int, make: Callable[[], LayerFrame]) -> None:
         """Passed on."""
-        self._listener.layer(frame)
+        self._listener.layer(layer, make)
 
     def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
         """Passed on."""

@@ -337,8 +337,12 @@ def _comparison_tables(
             method="kl: D_KL(clean ‖ perturbed) of next-token distributions, from logits in float32",
             draws=len(after),
         ),
-        "predictions": tables.predictions_table(model, as_scan, before, everywhere),
-        "predictions_after": tables.predictions_table(model, as_scan, found.mixed, everywhere),
+        "predictions": tables.predictions_table(
+            model, tables.predictions(as_scan, before), everywhere
+        ),
+        "predictions_after": tables.predictions_table(
+            model, tables.predictions(as_scan, found.mixed), everywhere
+        ),
     }
 
 

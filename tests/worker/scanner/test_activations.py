@@ -316,8 +316,8 @@ class Recorder(Silent):
     def progress(self, stage: str, done: int, total: int) -> None:
         self.steps.append((stage, done, total))
 
-    def layer(self, frame: LayerFrame) -> None:
-        self.layers.append(frame)
+    def layer(self, layer: int, make: Callable[[], LayerFrame]) -> None:
+        self.layers.append(make())
 
     def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:
         self.told += make()
