@@ -232,6 +232,8 @@ async def _record(services: Services, read: _Read, options: Options) -> BatchVie
                 stored = sum(each.scan_key in known for each in submissions)
                 services.metrics.accepted_batch(stored=stored, queued=len(submissions) - stored)
                 await feed(services)
+                if stored:
+                    await _feed_known(services, batch)
         except Undone:
             continue  # whoever had begun it has given it up: now it is ours to begin
         return await services.sessions.read(batches.view, batch._replace(is_filled=True))
@@ -271,3 +273,17 @@ async def feed(services: Services) -> None:
             queued += fed.queued
     for queue, count in queued.items():
         await services.tickets.send(queue, min(count, TICKETS))
+
+
+async def _feed_known(services: Services, batch: Batch) -> None:
+    """Have the lines whose results are known become jobs, whatever waits for room before them."""
+    after: int | None = 0
+    with suppress(TooMany):  # of a result that was just withdrawn: it waits
+        while after is not None:
+            after = await services.sessions.write(
+                feeding.feed_known,
+                batch.id,
+                after,
+                max_queued=services.settings.max_queued_jobs,
+                usual=services.limits,
+            )

@@ -56,7 +56,8 @@ LOOK_THROUGH_EVERY_SECONDS = 86_400.0
 MOST_RESULTS = 1000
 """Looked at in one round, however many there are: what lost workers held does not wait for it."""
 STOP_EVERY_SECONDS = 1.0
-"""How often batches are looked at of which too many scans may have failed, or lines wait for room."""
+"""How often batches are looked at of which too many scans may have failed, or lines wait for room; after a round
+in which there was some, the next one looks again: few jobs may be all that one person may have, and end soon."""
 
 SWEEP_TIMES = 15.0
 """So many times as long as anything else a sweep may take: a folder may hold millions of files."""
@@ -85,7 +86,7 @@ class Reaper:
         self._missing: dict[str, int] = {}
         """Tickets that each queue lacked in the last round."""
         self._expire_at = self._sweep_at = self._look_through_at = 0.0
-        self._stop_at = 0.0
+        self._stop_at = self._feed_at = 0.0
         self._aged: Iterator[str] = iter(())
         """Results that are to be looked at."""
         self._away: set[str] = set()
@@ -147,27 +148,45 @@ class Reaper:
             send_tickets(self._redis, queue, min(count, MOST_TICKETS))
 
     def _see_to_batches(self) -> None:
-        if time.monotonic() < self._stop_at:
-            return
-        self._stop_at = time.monotonic() + STOP_EVERY_SECONDS
-        for asked in self._sessions.write(batches.stop_failing):
-            if asked.moved:
-                self._publisher.announce(asked.job)
-            elif asked.job.state not in TERMINAL:
-                self._publisher.flag_cancel(asked.job.source)
-        for owner in self._sessions.read(feeding.owners_waiting):
-            self._feed(owner)
+        if time.monotonic() >= self._stop_at:
+            self._stop_at = time.monotonic() + STOP_EVERY_SECONDS
+            for asked in self._sessions.write(batches.stop_failing):
+                if asked.moved:
+                    self._publisher.announce(asked.job)
+                elif asked.job.state not in TERMINAL:
+                    self._publisher.flag_cancel(asked.job.source)
+        if time.monotonic() >= self._feed_at and not self._feed_all():
+            self._feed_at = time.monotonic() + STOP_EVERY_SECONDS
 
-    def _feed(self, owner: str) -> None:
-        """Have lines of somebody's batches become jobs, where there is room by now."""
+    def _feed_all(self) -> int:
+        """Have lines of everybody's batches become jobs, where there is room by now; how many they were.
+
+        In turns, for a while: what lost workers held does not wait for a hundred thousand lines.
+        """
+        until = time.monotonic() + STOP_EVERY_SECONDS
+        count = 0
+        waiting = self._sessions.read(feeding.owners_waiting)
+        while waiting and time.monotonic() < until:
+            fed = {owner: self._feed(owner) for owner in waiting}
+            count += sum(fed.values())
+            waiting = [owner for owner, lines in fed.items() if lines == feeding.FED_AT_ONCE]
+        return count
+
+    def _feed(self, owner: str) -> int:
+        """Have lines of somebody's batches become jobs, where there is room by now; how many they were."""
         settings = self._settings
-        usual = limits.usual(settings)
+        self._beat(settings.reaper_hung_seconds)
         with suppress(TooMany):  # others took it
             fed = self._sessions.write(
-                feeding.feed, owner, max_queued=settings.max_queued_jobs, usual=usual
+                feeding.feed,
+                owner,
+                max_queued=settings.max_queued_jobs,
+                usual=limits.usual(settings),
             )
             for queue, count in fed.queued.items():
                 send_tickets(self._redis, queue, min(count, MOST_TICKETS))
+            return fed.lines
+        return 0
 
     def _forget_result(self, job: Job) -> None:
         """Take away the result of a lost attempt, if it came so far: nobody can name it any more.

@@ -4,7 +4,7 @@ A batch is one ask, however many scans it has, and is accepted as one; what limi
 stand in the queues at once. A line that waits for room holds what its job is to be made of, and the id that it
 will have. Lines are fed in order, and of a batch only once all of them are recorded: of half a batch nothing runs.
 Those of a batch that has been stopped become jobs that are cancelled already, so that each line has one. Whoever has
-recorded the batch feeds what there is room for; from then on the reaper does.
+recorded the batch feeds what there is room for, and all whose results are known; from then on the reaper does.
 
 Pure SQL on the caller's transaction.
 """
@@ -15,18 +15,27 @@ from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import bindparam, func, select, update
+from sqlalchemy import Integer, bindparam, func, select, update
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import jobs, limits
 from neural_mri.backing.database import epoch
 from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.records import Submission
-from neural_mri.backing.rows import BATCH_LINES, BATCHES
+from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS
 from neural_mri.contract.jobs import Lane
 from neural_mri.contract.problems import TooMany
 
-__all__ = ("MOST_WAITING", "Fed", "check_waiting", "feed", "kept", "owners_waiting")
+__all__ = (
+    "FED_AT_ONCE",
+    "MOST_WAITING",
+    "Fed",
+    "check_waiting",
+    "feed",
+    "feed_known",
+    "kept",
+    "owners_waiting",
+)
 
 FED_SHARE = 0.75
 """How much of a limit batches may fill: the rest is left to what the same people ask for one by one."""
@@ -37,6 +46,7 @@ MOST_WAITING = 100_000
 
 _batch = BATCHES.c
 _line = BATCH_LINES.c
+_job = JOBS.c
 _submission = msgspec.json.Decoder(Submission)
 
 _IS_WAITING = _line.wanted.is_not(None)
@@ -51,9 +61,18 @@ _NEXT = (
     .limit(1)
     .with_for_update()
 )
+_GOES_ON = (
+    select(_batch.id)
+    .where(_batch.id == bindparam("batch"), _IS_UNFED, _batch.stopped_at.is_(None))
+    .with_for_update()
+)
 _WAITING = (
     select(_line.line, _line.job_id, _line.wanted)
-    .where(_line.batch_id == bindparam("batch"), _IS_WAITING)
+    .where(
+        _line.batch_id == bindparam("batch"),
+        _line.line > bindparam("after", type_=Integer),
+        _IS_WAITING,
+    )
     .order_by(_line.line)
     .limit(FED_AT_ONCE)
 )
@@ -90,14 +109,21 @@ def check_waiting(session: Session, owner: str, lines: int) -> None:
 
 
 def owners_waiting(session: Session) -> list[str]:
-    """Whose batches have lines that wait for room."""
-    return list(
-        session.connection().execute(select(_batch.owner).where(_IS_UNFED).distinct()).scalars()
+    """Whose batches have lines that wait for room; first who has the fewest jobs under way.
+
+    In that order they get the same of what the service has room for, however much one of them waits for.
+    """
+    under_way = (
+        select(func.count())
+        .where(_job.owner == _batch.owner, _job.finished_at.is_(None))
+        .scalar_subquery()
     )
+    wanted = select(_batch.owner).where(_IS_UNFED).group_by(_batch.owner)
+    return list(session.connection().execute(wanted.order_by(under_way, _batch.owner)).scalars())
 
 
 def feed(session: Session, owner: str, *, max_queued: int, usual: Limits = NO_LIMITS) -> Fed:
-    """Submit the next lines of an owner's batches for which there is room, and such as cost nothing.
+    """Submit the next lines of an owner's batches for which there is room, and such as cost nothing among them.
 
     Raises `TooMany` where others took the room meanwhile: then none is submitted.
     """
@@ -105,18 +131,52 @@ def feed(session: Session, owner: str, *, max_queued: int, usual: Limits = NO_LI
     batch = run(_NEXT, {"who": owner}).one_or_none()
     if batch is None:
         return Fed(0, Counter())
-    rows = run(_WAITING, {"batch": batch.id}).all()
-    if not rows:
+    room = _room(session, owner, max_queued, usual)
+    if batch.stopped_at is None and room <= 0:
+        return Fed(0, Counter())  # before any line is read: many wait, and it is asked often
+    waiting = _waiting(session, batch.id)
+    if not waiting:
         run(update(BATCHES).where(_batch.id == batch.id).values(fed_at=epoch()))
         return feed(session, owner, max_queued=max_queued, usual=usual)
-    waiting = {row.line: _Promised(row.job_id, _submission.decode(row.wanted)) for row in rows}
     if batch.stopped_at is not None:
         jobs.add_cancelled(session, dict(waiting.values()))
         _settle(session, batch.id, waiting)
         return Fed(len(waiting), Counter())
-    chosen = _chosen(session, waiting, _room(session, owner, max_queued, usual))
+    chosen = _chosen(session, waiting, room)
+    return Fed(len(chosen), _submit(session, batch.id, chosen, max_queued, usual))
+
+
+def feed_known(
+    session: Session, batch_id: UUID, after: int, *, max_queued: int, usual: Limits = NO_LIMITS
+) -> int | None:
+    """Submit, of a batch's next lines that wait, those whose results are known: they take no room.
+
+    However many lines before them wait, and whatever other batches. The last line that was looked at; None
+    at the end. Raises as `feed` does.
+    """
+    if session.connection().execute(_GOES_ON, {"batch": batch_id}).one_or_none() is None:
+        return None
+    waiting = _waiting(session, batch_id, after)
+    _submit(session, batch_id, _chosen(session, waiting, 0), max_queued, usual)
+    return max(waiting, default=None)
+
+
+def _waiting(session: Session, batch_id: UUID, after: int = 0) -> "dict[int, _Promised]":
+    """The next lines of a batch that wait."""
+    rows = session.connection().execute(_WAITING, {"batch": batch_id, "after": after})
+    return {row.line: _Promised(row.job_id, _submission.decode(row.wanted)) for row in rows}
+
+
+def _submit(
+    session: Session,
+    batch_id: UUID,
+    chosen: "Mapping[int, _Promised]",
+    max_queued: int,
+    usual: Limits,
+) -> Counter[str]:
+    """Have lines become jobs; how many of them wait, by queue."""
     if not chosen:
-        return Fed(0, Counter())
+        return Counter()
     made = jobs.submit_many(
         session,
         [each.submission for each in chosen.values()],
@@ -124,13 +184,12 @@ def feed(session: Session, owner: str, *, max_queued: int, usual: Limits = NO_LI
         usual=usual,
         job_ids=[each.job_id for each in chosen.values()],
     )
-    _settle(session, batch.id, chosen)
-    queued = Counter(
+    _settle(session, batch_id, chosen)
+    return Counter(
         promised.submission.queue
         for promised, each in zip(chosen.values(), made, strict=True)
         if not each.cached
     )
-    return Fed(len(chosen), queued)
 
 
 class _Promised(NamedTuple):

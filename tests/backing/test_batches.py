@@ -193,10 +193,10 @@ def test_lines_become_jobs_as_there_is_room(sessions: Sessions) -> None:
         (held,) = sessions.write(jobs.claim, queue=QUEUE, owner=ELSEWHERE, limit=1, lease_seconds=9)
         sessions.write(jobs.advance, held.id, JobState.FAILED, attempt=1, problem=REFUSED)
     assert sorted(fed(sessions, batch_id, usual=usual)) == list(range(1, 8)), "all jobs count"
-    # A result that is known takes no room.
     known(sessions, key(9))
-    made = fed(sessions, batch_id, usual=usual)
-    assert sorted(made) == [1, 2, 3, 4, 5, 6, 7, 9]
+    assert sessions.write(feeding.feed_known, batch_id, 0, max_queued=99, usual=usual) == 10
+    made = named(sessions, batch_id)
+    assert sorted(made) == [1, 2, 3, 4, 5, 6, 7, 9], "a result that is known takes no room"
     assert state(sessions, made[9]) == "succeeded"
     made = fed(sessions, batch_id)
     assert sorted(made) == list(range(1, 12))
@@ -226,6 +226,38 @@ def test_what_somebody_waits_for_is_fed_first(sessions: Sessions) -> None:
     sessions.write(batches.fill, urgent, [Line(1, submission(scan_key=key(7)))])
     sessions.write(feeding.feed, "ada", max_queued=1)
     assert sorted(named(sessions, urgent)) == [1]
+
+
+def test_what_is_known_waits_for_nothing_that_is_not(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeding, "_WAITING", feeding._WAITING.limit(2))
+    none = Limits(max_jobs=1)
+    for number in (8, 9):
+        known(sessions, key(number))
+    sessions.write(jobs.submit, submission(scan_key=key(90)))
+    filled(sessions, THREE)
+    some = [Line(at, submission(scan_key=key(at))) for at in (4, 5, 6, 7, 8, 9)]
+    batch_id = begun(sessions, 6)
+    sessions.write(batches.fill, batch_id, some)
+    assert fed(sessions, batch_id, usual=none) == {}
+    after: int | None = 0
+    while after is not None:
+        after = sessions.write(feeding.feed_known, batch_id, after, max_queued=1, usual=none)
+    made = named(sessions, batch_id)
+    assert sorted(made) == [8, 9]
+    assert {state(sessions, job_id) for job_id in made.values()} == {"succeeded"}
+    sessions.write(batches.stop, batch_id, by=batches.CALLER)
+    assert sessions.write(feeding.feed_known, batch_id, 0, max_queued=9) is None
+
+
+def test_who_has_least_under_way_gets_room_first(sessions: Sessions) -> None:
+    filled(sessions, THREE)
+    wanted = NewBatch("bob", "", Lane.BATCH, 1, "0" * 64)
+    sessions.write(batches.fill, sessions.write(batches.begin, wanted).id, THREE[:1])
+    assert sessions.read(feeding.owners_waiting) == ["ada", "bob"]
+    sessions.write(jobs.submit, submission(scan_key=key(90)))
+    assert sessions.read(feeding.owners_waiting) == ["bob", "ada"]
 
 
 def test_one_may_not_have_lines_waiting_without_end(

@@ -521,3 +521,23 @@ def test_lines_of_a_batch_become_jobs_and_tickets_as_others_end(
         reaper.round()
         time.sleep(0.05)
     assert len(sessions.read(jobs.recent, "ada")) == 4
+
+
+def test_one_persons_many_lines_keep_nobody_elses_from_the_room_there_is(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    """All the room that comes is little: were it given out by name, the first would get all of it for hours."""
+    small = msgspec.structs.replace(settings, max_queued_jobs=4)
+    reaper = Reaper(small, sessions, client, storage.open_store(small))
+    for at, owner in enumerate(("ada", "bob")):
+        lines = [Line(number, scan_of(owner, 100 * at + number)) for number in range(1, 11)]
+        batch = sessions.write(batches.begin, NewBatch(owner, "", Lane.BATCH, 10, "0" * 64))
+        sessions.write(batches.fill, batch.id, lines)
+    reaper.round()
+    assert len(sessions.read(jobs.recent, "ada")) == 3
+    for _ in range(2):
+        done = claim(sessions, LeaseOwner.here())
+        sessions.write(jobs.advance, done.id, JobState.FAILED, attempt=1, problem={"detail": "no"})
+        reaper.round()
+        reaper.round()
+    assert len(sessions.read(jobs.recent, "bob")) >= 1
