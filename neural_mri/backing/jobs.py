@@ -569,6 +569,10 @@ def cancel_waiting(session: Session, chosen: Select[tuple[UUID]]) -> int:
 
     Their streams tell nothing of it: who reads one hears of the end from the database.
     """
+    if session.get_bind().dialect.name == "postgresql":
+        # Who is about to follow has locked the job. Met by the cancellation itself, which has looked for followers
+        # by then, they would be left to follow one that has ended.
+        session.connection().execute(statements.hold_waiting(chosen)).all()
     moved: int = session.connection().execute(statements.cancel_waiting(chosen)).rowcount
     return moved
 

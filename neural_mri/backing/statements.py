@@ -284,6 +284,16 @@ def move(to: JobState, *, is_held: bool) -> UpdateBase:
     return update(JOBS).where(*allowed).values(values).returning(*_job)
 
 
+def hold_waiting(chosen: Select[tuple[UUID]]) -> Select[tuple[UUID]]:
+    """Locks those of the jobs that wait: from then on nobody comes to follow one."""
+    return (
+        select(_job.id)
+        .where(_job.id.in_(chosen), _job.state == JobState.QUEUED)
+        .order_by(_job.id)
+        .with_for_update()
+    )
+
+
 def cancel_waiting(chosen: Select[tuple[UUID]]) -> UpdateBase:
     """Cancels those of the jobs that wait, and that nobody follows."""
     follower = JOBS.alias("follower").c

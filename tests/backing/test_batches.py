@@ -15,7 +15,7 @@ from neural_mri.backing.rows import BATCHES, JOBS
 from neural_mri.contract.batches import BatchState, BatchView
 from neural_mri.contract.jobs import JobState, Lane
 from neural_mri.contract.problems import TooMany
-from tests.backing.making import ELSEWHERE, QUEUE, submission
+from tests.backing.making import ELSEWHERE, QUEUE, on_postgresql, submission
 
 
 def key(number: int) -> str:
@@ -84,6 +84,24 @@ def test_those_that_wait_are_cancelled_with_one_statement(sessions: Sessions) ->
     (left,) = sessions.read(jobs.recent, "bob")
     assert (left.state, left.leader) == (JobState.QUEUED, None), "it takes a turn of its own"
     assert standing(sessions, batch_id).state is BatchState.CANCELLED
+
+
+@on_postgresql
+def test_who_follows_just_then_is_not_left_behind(sessions: Sessions) -> None:
+    """Their submission has locked the job that is being cancelled, and is not committed yet."""
+    batch_id = filled(sessions, THREE)
+    fed(sessions, batch_id)
+    with ThreadPoolExecutor(1) as pool, sessions.writing() as session:
+        follower = jobs.submit(session, submission(scan_key=key(2), owner="bob"))
+        assert follower.leader is not None
+        stopping = pool.submit(sessions.write, batches.stop, batch_id, by=batches.CALLER)
+        with pytest.raises(TimeoutError):
+            stopping.result(0.5)
+        session.commit()
+        assert stopping.result(10) == 2
+    sessions.write(batches.cancel_held, batch_id)
+    (left,) = sessions.read(jobs.recent, "bob")
+    assert (left.state, left.leader) == (JobState.QUEUED, None), "it takes a turn of its own"
 
 
 REFUSED = {"type": "about:blank", "title": "No", "status": 422, "detail": "no"}
