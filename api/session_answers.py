@@ -115,7 +115,8 @@ async def answered(
 ) -> Response[SessionDetail]:
     """A session, opened; its ETag is the revision."""
     detail = await detail_of(services, session_id, revision)
-    headers = {"etag": f'"{detail.opened}"', "cache-control": "private, no-cache"}
+    # Not for a browser's cache: what is on its way, and the name, change without a new revision.
+    headers = {"etag": f'"{detail.opened}"', "cache-control": "no-store"}
     if status == 201:
         headers["location"] = detail.links["self"]
     return Response(detail, status_code=status, headers=headers)

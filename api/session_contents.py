@@ -202,7 +202,9 @@ async def add_scan(services: Services, session_id: UUID, job: Job, label: str) -
     if job.state in TERMINAL:
         await arriving(services, session_id)  # it may be among them
         scan = await saved_scan(services, job, label)
-        saved = await services.sessions.write(sessions.append, session_id, scan, author=author)
+        saved = await services.sessions.write(
+            sessions.append, session_id, scan, author=author, job_id=job.id
+        )
         await tell_saved(services, saved, author)
         return saved
     waiting = Waiting(session_id, job.id, author, label)

@@ -225,7 +225,7 @@ async def save_session(
             f'If-Match is missing: expected the revision that was read, "{view.head}" by now',
             head=view.head,
         )
-    over = view.head if if_match.strip() == "*" else _tag(if_match)
+    over = None if if_match.strip() == "*" else _tag(if_match)
     document = await content_of(services, data, parent=view.head, session_id=session_id)
     author = services.caller.user
     saved = await services.sessions.write(

@@ -280,18 +280,18 @@ def save(
     session_id: UUID,
     content: SessionDocument,
     *,
-    over: str,
+    over: str | None,
     author: str,
     message: str = "",
 ) -> Saved:
-    """Write a revision over the one that was read; none where nothing has changed.
+    """Write a revision over the one that was read, or over whatever is there; none where nothing has changed.
 
     Raises `PreconditionFailed`, which names the latest, where that is another by now.
     """
     row = _row(session, session_id, lock=True)
     if row is None:
         raise unknown(session_id)
-    if row.head != over:
+    if over is not None and row.head != over:
         raise PreconditionFailed(
             f"session {session_id} stands at revision {row.head} (number {row.revision}) by now, and "
             f"not at {over[:80]}: read it, and save over that",
@@ -324,20 +324,31 @@ def _save(
 
 
 def append(
-    session: Session, session_id: UUID, scan: SavedScan, *, author: str, reserved: bool = False
+    session: Session,
+    session_id: UUID,
+    scan: SavedScan,
+    *,
+    author: str,
+    job_id: UUID | None = None,
+    reserved: bool = False,
 ) -> Saved:
     """Add a scan to whatever the session holds: nobody's save stands in the way of it.
 
-    `reserved` says that it had a place kept for it, as scans on their way have. Raises `UnknownSession`, and
-    `TooMany` where there is no room.
+    `job_id` is whose result it is: why that could not join before is told no more. `reserved` says that it had a
+    place kept for it, as scans on their way have. Raises `UnknownSession`, and `TooMany` where there is no room.
     """
     row = _row(session, session_id, lock=True)
     if row is None:
         raise unknown(session_id)
     document = decode_document(opened(session, session_id, row.head).document)
-    if any(each.result == scan.result for each in document.scans):
+    is_there = any(each.result == scan.result for each in document.scans)
+    if not is_there:
+        _check_room(session, row, reserved=reserved)
+    if job_id is not None:
+        mine = (_arrival.session_id == session_id) & (_arrival.job_id == job_id)
+        _run(session, delete(SESSION_ARRIVALS).where(mine))
+    if is_there:
         return Saved(_view(row), is_new=False)
-    _check_room(session, row, reserved=reserved)
     grown = msgspec.structs.replace(document, scans=(*document.scans, scan))
     return _save(session, row, grown, author, f"Added {scan.label or scan.kind.value}")
 
@@ -394,6 +405,7 @@ def fork(
 
 def delete_session(session: Session, session_id: UUID) -> bool:
     """Forget a session, its revisions and its links; whether there was one."""
+    _row(session, session_id, lock=True)  # whoever adds to it just now does so before or not at all
     for table in (SHARES, SESSION_ARRIVALS, SESSION_RESULTS, SESSION_REVISIONS):
         _run(session, delete(table).where(table.c.session_id == session_id))
     gone = delete(SESSIONS).where(_session.id == session_id).returning(_session.id)

@@ -14,9 +14,10 @@ from uuid import UUID
 from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
+from neural_mri.backing import sessions
 from neural_mri.backing.database import epoch
 from neural_mri.backing.records import AnyRow
-from neural_mri.backing.rows import SHARES
+from neural_mri.backing.rows import SESSIONS, SHARES
 from neural_mri.contract.problems import TooMany
 from neural_mri.contract.sessions import CreatedShare, NewShare, ShareAccess, ShareView
 
@@ -27,6 +28,7 @@ MOST_SHARES = 100
 TOKEN_BYTES = 16
 
 _share = SHARES.c
+_session = SESSIONS.c
 
 
 def _digest(pepper: bytes, text: str) -> str:
@@ -39,8 +41,11 @@ def pseudonym(pepper: bytes, share_id: str, name: str) -> str:
 
 
 def create(session: Session, pepper: bytes, session_id: UUID, wanted: NewShare) -> CreatedShare:
-    """Make a link. Raises `TooMany` for a session that has more than enough of them."""
+    """Make a link. Raises `UnknownSession`, and `TooMany` for one that has more than enough of them."""
     run = session.connection().execute
+    is_there = select(_session.id).where(_session.id == session_id).with_for_update(key_share=True)
+    if run(is_there).one_or_none() is None:
+        raise sessions.unknown(session_id)  # deleted since the caller saw it
     good = (
         select(func.count()).select_from(SHARES).where(_share.session_id == session_id, _is_good())
     )

@@ -26,6 +26,7 @@ from neural_mri.contract.sessions import (
     UnknownRevision,
     UnknownSession,
 )
+from tests.backing.making import on_postgresql
 
 PEPPER = b"pepper pepper pepper"
 EMPTY = SessionDocument()
@@ -217,6 +218,47 @@ def test_what_finds_no_place_in_the_end_says_why_for_a_day(
     with sessions.reading() as session:
         kept = session.execute(select(SESSION_ARRIVALS.c.job_id)).scalars().all()
     assert kept == [other.job_id], "what is told no more is kept no longer"
+
+
+def test_what_joins_after_all_is_told_as_refused_no_more(sessions: Sessions) -> None:
+    view = made(sessions)
+    late, other = (Waiting(view.id, UUID(int=number), "ada", "") for number in (7, 8))
+    for waiting in (late, other):
+        sessions.write(saved.add_arrival, waiting)
+        sessions.write(saved.settle, waiting, None, {"detail": "full"})
+    sessions.write(saved.append, view.id, scan(1), author="ada", job_id=late.job_id)
+    assert [left.job_id for left in sessions.read(saved.arrivals, view.id)] == [other.job_id]
+    again = sessions.write(saved.append, view.id, scan(1), author="ada", job_id=other.job_id)
+    assert not again.is_new
+    assert sessions.read(saved.arrivals, view.id) == []
+
+
+def test_a_save_over_whatever_is_there_is_one_whatever_has_arrived_meanwhile(
+    sessions: Sessions,
+) -> None:
+    view = made(sessions)
+    sessions.write(saved.append, view.id, scan(1), author="bob")
+    noted = msgspec.structs.replace(EMPTY, notes=(Note(text="mine"),))
+    with pytest.raises(PreconditionFailed):
+        sessions.write(saved.save, view.id, noted, over=view.head, author="ada")
+    after = sessions.write(saved.save, view.id, noted, over=None, author="ada")
+    assert (after.view.revision, after.view.scans) == (3, 0)
+
+
+@on_postgresql
+def test_a_session_that_somebody_adds_to_can_be_deleted(sessions: Sessions) -> None:
+    view = made(sessions)
+    with ThreadPoolExecutor(1) as pool, sessions.writing() as session:
+        saved.append(session, view.id, scan(1), author="bob")
+        shares.create(session, PEPPER, view.id, NewShare())
+        deleting = pool.submit(sessions.write, saved.delete_session, view.id)
+        with pytest.raises(TimeoutError):
+            deleting.result(0.5)
+        session.commit()
+        assert deleting.result(10)
+    assert sessions.read(saved.find, view.id) is None
+    with pytest.raises(UnknownSession):
+        sessions.write(shares.create, PEPPER, view.id, NewShare())
 
 
 def test_nobody_has_sessions_or_links_without_end(
