@@ -24,7 +24,7 @@ from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.records import Submission
 from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS
 from neural_mri.contract.jobs import Lane
-from neural_mri.contract.problems import TooMany
+from neural_mri.contract.problems import TooMany, Unprocessable
 
 __all__ = (
     "FED_AT_ONCE",
@@ -162,9 +162,36 @@ def feed_known(
 
 
 def _waiting(session: Session, batch_id: UUID, after: int = 0) -> "dict[int, _Promised]":
-    """The next lines of a batch that wait."""
-    rows = session.connection().execute(_WAITING, {"batch": batch_id, "after": after})
-    return {row.line: _Promised(row.job_id, _submission.decode(row.wanted)) for row in rows}
+    """The next lines of a batch that wait; such as cannot be read are refused, and wait no longer."""
+    found: dict[int, _Promised] = {}
+    unread: dict[int, str] = {}
+    while not found:
+        rows = session.connection().execute(_WAITING, {"batch": batch_id, "after": after}).all()
+        for row in rows:
+            try:
+                submission = _submission.decode(row.wanted)
+                submission.batch_key(row.job_id)  # reads the scan
+            except msgspec.DecodeError as error:
+                unread[row.line] = str(error)
+            else:
+                found[row.line] = _Promised(row.job_id, submission)
+        if not rows:
+            break
+        after = rows[-1].line
+    for line, why in unread.items():
+        _refuse(session, batch_id, line, why)
+    return found
+
+
+def _refuse(session: Session, batch_id: UUID, line: int, why: str) -> None:
+    """Have a line, and those that repeat it, become no job: of one that runs its worker would say the same."""
+    problem = Unprocessable(
+        f"another release has taken this scan, and this one cannot read it: {why}; send it again"
+    )
+    mine = (_line.batch_id == batch_id) & ((_line.line == line) | (_line.repeats == line))
+    said = msgspec.json.encode(problem.document()).decode()
+    refused = update(BATCH_LINES).where(mine).values(job_id=None, wanted=None, problem=said)
+    session.connection().execute(refused)
 
 
 def _submit(

@@ -11,7 +11,7 @@ from neural_mri.backing import batches, feeding, jobs
 from neural_mri.backing.batches import Line, NewBatch, Undone
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.limits import NO_LIMITS, Limits
-from neural_mri.backing.rows import BATCHES, JOBS
+from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS
 from neural_mri.contract.batches import BatchState, BatchView
 from neural_mri.contract.jobs import JobState, Lane
 from neural_mri.contract.problems import TooMany
@@ -267,6 +267,27 @@ def test_what_is_known_waits_for_nothing_that_is_not(
     assert {state(sessions, job_id) for job_id in made.values()} == {"succeeded"}
     sessions.write(batches.stop, batch_id, by=batches.CALLER)
     assert sessions.write(feeding.feed_known, batch_id, 0, max_queued=9) is None
+
+
+def test_a_line_that_this_release_cannot_read_is_refused_and_holds_up_nobody(
+    sessions: Sessions,
+) -> None:
+    batch_id = filled(sessions, [*THREE, Line(4, repeats=1), Line(5, repeats=3)])
+    strange = {1: '{"owner": 7}', 2: feeding.kept(submission(request=b'{"scan_mode":"PET"}'))}
+    with sessions.writing() as session:
+        for line, wanted in strange.items():
+            session.execute(
+                update(BATCH_LINES).where(BATCH_LINES.c.line == line).values(wanted=wanted)
+            )
+    assert sorted(fed(sessions, batch_id)) == [3, 5]
+    rows = sessions.read(batches.lines, batch_id, after=0, limit=9)
+    refused = {row.line: row.problem for row in rows if row.problem is not None}
+    assert sorted(refused) == [1, 2, 4]
+    assert {problem["status"] for problem in refused.values()} == {422}
+    assert "PET" in refused[2]["detail"]
+    assert sessions.read(feeding.owners_waiting) == []
+    seen = standing(sessions, batch_id)
+    assert (seen.refused, seen.counts.queued) == (3, 1)
 
 
 def test_who_has_least_under_way_gets_room_first(sessions: Sessions) -> None:
