@@ -1,6 +1,6 @@
 """`neural-mri users list|limit`, `usage` and `audit`: how much everybody may, has had, and has done."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Annotated
 from uuid import UUID
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neural_mri.cli import options
-from neural_mri.cli.terminal import print_json, standard_output
+from neural_mri.cli.terminal import note, print_json, standard_output
 from neural_mri.contract.auth import AuditAction, AuditEntry, Usage, UserLimits
 
 __all__ = ("audit", "commands", "usage")
@@ -153,8 +153,11 @@ def audit(
         if as_json:
             for entry in entries:
                 print_json(entry)
-        else:
-            _print_entries(entries)
+            return
+        listed = list(entries)
+    _print_entries(listed)
+    if len(listed) == limit:
+        note(f"older ones: --before {listed[-1].id}")
 
 
 def _print_usages(usages: Iterable[Usage]) -> None:
@@ -177,10 +180,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
-def _print_entries(entries: Iterable[AuditEntry]) -> None:
+def _print_entries(entries: Sequence[AuditEntry]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("at", "user", "key", "did", "to", "details", "entry"):
-        table.add_column(heading, no_wrap=heading in {"at", "entry"})
+    for heading in ("at", "user", "key", "did", "to", "details"):
+        # What is cut nowhere else has to fit a terminal of 80 columns.
+        table.add_column(heading, no_wrap=heading in {"at", "did"}, overflow="fold")
     for each in entries:
         said = ", ".join(f"{name} {value}" for name, value in each.details.items())
         table.add_row(
@@ -190,6 +194,5 @@ def _print_entries(entries: Iterable[AuditEntry]) -> None:
             each.action.value,
             Text(each.subject),
             Text(said),
-            str(each.id),
         )
     standard_output().print(table)

@@ -248,7 +248,7 @@ def _sort(view: Watched) -> str:
 def _print_ends(watched: dict[UUID, Watched], ends: dict[UUID, _End]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("id", "what", "ended"):
-        table.add_column(heading, no_wrap=heading == "id")
+        table.add_column(heading, no_wrap=heading != "what", overflow="fold")
     for each, view in watched.items():
         end = ends.get(each)
         table.add_row(

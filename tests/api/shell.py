@@ -32,6 +32,8 @@ class Shell:
         self._capture = capture
 
     def __call__(self, *arguments: str) -> Said:
-        code = run(arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("COLUMNS", raising=False)  # where tests run is no terminal
+            code = run(arguments)
         captured = self._capture.readouterr()
         return Said(code, captured.out, captured.err)

@@ -70,7 +70,7 @@ def test_a_method_that_is_not_possible_is_answered_with_those_that_are(api: http
 def test_a_fault_of_ours_shows_nothing_of_its_inside(
     api: httpx.Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def break_down(*_arguments: Any) -> None:
+    def break_down(*_arguments: Any, **_named: Any) -> None:
         raise RuntimeError("the secret is 42")
 
     monkeypatch.setattr(jobs, "recent", break_down)

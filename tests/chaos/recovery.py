@@ -30,6 +30,9 @@ from tests.chaos.storm import Stage, Storm, staged
 
 __all__ = ("Restart", "claimed_after_restart", "claimed_again")
 
+HELD = frozenset({JobState.CLAIMED, JobState.RUNNING})
+"""What a job is when a worker has taken it: a lone scan runs at once."""
+
 ROOT = Path(__file__).parents[2]
 INTRODUCTION = """`python -m tests.chaos.recovery`: seconds from `kill -9` of the worker that runs a scan until the scan is claimed
 again, on one host, a tiny model.
@@ -78,7 +81,7 @@ def _claimed_at(stage: Stage, job_id: UUID) -> float:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for move in stage.witness.moves():
-            if move.job == job_id and move.is_now is JobState.CLAIMED and move.attempt == 2:
+            if move.job == job_id and move.is_now in HELD and move.attempt == 2:
                 return move.at
         time.sleep(0.05)
     raise TimeoutError(f"{job_id} was not claimed again within 60 s")
