@@ -130,10 +130,10 @@ class Reaper:
     def _take_back(self) -> None:
         moved = self._sessions.write(jobs.reap, max_attempts=self._settings.max_attempts)
         if time.monotonic() >= self._expire_at:
-            self._expire_at = time.monotonic() + EXPIRE_EVERY_SECONDS
-            moved += self._sessions.write(
-                jobs.expire, waiting_seconds=self._settings.queued_seconds
-            )
+            late = self._sessions.write(jobs.expire, waiting_seconds=self._settings.queued_seconds)
+            if len(late) < jobs.MOST_EXPIRED:  # else there are more, for the next round
+                self._expire_at = time.monotonic() + EXPIRE_EVERY_SECONDS
+            moved += late
             if undone := self._sessions.write(batches.undo_unfilled):
                 log.warning("half_recorded_batches_undone", count=undone)
         if moved:
@@ -151,6 +151,7 @@ class Reaper:
         if time.monotonic() >= self._stop_at:
             self._stop_at = time.monotonic() + STOP_EVERY_SECONDS
             for asked in self._sessions.write(batches.stop_failing):
+                self._beat(self._settings.reaper_hung_seconds)
                 if asked.moved:
                     self._publisher.announce(asked.job)
                 elif asked.job.state not in TERMINAL:
@@ -223,6 +224,7 @@ class Reaper:
         if some := list(islice(self._aged, MOST_RESULTS)):
             found = self._sessions.read(leftovers.left_over, some)
             for path in found:
+                self._beat(self._settings.reaper_hung_seconds)
                 self._store.delete(path)
             if found:
                 log.info("results_left_over_removed", count=len(found))

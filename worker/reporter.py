@@ -119,7 +119,6 @@ class Outbox:
                     self._release(job_id)
                     self._append(job_id, event)
             if isinstance(event, Ended):
-                self._due.pop(job_id, None)
                 self._publish_at = 0.0
             self._wake_for(job_id)
 
@@ -260,6 +259,7 @@ class Outbox:
             case LayerFrame():
                 self._layers.add((job_id, event.layer))
             case Ended():
+                self._due.pop(job_id, None)
                 self._forget(job_id)
             case _:
                 pass

@@ -32,6 +32,7 @@ from neural_mri.contract.jobs import TERMINAL, JobState, Lane
 from neural_mri.contract.problems import Problem, ProblemDocument, TooMany, UnknownJob
 
 __all__ = (
+    "MOST_EXPIRED",
     "Cancellation",
     "DeadlinePassed",
     "Job",
@@ -62,6 +63,10 @@ __all__ = (
     "unfinished",
     "withdraw_result",
 )
+
+
+MOST_EXPIRED = 200
+"""Jobs that end in one transaction because nobody took them: nobody writes to SQLite meanwhile."""
 
 
 class WorkersLost(Problem):
@@ -640,11 +645,12 @@ def _after_loss(row: AnyRow, *, is_late: bool, max_attempts: int) -> _Fate:
 
 
 def expire(session: Session, *, waiting_seconds: float) -> list[Job]:
-    """End jobs that no worker took for `waiting_seconds`; the jobs as they then stand."""
+    """End up to `MOST_EXPIRED` jobs that no worker took for `waiting_seconds`; the jobs as they then stand."""
     problem = WaitedTooLong(
         f"no worker took the job within {waiting_seconds:.0f} s: is one running that holds its model?"
     )
-    late = _run(session, statements.WAITING_TOO_LONG, {"seconds": waiting_seconds}).all()
+    bounds = {"seconds": waiting_seconds, "most": MOST_EXPIRED}
+    late = _run(session, statements.WAITING_TOO_LONG, bounds).all()
     moved = (advance(session, row.id, JobState.EXPIRED, problem=problem.document()) for row in late)
     return [job for job in moved if job is not None]
 

@@ -467,3 +467,15 @@ def test_claiming_reads_an_index_of_what_is_unfinished(sessions: Sessions) -> No
     assert looks
     assert all("ix_jobs_unfinished" in step or "sqlite_autoindex" in step for step in looks), steps
     assert not any("TEMP B-TREE" in step for step in steps), steps
+
+
+@on_sqlite
+def test_recording_a_job_goes_through_no_index_of_all_that_has_ended(sessions: Sessions) -> None:
+    said = str(statements.STANDING.compile(dialect=sqlite.dialect()))
+    with sessions.reading() as session:
+        parameters = ("x",) * said.count("?")
+        plan = session.connection().exec_driver_sql(f"EXPLAIN QUERY PLAN {said}", parameters)
+        steps = [row.detail for row in plan]
+    looks = [step for step in steps if "jobs" in step]
+    assert looks
+    assert all(step.startswith("SEARCH") for step in looks), steps

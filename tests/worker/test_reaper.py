@@ -324,6 +324,21 @@ def test_a_job_that_waited_too_long_is_given_up(
     assert isinstance(end, Ended)
 
 
+def test_however_many_waited_too_long_a_transaction_ends_some_of_them(
+    settings: Settings, sessions: Sessions, client: SyncRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MOST_EXPIRED", 2)
+    made = submit(sessions, 5)
+    time.sleep(0.02)
+    impatient = msgspec.structs.replace(settings, queued_seconds=0.01)
+    reaper = Reaper(impatient, sessions, client, storage.open_store(settings))
+    ended = []
+    for _ in range(3):
+        reaper.round()
+        ended.append(sum(state(sessions, job.id) is JobState.EXPIRED for job in made))
+    assert ended == [2, 4, 5]
+
+
 def test_without_redis_jobs_are_still_taken_back_and_the_outage_said_once(
     settings: Settings, sessions: Sessions, tmp_path: Path
 ) -> None:
@@ -426,6 +441,25 @@ def test_a_pause_is_no_hanging(
     reaper.run(lambda seconds: seconds == 60.0)
     assert beats[-1] == 61.0
     assert set(beats[:-1]) == {1.0, SWEEP_TIMES}
+
+
+def test_a_slow_store_is_no_hanging(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    store = storage.open_store(settings)
+    for job in submit(sessions, 3):
+        lost = claim(sessions)
+        sessions.write(jobs.advance, lost.id, JobState.FAILED, attempt=1, problem={"detail": "no"})
+        path = keys.packed_path(job.id, 1)
+        store.put(path, b"{}")
+        os.utime(settings.store_dir / path, (0, 0))
+    files: list[int] = []
+    """How many there were at each beat."""
+    folder = settings.store_dir / "packed"
+    beat = lambda _seconds: files.append(len(list(folder.iterdir())))  # noqa: E731
+    Reaper(settings, sessions, client, store, beat).round()
+    assert files[-3:] == [3, 2, 1]
+    assert not list(folder.iterdir())
 
 
 def test_an_end_is_heard_at_any_moment_and_remembered() -> None:

@@ -343,6 +343,20 @@ def test_progress_never_comes_after_the_state_that_followed_it() -> None:
     assert sink.events[-2:] == [progress(2), storing]
 
 
+def test_of_jobs_that_have_ended_nothing_is_kept() -> None:
+    sink = Collected()
+    with Outbox(sink) as outbox:
+        for _ in range(3):
+            job_id = uuid4()
+            outbox.post(job_id, progress(1))
+            outbox.post(job_id, Ended(state=ENDED, attempt=1))
+            assert outbox.flush(timeout_seconds=5.0)
+        assert not outbox._due
+        assert not outbox._unseen
+        assert not outbox._watched
+    assert [type(event) for event in sink.events] == [Progress, Ended] * 3
+
+
 def test_of_one_layer_only_the_newest_frame_waits() -> None:
     sink = stuck()
     with Outbox(sink) as outbox:
