@@ -97,7 +97,9 @@ async def _submit(services: Services, submission: Submission, *, is_watched: boo
     is_scan = submission.kind is JobKind.SCAN
     services.caller.require(Scope.SCAN_WRITE if is_scan else Scope.MODEL_LOAD)
     limit = services.settings.max_queued_jobs
-    submitted = await services.act_briefly(
+    # What somebody has computed within a day is summed up over all of its jobs: that is not brief.
+    act = services.act if services.limits.daily_seconds else services.act_briefly
+    submitted = await act(
         _deed, jobs.submit_once, submission, max_queued=limit, usual=services.limits
     )
     job = submitted.job

@@ -44,9 +44,14 @@ _SECONDS_ENDED = select(
 _SECONDS_HELD = select(func.coalesce(func.sum((epoch() - _job.started_at) * _PART), 0.0)).where(
     _UNDER_WAY, _job.lease_owner.is_not(None)
 )
+_LATEST = (
+    select(_job.finished_at - _job.started_at)
+    .where(_RAN_TODAY)
+    .order_by(_job.finished_at.desc())
+    .limit(16)
+)
 _LEAVING = (
     select(
-        (_job.finished_at - _job.started_at).label("lasted"),
         ((_job.finished_at - _job.started_at) * _PART).label("charged"),
         (_job.finished_at + DAY_SECONDS - epoch()).label("leaves_in"),
     )
@@ -129,7 +134,7 @@ def _seconds(session: Session, user: str) -> float:
 
 def _typical_seconds(session: Session, user: str) -> int:
     """About how long one of the user's jobs holds a worker."""
-    lasted: list[float] = [row.lasted for row in _run(session, _LEAVING, user)][-16:]
+    lasted: list[float] = [seconds for (seconds,) in _run(session, _LATEST, user)]
     mean = sum(lasted) / len(lasted) if lasted else 1.0
     return math.ceil(min(max(mean, 1.0), LONGEST_RETRY_SECONDS))
 

@@ -1,16 +1,20 @@
 """Limits as users meet them, and what they are told of their wait."""
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
 from sqlalchemy import update
+from sqlalchemy.orm import Session
 
 from api import outlook
 from neural_mri.backing import jobs, models, residences
 from neural_mri.backing.events import HeldModel, WorkerBeat, beat
+from neural_mri.backing.jobs import Submission, Submitted
 from neural_mri.backing.rows import JOBS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.auth import Scope
@@ -68,6 +72,23 @@ def test_a_day_of_computing_is_refused_until_some_of_it_is_a_day_ago(
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) == pytest.approx(400, abs=5)
         assert ask(ada, "a").json()["cached"], "what is known costs nothing"
+
+
+def test_a_days_jobs_are_summed_up_in_a_thread(
+    door: Door, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: list[str] = []
+    submit_once = jobs.submit_once
+
+    def noted(session: Session, submission: Submission, **options: Any) -> Submitted:
+        where.append(threading.current_thread().name)
+        return submit_once(session, submission, **options)
+
+    monkeypatch.setattr(jobs, "submit_once", noted)
+    with door.user(world, "ada") as ada:
+        assert ask(ada, "a").status_code == 202
+    assert len(where) == 1
+    assert where[0].startswith("database-writer")
 
 
 def test_an_admin_gives_a_user_limits_of_their_own(door: Door, world: World) -> None:

@@ -47,6 +47,18 @@ def test_a_user_has_so_many_jobs_under_way_and_others_theirs(sessions: Sessions)
     sessions.write(submit, THREE)
 
 
+def test_who_has_enough_under_way_comes_again_after_as_long_as_their_latest_jobs_take(
+    sessions: Sessions,
+) -> None:
+    ran(sessions, 50.0, ago=1000.0)
+    for ago in range(16):
+        ran(sessions, 7.0, ago=ago)
+    sessions.write(submit, Limits(max_jobs=1))
+    with pytest.raises(TooMany) as refused:
+        sessions.write(submit, Limits(max_jobs=1))
+    assert refused.value.members["retry_after_seconds"] == pytest.approx(7, abs=1)
+
+
 def test_who_follows_has_a_job_under_way_as_well(sessions: Sessions) -> None:
     for _ in range(3):
         sessions.write(submit, THREE, scan_key="a" * 64)
