@@ -118,6 +118,7 @@ _INHERIT = (
         claim_share=bindparam("part"),
     )
 )
+_CEDE = update(JOBS).where(_job.id == bindparam("job_id")).values(claim_share=0.0)
 _LEAD = (
     update(JOBS)
     .where(_job.id == bindparam("job_id"))
@@ -204,6 +205,7 @@ def inherit(session: Session, job: Job) -> int | None:
         began=row.started_at,
         part=row.claim_share,
     )
+    _run(session, _CEDE, job_id=job.id)  # the attempt is charged once, to who has it in the end
     attempt: int = row.attempt
     return attempt
 

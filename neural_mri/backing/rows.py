@@ -188,7 +188,8 @@ class JobRow(Base):
     started_at: Mapped[float | None]
     """When the latest attempt was claimed."""
     claim_share: Mapped[float | None]
-    """Its part, by estimated cost, of what was claimed with it; NULL for all of it."""
+    """Its part, by estimated cost, of what was claimed with it; NULL for all of it, 0 once it waits again or an heir is
+    charged."""
     finished_at: Mapped[float | None]
 
 

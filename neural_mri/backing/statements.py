@@ -279,6 +279,7 @@ def move(to: JobState, *, is_held: bool) -> UpdateBase:
     values: dict[str, Any] = {"state": to}
     if to is JobState.QUEUED:
         allowed += [~_job.cancel_requested]
+        values |= {"claim_share": 0.0}  # it may end as it waits, and to wait costs nothing
     if to not in HELD:
         values |= {"lease_owner": None, "lease_until": None}
     if to in TERMINAL:

@@ -95,6 +95,32 @@ def test_what_was_computed_yesterday_does_not_count(sessions: Sessions) -> None:
     sessions.write(submit, HUNDRED_SECONDS)
 
 
+def test_an_attempt_that_is_handed_over_is_charged_once(sessions: Sessions) -> None:
+    with sessions.writing() as session:
+        [first, _] = [
+            jobs.submit(session, submission(owner=owner, scan_key="a" * 64))
+            for owner in ("ada", "bob")
+        ]
+        jobs.claim(session, queue=QUEUE, owner=ELSEWHERE, limit=1, lease_seconds=60)
+        session.execute(update(JOBS).values(started_at=JOBS.c.started_at - 30.0))
+    assert sessions.write(jobs.request_cancel, first.id).moved
+    charged = [sessions.read(limits.usage, owner, THREE).seconds_today for owner in ("ada", "bob")]
+    assert charged == [0.0, pytest.approx(30.0, abs=1.0)]
+
+
+def test_to_wait_again_after_a_lost_worker_costs_nothing(sessions: Sessions) -> None:
+    with sessions.writing() as session:
+        made = jobs.submit(session, submission(owner="ada"))
+        jobs.claim(session, queue=QUEUE, owner=ELSEWHERE, limit=1, lease_seconds=-1)
+    [back] = sessions.write(jobs.reap, max_attempts=3)
+    assert (back.id, back.state) == (made.id, JobState.QUEUED)
+    with sessions.writing() as session:
+        session.execute(update(JOBS).values(started_at=JOBS.c.started_at - 500.0))
+    assert sessions.write(jobs.request_cancel, made.id).moved
+    assert sessions.read(limits.usage, "ada", THREE).seconds_today == 0.0
+    sessions.write(submit, HUNDRED_SECONDS)
+
+
 def test_what_still_runs_counts_as_far_as_it_has_come(sessions: Sessions) -> None:
     with sessions.writing() as session:
         jobs.submit(session, submission(owner="ada"))
