@@ -39,7 +39,10 @@ def read_place(text: str) -> Place:
     address, mark, fragment = text.partition("#")
     if not mark:
         return Place(session=_uuid(text))
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise typer.BadParameter(f"this is no link: {error}") from error
     service = address.rstrip("/") or None
     if service is not None and (parts.scheme not in {"http", "https"} or not parts.netloc):
         raise typer.BadParameter(

@@ -89,17 +89,20 @@ class Batches:
         if max_failures is not None:
             query["max_failures"] = str(max_failures)
         with ExitStack() as opened:
-            return self._exchange.ask(
-                BatchView,
-                "POST",
-                "/api/batches",
-                body=FileBody(scans)
-                if isinstance(scans, Path)
-                else opened.enter_context(_Lines(scans)),
-                query=query,
-                headers={"Content-Type": NDJSON, **once(idempotency_key)},
-                wait_for_room=wait_for_room,
-            )
+            try:
+                return self._exchange.ask(
+                    BatchView,
+                    "POST",
+                    "/api/batches",
+                    body=FileBody(scans)
+                    if isinstance(scans, Path)
+                    else opened.enter_context(_Lines(scans)),
+                    query=query,
+                    headers={"Content-Type": NDJSON, **once(idempotency_key)},
+                    wait_for_room=wait_for_room,
+                )
+            except _ScansEnded as ended:
+                raise ended.error from None
 
     def run(
         self,
@@ -253,11 +256,23 @@ class Batches:
             )
 
 
+class _ScansEnded(Exception):
+    """The caller's scans came to an error of their own.
+
+    It may be one that a request is repeated for, as where they ask the service for something; but who asked them
+    again would be given none, and the batch would be sent without what is missing.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class _Lines:
     """Scans, a line each, as often as they are asked for; they themselves are asked for once.
 
     They may come from a generator that is slow, or endless until it is not: each is sent as it comes, and kept
-    beside it.
+    beside it. Raises `_ScansEnded` where they raise.
     """
 
     def __init__(self, scans: Iterable[Scan]) -> None:
@@ -273,10 +288,16 @@ class _Lines:
     def __iter__(self) -> Iterator[bytes]:
         self._kept.seek(0)
         yield from pieces(self._kept)
-        for scan in self._scans:
+        while (scan := self._next()) is not None:
             line = encode_scan(scan) + b"\n"
             self._kept.write(line)
             yield line
+
+    def _next(self) -> Scan | None:
+        try:
+            return next(self._scans, None)
+        except Exception as error:
+            raise _ScansEnded(error) from error
 
 
 def _path(batch: BatchReference) -> str:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from http import HTTPStatus
 from typing import Protocol
@@ -11,7 +12,7 @@ from uuid import UUID
 import msgspec
 
 from neural_mri.client.batches import Batches
-from neural_mri.client.errors import Refused
+from neural_mri.client.errors import ClientError, Refused
 from neural_mri.client.result import Result
 from neural_mri.contract.auth import Usage
 from neural_mri.contract.baselines import Subject, check_comparable, record_key
@@ -151,7 +152,8 @@ class ServiceScans:
                     yield self._measured(ended.pop(n_given))
         finally:
             if n_given < n_scans:
-                batches.cancel(batch)
+                with suppress(ClientError):  # what ended it is what the caller must hear of
+                    batches.cancel(batch)
 
     def _measured(self, job: UUID) -> Scanned:
         result = self._service.result(job)

@@ -21,7 +21,7 @@ import httpx
 import msgspec
 
 from neural_mri import __version__
-from neural_mri.client.errors import NotUnderstood, Refused, Unreachable
+from neural_mri.client.errors import ClientError, NotUnderstood, Refused, Unreachable
 from neural_mri.client.patience import Patience
 from neural_mri.contract.auth import KEY_PATTERN
 from neural_mri.contract.problems import MEDIA_TYPE
@@ -54,6 +54,9 @@ QUIET_SECONDS = 60.0
 _PATIENCE_SECONDS = 60.0
 _REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 """Methods of which two requests do what one does (RFC 9110, section 9.2.2)."""
+
+_NEVER_SENT = (httpx.ConnectError, httpx.ProxyError, httpx.UnsupportedProtocol)
+"""Errors before a request has left."""
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -231,10 +234,13 @@ class Exchange:
             raise Unreachable(self.base_url, "no answer in time", sent=False) from error
         except httpx.TimeoutException as error:
             raise Unreachable(self.base_url, "no answer in time") from error
+        except httpx.LocalProtocolError as error:
+            # It would be no better the next time: a header of the caller's, most likely.
+            raise ClientError(f"the request cannot be sent as it is: {error}") from error
         except httpx.TransportError as error:
             reason = _ERRNO.sub("", str(error)).lower() or type(error).__name__
-            connected = not isinstance(error, httpx.ConnectError)
-            raise Unreachable(self.base_url, reason, sent=connected, broken=connected) from error
+            sent = not isinstance(error, _NEVER_SENT)
+            raise Unreachable(self.base_url, reason, sent=sent, broken=sent) from error
         self._was_heard = True
 
 

@@ -57,6 +57,8 @@ class Patience:
         ):
             raise error
         self.rest(asked)
+        if self._left.is_set():
+            raise error  # there is no connection any more to ask on
 
     def _pause(self) -> float:
         """Seconds before the next attempt: doubling, up to a bound.

@@ -95,6 +95,8 @@ def _follow_together(exchange: Exchange, left: list[UUID]) -> Iterator[JobEvent]
             continue  # of a newer service: nothing we could show
         event = _event(message)
         job_id = msgspec.json.decode(message.data, type=_Whose).job
+        if job_id not in left:
+            continue  # a service that has lost where we were tells of ends once more
         yield JobEvent(job_id, event)
         if isinstance(event, Ended):
             left.remove(job_id)

@@ -299,6 +299,7 @@ def test_the_version_and_the_help_need_no_service(capsys: pytest.CaptureFixture[
         (("scan", "attention", PROMPT, "--layer", "1", "--head", "x"), "'x' is not a whole number"),
         (("scan", "telepathy"), "No such command 'telepathy'"),
         (("job", "7"), "'7' is not a job's id: expected a UUID"),
+        (("sessions", "open", "http://[::1/#shared=" + "a" * 22), "this is no link: Invalid IPv6"),
         (("models", "--url", "nowhere"), "'nowhere' is not an address: expected something like"),
     ],
 )

@@ -98,6 +98,31 @@ def test_when_to_come_again_may_be_a_moment(wire: Wire, patient: Client) -> None
     assert len(keys(wire)) == 3
 
 
+def test_a_header_that_cannot_be_sent_is_not_sent_again(wire: Wire) -> None:
+    with (
+        Client(wire.url, patience_seconds=1000, headers={"X-Team": "a\nb"}) as client,
+        pytest.raises(ClientError, match="cannot be sent as it is: Illegal header value"),
+    ):
+        client.models()
+    assert wire.asked == []
+
+
+@pytest.mark.parametrize("repeatable", [Unreachable("http://elsewhere", "gone", broken=True), None])
+def test_scans_that_come_to_an_error_are_no_batch(
+    wire: Wire, patient: Client, repeatable: Exception | None
+) -> None:
+    error = repeatable or LookupError("no such prompt")
+
+    def scans() -> Iterator[ActivationScan]:
+        yield SCAN
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        patient.batches.submit(scans())
+    assert raised.value is error
+    assert wire.asked == []
+
+
 def test_who_closes_a_client_waits_no_longer(wire: Wire) -> None:
     wire.answers["GET", "/api/models"] = [later("500")]
     client = Client(wire.url, patience_seconds=1000)
@@ -108,8 +133,6 @@ def test_who_closes_a_client_waits_no_longer(wire: Wire) -> None:
             client.models()
         except ClientError as error:
             ended.append(error)
-        except RuntimeError:  # it was woken, and found no connection to ask on
-            ended.append(ClientError())
 
     asking = threading.Thread(target=ask)
     asking.start()

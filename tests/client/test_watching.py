@@ -1,13 +1,18 @@
 """A job's events arrive once each, in order, whatever happens to the connection."""
 
 import random
+from datetime import UTC, datetime
+from uuid import UUID, uuid4
 
 import msgspec
 import pytest
 
 from neural_mri.client import Client, JobCancelled, JobFailed, NotUnderstood, Refused, Unreachable
-from neural_mri.contract.events import Ended, Event, StateChanged
-from neural_mri.contract.jobs import JobKind, JobState
+from neural_mri.client.diagnosing import ServiceScans
+from neural_mri.contract.auth import Usage
+from neural_mri.contract.batches import BatchCounts, BatchState, BatchView
+from neural_mri.contract.events import Ended, Event, Reset, StateChanged, event_name
+from neural_mri.contract.jobs import JobKind, JobState, Lane
 from neural_mri.contract.problems import Unavailable, UnknownJob
 from neural_mri.contract.scans import ActivationScan
 from tests.client.wire import Answer, Cut, Wire, json_answer, life_of_a_scan, problem_answer
@@ -167,3 +172,49 @@ def test_the_truth_is_asked_for_when_a_stream_has_lost_its_events(
     wire.answers["GET", f"/api/jobs/{job.id}/events"] = [empty] * 3
     wire.answers["GET", f"/api/jobs/{job.id}"] = [json_answer(view)]
     assert list(client.watch(job)) == [Ended(state=JobState.QUARANTINED, attempt=0)]
+
+
+def test_an_end_that_is_told_again_is_no_second_end(wire: Wire, client: Client) -> None:
+    first, second = uuid4(), uuid4()
+
+    def told(*events: tuple[UUID, Event]) -> Answer:
+        """A stream of several jobs that is closed afterwards, as by a service that is restarted."""
+        blocks = (
+            f"event: {event_name(event)}\ndata: ".encode()
+            + msgspec.json.encode({"job": job, **msgspec.to_builtins(event)})
+            for job, event in events
+        )
+        body = b"retry: 1\n\n" + b"".join(block + b"\n\n" for block in blocks)
+        return Answer(200, "text/event-stream", body)
+
+    stands = Reset(state=JobState.SUCCEEDED, attempt=1)
+    wire.answers["GET", "/api/events"] = [
+        told((first, SUCCEEDED)),
+        # It has lost what the reader had seen, and begins again from where each job stands.
+        told((first, stands), (first, SUCCEEDED), (second, SUCCEEDED)),
+    ]
+    assert list(client.watch_many([first, second])) == [(first, SUCCEEDED), (second, SUCCEEDED)]
+
+
+def test_a_diagnosis_that_ends_says_why_though_its_batch_cannot_be_stopped(
+    wire: Wire, client: Client
+) -> None:
+    batch = BatchView(
+        id=uuid4(),
+        state=BatchState.RUNNING,
+        lane=Lane.BATCH,
+        lines=1,
+        refused=0,
+        repeated=0,
+        counts=BatchCounts(queued=1),
+        created_at=datetime.now(UTC),
+    )
+    usage = Usage(user="ada", in_flight=0, max_jobs=None, seconds_today=0, daily_seconds=None)
+    wire.answers["GET", "/api/usage"] = [json_answer(usage)]
+    wire.answers["POST", "/api/batches"] = [json_answer(batch, 202)]
+    wire.answers["GET", f"/api/batches/{batch.id}/events"] = [json_answer({"detail": "who?"}, 401)]
+    wire.answers["DELETE", f"/api/batches/{batch.id}"] = [json_answer({}, 403)]
+    with pytest.raises(Refused) as refused:
+        list(ServiceScans(client, None).scan([SCAN]))
+    assert refused.value.status == 401
+    assert wire.paths("DELETE") == [f"/api/batches/{batch.id}"]

@@ -276,7 +276,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         address = urlsplit(self.path)
         path = unquote(address.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
+        if body is None:
+            self.close_connection = True
+            return
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         self.service.asked.append(Asked(self.command, path, query, dict(self.headers), body))
         if prepared := self.service.answers[self.command, path]:
@@ -290,6 +293,19 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(self._route(parts[1:], query, body))
         except Problem as problem:
             self._send(problem_answer(problem))
+
+    def _body(self) -> bytes | None:
+        """What was sent; None where it breaks off."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while line := self.rfile.readline():
+            size = int(line, 16)
+            body += self.rfile.read(size)
+            self.rfile.readline()
+            if size == 0:
+                return body
+        return None
 
     def _route(self, parts: list[str], query: Mapping[str, str], body: bytes) -> Answer:
         match parts:
