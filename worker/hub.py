@@ -19,7 +19,7 @@ import structlog
 
 from neural_mri.contract.problems import InvalidRequest, Unavailable, UnsupportedModel
 
-__all__ = ("Repository", "fetch", "resolved")
+__all__ = ("Repository", "begin", "fetch", "resolved")
 
 # Read when the library is imported. It would tell what software asks, and ask the hub what to call it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -69,6 +69,11 @@ class Repository(NamedTuple):
     def label(self) -> str:
         """How the registry names it: what was asked for, and the commit that it was then."""
         return self.asked if self.commit in {None, self.revision} else f"{self.asked}#{self.commit}"
+
+
+def begin() -> None:
+    """Have the library read its variables now, before the scanner that sets them is imported."""
+    from huggingface_hub import constants as _  # noqa: F401 -- it reads them when it is imported
 
 
 def resolved(repository: Repository) -> Repository:

@@ -271,6 +271,8 @@ def _folder_name(name: str, digest: str) -> str:
 
 def _bring(settings: Settings, name: str, origin: Source, progress: Advance) -> Path:
     """The model's folder inside the store: converted, or taken over from where it is."""
+    if any(each.startswith(hub.PREFIX) for each in settings.sources.values()):
+        hub.begin()  # the next model's may be there, and whoever has imported the scanner is offline
     from worker.scanner import conversion
 
     if origin.path.parent == settings.models_dir:

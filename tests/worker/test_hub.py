@@ -117,6 +117,22 @@ def test_a_model_is_fetched_by_its_name_at_the_commit_its_branch_stands_for_then
     assert newer.revision != model.revision
 
 
+def test_a_model_of_the_hub_is_brought_after_one_that_is_not(
+    settings: Settings, sessions: Sessions, served: Hub, checkpoint: Path, tiny_folder: Path
+) -> None:
+    served.publish("acme/tiny", checkpoint)
+    brought = store(
+        settings,
+        served,
+        "bring",
+        NEURAL_MRI_DEFAULT_MODEL="first",
+        NEURAL_MRI_PINNED_MODELS="first",
+        NEURAL_MRI_MODEL_SOURCES=f"first=folder:{tiny_folder},mine=hf:acme/tiny",
+    )
+    assert brought.returncode == 0, brought.stderr
+    assert [model.name for model in sessions.read(models.all)] == ["first", "mine"]
+
+
 def test_a_gated_model_is_fetched_by_whoever_may_at_the_very_commit_that_is_named(
     settings: Settings, sessions: Sessions, served: Hub, checkpoint: Path
 ) -> None:
