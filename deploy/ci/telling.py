@@ -30,30 +30,35 @@ class Place(NamedTuple):
     """The address that lists them and takes another."""
     comment: str
     """The address of one, up to its id."""
+    who: str
+    """The address that tells whose the token is."""
     rewrite: str
     """The method that changes one."""
     headers: dict[str, str]
 
     def is_ours(self, comment: Mapping[str, Any], client: httpx.Client) -> bool:
         """Whether a comment is this token's: nobody else's is ever rewritten."""
-        if self.rewrite == "PATCH":
-            # A job's token may not ask who it is; comments of jobs are a bot's.
-            return bool(comment["user"]["type"] == "Bot")
-        me = client.get(f"{self.comments.partition('/projects/')[0]}/user").raise_for_status()
-        return bool(comment["author"]["id"] == me.json()["id"])
+        author = comment["user" if self.rewrite == "PATCH" else "author"] or {}
+        me = client.get(self.who)
+        if self.rewrite == "PATCH" and me.status_code in {401, 403}:
+            # A job's own token may not ask who it is; comments of jobs are a bot's.
+            return bool(author.get("type") == "Bot")
+        return bool(author.get("id") == me.raise_for_status().json()["id"])
 
 
 def place_of(environment: Mapping[str, str]) -> Place:
     """The request this job runs for. Raises `KeyError` that names what the environment lacks."""
-    token = environment["NMRI_TOKEN"]
+    token = environment["NMRI_TOKEN"].strip()  # a header with a line's end is refused, and quoted
     if "CI_MERGE_REQUEST_IID" in environment:
         project = f"{environment['CI_API_V4_URL']}/projects/{environment['CI_PROJECT_ID']}"
         notes = f"{project}/merge_requests/{environment['CI_MERGE_REQUEST_IID']}/notes"
-        return Place(notes, notes, "PUT", {"PRIVATE-TOKEN": token})
+        who = f"{environment['CI_API_V4_URL']}/user"
+        return Place(notes, notes, who, "PUT", {"PRIVATE-TOKEN": token})
     repository = f"{environment['GITHUB_API_URL']}/repos/{environment['GITHUB_REPOSITORY']}"
     return Place(
         f"{repository}/issues/{environment['NMRI_PULL_REQUEST']}/comments",
         f"{repository}/issues/comments",
+        f"{environment['GITHUB_API_URL']}/user",
         "PATCH",
         {"Authorization": f"Bearer {token}", "Accept": "application/vnd.github+json"},
     )
@@ -68,7 +73,7 @@ def tell(place: Place, report: str, name: str) -> None:
         mine = (
             comment["id"]
             for comment in _comments(client, place)
-            if comment["body"].startswith(mark) and place.is_ours(comment, client)
+            if (comment["body"] or "").startswith(mark) and place.is_ours(comment, client)
         )
         if (known := next(mine, None)) is None:
             answer = client.post(place.comments, json=body)

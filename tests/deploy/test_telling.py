@@ -75,6 +75,28 @@ def test_later_runs_rewrite_what_the_first_said_and_nothing_that_others_said(
     assert code_host.tokens == {"Bearer secret" if kind == "github" else "secret"}
 
 
+@pytest.mark.parametrize("tells_who_asks", [False, True], ids=["a job's own", "a person's"])
+def test_on_github_a_token_rewrites_its_own_comment(
+    code_host: Host, tmp_path: Path, *, tells_who_asks: bool
+) -> None:
+    code_host.tells_who_asks = tells_who_asks
+    me = {"id": ME["id"], "type": "User" if tells_who_asks else "Bot"}
+    code_host.write("<!-- neural-mri quick -->\nof nobody who is still there", {})
+    code_host.comments[0]["user"] = None
+    code_host.write("<!-- neural-mri quick -->\nnot ours")
+    if tells_who_asks:
+        code_host.write("<!-- neural-mri quick -->\nanother bot's", {"id": 9, "type": "Bot"})
+    others = [each["body"] for each in code_host.comments]
+    code_host.write("<!-- neural-mri quick -->\n## first", me)
+    variables = environment("github", code_host) | {"NMRI_TOKEN": "secret\n"}
+    assert told(tmp_path / "a.md", "## second", variables).returncode == 0
+    assert [each["body"] for each in code_host.comments] == [
+        *others,
+        "<!-- neural-mri quick -->\n## second",
+    ]
+    assert code_host.tokens == {"Bearer secret"}
+
+
 def test_a_report_longer_than_a_comment_is_cut(code_host: Host, tmp_path: Path) -> None:
     assert told(tmp_path / "a.md", "가" * 90_000, environment("github", code_host)).returncode == 0
     (comment,) = code_host.comments
