@@ -114,7 +114,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_values_are_what_their_schema_says_and_it_knows_each() -> None:
-    for given in (values(), everything_on(), changed("worker.replicas", None)):
+    fractions = changed("reaper.resources", {"requests": {"cpu": 0.1}, "limits": {"cpu": 1}})
+    for given in (values(), everything_on(), changed("worker.replicas", None), fractions):
         schema().validate(given)
     described = json.loads((CHART / "values.schema.json").read_text())
     assert described["properties"].keys() - {"global"} == values().keys()
