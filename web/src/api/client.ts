@@ -177,7 +177,7 @@ export class Client {
       throw new Refusal(
         {
           title: t("The service cannot be reached"),
-          detail: "nothing answers; try again once it runs",
+          detail: t("nothing answers; try again once it runs"),
           status: 0,
         },
         { cause: error },

@@ -15,6 +15,7 @@ export const told = {
   "{time} forward": "순전파 {time}",
   "{what} complete": "{what} 완료",
   "The service cannot be reached": "서비스에 연결할 수 없습니다",
+  "nothing answers; try again once it runs": "응답이 없습니다. 서비스가 실행되면 다시 시도하세요",
   "The event stream was lost": "이벤트 스트림이 끊겼습니다",
   "the service does not answer": "서비스가 응답하지 않습니다",
   "Added. {count} in the list.": "추가했습니다. 목록에 {count}개.",
