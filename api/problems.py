@@ -28,6 +28,7 @@ from neural_mri.contract.auth import Unauthenticated
 from neural_mri.contract.problems import (
     MEDIA_TYPE,
     InvalidRequest,
+    LimitReached,
     NotFound,
     Problem,
     ProblemDocument,
@@ -144,6 +145,8 @@ def incident(error: BaseException, *, method: str, path: str) -> InternalError:
 def headers_of(problem: Problem) -> dict[str, str]:
     """What a refusal says beside its body."""
     match problem:
+        case LimitReached():
+            return {}  # it would be refused again at any time
         case TooMany() | Unavailable():
             seconds = problem.members.get("retry_after_seconds", RETRY_AFTER_SECONDS)
             return {"retry-after": str(seconds)}

@@ -33,7 +33,7 @@ from neural_mri.contract.auth import (
     KeyView,
     Scope,
 )
-from neural_mri.contract.problems import TooMany
+from neural_mri.contract.problems import LimitReached
 
 __all__ = (
     "LOCAL",
@@ -126,12 +126,12 @@ def create_key(
 ) -> CreatedKey:
     """Make a key. It expires after `seconds`, and not after `not_after`.
 
-    Raises `TooMany` for somebody who has more than enough of them.
+    Raises `LimitReached` for somebody who has more than enough of them.
     """
     ensure_user(session, user)
     good = select(func.count()).select_from(API_KEYS).where(_key.user == user, _is_good())
     if session.connection().execute(good).scalar_one() >= MOST_KEYS:
-        raise TooMany(
+        raise LimitReached(
             f"{user} has {MOST_KEYS} good API keys, as many as anybody can: revoke some first",
             limit=MOST_KEYS,
         )

@@ -26,7 +26,7 @@ from neural_mri.backing.rows import (
     SHARES,
 )
 from neural_mri.contract.archives import canonical
-from neural_mri.contract.problems import InvalidRequest, ProblemDocument, TooMany
+from neural_mri.contract.problems import InvalidRequest, LimitReached, ProblemDocument
 from neural_mri.contract.sessions import (
     MOST_SCANS,
     Origin,
@@ -145,10 +145,10 @@ def decode_document(body: bytes | str) -> SessionDocument:
 
 
 def create(session: Session, made: Made) -> SessionView:
-    """Make a session of one revision. Raises `TooMany` for who has more than enough of them."""
+    """Make a session of one revision. Raises `LimitReached` for who has more than enough of them."""
     count = select(func.count()).select_from(SESSIONS).where(_session.owner == made.owner)
     if _run(session, count).scalar_one() >= MOST_SESSIONS:
-        raise TooMany(
+        raise LimitReached(
             f"you have {MOST_SESSIONS} sessions, as many as anybody can: delete some first",
             limit=MOST_SESSIONS,
         )
@@ -335,7 +335,7 @@ def append(
     """Add a scan to whatever the session holds: nobody's save stands in the way of it.
 
     `job_id` is whose result it is: why that could not join before is told no more. `reserved` says that it had a
-    place kept for it, as scans on their way have. Raises `UnknownSession`, and `TooMany` where there is no room.
+    place kept for it, as scans on their way have. Raises `UnknownSession`, and `LimitReached` where there is no room.
     """
     row = _row(session, session_id, lock=True)
     if row is None:
@@ -354,12 +354,12 @@ def append(
 
 
 def _check_room(session: Session, row: AnyRow, *, reserved: bool) -> None:
-    """Whether a scan may join a session whose row is locked. Raises `TooMany`."""
+    """Whether a scan may join a session whose row is locked. Raises `LimitReached`."""
     waiting = select(func.count()).where(_arrival.session_id == row.id, _arrival.problem.is_(None))
     coming: int = 0 if reserved else _run(session, waiting).scalar_one()
     if row.scans + coming >= MOST_SCANS:
         on_their_way = f", and {coming} are on their way" if coming else ""
-        raise TooMany(
+        raise LimitReached(
             f"session {row.id} holds {row.scans} scans{on_their_way}: {MOST_SCANS} is as many as one can "
             "hold",
             limit=MOST_SCANS,
@@ -508,7 +508,7 @@ def kept_results(session: Session) -> frozenset[str]:
 def add_arrival(session: Session, waiting: Waiting) -> None:
     """Note a scan that joins the session when it has succeeded, unless that is noted.
 
-    Raises `UnknownSession`, and `TooMany` where there would be no room for it.
+    Raises `UnknownSession`, and `LimitReached` where there would be no room for it.
     """
     row = _row(session, waiting.session_id, lock=True)
     if row is None:
@@ -569,7 +569,7 @@ def settle(
     if scan is not None:
         try:
             saved = append(session, row.id, scan, author=waiting.author, reserved=True)
-        except TooMany as full:
+        except LimitReached as full:
             problem = full.document()
     if problem is None:
         _run(session, delete(SESSION_ARRIVALS).where(mine))

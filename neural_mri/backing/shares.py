@@ -18,7 +18,7 @@ from neural_mri.backing import sessions
 from neural_mri.backing.database import epoch
 from neural_mri.backing.records import AnyRow
 from neural_mri.backing.rows import SESSIONS, SHARES
-from neural_mri.contract.problems import TooMany
+from neural_mri.contract.problems import LimitReached
 from neural_mri.contract.sessions import CreatedShare, NewShare, ShareAccess, ShareView
 
 __all__ = ("MOST_SHARES", "create", "followed", "of_session", "pseudonym", "revoke")
@@ -41,7 +41,7 @@ def pseudonym(pepper: bytes, share_id: str, name: str) -> str:
 
 
 def create(session: Session, pepper: bytes, session_id: UUID, wanted: NewShare) -> CreatedShare:
-    """Make a link. Raises `UnknownSession`, and `TooMany` for one that has more than enough of them."""
+    """Make a link. Raises `UnknownSession`, and `LimitReached` for one that has more than enough of them."""
     run = session.connection().execute
     is_there = select(_session.id).where(_session.id == session_id).with_for_update(key_share=True)
     if run(is_there).one_or_none() is None:
@@ -50,7 +50,7 @@ def create(session: Session, pepper: bytes, session_id: UUID, wanted: NewShare) 
         select(func.count()).select_from(SHARES).where(_share.session_id == session_id, _is_good())
     )
     if run(good).scalar_one() >= MOST_SHARES:
-        raise TooMany(
+        raise LimitReached(
             f"session {session_id} has {MOST_SHARES} links, as many as one can: revoke some first",
             limit=MOST_SHARES,
         )

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import Any
 
 from neural_mri.contract.jobs import JobState, JobView
+from neural_mri.contract.problems import LimitReached
 
 __all__ = (
     "ClientError",
@@ -86,12 +87,12 @@ class Refused(ClientError):
     @property
     def passes(self) -> bool:
         """Whether a later attempt may be answered: the service is busy, full or away, and says no more."""
-        return self.status in _PASSING
+        return self.status in _PASSING and self.type != LimitReached.type_urn()
 
     @property
     def did_nothing(self) -> bool:
         """Whether it passes, and the request is sure to have had no effect."""
-        return self.status == HTTPStatus.TOO_MANY_REQUESTS
+        return self.status == HTTPStatus.TOO_MANY_REQUESTS and self.passes
 
 
 class NotUnderstood(ClientError):

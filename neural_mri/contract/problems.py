@@ -21,6 +21,7 @@ A refusal is the caller's to mend: it names the value and what was expected. The
     │   ├── InvalidPositions
     │   └── PromptTooLong
     ├── TooMany                 429  over a bound that passes with time
+    │   └── LimitReached                 over one that does not
     └── Unavailable             503  the environment's fault; try again
 """
 
@@ -34,6 +35,7 @@ __all__ = (
     "InvalidAddress",
     "InvalidPositions",
     "InvalidRequest",
+    "LimitReached",
     "ModelBusy",
     "ModelNotLoaded",
     "NotFound",
@@ -165,6 +167,10 @@ class TooMany(Problem):
     """Too many requests."""
 
     status = 429
+
+
+class LimitReached(TooMany):
+    """There are as many as there can be."""
 
 
 class Unavailable(Problem):

@@ -14,7 +14,7 @@ from neural_mri.backing import shares
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.rows import SESSION_ARRIVALS, SESSIONS, SHARES
 from neural_mri.backing.sessions import Made, Waiting, encode_document
-from neural_mri.contract.problems import InvalidRequest, TooMany
+from neural_mri.contract.problems import InvalidRequest, LimitReached
 from neural_mri.contract.scans import ScanKind
 from neural_mri.contract.sessions import (
     NewShare,
@@ -176,7 +176,7 @@ def test_scans_on_their_way_have_a_place_kept_for_them(
     def add(waiting: Waiting) -> bool:
         try:
             sessions.write(saved.add_arrival, waiting)
-        except TooMany:
+        except LimitReached:
             return False
         return True
 
@@ -185,7 +185,7 @@ def test_scans_on_their_way_have_a_place_kept_for_them(
         assert sum(pool.map(add, crowd)) == 2, "of many at once none slips through"
     [first, second] = sessions.read(saved.arrivals, view.id)
     assert add(first), "it is noted already"
-    with pytest.raises(TooMany, match="holds 1 scans, and 2 are on their way"):
+    with pytest.raises(LimitReached, match="holds 1 scans, and 2 are on their way"):
         sessions.write(saved.append, view.id, scan(2), author="ada")
     assert sessions.write(saved.settle, first, scan(2)).saved is not None
     sessions.write(saved.settle, second, None)
@@ -268,11 +268,11 @@ def test_nobody_has_sessions_or_links_without_end(
     monkeypatch.setattr(shares, "MOST_SHARES", 2)
     view = made(sessions)
     made(sessions)
-    with pytest.raises(TooMany, match="delete some"):
+    with pytest.raises(LimitReached, match="delete some"):
         made(sessions)
     made(sessions, owner="bob")
     links = [sessions.write(shares.create, PEPPER, view.id, NewShare()) for _ in range(2)]
-    with pytest.raises(TooMany, match="revoke some"):
+    with pytest.raises(LimitReached, match="revoke some"):
         sessions.write(shares.create, PEPPER, view.id, NewShare())
     sessions.write(shares.revoke, view.id, links[0].id)
     sessions.write(shares.create, PEPPER, view.id, NewShare())

@@ -8,7 +8,7 @@ from email.utils import format_datetime
 import pytest
 
 from neural_mri.client import Client, ClientError, Refused, Unreachable
-from neural_mri.contract.problems import TooMany, Unavailable
+from neural_mri.contract.problems import LimitReached, TooMany, Unavailable
 from neural_mri.contract.scans import ActivationScan
 from tests.client.specimens import MODEL
 from tests.client.wire import NO_ANSWER, Answer, Wire, json_answer, problem_answer
@@ -56,6 +56,14 @@ def test_what_does_not_pass_is_asked_once(wire: Wire, patient: Client, status: i
         patient.models()
     assert refused.value.status == status
     assert wire.paths() == ["/api/models"]
+
+
+def test_room_that_no_wait_makes_is_not_waited_for(wire: Wire, patient: Client) -> None:
+    full = problem_answer(LimitReached("you have 10000 sessions, as many as anybody can"))
+    wire.answers["POST", "/api/sessions"] = [full]
+    with pytest.raises(Refused, match="as many as anybody can"):
+        patient.sessions.create("Eiffel")
+    assert len(wire.asked) == 1
 
 
 def test_a_scan_is_sent_again_under_its_own_key(wire: Wire, patient: Client) -> None:
