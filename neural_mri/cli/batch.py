@@ -22,6 +22,7 @@ from neural_mri.cli.files import existing, writing
 from neural_mri.cli.progress import JobProgress
 from neural_mri.cli.terminal import complain, note, print_json, standard_output
 from neural_mri.client import Client, ClientError, Refused
+from neural_mri.client.exchange import PARTING_SECONDS
 from neural_mri.contract.batches import (
     LEFT_OUT,
     MOST_LINES,
@@ -142,7 +143,7 @@ def _follow(client: Client, batch: BatchView, *, as_json: bool, quiet: bool) -> 
             batch = client.batches.wait(batch, _shown(progress))
     except KeyboardInterrupt:
         try:
-            client.batches.cancel(batch)
+            client.batches.cancel(batch, most_seconds=PARTING_SECONDS)
         except ClientError as error:
             complain(f"interrupted; batch {batch.id} could not be cancelled: {error}")
         else:

@@ -16,6 +16,7 @@ from neural_mri.cli.progress import JobProgress
 from neural_mri.cli.report import print_report
 from neural_mri.cli.terminal import complain, note, print_json, standard_output
 from neural_mri.client import Client, ClientError, Result
+from neural_mri.client.exchange import PARTING_SECONDS
 from neural_mri.contract.jobs import JobView, Lane
 from neural_mri.contract.scans import Scan
 
@@ -91,7 +92,7 @@ def _cancelling_on_interrupt(client: Client, job: JobView) -> Iterator[None]:
 def _cancelled(client: Client, job_id: UUID) -> str:
     """Cancel a job, and say how that went."""
     try:
-        view = client.cancel(job_id)
+        view = client.cancel(job_id, most_seconds=PARTING_SECONDS)
     except (ClientError, KeyboardInterrupt) as error:
         reason = str(error) or "interrupted again"
         return f"job {job_id} could not be cancelled and may still run: {reason}"

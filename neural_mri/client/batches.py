@@ -5,6 +5,7 @@ for line in mri.batches.watch(batch): ...
 mri.batches.table(batch, "predictions").to_pandas()
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -16,7 +17,14 @@ import msgspec
 import pyarrow as pa
 
 from neural_mri.client.errors import ClientError, Damaged, NotUnderstood, Refused, Unreachable
-from neural_mri.client.exchange import QUIET_SECONDS, Exchange, FileBody, once, pieces
+from neural_mri.client.exchange import (
+    PARTING_SECONDS,
+    QUIET_SECONDS,
+    Exchange,
+    FileBody,
+    once,
+    pieces,
+)
 from neural_mri.client.progress import ShowProgress, both, shown
 from neural_mri.client.result import Result
 from neural_mri.client.watching import messages
@@ -121,7 +129,7 @@ class Batches:
             self.wait(batch, on_event, progress=progress)
         except KeyboardInterrupt:
             with suppress(ClientError):
-                self.cancel(batch)
+                self.cancel(batch, most_seconds=PARTING_SECONDS)
             raise
         return list(self.outcomes(batch))
 
@@ -136,9 +144,12 @@ class Batches:
         """How far a batch has come."""
         return self._exchange.ask(BatchView, "GET", _path(batch))
 
-    def cancel(self, batch: BatchReference) -> BatchView:
-        """Stop a batch: what waits at once, what runs at its next checkpoint."""
-        return self._exchange.ask(BatchView, "DELETE", _path(batch))
+    def cancel(self, batch: BatchReference, *, most_seconds: float = math.inf) -> BatchView:
+        """Stop a batch: what waits at once, what runs at its next checkpoint.
+
+        For no longer than `most_seconds`, where that is less than the client's patience.
+        """
+        return self._exchange.ask(BatchView, "DELETE", _path(batch), most_seconds=most_seconds)
 
     def watch(self, batch: BatchReference) -> Iterator[BatchEvent]:
         """A batch's events to `BatchEnded`, each line once, through broken connections."""

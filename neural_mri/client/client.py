@@ -1,5 +1,6 @@
 """The way in from Python: ask for scans, follow them, take the numbers away."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from http import HTTPStatus
@@ -12,7 +13,7 @@ import msgspec
 from neural_mri.client.batches import Batches
 from neural_mri.client.diagnosing import Progress, ServiceScans, diagnosed, silent
 from neural_mri.client.errors import ClientError
-from neural_mri.client.exchange import Exchange, once
+from neural_mri.client.exchange import PARTING_SECONDS, Exchange, once
 from neural_mri.client.progress import ShowProgress, both, name_of, place_in_words, shown
 from neural_mri.client.result import Result
 from neural_mri.client.sessions import Sessions
@@ -492,7 +493,7 @@ class Client:
             return self.result(self.wait(job, on_event, progress=progress))
         except KeyboardInterrupt:
             with suppress(ClientError):
-                self.cancel(job)
+                self.cancel(job, most_seconds=PARTING_SECONDS)
             raise
 
     def diagnose(
@@ -579,9 +580,13 @@ class Client:
             query["scan_key"] = scan_key
         return self._exchange.ask(list[JobView], "GET", "/api/jobs", query=query)
 
-    def cancel(self, job: JobReference) -> JobView:
-        """Ask for a job to be stopped: at once where it is queued, else at its next checkpoint."""
-        return self._exchange.ask(JobView, "DELETE", f"/api/jobs/{_id(job)}")
+    def cancel(self, job: JobReference, *, most_seconds: float = math.inf) -> JobView:
+        """Ask for a job to be stopped: at once where it is queued, else at its next checkpoint.
+
+        For no longer than `most_seconds`, where that is less than the client's patience.
+        """
+        path = f"/api/jobs/{_id(job)}"
+        return self._exchange.ask(JobView, "DELETE", path, most_seconds=most_seconds)
 
     def watch(self, job: JobReference) -> Iterator[Event]:
         """A job's events from its first to `Ended`, each once, through broken connections.

@@ -13,6 +13,7 @@ import msgspec
 
 from neural_mri.client.batches import Batches
 from neural_mri.client.errors import ClientError, Refused
+from neural_mri.client.exchange import PARTING_SECONDS
 from neural_mri.client.result import Result
 from neural_mri.contract.auth import Usage
 from neural_mri.contract.baselines import Subject, check_comparable, record_key
@@ -153,7 +154,7 @@ class ServiceScans:
         finally:
             if n_given < n_scans:
                 with suppress(ClientError):  # what ended it is what the caller must hear of
-                    batches.cancel(batch)
+                    batches.cancel(batch, most_seconds=PARTING_SECONDS)
 
     def _measured(self, job: UUID) -> Scanned:
         result = self._service.result(job)

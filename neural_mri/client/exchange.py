@@ -30,6 +30,7 @@ __all__ = (
     "DEFAULT_URL",
     "IDEMPOTENCY_KEY",
     "KEY_VARIABLE",
+    "PARTING_SECONDS",
     "PATIENCE_VARIABLE",
     "QUIET_SECONDS",
     "URL_VARIABLE",
@@ -50,6 +51,9 @@ IDEMPOTENCY_KEY = "Idempotency-Key"
 
 QUIET_SECONDS = 60.0
 """Silence after which a stream is given up and opened again; the service comments every 15 s."""
+
+PARTING_SECONDS = 3.0
+"""Of patience for what is still to be said by somebody who has been interrupted, and waits to be let go."""
 
 _PATIENCE_SECONDS = 60.0
 _REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE"})
@@ -99,15 +103,20 @@ class Exchange:
         self._left.set()
         self._http.close()
 
-    def patience(self) -> Patience:
+    def patience(self, most_seconds: float = math.inf) -> Patience:
         """What one call has, from now on."""
-        return Patience(self.patience_seconds, self._left)
+        return Patience(min(self.patience_seconds, most_seconds), self._left)
 
     def persist(
-        self, attempt: Callable[[], T], *, repeatable: bool = True, wait_for_room: bool = True
+        self,
+        attempt: Callable[[], T],
+        *,
+        repeatable: bool = True,
+        wait_for_room: bool = True,
+        most_seconds: float = math.inf,
     ) -> T:
         """What an attempt gives, made again while it meets what passes. Raises what it raised at last."""
-        patience = self.patience()
+        patience = self.patience(most_seconds)
         while True:
             try:
                 return attempt()
@@ -127,13 +136,15 @@ class Exchange:
         answers: Container[int] = (),
         repeatable: bool | None = None,
         wait_for_room: bool = True,
+        most_seconds: float = math.inf,
     ) -> httpx.Response:
         """The whole answer. Raises `Unreachable` or `Refused`.
 
         A body is JSON, unless the headers say otherwise; one in pieces is sent as they come. `answers` are
         statuses beside 2xx that carry an answer to this request, and are no refusal. `repeatable` says
         whether two such requests do what one does, where the method and the headers do not tell. A refusal for
-        want of room did nothing, and is borne in any case, unless `wait_for_room` is False.
+        want of room did nothing, and is borne in any case, unless `wait_for_room` is False. Nothing is borne
+        for longer than `most_seconds`.
         """
         sent = dict(headers or {})
         if body is not None:
@@ -152,7 +163,12 @@ class Exchange:
 
         if isinstance(body, Iterator):
             return attempt()  # what is read as it is sent cannot be sent again from the start
-        return self.persist(attempt, repeatable=repeatable, wait_for_room=wait_for_room)
+        return self.persist(
+            attempt,
+            repeatable=repeatable,
+            wait_for_room=wait_for_room,
+            most_seconds=most_seconds,
+        )
 
     def ask(
         self,
@@ -166,6 +182,7 @@ class Exchange:
         answers: Container[int] = (),
         repeatable: bool | None = None,
         wait_for_room: bool = True,
+        most_seconds: float = math.inf,
     ) -> T:
         """The answer's JSON as a `wanted`. Raises `Unreachable`, `Refused` or `NotUnderstood`."""
         response = self.send(
@@ -177,6 +194,7 @@ class Exchange:
             answers=answers,
             repeatable=repeatable,
             wait_for_room=wait_for_room,
+            most_seconds=most_seconds,
         )
         return decoded(wanted, response)
 

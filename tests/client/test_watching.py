@@ -135,6 +135,22 @@ def test_a_cancelled_job_is_an_error_of_its_own(wire: Wire, client: Client) -> N
         client.run(SCAN)
 
 
+def test_who_interrupts_a_scan_of_a_service_that_is_away_does_not_wait_for_it(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neural_mri.client.client.PARTING_SECONDS", 0.1)
+
+    def interrupt(_event: Event) -> None:
+        (job_id,) = wire.jobs
+        away = problem_answer(Unavailable("the database does not answer"))
+        wire.answers["DELETE", f"/api/jobs/{job_id}"] = [away] * 1000
+        raise KeyboardInterrupt
+
+    with Client(wire.url, patience_seconds=1000) as client, pytest.raises(KeyboardInterrupt):
+        client.run(SCAN, interrupt)
+    assert 1 <= len(wire.paths("DELETE")) <= 3
+
+
 def test_an_interrupted_scan_is_cancelled_on_the_service(wire: Wire, client: Client) -> None:
     def interrupt(event: Event) -> None:
         if isinstance(event, StateChanged):
