@@ -1,6 +1,5 @@
 """Diagnoses over a service: a suite's scans sent as batches, results taken as they come."""
 
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +14,6 @@ from neural_mri.client.batches import Batches
 from neural_mri.client.errors import ClientError, Refused
 from neural_mri.client.exchange import PARTING_SECONDS
 from neural_mri.client.result import Result
-from neural_mri.contract.auth import Usage
 from neural_mri.contract.baselines import Subject, check_comparable, record_key
 from neural_mri.contract.batches import BatchView, LineEnded
 from neural_mri.contract.findings import Diagnosis
@@ -31,21 +29,15 @@ from neural_mri.diagnostics.records import Record, Records
 __all__ = ("Progress", "ServiceScans", "diagnosed", "recorded", "silent")
 
 
-_TOO_MUCH = (
-    HTTPStatus.TOO_MANY_REQUESTS,
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    HTTPStatus.UNPROCESSABLE_ENTITY,
-)
-"""Refusals that a smaller batch may not meet."""
+_TOO_LONG = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY)
+"""Refusals that a shorter batch may not meet. For room under way a batch waits in the service."""
 
 
 def _fewer(some: int, refused: Refused) -> int:
     """How many to ask for after so many were too many. Raises the refusal where their number is not to blame."""
-    said = refused.members
-    limit, taken = said.get("limit"), said.get("in_flight", said.get("unfinished", 0))
-    told = limit - taken if isinstance(limit, int) and isinstance(taken, int) else some
-    if told < some:
-        return max(1, told)
+    limit = refused.members.get("limit")
+    if isinstance(limit, int) and limit < some:
+        return max(1, limit)
     if refused.status == HTTPStatus.UNPROCESSABLE_ENTITY:
         raise refused
     return some // 2
@@ -57,9 +49,6 @@ class Service(Protocol):
     @property
     def batches(self) -> Batches:
         """Many scans in one request."""
-
-    def usage(self) -> Usage:
-        """What the caller has under way, beside what is allowed."""
 
     def model(self, name: str | None = None) -> ModelInfo:
         """A registered model."""
@@ -113,29 +102,21 @@ class ServiceScans:
             left = left[some:]
 
     def _submitted(self, scans: Sequence[Scan]) -> tuple[int, BatchView]:
-        """A batch of as many of the first scans as the service takes now: at least one, for which it waits."""
-        some = min(len(scans), self._room())
+        """A batch of as many of the first scans as the service takes in one request."""
+        some = len(scans)
         while True:
             try:
                 batch = self._service.batches.submit(
                     scans[:some],
                     lane=Lane.BATCH,
                     name=f"diagnosis of {self._info.name}",
-                    wait_for_room=some == 1,
                 )
             except Refused as refused:
-                if some == 1 or refused.status not in _TOO_MUCH:
+                if some == 1 or refused.status not in _TOO_LONG:
                     raise
                 some = _fewer(some, refused)
             else:
                 return some, batch
-
-    def _room(self) -> int:
-        """How many scans the caller may ask for now, as far as the caller's own limit says."""
-        usage = self._service.usage()
-        if usage.max_jobs is None:
-            return sys.maxsize
-        return max(1, usage.max_jobs - usage.in_flight)
 
     def _together(self, batch: BatchView, n_scans: int) -> Iterator[Scanned]:
         batches = self._service.batches

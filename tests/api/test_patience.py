@@ -3,18 +3,19 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from subprocess import Popen
 
 import msgspec
 import pytest
 
-from neural_mri.backing import jobs
+from neural_mri.backing import feeding, jobs, limits
 from neural_mri.backing.settings import Settings
 from neural_mri.client import Client, Refused
 from neural_mri.client.diagnosing import ServiceScans
 from neural_mri.contract.jobs import JobState
+from neural_mri.contract.problems import TooMany
 from neural_mri.contract.scans import ActivationScan
 from tests.api.keyed import Door, keyed
 from tests.api.processes import client_of, on_own_port, process
@@ -61,12 +62,21 @@ def mri(mortal: Mortal) -> Iterator[Client]:
 
 
 @contextmanager
-def diligent(world: World) -> Iterator[None]:
-    """A worker beside the test that takes what waits, ticket or not."""
+def diligent(world: World, settings: Settings | None = None) -> Iterator[None]:
+    """A worker beside the test that takes what waits, ticket or not, and a reaper that feeds batches."""
     ending = threading.Event()
+    allowed = settings or world.settings
 
     def work() -> None:
         while not ending.is_set():
+            for owner in world.sessions.read(feeding.owners_waiting):
+                with suppress(TooMany):
+                    world.sessions.write(
+                        feeding.feed,
+                        owner,
+                        max_queued=allowed.max_queued_jobs,
+                        usual=limits.usual(allowed),
+                    )
             for job in world._claim(world.queue()):
                 world.perform(job)
             ending.wait(0.01)
@@ -150,45 +160,47 @@ def test_who_may_have_no_more_under_way_waits_until_some_has_ended(
 
     def finish() -> None:
         assert refused.wait(30)
-        for _ in range(2):
-            world.perform(world.claim(world.queue()))
+        world.perform(world.claim(world.queue()))
 
     with Client(door.url, api_key=key, patience_seconds=120) as mri:
         refusals(mri, refused.set)
         mri.submit(SCAN)
         mri.submit(ActivationScan(prompt="a"))
         with world.beside(finish):
-            batch = mri.batches.submit(ActivationScan(prompt=f"b {n}") for n in range(2))
+            third = mri.submit(ActivationScan(prompt="b"))
         assert refused.is_set()
-        assert (batch.lines, batch.counts.queued) == (2, 2)
-        assert len(mri.batches.list()) == 1
+        assert third.state is JobState.QUEUED
+        assert len(mri.jobs()) == 3
 
 
-def sizes(mri: Client, world: World, n: int) -> list[int]:
+def sizes(mri: Client, world: World, n: int, settings: Settings | None = None) -> list[int]:
     """Of the batches, in order, that so many scans were sent as; every one of them is measured."""
     scans = [ActivationScan(prompt=f"c {k}") for k in range(n)]
-    with diligent(world):
+    with diligent(world, settings):
         measured = list(ServiceScans(mri, "tiny").scan(scans))
     assert len({each.scan_key for each in measured}) == n
     return [batch.lines for batch in reversed(mri.batches.list())]
 
 
-def test_a_diagnosis_asks_for_as_much_at_once_as_its_user_may(
+def test_a_diagnosis_asks_once_and_is_done_as_its_user_has_room(
     shared_settings: Settings, world: World
 ) -> None:
+    few = msgspec.structs.replace(shared_settings, user_max_jobs=5)
     with keyed(shared_settings, user_max_jobs=5) as door:
         key = door.key(world).key
         with Client(door.url, api_key=key, patience_seconds=60) as mri:
-            assert sizes(mri, world, 13) == [5, 5, 3]
+            assert sizes(mri, world, 13, few) == [13]
 
 
-def test_or_as_the_queue_has_room_for(shared_settings: Settings, world: World) -> None:
+def test_or_as_the_queue_has_room(shared_settings: Settings, world: World) -> None:
     full = msgspec.structs.replace(shared_settings, max_queued_jobs=4)
     with serving(full) as api, Client(str(api.base_url), patience_seconds=60) as mri:
-        assert sizes(mri, world, 9) == [4, 4, 1]
+        assert sizes(mri, world, 9, full) == [9]
 
 
-def test_or_as_one_request_may_be_long(shared_settings: Settings, world: World) -> None:
+def test_it_asks_for_no_more_at_once_than_one_request_may_hold(
+    shared_settings: Settings, world: World
+) -> None:
     brief = msgspec.structs.replace(shared_settings, max_batch_bytes=2000)
     with serving(brief) as api, Client(str(api.base_url), patience_seconds=60) as mri:
         several = sizes(mri, world, 40)
@@ -196,12 +208,13 @@ def test_or_as_one_request_may_be_long(shared_settings: Settings, world: World) 
     assert max(several) < 40
 
 
-def test_or_is_told_so_without_patience(door: Door, world: World) -> None:
+def test_who_has_no_patience_is_told_that_there_is_no_room(door: Door, world: World) -> None:
     key = door.key(world).key
     with Client(door.url, api_key=key, patience_seconds=0.5) as mri:
         mri.submit(SCAN)
+        mri.submit(ActivationScan(prompt="a"))
         with pytest.raises(Refused) as refused:
-            mri.batches.submit([ActivationScan(prompt=f"b {n}") for n in range(2)])
+            mri.submit(ActivationScan(prompt="b"))
         assert refused.value.status == 429
         assert refused.value.retry_after_seconds == 1
-        assert mri.batches.list() == []
+        assert len(mri.jobs()) == 2
