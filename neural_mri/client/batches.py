@@ -77,7 +77,6 @@ class Batches:
         max_failures: int | None = None,
         name: str = "",
         idempotency_key: str | None = None,
-        wait_for_room: bool = True,
     ) -> BatchView:
         """Ask for many scans; they are sent as they come.
 
@@ -90,8 +89,6 @@ class Batches:
             name: What it is for.
             idempotency_key: Your own word for this batch: sent again within a day it makes no second one.
                 Without one the client makes one up, so that it may send the batch again itself.
-            wait_for_room: Where there is none for so many jobs, try again for as long as the client has
-                patience; else raise `Refused` with status 429 at once.
         """
         query = {"lane": Lane(lane).value, "on_invalid": OnInvalid(on_invalid).value, "name": name}
         if max_failures is not None:
@@ -107,7 +104,6 @@ class Batches:
                     else opened.enter_context(_Lines(scans)),
                     query=query,
                     headers={"Content-Type": NDJSON, **once(idempotency_key)},
-                    wait_for_room=wait_for_room,
                 )
             except _ScansEnded as ended:
                 raise ended.error from None

@@ -112,7 +112,6 @@ class Exchange:
         attempt: Callable[[], T],
         *,
         repeatable: bool = True,
-        wait_for_room: bool = True,
         most_seconds: float = math.inf,
     ) -> T:
         """What an attempt gives, made again while it meets what passes. Raises what it raised at last."""
@@ -121,8 +120,6 @@ class Exchange:
             try:
                 return attempt()
             except (Unreachable, Refused) as error:
-                if not wait_for_room and isinstance(error, Refused) and error.did_nothing:
-                    raise
                 patience.bear(error, repeatable=repeatable, met=self._was_heard)
 
     def send(
@@ -135,7 +132,6 @@ class Exchange:
         headers: Mapping[str, str] | None = None,
         answers: Container[int] = (),
         repeatable: bool | None = None,
-        wait_for_room: bool = True,
         most_seconds: float = math.inf,
     ) -> httpx.Response:
         """The whole answer. Raises `Unreachable` or `Refused`.
@@ -143,8 +139,7 @@ class Exchange:
         A body is JSON, unless the headers say otherwise; one in pieces is sent as they come. `answers` are
         statuses beside 2xx that carry an answer to this request, and are no refusal. `repeatable` says
         whether two such requests do what one does, where the method and the headers do not tell. A refusal for
-        want of room did nothing, and is borne in any case, unless `wait_for_room` is False. Nothing is borne
-        for longer than `most_seconds`.
+        want of room did nothing, and is borne in any case. Nothing is borne for longer than `most_seconds`.
         """
         sent = dict(headers or {})
         if body is not None:
@@ -166,7 +161,6 @@ class Exchange:
         return self.persist(
             attempt,
             repeatable=repeatable,
-            wait_for_room=wait_for_room,
             most_seconds=most_seconds,
         )
 
@@ -181,7 +175,6 @@ class Exchange:
         headers: Mapping[str, str] | None = None,
         answers: Container[int] = (),
         repeatable: bool | None = None,
-        wait_for_room: bool = True,
         most_seconds: float = math.inf,
     ) -> T:
         """The answer's JSON as a `wanted`. Raises `Unreachable`, `Refused` or `NotUnderstood`."""
@@ -193,7 +186,6 @@ class Exchange:
             headers={"Accept": "application/json", **(headers or {})},
             answers=answers,
             repeatable=repeatable,
-            wait_for_room=wait_for_room,
             most_seconds=most_seconds,
         )
         return decoded(wanted, response)
