@@ -1,10 +1,16 @@
 """Which of several forms a reader wants (RFC 9110, section 12.5)."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from litestar.params import HeaderParameter
 
 from api.problems import NotAcceptable
 
-__all__ = ("accepts_coding", "preferred")
+__all__ = ("Accept", "accepts_coding", "preferred")
+
+Accept = Annotated[
+    str | None, HeaderParameter(name="Accept", description="Which form.", required=False)
+]
 
 
 class _Wish(NamedTuple):

@@ -10,10 +10,12 @@ import io
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 import pyarrow as pa
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import HeaderParameter
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from api.dependencies import Services
@@ -30,7 +32,9 @@ from neural_mri.contract.summaries import Summary, main_table, summarise, tables
 
 __all__ = (
     "IMMUTABLE",
+    "TABLE",
     "FinishedJob",
+    "Range",
     "is_whole",
     "kept_table_answer",
     "lost_results",
@@ -44,6 +48,24 @@ __all__ = (
 
 IMMUTABLE = "private, max-age=31536000, immutable"
 """A job's table never changes: another attempt would be another job's result."""
+
+Range = Annotated[
+    str | None,
+    HeaderParameter(
+        name="Range", description="`bytes=FIRST-LAST`: a part of an Arrow file.", required=False
+    ),
+]
+TABLE = {
+    200: ResponseSpec(
+        bytes, description="The table", media_type=ARROW_FILE, generate_examples=False
+    ),
+    206: ResponseSpec(
+        bytes, description="The part asked for", media_type=ARROW_FILE, generate_examples=False
+    ),
+    304: ResponseSpec(None, description="You have it already"),
+    416: ResponseSpec(None, description="The file has no such part"),
+}
+"""How routes that give a table answer."""
 
 VERIFIED_KEPT = 4096
 HASHED_BYTES = 256 * 1024

@@ -19,19 +19,15 @@ from neural_mri.backing import sessions
 from neural_mri.backing.sessions import Opened
 from neural_mri.contract.archives import SESSION_FILE, write_archive
 from neural_mri.contract.problems import UnknownTable
-from neural_mri.contract.results import ARROW_FILE
 from neural_mri.contract.sessions import SessionDetail, SessionView
 
 __all__ = (
     "EVENTS",
     "FILE",
     "KNOWN",
-    "TABLE",
-    "Accept",
     "AtRevision",
     "IfNoneMatch",
     "LastEventId",
-    "Range",
     "answered",
     "archive_of",
     "detail_of",
@@ -60,31 +56,12 @@ AtRevision = Annotated[
         pattern=r"^[0-9a-f]{64}$", description="Which revision; the latest where left out."
     ),
 ]
-Accept = Annotated[
-    str | None, HeaderParameter(name="Accept", description="Which form.", required=False)
-]
-Range = Annotated[
-    str | None,
-    HeaderParameter(
-        name="Range", description="`bytes=FIRST-LAST`: a part of an Arrow file.", required=False
-    ),
-]
 EVENTS = (
     "Server-sent events: `saved` (the session stands at a revision: the first event, and one for each "
     "save), `scan` (where a scan stands that somebody adds), `closed`, the last. Each event's data is a "
     "JSON object that names its `session` and `type`."
 )
 FILE = ResponseSpec(bytes, description="The file", media_type=SESSION_FILE, generate_examples=False)
-TABLE = {
-    200: ResponseSpec(
-        bytes, description="The table", media_type=ARROW_FILE, generate_examples=False
-    ),
-    206: ResponseSpec(
-        bytes, description="The part asked for", media_type=ARROW_FILE, generate_examples=False
-    ),
-    304: ResponseSpec(None, description="You have it already"),
-    416: ResponseSpec(None, description="The file has no such part"),
-}
 KNOWN = {304: ResponseSpec(None, description="You have it already")}
 
 

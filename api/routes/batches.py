@@ -16,7 +16,7 @@ from api.batch_streams import BatchFollowing, parse_cursor
 from api.batches import Options, feed, submit_batch
 from api.bodies import BODIES, Form
 from api.dependencies import Services
-from api.negotiation import preferred
+from api.negotiation import Accept, preferred
 from api.problems import refusals
 from api.streams import MEDIA_TYPE, event_stream, no_content
 from neural_mri.backing import batches
@@ -65,9 +65,6 @@ LastEventId = Annotated[
         description="The id of the last event that was read: the stream goes on after it.",
         required=False,
     ),
-]
-Accept = Annotated[
-    str | None, HeaderParameter(name="Accept", description="Which form.", required=False)
 ]
 
 

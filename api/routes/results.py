@@ -8,14 +8,14 @@ import msgspec
 from litestar import get
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import FromPath, HeaderParameter, PathParameter
+from litestar.params import FromPath, PathParameter
 from litestar.types import ASGIApp
 
 from api.answers import Prefer, plain_answer
 from api.dependencies import Services
-from api.negotiation import preferred
+from api.negotiation import Accept, preferred
 from api.problems import refusals
-from api.results import manifest_of, summary_of, table_answer
+from api.results import TABLE, Range, manifest_of, summary_of, table_answer
 from api.submissions import submit_attention
 from api.waiting import settled, wait_seconds
 from neural_mri.contract.jobs import TERMINAL, JobState, JobView
@@ -29,28 +29,6 @@ JSON = "application/json"
 
 ATTENTION_WAIT_SECONDS = 10
 """How long a reader of attention patterns is kept waiting who has said nothing of it."""
-
-Accept = Annotated[
-    str | None, HeaderParameter(name="Accept", description="Which form.", required=False)
-]
-Range = Annotated[
-    str | None,
-    HeaderParameter(
-        name="Range",
-        description="`bytes=FIRST-LAST`: a part of an Arrow file.",
-        required=False,
-    ),
-]
-ARROW = {
-    200: ResponseSpec(
-        bytes, description="The table", media_type=ARROW_FILE, generate_examples=False
-    ),
-    206: ResponseSpec(
-        bytes, description="The part asked for", media_type=ARROW_FILE, generate_examples=False
-    ),
-    304: ResponseSpec(None, description="You have it already"),
-    416: ResponseSpec(None, description="The file has no such part"),
-}
 
 
 @get(
@@ -100,7 +78,7 @@ async def get_manifest(job_id: FromPath[UUID], services: NamedDependency[Service
         "The manifest names the tables."
     ),
     tags=["results"],
-    responses={**ARROW, **refusals(404, 406, 409, 410)},
+    responses={**TABLE, **refusals(404, 406, 409, 410)},
 )
 async def get_table(
     job_id: FromPath[UUID],
@@ -124,7 +102,7 @@ async def get_table(
     ),
     tags=["results"],
     responses={
-        **ARROW,
+        **TABLE,
         202: ResponseSpec(JobView, description="Being measured", generate_examples=False),
         **refusals(404, 406, 409, 410, 422, 429),
     },

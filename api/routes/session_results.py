@@ -12,16 +12,14 @@ from litestar.types import ASGIApp
 from api.bodies import BODIES, Form, bounded
 from api.dependencies import Services
 from api.differences import Revision, difference
-from api.negotiation import preferred
+from api.negotiation import Accept, preferred
 from api.problems import refusals
+from api.results import TABLE, Range
 from api.session_answers import (
     FILE,
     KNOWN,
-    TABLE,
-    Accept,
     AtRevision,
     IfNoneMatch,
-    Range,
     answered,
     archive_of,
     own_session,

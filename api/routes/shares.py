@@ -20,19 +20,16 @@ from api.access import ANYBODY
 from api.batch_results import in_thread, pieces_answer
 from api.dependencies import Services
 from api.files import Payload
-from api.negotiation import preferred
+from api.negotiation import Accept, preferred
 from api.problems import refusals
 from api.redaction import Redaction
-from api.results import IMMUTABLE
+from api.results import IMMUTABLE, TABLE, Range
 from api.session_answers import (
     EVENTS,
     FILE,
     KNOWN,
-    TABLE,
-    Accept,
     IfNoneMatch,
     LastEventId,
-    Range,
     archive_of,
     detail_of,
     not_modified,
