@@ -11,6 +11,7 @@ from sqlalchemy import delete
 from api import hub
 from neural_mri.backing.rows import Base
 from neural_mri.backing.settings import Settings
+from tests.api.shell import Shell
 from tests.api.world import World, serving
 from tests.servers import Valkey, database_copy, migrated_database, valkey
 
@@ -89,3 +90,12 @@ def lone_world(template: Path, tmp_path: Path) -> Iterator[World]:
         world.register()
         yield world
         world.close()
+
+
+@pytest.fixture
+def shell(
+    api: httpx.Client, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Shell:
+    """Commands, sent to that API."""
+    monkeypatch.setenv("NMRI_URL", str(api.base_url))
+    return Shell(capsys)

@@ -19,17 +19,6 @@ from tests.api.world import World
 NOBODYS = "01a208e5-620a-7f6d-98da-3f510d18b436"
 
 
-@pytest.fixture
-def shell(
-    api: httpx.Client,
-    world: World,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Shell:
-    monkeypatch.setenv("NMRI_URL", str(api.base_url))
-    return Shell(capsys)
-
-
 def scanned(api: httpx.Client, world: World, prompt: str = PROMPT) -> str:
     job = api.post("/api/scan/activation", json={"prompt": prompt}).json()["id"]
     world.perform(world.claim(world.queue()))

@@ -25,17 +25,6 @@ NOBODYS = "01a208e5-620a-7f6d-98da-3f510d18b436"
 
 
 @pytest.fixture
-def shell(
-    api: httpx.Client,
-    world: World,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Shell:
-    monkeypatch.setenv("NMRI_URL", str(api.base_url))
-    return Shell(capsys)
-
-
-@pytest.fixture
 def mri(api: httpx.Client) -> Iterator[Client]:
     with Client(str(api.base_url)) as client:
         yield client

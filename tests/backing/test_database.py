@@ -456,13 +456,18 @@ def test_every_statement_can_be_said_in_both_dialects(dialect: str) -> None:
     assert ("clock_timestamp()" in said["CLAIM"]) is is_postgresql
 
 
-@on_sqlite
-def test_claiming_reads_an_index_of_what_is_unfinished(sessions: Sessions) -> None:
-    said = str(statements.CLAIM.compile(dialect=sqlite.dialect()))
+def plan(sessions: Sessions, statement: Select[Any] | UpdateBase) -> list[str]:
+    """Where SQLite would look."""
+    said = str(statement.compile(dialect=sqlite.dialect()))
     with sessions.reading() as session:
         parameters = ("x",) * said.count("?")
-        plan = session.connection().exec_driver_sql(f"EXPLAIN QUERY PLAN {said}", parameters)
-        steps = [row.detail for row in plan]
+        found = session.connection().exec_driver_sql(f"EXPLAIN QUERY PLAN {said}", parameters)
+        return [row.detail for row in found]
+
+
+@on_sqlite
+def test_claiming_reads_an_index_of_what_is_unfinished(sessions: Sessions) -> None:
+    steps = plan(sessions, statements.CLAIM)
     looks = [step for step in steps if "jobs" in step]
     assert looks
     assert all("ix_jobs_unfinished" in step or "sqlite_autoindex" in step for step in looks), steps
@@ -471,11 +476,7 @@ def test_claiming_reads_an_index_of_what_is_unfinished(sessions: Sessions) -> No
 
 @on_sqlite
 def test_recording_a_job_goes_through_no_index_of_all_that_has_ended(sessions: Sessions) -> None:
-    said = str(statements.STANDING.compile(dialect=sqlite.dialect()))
-    with sessions.reading() as session:
-        parameters = ("x",) * said.count("?")
-        plan = session.connection().exec_driver_sql(f"EXPLAIN QUERY PLAN {said}", parameters)
-        steps = [row.detail for row in plan]
+    steps = plan(sessions, statements.STANDING)
     looks = [step for step in steps if "jobs" in step]
     assert looks
     assert all(step.startswith("SEARCH") for step in looks), steps
