@@ -364,7 +364,7 @@ export class Study {
       const series = await work(run.signal);
       if (run.signal.aborted) return;
       this.#set(id, { status: "ready", series });
-      this.#log.add(finishedSentence(series));
+      this.#log.add(finishedSentence(series), "note", id);
       this.#listener.finished?.(series);
     } catch (error) {
       if (this.#runs.get(id) !== run) return;
