@@ -1,8 +1,9 @@
 """How often gates raise false alarms, and how often planted faults are caught and located: `python -m bench.gates`.
 
-On the bundled model. Whole runs ask in another order each, so that other prompts share their forwards, with one
-and with two threads in turn. A fault is planted in a copy of the weight file, measured by a process
-of its own as any checkpoint is, and taken out again.
+On the bundled model. Whole runs ask in another order each, so that other prompts share their forwards, every fourth by
+one process of two threads and not by two of one. A fault is planted in a copy of the weight file, measured by a process
+of its own as any checkpoint is, and taken out again. The copy has biases, all zero, which changes no number: so a
+bias can be edited as well. What takes hours can go on where it stopped: `--log FILE` keeps every run.
 """
 
 import argparse
@@ -11,14 +12,16 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
 
 from bench import bundled
 from neural_mri.client.local import LocalScans, LocalWorkers
@@ -30,9 +33,17 @@ from neural_mri.diagnostics.records import Block, Quantity
 
 __all__ = ("KINDS", "main")
 
-KINDS = ("2 % noise in a head's W_O", "a head zeroed", "an MLP scaled by 1.05")
-D_HEAD, N_HEADS, N_LAYERS = 64, 9, 30
+KINDS = ("2 % noise in a head's W_O", "a head zeroed", "an MLP scaled by 1.05", "a bias edited")
+D_HEAD, N_HEADS, N_KV_HEADS, N_LAYERS = 64, 9, 3, 30
 """Of the bundled model."""
+
+BIASED = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.down_proj",
+)
 
 
 class Fault(NamedTuple):
@@ -41,6 +52,9 @@ class Fault(NamedTuple):
     kind: str
     layer: int
     head: int
+    """Of a bias before the heads, one of the heads that share keys and values."""
+    biased: str
+    """Whose bias is edited, where one is."""
 
 
 def main() -> None:
@@ -50,36 +64,91 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=8, help="of each kind")
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--again", type=int, default=2, help="whole runs of the same checkpoint")
+    parser.add_argument(
+        "--log", type=Path, help="JSON lines of runs: those in it are not run again"
+    )
     given = parser.parse_args()
     with LocalWorkers() as workers:
         _measure(given, workers)
 
 
+class Runs:
+    """Runs and what came of them, in a file where one is named."""
+
+    def __init__(self, path: Path | None, suite: Suite) -> None:
+        """Raises ValueError where the file is of another suite."""
+        self._path = path
+        self._known: dict[tuple[str, int], str] = {}
+        self._suite = suite.digest
+        if path is None or not path.exists():
+            return
+        for line in path.read_text().splitlines():
+            run = msgspec.json.decode(line)
+            if run["suite"] != self._suite:
+                raise ValueError(
+                    f"{path} has runs of another suite, {run['suite']}: name a new file"
+                )
+            self._known[run["what"], run["number"]] = run["outcome"]
+
+    def outcome(self, what: str, number: int, run: Callable[[], str]) -> str:
+        """What came of a run: as it was written down, or else of running it now."""
+        if (what, number) in self._known:
+            return self._known[what, number]
+        started = time.perf_counter()
+        outcome = run()
+        seconds = round(time.perf_counter() - started, 1)
+        line = {"suite": self._suite, "what": what, "number": number, "outcome": outcome}
+        print(f"{what}, {number + 1}: {outcome}, {seconds} s", flush=True)
+        if self._path is not None:
+            with self._path.open("ab") as file:
+                file.write(msgspec.json.encode({**line, "seconds": seconds}) + b"\n")
+        return outcome
+
+
 def _measure(given: argparse.Namespace, workers: LocalWorkers) -> None:
-    suite, folder = load_suite(given.suite), bundled.folder()
+    suite = load_suite(given.suite)
+    runs = Runs(given.log, suite)
+    folder = bundled.folder()
+    if given.resamples or given.again:
+        _repeat(given, suite, folder, runs, workers)
+    if given.faults:
+        with tempfile.TemporaryDirectory() as workshop:
+            copy = _with_biases(folder, Path(workshop) / "copy")
+            _plant(given, suite, copy, runs, workers)
+
+
+def _repeat(
+    given: argparse.Namespace, suite: Suite, folder: Path, runs: Runs, workers: LocalWorkers
+) -> None:
     baseline = _measured(suite, folder, workers, with_noise=True)
     _tell("baseline with its noise", baseline.seconds)
     alarms = sum(
         _alarms(suite, _redrawn(baseline, seed), baseline) for seed in range(given.resamples)
     )
     print(f"{given.resamples} recorded runs, resampled: {alarms} false alarms")
-    n_alarms = 0
-    for number in range(given.again):
-        run = _measured(suite, folder, workers, threads=1 + number % 2, seed=number)
-        n_alarms += _alarms(suite, run, baseline)
-        _tell(f"whole run {number + 1}, {n_alarms} false alarms so far", run.seconds)
-    with tempfile.TemporaryDirectory() as workshop:
-        copy = Path(workshop) / "copy"
-        shutil.copytree(folder, copy)
-        for kind in KINDS:
-            found = [
-                _caught(suite, copy, fault, baseline, workers)
-                for fault in _faults(kind, given.faults)
-            ]
-            caught = sum(each is not None for each in found)
-            print(
-                f"{kind}: {caught} of {len(found)} caught, {sum(map(bool, found))} at their layer"
-            )
+
+    def run(number: int) -> str:
+        threads = 2 if number % 4 == 3 else None
+        again = _measured(suite, folder, workers, threads=threads, seed=number)
+        return "false alarm" if _alarms(suite, again, baseline) else "quiet"
+
+    found = [
+        runs.outcome("whole run", number, partial(run, number)) for number in range(given.again)
+    ]
+    print(f"{len(found)} whole runs: {found.count('false alarm')} false alarms")
+
+
+def _plant(
+    given: argparse.Namespace, suite: Suite, copy: Path, runs: Runs, workers: LocalWorkers
+) -> None:
+    baseline = _measured(suite, copy, workers, with_noise=True)
+    for kind in KINDS:
+        found = [
+            runs.outcome(kind, number, partial(_caught, suite, copy, fault, baseline, workers))
+            for number, fault in enumerate(_faults(kind, given.faults))
+        ]
+        caught = len(found) - found.count("passed")
+        print(f"{kind}: {caught} of {len(found)} caught, {found.count('located')} at their layer")
 
 
 def _tell(what: str, seconds: float) -> None:
@@ -149,19 +218,38 @@ def _size(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _faults(kind: str, count: int) -> Iterator[Fault]:
     draw = random.Random(kind)  # noqa: S311 -- places, not secrets
     for _ in range(count):
-        yield Fault(kind, draw.randrange(N_LAYERS), draw.randrange(N_HEADS))
+        layer, head, biased = draw.randrange(N_LAYERS), draw.randrange(N_HEADS), ""
+        if kind == KINDS[3]:
+            head, biased = head % N_KV_HEADS, draw.choice(BIASED)
+        yield Fault(kind, layer, head, biased)
 
 
-def _caught(
-    suite: Suite, copy: Path, fault: Fault, baseline: Record, workers: LocalWorkers
-) -> bool | None:
-    """Whether what is computed names the fault's layer; None where no gate failed."""
+def _caught(suite: Suite, copy: Path, fault: Fault, baseline: Record, workers: LocalWorkers) -> str:
+    """Whether what is computed names the fault's layer, another one, or no gate failed."""
     with _planted(copy, fault):
         diagnosis = diagnose(suite, _measured(suite, copy, workers), baseline)
     layers = [
         finding.evidence.layer for finding in diagnosis.findings if finding.rule is Rule.CHANGED_AT
     ]
-    return None if diagnosis.passed else layers == [fault.layer]
+    if diagnosis.passed:
+        return "passed"
+    return "located" if layers == [fault.layer] else f"located at {layers}, not {fault.layer}"
+
+
+def _with_biases(folder: Path, copy: Path) -> Path:
+    """The same function with every bias of its family written out, all of them zero."""
+    shutil.copytree(folder, copy)
+    config = msgspec.json.decode((copy / "config.json").read_bytes())
+    config["attention_bias"] = config["mlp_bias"] = True
+    (copy / "config.json").write_bytes(msgspec.json.encode(config))
+    weights = load_file(copy / "model.safetensors")
+    biases = {
+        name.removesuffix("weight") + "bias": np.zeros(len(tensor), np.float32)
+        for name, tensor in weights.items()
+        if name.endswith("_proj.weight")
+    }
+    save_file({**weights, **biases}, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 @contextmanager
@@ -170,30 +258,34 @@ def _planted(copy: Path, fault: Fault) -> Iterator[None]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    scaled = fault.kind == KINDS[2]
-    name = "mlp.down_proj" if scaled else "self_attn.o_proj"
-    entry = header[f"model.layers.{fault.layer}.{name}.weight"]
+
+    def tensor(name: str) -> npt.NDArray[np.float32]:
+        entry = header[f"model.layers.{fault.layer}.{name}"]
+        at = 8 + length + entry["data_offsets"][0]
+        return np.memmap(path, np.float32, "r+", at, tuple(entry["shape"]))
+
     path.chmod(0o644)
-    weights = np.memmap(
-        path, np.float32, "r+", 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
-    )
-    before = np.array(weights)
     head = slice(fault.head * D_HEAD, (fault.head + 1) * D_HEAD)
-    if scaled:
-        weights *= np.float32(1.05)
-    elif fault.kind == KINDS[1]:
-        weights[:, head] = 0
+    draw = np.random.default_rng(fault.layer)
+    if fault.biased:
+        bias, weight = tensor(f"{fault.biased}.bias"), tensor(f"{fault.biased}.weight")
+        place = bias if fault.biased in BIASED[3:] else bias[head]
+        # Of what the map itself gives for an input whose RMS is 1.
+        usual = float(weight.std()) * weight.shape[1] ** 0.5
+        after = 0.02 * usual * draw.standard_normal(place.shape)
+    elif fault.kind == KINDS[2]:
+        place = tensor("mlp.down_proj.weight")
+        after = place * np.float32(1.05)
     else:
-        draw = np.random.default_rng(fault.layer)
-        weights[:, head] += (
-            0.02 * before[:, head].std() * draw.standard_normal(before[:, head].shape)
-        )
-    weights.flush()
+        place = tensor("self_attn.o_proj.weight")[:, head]
+        noise = 0.02 * place.std() * draw.standard_normal(place.shape)
+        after = np.zeros_like(place) if fault.kind == KINDS[1] else place + noise
+    before = np.array(place)
+    place[...] = after
     try:
         yield
     finally:
-        weights[:] = before
-        weights.flush()
+        place[...] = before
 
 
 if __name__ == "__main__":
