@@ -1,8 +1,9 @@
 """What tests stand on: a real Valkey on a socket of its own, a migrated database to copy, a server of
 S3's protocol.
 
-With `TEST_POSTGRESQL_URL` in the environment the databases are made on that server, which is to be thrown
-away afterwards: nothing is dropped.
+With `TEST_POSTGRESQL_URL` in the environment the databases are made on that server, and with
+`TEST_STORE_ENDPOINT` the stores on that one. Both are to be thrown away afterwards: nothing is dropped.
+`tests/cluster.py` starts the two and runs tests on them.
 """
 
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import httpx
+import msgspec
 import pytest
 import redis
 from sqlalchemy import Connection, create_engine, delete, make_url, text
@@ -37,12 +39,14 @@ __all__ = (
     "bucket",
     "database_copy",
     "emptied",
+    "folder_only",
     "free_port",
     "migrated_database",
     "postgresql",
     "postgresql_database",
     "sqlite_only",
     "valkey",
+    "with_store",
 )
 
 
@@ -181,8 +185,10 @@ def _make_bucket(endpoint: str) -> None:
 
 
 POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "")
+STORE = os.environ.get("TEST_STORE_ENDPOINT", "")
 
 sqlite_only = pytest.mark.skipif(bool(POSTGRESQL), reason="about SQLite's own ways")
+folder_only = pytest.mark.skipif(bool(STORE), reason="about a folder's own ways")
 
 
 @contextmanager
@@ -228,8 +234,16 @@ def database_copy(template: Path, folder: Path) -> Settings:
     folder.mkdir(parents=True, exist_ok=True)
     if not POSTGRESQL:
         shutil.copy(template, folder / "neural-mri.db")
-        return Settings(data_dir=folder)
-    return postgresql_database(folder, POSTGRESQL, template=template.name)
+        return with_store(Settings(data_dir=folder))
+    return with_store(postgresql_database(folder, POSTGRESQL, template=template.name))
+
+
+def with_store(settings: Settings) -> Settings:
+    """The same with a store of one's own: the folder's, or a part of the bucket."""
+    if not STORE:
+        return settings
+    url = f"s3://{Bucket.NAME}/{uuid4().hex}"
+    return msgspec.structs.replace(settings, store_url=url, store_endpoint=STORE)
 
 
 def postgresql_database(
