@@ -42,6 +42,7 @@ __all__ = (
     "folder_only",
     "free_port",
     "migrated_database",
+    "on_servers",
     "postgresql",
     "postgresql_database",
     "sqlite_only",
@@ -236,6 +237,14 @@ def database_copy(template: Path, folder: Path) -> Settings:
         shutil.copy(template, folder / "neural-mri.db")
         return with_store(Settings(data_dir=folder))
     return with_store(postgresql_database(folder, POSTGRESQL, template=template.name))
+
+
+def on_servers(settings: Settings) -> Settings:
+    """The same with a database, not migrated, and a store of one's own on the servers that are given."""
+    if POSTGRESQL:
+        url = postgresql_database(settings.data_dir, POSTGRESQL).database_url
+        settings = msgspec.structs.replace(settings, database_url=url)
+    return with_store(settings)
 
 
 def with_store(settings: Settings) -> Settings:
