@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from uuid import uuid4
 
 import httpx
@@ -33,7 +34,10 @@ from neural_mri.backing.rows import Base
 from neural_mri.backing.settings import Settings
 
 __all__ = (
+    "GIVEN",
     "Bucket",
+    "Servers",
+    "Template",
     "Valkey",
     "administering",
     "bucket",
@@ -47,7 +51,6 @@ __all__ = (
     "postgresql_database",
     "sqlite_only",
     "valkey",
-    "with_store",
 )
 
 
@@ -185,11 +188,21 @@ def _make_bucket(endpoint: str) -> None:
     raise TimeoutError("the S3 server did not answer within 30 s")
 
 
-POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "")
-STORE = os.environ.get("TEST_STORE_ENDPOINT", "")
+class Servers(NamedTuple):
+    """Where databases and stores are made: on servers, or in folders where there are none."""
 
-sqlite_only = pytest.mark.skipif(bool(POSTGRESQL), reason="about SQLite's own ways")
-folder_only = pytest.mark.skipif(bool(STORE), reason="about a folder's own ways")
+    postgresql: str = ""
+    """A server's URL; SQLite's files where empty."""
+    store: str = ""
+    """The address of a `Bucket`'s server; folders where empty."""
+
+
+GIVEN = Servers(
+    os.environ.get("TEST_POSTGRESQL_URL", ""), os.environ.get("TEST_STORE_ENDPOINT", "")
+)
+
+sqlite_only = pytest.mark.skipif(bool(GIVEN.postgresql), reason="about SQLite's own ways")
+folder_only = pytest.mark.skipif(bool(GIVEN.store), reason="about a folder's own ways")
 
 
 @contextmanager
@@ -198,8 +211,8 @@ def postgresql() -> Iterator[str]:
 
     Skips where there is no such wheel.
     """
-    if POSTGRESQL:
-        yield POSTGRESQL
+    if GIVEN.postgresql:
+        yield GIVEN.postgresql
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of a machine without XDG_RUNTIME_DIR
@@ -220,39 +233,49 @@ def postgresql() -> Iterator[str]:
         server.cleanup()
 
 
-def migrated_database(folder: Path) -> Path:
-    """A SQLite file at the newest revision; or a folder that bears a PostgreSQL database's name."""
-    if not POSTGRESQL:
+class Template(NamedTuple):
+    """A database at the newest revision, to copy."""
+
+    servers: Servers
+    path: Path
+    """SQLite's file; or one that bears the name of a PostgreSQL server's database."""
+
+
+def migrated_database(folder: Path, servers: Servers = GIVEN) -> Template:
+    """A template in a folder, or on a server."""
+    if not servers.postgresql:
         database.migrate(Settings(data_dir=folder))
-        return folder / "neural-mri.db"
+        return Template(servers, folder / "neural-mri.db")
     template = folder / f"template_{uuid4().hex}"
-    database.migrate(postgresql_database(folder, POSTGRESQL, template.name))
-    return template
+    database.migrate(postgresql_database(folder, servers.postgresql, template.name))
+    return Template(servers, template)
 
 
-def database_copy(template: Path, folder: Path) -> Settings:
-    """Settings on a database of one's own: copying is quicker than migrating."""
+def database_copy(template: Template, folder: Path) -> Settings:
+    """Settings on a database and a store of one's own: copying is quicker than migrating."""
+    servers, path = template
     folder.mkdir(parents=True, exist_ok=True)
-    if not POSTGRESQL:
-        shutil.copy(template, folder / "neural-mri.db")
-        return with_store(Settings(data_dir=folder))
-    return with_store(postgresql_database(folder, POSTGRESQL, template=template.name))
+    if not servers.postgresql:
+        shutil.copy(path, folder / "neural-mri.db")
+        settings = Settings(data_dir=folder)
+    else:
+        settings = postgresql_database(folder, servers.postgresql, template=path.name)
+    return _with_store(settings, servers)
 
 
 def on_servers(settings: Settings) -> Settings:
     """The same with a database, not migrated, and a store of one's own on the servers that are given."""
-    if POSTGRESQL:
-        url = postgresql_database(settings.data_dir, POSTGRESQL).database_url
+    if GIVEN.postgresql:
+        url = postgresql_database(settings.data_dir, GIVEN.postgresql).database_url
         settings = msgspec.structs.replace(settings, database_url=url)
-    return with_store(settings)
+    return _with_store(settings, GIVEN)
 
 
-def with_store(settings: Settings) -> Settings:
-    """The same with a store of one's own: the folder's, or a part of the bucket."""
-    if not STORE:
+def _with_store(settings: Settings, servers: Servers) -> Settings:
+    if not servers.store:
         return settings
     url = f"s3://{Bucket.NAME}/{uuid4().hex}"
-    return msgspec.structs.replace(settings, store_url=url, store_endpoint=STORE)
+    return msgspec.structs.replace(settings, store_url=url, store_endpoint=servers.store)
 
 
 def postgresql_database(

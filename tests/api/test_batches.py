@@ -25,7 +25,6 @@ from tests.api.keyed import Door, keyed
 from tests.api.reading import follow, read_all
 from tests.api.specimens import PROMPT
 from tests.api.world import World
-from tests.servers import folder_only
 
 NOBODYS = "01a208e5-620a-7f6d-98da-3f510d18b436"
 
@@ -282,12 +281,13 @@ def test_results_are_the_same_in_one_file_each_or_table_by_table(
     assert answers() == packed
 
 
-# What is flipped in a bucket is seen when it is sent: the answer breaks off.
-@pytest.mark.parametrize("harm", ["lost", pytest.param("flipped", marks=folder_only)])
+@pytest.mark.parametrize("harm", ["lost", "flipped"])
 @pytest.mark.parametrize("form", ["packed", "by table"])
 def test_a_lost_result_is_left_out_and_the_others_are_not(
     api: httpx.Client, world: World, form: str, harm: str
 ) -> None:
+    if harm == "flipped" and world.settings.store_url:
+        pytest.skip("what is flipped in a bucket is seen when it is sent: the answer breaks off")
     batch = accepted(api, fmri("a"), fmri("a b c"), fmri("b"))
     done = [world.perform(world.claim(world.queue())) for _ in range(3)]
     if form == "by table":

@@ -26,7 +26,7 @@ from tests.api.keyed import Door, keyed
 from tests.api.reading import Message, follow, read_all
 from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
-from tests.servers import Valkey
+from tests.servers import Template, Valkey
 from tests.tiny import save_tiny_model
 from worker import modelstore
 
@@ -299,7 +299,7 @@ def worker(settings: Settings) -> Iterator[None]:
 
 
 def test_a_real_worker_runs_ten_equal_scans_once(
-    template: Path, shared_valkey: Valkey, tmp_path: Path
+    template: Template, shared_valkey: Valkey, tmp_path: Path
 ) -> None:
     settings = msgspec.structs.replace(
         settings_in(template, tmp_path, shared_valkey.url), pinned_models="tiny", device="cpu"

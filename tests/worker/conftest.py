@@ -10,14 +10,14 @@ from neural_mri.backing.database import Sessions
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from tests.backing.stores import paths
-from tests.servers import Valkey, database_copy, migrated_database, valkey
+from tests.servers import Template, Valkey, database_copy, migrated_database, valkey
 from tests.tiny import save_tiny_model
 from tests.worker.bench import Bench
 from worker import modelstore
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
     return migrated_database(tmp_path_factory.mktemp("template"))
 
 
@@ -28,7 +28,7 @@ def shared_valkey() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-def settings(template: Path, tmp_path: Path, shared_valkey: Valkey) -> Settings:
+def settings(template: Template, tmp_path: Path, shared_valkey: Valkey) -> Settings:
     return msgspec.structs.replace(
         database_copy(template, tmp_path / "data"),
         redis_url=shared_valkey.url,

@@ -28,6 +28,7 @@ from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState, Lane
 from tests.backing.stores import paths
 from tests.servers import (
+    Template,
     Valkey,
     database_copy,
     folder_only,
@@ -44,7 +45,7 @@ AT_ONCE = -60.0
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
     return migrated_database(tmp_path_factory.mktemp("template"))
 
 
@@ -55,7 +56,7 @@ def server() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-def settings(template: Path, server: Valkey, tmp_path: Path) -> Settings:
+def settings(template: Template, server: Valkey, tmp_path: Path) -> Settings:
     own = database_copy(template, tmp_path / "data")
     return msgspec.structs.replace(own, redis_url=server.url, reaper_interval_seconds=0.05)
 
