@@ -2,7 +2,8 @@
 
 A server of either is started for all of them and thrown away afterwards; each test has a database and a part of the
 bucket of its own there. What follows goes to pytest; where it names no tests, `SUITES` are run. Those of
-`tests/backing` are none of them: each runs on either database and either store anyway.
+`tests/backing` are none of them: each runs on either database, or either store, in every run. The client and the
+command line are tested without a service, or by the suites here.
 """
 
 import os
@@ -16,8 +17,6 @@ __all__ = ("SUITES", "run")
 
 SUITES = (
     "tests/api",
-    "tests/cli",
-    "tests/client",
     "tests/deploy/test_probes.py",
     "tests/diagnostics",
     "tests/security",
