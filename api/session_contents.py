@@ -6,7 +6,7 @@ computes.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -100,11 +100,13 @@ def put_result(store: Store, digest: str, body: bytes, tables: Iterable[NamedByt
     put_together(store, chain(tables, [NamedBytes(keys.kept_result_path(digest), body)]))
 
 
-def _copied(result: StoredResult) -> Iterator[NamedBytes]:
-    """Tables that go with the job's file."""
-    for table in result.tables:
-        if table.path == result.path:
-            yield NamedBytes(keys.chunk_path(table.ref.chunk), result.bytes_of(table))
+def _copied(result: StoredResult) -> list[NamedBytes]:
+    """Tables that go with the job's file. Raises `Damaged` before one is sent: a bucket has it at once."""
+    return [
+        NamedBytes(keys.chunk_path(table.ref.chunk), result.bytes_of(table))
+        for table in result.tables
+        if table.path == result.path
+    ]
 
 
 def _saved(found: Kept, label: str, request: dict[str, Any] | None = None) -> SavedScan:

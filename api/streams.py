@@ -221,18 +221,14 @@ class Following:
             was_reset = True
             if self._jobs[job_id].source != source:
                 return
-        after = self._cursors[job_id]
-        while True:
-            frames = await self._hub.page(source, after=after)
-            if source == job_id:
-                yield frames
-            else:
-                yield [_retold(frame, job_id) for frame in frames if frame.name != ENDED]
-            if len(frames) < PAGE:
-                break
-            after = frames[-1].position
+        async for frames in self._pages(job_id, source):
+            yield frames
         if source != job_id:
-            yield await self._look(job_id)
+            if told := await self._look(job_id):
+                # What was told between the last page and the look comes before it.
+                async for frames in self._pages(job_id, source):
+                    yield frames
+                yield told
             return
         job = self._jobs[job_id]
         if self._cursors[job_id] != START:
@@ -242,6 +238,19 @@ class Following:
             yield [frame_of(job_id, change_of(job), END)]
         elif job.state is not JobState.QUEUED and not was_reset:
             yield [await self._reset(job_id)]
+
+    async def _pages(self, job_id: UUID, source: UUID) -> AsyncIterator[Sequence[Frame]]:
+        """What a stream holds after that which the reader has, as a job's own events."""
+        after = self._cursors[job_id]
+        while True:
+            frames = await self._hub.page(source, after=after)
+            if source == job_id:
+                yield frames
+            else:
+                yield [_retold(frame, job_id) for frame in frames if frame.name != ENDED]
+            if len(frames) < PAGE:
+                return
+            after = frames[-1].position
 
     async def _reset(self, job_id: UUID) -> Frame:
         job = await self._services.job(job_id)

@@ -1,8 +1,9 @@
 """What tests stand on: a real Valkey on a socket of its own, a migrated database to copy, a server of
 S3's protocol.
 
-With `TEST_POSTGRESQL_URL` in the environment the databases are made on that server, which is to be thrown
-away afterwards: nothing is dropped.
+With `TEST_POSTGRESQL_URL` in the environment the databases are made on that server, and with
+`TEST_STORE_ENDPOINT` the stores on that one. Both are to be thrown away afterwards: nothing is dropped.
+`tests/cluster.py` starts the two and runs tests on them.
 """
 
 import os
@@ -18,9 +19,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from uuid import uuid4
 
 import httpx
+import msgspec
 import pytest
 import redis
 from sqlalchemy import Connection, create_engine, delete, make_url, text
@@ -31,14 +34,19 @@ from neural_mri.backing.rows import Base
 from neural_mri.backing.settings import Settings
 
 __all__ = (
+    "GIVEN",
     "Bucket",
+    "Servers",
+    "Template",
     "Valkey",
     "administering",
     "bucket",
     "database_copy",
     "emptied",
+    "folder_only",
     "free_port",
     "migrated_database",
+    "on_servers",
     "postgresql",
     "postgresql_database",
     "sqlite_only",
@@ -180,9 +188,21 @@ def _make_bucket(endpoint: str) -> None:
     raise TimeoutError("the S3 server did not answer within 30 s")
 
 
-POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "")
+class Servers(NamedTuple):
+    """Where databases and stores are made: on servers, or in folders where there are none."""
 
-sqlite_only = pytest.mark.skipif(bool(POSTGRESQL), reason="about SQLite's own ways")
+    postgresql: str = ""
+    """A server's URL; SQLite's files where empty."""
+    store: str = ""
+    """The address of a `Bucket`'s server; folders where empty."""
+
+
+GIVEN = Servers(
+    os.environ.get("TEST_POSTGRESQL_URL", ""), os.environ.get("TEST_STORE_ENDPOINT", "")
+)
+
+sqlite_only = pytest.mark.skipif(bool(GIVEN.postgresql), reason="about SQLite's own ways")
+folder_only = pytest.mark.skipif(bool(GIVEN.store), reason="about a folder's own ways")
 
 
 @contextmanager
@@ -191,8 +211,8 @@ def postgresql() -> Iterator[str]:
 
     Skips where there is no such wheel.
     """
-    if POSTGRESQL:
-        yield POSTGRESQL
+    if GIVEN.postgresql:
+        yield GIVEN.postgresql
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of a machine without XDG_RUNTIME_DIR
@@ -213,23 +233,49 @@ def postgresql() -> Iterator[str]:
         server.cleanup()
 
 
-def migrated_database(folder: Path) -> Path:
-    """A SQLite file at the newest revision; or a folder that bears a PostgreSQL database's name."""
-    if not POSTGRESQL:
+class Template(NamedTuple):
+    """A database at the newest revision, to copy."""
+
+    servers: Servers
+    path: Path
+    """SQLite's file; or one that bears the name of a PostgreSQL server's database."""
+
+
+def migrated_database(folder: Path, servers: Servers = GIVEN) -> Template:
+    """A template in a folder, or on a server."""
+    if not servers.postgresql:
         database.migrate(Settings(data_dir=folder))
-        return folder / "neural-mri.db"
+        return Template(servers, folder / "neural-mri.db")
     template = folder / f"template_{uuid4().hex}"
-    database.migrate(postgresql_database(folder, POSTGRESQL, template.name))
-    return template
+    database.migrate(postgresql_database(folder, servers.postgresql, template.name))
+    return Template(servers, template)
 
 
-def database_copy(template: Path, folder: Path) -> Settings:
-    """Settings on a database of one's own: copying is quicker than migrating."""
+def database_copy(template: Template, folder: Path) -> Settings:
+    """Settings on a database and a store of one's own: copying is quicker than migrating."""
+    servers, path = template
     folder.mkdir(parents=True, exist_ok=True)
-    if not POSTGRESQL:
-        shutil.copy(template, folder / "neural-mri.db")
-        return Settings(data_dir=folder)
-    return postgresql_database(folder, POSTGRESQL, template=template.name)
+    if not servers.postgresql:
+        shutil.copy(path, folder / "neural-mri.db")
+        settings = Settings(data_dir=folder)
+    else:
+        settings = postgresql_database(folder, servers.postgresql, template=path.name)
+    return _with_store(settings, servers)
+
+
+def on_servers(settings: Settings) -> Settings:
+    """The same with a database, not migrated, and a store of one's own on the servers that are given."""
+    if GIVEN.postgresql:
+        url = postgresql_database(settings.data_dir, GIVEN.postgresql).database_url
+        settings = msgspec.structs.replace(settings, database_url=url)
+    return _with_store(settings, GIVEN)
+
+
+def _with_store(settings: Settings, servers: Servers) -> Settings:
+    if not servers.store:
+        return settings
+    url = f"s3://{Bucket.NAME}/{uuid4().hex}"
+    return msgspec.structs.replace(settings, store_url=url, store_endpoint=servers.store)
 
 
 def postgresql_database(

@@ -88,10 +88,11 @@ _DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
 # Primary result codes that say "not now", https://www.sqlite.org/rescode.html: busy, locked, read only,
 # I/O error, full, cannot open, locking protocol.
 _SQLITE_PASSING = frozenset({5, 6, 8, 10, 13, 14, 15})
-# Classes of SQLSTATE that do: connection, transaction rollback, insufficient resources, a lock not had in
-# time, operator intervention.
-_POSTGRESQL_PASSING = ("08", "40", "53", "55P03", "57")
+# SQLSTATEs, or their classes, that do: connection, a server that may only be read from, transaction rollback,
+# insufficient resources, a lock not had in time, operator intervention, I/O error.
+_READ_ONLY = "25006"
 _LOCK_NOT_AVAILABLE = "55P03"
+_POSTGRESQL_PASSING = ("08", _READ_ONLY, "40", "53", _LOCK_NOT_AVAILABLE, "57", "58")
 _UNDONE = ("40001", "40P01")
 
 _MIGRATION_LOCK = 0x6E6D7269
@@ -186,6 +187,12 @@ def _prepare_postgresql(engine: Engine) -> None:
             if error is not None and error.args:
                 error.args = (str(error.args[0]).partition("\n")[0], *error.args[1:])
 
+    @event.listens_for(engine, "handle_error")
+    def leave_a_standby(context: ExceptionContext) -> None:
+        """Who has become a standby stays one: the connections are given up, the next ones reach who leads."""
+        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+            context.is_disconnect = True
+
 
 def _prepare_sqlite(engine: Engine, *, waits: bool) -> None:
     @event.listens_for(engine, "connect")
@@ -231,13 +238,12 @@ def _passes(error: DBAPIError) -> bool:
     """Whether the fault is the environment's and may pass with time."""
     if error.connection_invalidated:
         return True
+    if (state := _state(error)) is not None:
+        return state.startswith(_POSTGRESQL_PASSING)
     if not isinstance(error, OperationalError | InterfaceError):
         return False
     code: int | None = getattr(error.orig, "sqlite_errorcode", None)
-    if code is not None:
-        return code & 0xFF in _SQLITE_PASSING
-    state = _state(error)
-    return state is None or state.startswith(_POSTGRESQL_PASSING)
+    return code is None or code & 0xFF in _SQLITE_PASSING
 
 
 def _state(error: DBAPIError) -> str | None:

@@ -429,10 +429,13 @@ def page(
     """
     place = tuple_(_session.pinned, _session.updated_at, _session.id)
     wanted = select(*_session).where(_session.owner == owner)
+    # Not by LIKE: to SQLite's small letters and capitals are the same, but gpt2 and GPT2 are two models.
+    is_postgresql = session.get_bind().dialect.name == "postgresql"
+    position = func.strpos if is_postgresql else func.instr
     for word in query.casefold().split():
-        wanted = wanted.where(_session.words.contains(word, autoescape=True))
+        wanted = wanted.where(position(_session.words, word) > 0)
     if model is not None:
-        wanted = wanted.where(_session.models.contains(f"\n{model}\n", autoescape=True))
+        wanted = wanted.where(position(_session.models, f"\n{model}\n") > 0)
     if pinned is not None:
         wanted = wanted.where(_session.pinned.is_(pinned))
     if after is not None:

@@ -13,7 +13,55 @@ from neural_mri.backing.rows import Base
 from neural_mri.backing.settings import Settings
 from tests.api.shell import Shell
 from tests.api.world import World, serving
-from tests.servers import Valkey, database_copy, migrated_database, valkey
+from tests.servers import (
+    GIVEN,
+    Servers,
+    Template,
+    Valkey,
+    database_copy,
+    folder_only,
+    migrated_database,
+    valkey,
+)
+
+FOLDERS, SERVERS = "sqlite and a folder", "postgresql and s3"
+
+ON_BOTH = frozenset(
+    f"test_{name}"
+    for name in (
+        "batches",
+        "coalescing",
+        "idempotency",
+        "jobs",
+        "limits",
+        "results",
+        "sessions",
+        "shares",
+        "streams",
+    )
+)
+"""Modules of which every test run has all on SQLite and a folder, and on PostgreSQL and S3. Others say little of either;
+`tests/cluster.py` runs all."""
+
+ONCE = frozenset(
+    {
+        "test_a_real_worker_runs_ten_equal_scans_once",
+        "test_thousands_of_scans_are_taken_at_the_price_of_reading_them",
+    }
+)
+"""Tests of theirs that take too long to be run a second time."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    test = metafunc.definition
+    if (
+        "servers" in metafunc.fixturenames
+        and test.path.stem in ON_BOTH
+        and test.originalname not in ONCE
+        and folder_only.mark not in test.iter_markers()
+        and Servers() == GIVEN
+    ):
+        metafunc.parametrize("servers", [FOLDERS, SERVERS], indirect=True, scope="session")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,8 +76,29 @@ def quick_and_quiet() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return migrated_database(tmp_path_factory.mktemp("template"))
+def servers(request: pytest.FixtureRequest) -> Servers:
+    """What the API stands on."""
+    if getattr(request, "param", FOLDERS) == FOLDERS:
+        return GIVEN
+    postgresql = request.getfixturevalue("shared_postgresql")
+    return Servers(postgresql, request.getfixturevalue("shared_bucket").endpoint)
+
+
+@pytest.fixture(scope="session")
+def templates() -> dict[Servers, Template]:
+    """Those made so far: a module's tests go from one to the other, and the next module's again."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def template(
+    tmp_path_factory: pytest.TempPathFactory,
+    servers: Servers,
+    templates: dict[Servers, Template],
+) -> Template:
+    if servers not in templates:
+        templates[servers] = migrated_database(tmp_path_factory.mktemp("template"), servers)
+    return templates[servers]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +107,7 @@ def shared_valkey() -> Iterator[Valkey]:
         yield server
 
 
-def settings_in(template: Path, folder: Path, redis_url: str) -> Settings:
+def settings_in(template: Template, folder: Path, redis_url: str) -> Settings:
     return msgspec.structs.replace(
         database_copy(template, folder / "data"),
         redis_url=redis_url,
@@ -52,7 +121,7 @@ def settings_in(template: Path, folder: Path, redis_url: str) -> Settings:
 
 @pytest.fixture(scope="session")
 def shared_settings(
-    template: Path, tmp_path_factory: pytest.TempPathFactory, shared_valkey: Valkey
+    template: Template, tmp_path_factory: pytest.TempPathFactory, shared_valkey: Valkey
 ) -> Settings:
     return settings_in(template, tmp_path_factory.mktemp("shared"), shared_valkey.url)
 
@@ -83,7 +152,7 @@ def api(world: World, shared_api: httpx.Client) -> httpx.Client:
 
 
 @pytest.fixture
-def lone_world(template: Path, tmp_path: Path) -> Iterator[World]:
+def lone_world(template: Template, tmp_path: Path) -> Iterator[World]:
     """A world with a Valkey and a database of its own, for tests that take them away."""
     with valkey() as server:
         world = World(settings=settings_in(template, tmp_path, server.url), valkey=server)

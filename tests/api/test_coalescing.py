@@ -15,6 +15,7 @@ import httpx
 import msgspec
 import pytest
 
+from api.hub import Frame, Hub, Position
 from neural_mri.backing import jobs
 from neural_mri.backing.records import Job
 from neural_mri.backing.settings import Settings
@@ -25,7 +26,7 @@ from tests.api.keyed import Door, keyed
 from tests.api.reading import Message, follow, read_all
 from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
-from tests.servers import Valkey
+from tests.servers import Template, Valkey
 from tests.tiny import save_tiny_model
 from worker import modelstore
 
@@ -130,6 +131,25 @@ def test_who_follows_hears_it_all_as_their_own_with_an_end_of_their_own(
     assert read_all(pair.bob, path) == heard
     assert pair.bob.get(path, headers={"last-event-id": heard[-1].id}).status_code == 204
     assert names(read_all(pair.ada, f"/api/jobs/{pair.first}/events")) == names(heard)
+
+
+def test_what_happens_while_who_follows_catches_up_comes_before_the_end(
+    pair: Pair, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = begun(world)
+    page, is_over = Hub.page, False
+
+    async def while_it_ends(hub: Hub, job_id: UUID, after: Position) -> list[Frame]:
+        nonlocal is_over
+        frames = await page(hub, job_id, after)
+        if not is_over:  # after the page was read, before it is asked where the job stands
+            is_over = True
+            finished(world, job)
+        return frames
+
+    monkeypatch.setattr(Hub, "page", while_it_ends)
+    with follow(pair.bob, f"/api/jobs/{pair.second}/events") as stream:
+        assert names(list(stream)) == [*["state"] * 4, "artifact", "ended"]
 
 
 def test_cancelling_what_others_wait_for_ends_it_for_oneself_alone(
@@ -281,7 +301,7 @@ def worker(settings: Settings) -> Iterator[None]:
 
 
 def test_a_real_worker_runs_ten_equal_scans_once(
-    template: Path, shared_valkey: Valkey, tmp_path: Path
+    template: Template, shared_valkey: Valkey, tmp_path: Path
 ) -> None:
     settings = msgspec.structs.replace(
         settings_in(template, tmp_path, shared_valkey.url), pinned_models="tiny", device="cpu"

@@ -121,7 +121,7 @@ def test_a_lost_result_is_measured_again_under_the_same_key(
 ) -> None:
     ask(api, None)
     done = world.perform(world.claim(world.queue()))
-    world.file(done, "activations").file.unlink()
+    world.harm(done, "activations")
     job = ask(api).json()
     assert (job["state"], job["cached"]) == ("queued", False)
     assert ask(api).json()["id"] == job["id"]

@@ -168,7 +168,7 @@ def test_a_batch_is_submitted_followed_and_read(shell: Shell, world: World, tmp_
     events = shell("batch", "watch", batch["id"], "--json").out.splitlines()
     assert [msgspec.json.decode(line)["type"] for line in events] == ["line", "line", "ended"]
     second = world.job(msgspec.json.decode(lines[1])["job"])
-    world.file(second, "predictions").file.unlink()
+    world.harm(second, "predictions")
     left = shell("batch", "results", batch["id"], "--table", "predictions")
     assert "their results are lost: lines 2" in left.err
     assert {msgspec.json.decode(row)["line"] for row in left.out.splitlines()} == {1}

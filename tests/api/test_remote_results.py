@@ -15,7 +15,7 @@ from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, from_ipc
 from tests.api.conftest import settings_in
 from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
-from tests.servers import Bucket, Valkey, bucket
+from tests.servers import Bucket, Template, Valkey, bucket
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def remote(shared_bucket: Bucket) -> Bucket:
 
 @pytest.fixture
 def distant(
-    template: Path, tmp_path: Path, shared_valkey: Valkey, remote: Bucket
+    template: Template, tmp_path: Path, shared_valkey: Valkey, remote: Bucket
 ) -> Iterator[World]:
     settings = msgspec.structs.replace(
         settings_in(template, tmp_path, shared_valkey.url),

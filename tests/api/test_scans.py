@@ -97,7 +97,7 @@ def test_two_names_of_equal_weights_share_their_results(api: httpx.Client, world
 def test_a_result_that_was_lost_is_computed_again(api: httpx.Client, world: World) -> None:
     api.post("/api/scan/activation", json={"prompt": PROMPT})
     done = world.perform(world.claim(world.queue()))
-    world.file(done, "activations").file.unlink()
+    world.harm(done, "activations")
     again = api.post("/api/scan/activation", json={"prompt": PROMPT}).json()
     assert again["state"] == "queued"
     with world.working(world.queue()):

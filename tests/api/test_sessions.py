@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import shutil
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,8 @@ from tests.api.keyed import keyed
 from tests.api.reading import follow
 from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
+from tests.backing.stores import clear
+from tests.servers import folder_only
 
 NOBODYS = "01a208e5-620a-7f6d-98da-3f510d18b436"
 
@@ -175,7 +176,7 @@ def test_a_session_outlives_the_jobs_and_everything_that_computes(
         whole = results(api, session)
         with lone_world.sessions.writing() as database:
             database.execute(delete(JOBS))
-        shutil.rmtree(lone_world.settings.store_dir / "packed")
+        clear(lone_world.store, "packed/")
         assert lone_world.valkey is not None
         lone_world.valkey.kill()
         asked: list[str] = []
@@ -228,15 +229,7 @@ def test_a_damaged_result_is_not_kept_in_any_part(
 ) -> None:
     job = world.job(scanned(api, world, "a b c d"))
     result = world.result(job)
-    last = world.file(job, result.tables[-1].ref.name)
-    body = last.file.read_bytes()
-    match harm:
-        case "flipped":
-            last.file.write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
-        case "cut short":
-            last.file.write_bytes(body[:-1])
-        case _:
-            last.file.unlink()
+    world.harm(job, result.tables[-1].ref.name, harm)
     refused = api.post("/api/sessions", json={"name": "Eiffel", "scans": [{"job": str(job.id)}]})
     assert refused.status_code == 410
     assert refused.json()["job"] == str(job.id)
@@ -301,8 +294,7 @@ def test_what_is_exported_and_taken_in_again_has_the_same_hashes(
         with lone_world.sessions.writing() as database:
             for table in reversed(Base.metadata.sorted_tables):
                 database.execute(delete(table))
-        for path in sorted(lone_world.settings.store_dir.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
+        clear(lone_world.store)
         lone_world.redis.flushall()
         taken = read(send_file(api, file.content), status=201)
         assert taken.revision == session.revision
@@ -504,6 +496,7 @@ def coming(api: httpx.Client, world: World, session: Session, prompt: str = "a")
     return world.perform(world.claim(world.queue()))
 
 
+@folder_only
 def test_a_scan_that_cannot_be_read_now_goes_on_waiting(api: httpx.Client, world: World) -> None:
     session = made(api)
     job = coming(api, world, session)
@@ -528,7 +521,7 @@ def test_a_scan_whose_bytes_are_gone_does_not_join_and_says_why(
 ) -> None:
     session = made(api)
     job = coming(api, world, session)
-    world.file(job, "activations").file.unlink()
+    world.harm(job, "activations")
     with follow(api, f"{session.path}/events") as stream:
         heard = [next(stream), next(stream)]
     (told,) = [message.data for message in heard if message.name == "scan"]

@@ -36,6 +36,7 @@ from neural_mri.contract.models import Architecture, ModelState, Numerics
 from neural_mri.contract.results import Manifest, signed
 from neural_mri.contract.scans import ScanKind, decode_scan, kind_of
 from tests.api.specimens import TINY, tables_of, tiny_tokenizer
+from tests.backing.stores import overwrite
 from tests.servers import Valkey
 
 __all__ = ("Server", "World", "serving")
@@ -145,6 +146,20 @@ class World:
         path = self.store.local_path(table.path)
         assert path is not None
         return FilePart(path, table.start, table.end)
+
+    def harm(self, job: Job, name: str, how: str = "lost") -> None:
+        """Have the bytes of a table of a finished job's result `flipped`, `cut short` or `lost` where they stand."""
+        table = self.result(job).table(name)
+        assert table is not None
+        if how == "lost":
+            self.store.delete(table.path)
+            return
+        body = bytearray(self.store.get(table.path))
+        if how == "flipped":
+            body[table.end - 1] ^= 1
+        else:
+            del body[table.end - 1 :]
+        overwrite(self.store, table.path, bytes(body))
 
     def unpack(self, job: Job) -> None:
         """Have a result stand as it would have before small ones became one file."""

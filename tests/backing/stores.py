@@ -11,7 +11,7 @@ import pytest
 from neural_mri.backing.s3 import S3Store
 from neural_mri.backing.storage import FolderStore, Store
 
-__all__ = ("fail_disk", "files", "overwrite", "paths")
+__all__ = ("clear", "fail_disk", "files", "overwrite", "paths")
 
 
 def files(root: Path) -> set[str]:
@@ -25,6 +25,17 @@ def paths(store: Store) -> list[str]:
         return sorted(files(store._root))
     assert isinstance(store, S3Store)
     return sorted(entry["path"] for entry in obstore.list(store._store).collect())
+
+
+def clear(store: Store, prefix: str = "") -> None:
+    """Forget everything that a store holds, or what of it begins so; of a folder's store the folders as well."""
+    if isinstance(store, FolderStore):
+        for path in sorted((store._root / prefix).rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        return
+    for name in paths(store):
+        if name.startswith(prefix):
+            store.delete(name)
 
 
 def fail_disk(monkeypatch: pytest.MonkeyPatch, step: str) -> None:

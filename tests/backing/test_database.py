@@ -21,6 +21,7 @@ from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.problems import TooMany, Unavailable
 from tests.backing.making import on_postgresql, on_sqlite, submission
+from tests.servers import administering
 
 
 @contextmanager
@@ -415,6 +416,40 @@ def test_a_statement_that_does_not_end_is_ended(
     with pytest.raises(Unavailable), hurried.reading() as session:
         session.execute(select(func.pg_sleep(5)))
     hurried.close()
+
+
+@on_postgresql
+def test_a_server_that_may_only_be_read_from_is_unavailable_and_left(
+    settings: Settings, sessions: Sessions
+) -> None:
+    name = sessions.look(lambda session: session.scalar(select(func.current_database())))
+    demoted = database.sessions(settings)
+    with administering(settings.database_url) as operator:
+        operator.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+        assert demoted.read(_count) == 0
+        with pytest.raises(Unavailable):
+            demoted.write(jobs.submit, submission())
+        operator.execute(text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
+    # A connection keeps what it has found when it was made: this is another.
+    demoted.write(jobs.submit, submission())
+    demoted.close()
+    assert sessions.read(_count) == 1
+
+
+@on_postgresql
+@pytest.mark.parametrize(
+    ("state", "passes"),
+    [("40001", True), ("53100", True), ("57014", True), ("58030", True), ("XX001", False)],
+)
+def test_what_the_server_may_get_over_is_unavailable_and_what_is_broken_is_not(
+    sessions: Sessions, state: str, *, passes: bool
+) -> None:
+    refusal = text(f"DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{state}'; END $$")
+    with (
+        pytest.raises(Unavailable if passes else DBAPIError),
+        sessions.writing() as session,
+    ):
+        session.execute(refusal)
 
 
 def test_a_server_that_is_not_there_is_unavailable(tmp_path: Path) -> None:

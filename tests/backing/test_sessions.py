@@ -147,6 +147,7 @@ def test_words_and_models_are_found_and_wildcards_are_only_letters(sessions: Ses
     assert found("50%") == found("f_") == ["50% off_"]
     assert found("5%0") == found("g_") == []
     assert found(model="gpt2") == ["Größe"]
+    assert found(model="GPT2") == []
     sessions.write(saved.change, sessions.read(saved.page, "ada", limit=1).sessions[0].id, name="x")
     assert found("50%") == []
     assert found("tower medium") == ["x"]

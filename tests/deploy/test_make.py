@@ -98,6 +98,7 @@ def test_every_target_is_explained() -> None:
         "help",
         "up",
         "test",
+        "test-cluster",
         "check",
         "bench",
         "chaos",

@@ -11,13 +11,16 @@ from neural_mri.contract.batches import BatchState
 from neural_mri.contract.perturbations import TracingScan
 from neural_mri.contract.suites import Measure, Suite
 from neural_mri.diagnostics import Record, Records
+from tests.servers import on_servers
 from tests.system.service import free_port, register, running
 
 
 def test_a_service_measures_what_a_process_measures_and_a_baseline_once(
     suite: Suite, baseline: Record, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(data_dir=tmp_path / "data", port=free_port(), pinned_models="tiny")
+    settings = on_servers(
+        Settings(data_dir=tmp_path / "data", port=free_port(), pinned_models="tiny")
+    )
     register(settings, "tiny", tiny_folder)
     records = Records(tmp_path / "records")
     heard: list[tuple[str, int, int]] = []

@@ -15,6 +15,7 @@ from neural_mri.backing import access, database
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.auth import Scope
 from tests.security.collector import Collector, Seen, collecting
+from tests.servers import on_servers
 from tests.system.service import Service, free_port, register, running, until
 from tests.tiny import save_tiny_model
 
@@ -58,14 +59,16 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("watched")
     with collecting() as collector, pytest.MonkeyPatch.context() as environment:
         environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
-        settings = Settings(
-            data_dir=folder / "data",
-            port=free_port(),
-            pinned_models="tiny",
-            default_model="tiny",
-            auth="keys",
-            log_format="json",
-            traces_endpoint=collector.url,
+        settings = on_servers(
+            Settings(
+                data_dir=folder / "data",
+                port=free_port(),
+                pinned_models="tiny",
+                default_model="tiny",
+                auth="keys",
+                log_format="json",
+                traces_endpoint=collector.url,
+            )
         )
         register(settings, "tiny", save_tiny_model(folder / "tiny"))
         sessions = database.sessions(settings)

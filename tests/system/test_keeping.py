@@ -2,14 +2,13 @@
 
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import delete
 
-from neural_mri.backing import broker, database
+from neural_mri.backing import broker, database, storage
 from neural_mri.backing.rows import JOBS, Base
 from neural_mri.backing.settings import Settings
 from neural_mri.client import Client
@@ -27,6 +26,8 @@ from neural_mri.contract.scans import (
 )
 from neural_mri.contract.sessions import Note
 from tests.api.world import serving
+from tests.backing.stores import clear
+from tests.servers import folder_only
 from tests.system.service import Service
 
 pytestmark = pytest.mark.smollm2
@@ -57,6 +58,7 @@ def scanned(mri: Client) -> list[str]:
     return [str(mri.wait(job).id) for job in jobs]
 
 
+@folder_only
 def test_a_session_of_real_scans_opens_with_no_worker_no_redis_and_no_job(
     service: Service, mri: Client, scanned: list[str]
 ) -> None:
@@ -153,8 +155,8 @@ def test_exported_wiped_and_imported_a_session_has_the_same_hashes(
             if table.name.startswith(("session", "shares", "batch", "jobs", "idempotency")):
                 session.execute(delete(table))
     sessions.close()
-    for folder in ("chunks", "kept", "manifests", "packed"):
-        shutil.rmtree(service.settings.store_dir / folder, ignore_errors=folder == "manifests")
+    for folder in ("chunks/", "kept/", "manifests/", "packed/"):
+        clear(storage.open_store(service.settings), folder)
     with broker.connect(service.settings) as redis:
         redis.flushall()
     back = mri.sessions.import_file(file)

@@ -9,14 +9,15 @@ from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
-from tests.servers import Valkey, database_copy, migrated_database, valkey
+from tests.backing.stores import paths
+from tests.servers import Template, Valkey, database_copy, migrated_database, valkey
 from tests.tiny import save_tiny_model
 from tests.worker.bench import Bench
 from worker import modelstore
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
     return migrated_database(tmp_path_factory.mktemp("template"))
 
 
@@ -27,7 +28,7 @@ def shared_valkey() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-def settings(template: Path, tmp_path: Path, shared_valkey: Valkey) -> Settings:
+def settings(template: Template, tmp_path: Path, shared_valkey: Valkey) -> Settings:
     return msgspec.structs.replace(
         database_copy(template, tmp_path / "data"),
         redis_url=shared_valkey.url,
@@ -72,20 +73,17 @@ def bench(
 
 
 @pytest.fixture(scope="session")
-def calibrated() -> dict[Path, bytes]:
+def calibrated() -> dict[str, bytes]:
     """Files of the tiny model's calibration, once a test has measured it."""
     return {}
 
 
 @pytest.fixture
-def holding_tiny(bench: Bench, calibrated: dict[Path, bytes]) -> Bench:
+def holding_tiny(bench: Bench, calibrated: dict[str, bytes]) -> Bench:
     """A worker that holds the tiny model; what it is read against is measured once a session."""
-    store = bench.settings.store_dir
     for path, body in calibrated.items():
-        (store / path).parent.mkdir(parents=True, exist_ok=True)
-        (store / path).write_bytes(body)
+        bench.store.put(path, body)
     bench.residency.load("tiny")
     if not calibrated:
-        files = (file for file in store.rglob("*") if file.is_file())
-        calibrated.update({file.relative_to(store): file.read_bytes() for file in files})
+        calibrated.update({path: bench.store.get(path) for path in paths(bench.store)})
     return bench

@@ -30,6 +30,7 @@ from neural_mri.contract.scans import (
     StructuralScan,
 )
 from tests.models import prompt as models_prompt
+from tests.servers import folder_only
 from tests.worker.bench import Bench, Interrupting
 from worker import attempts as module
 from worker import scans
@@ -302,6 +303,7 @@ def test_a_store_that_is_full_for_a_moment_costs_no_result(
     assert store.refusals == 0
 
 
+@folder_only
 def test_a_result_that_waits_for_room_on_the_disk_is_storing_meanwhile(
     holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

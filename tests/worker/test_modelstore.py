@@ -1,4 +1,5 @@
 import getpass
+import os
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_adding_again_changes_nothing_and_loads_no_torch(
     )
     again = subprocess.run(
         [sys.executable, "-c", code, f"folder:{tiny_folder}"],
-        env=settings.environment(),
+        env={**os.environ, **settings.environment()},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -190,7 +191,7 @@ def test_a_source_can_stand_in_the_settings(
     for _ in range(2):
         brought = subprocess.run(
             [sys.executable, "-m", "worker.modelstore", "bring"],
-            env=said.environment(),
+            env={**os.environ, **said.environment()},
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -226,7 +227,7 @@ def test_a_name_that_could_not_be_asked_for_is_refused(settings: Settings, name:
 def test_the_command_line_says_in_one_sentence_what_is_wrong(settings: Settings) -> None:
     refused = subprocess.run(
         [sys.executable, "-m", "worker.modelstore", "add", "mine", "folder:/nowhere/at/all"],
-        env=settings.environment(),
+        env={**os.environ, **settings.environment()},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -26,15 +26,26 @@ from neural_mri.backing.rows import BATCHES
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState, Lane
-from tests.servers import Valkey, database_copy, migrated_database, sqlite_only, valkey
+from tests.backing.stores import paths
+from tests.servers import (
+    Template,
+    Valkey,
+    database_copy,
+    folder_only,
+    migrated_database,
+    sqlite_only,
+    valkey,
+)
 from worker.reaper import ABANDONED_SECONDS, MOST_TICKETS, SWEEP_TIMES, Ending, Reaper
 
 QUEUE = "scan.0123456789abcdef"
 DEAD = LeaseOwner.here()._replace(start_ticks=1)
+AT_ONCE = -60.0
+"""For `ABANDONED_SECONDS`: what has just been written has stood for long enough."""
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
     return migrated_database(tmp_path_factory.mktemp("template"))
 
 
@@ -45,7 +56,7 @@ def server() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-def settings(template: Path, server: Valkey, tmp_path: Path) -> Settings:
+def settings(template: Template, server: Valkey, tmp_path: Path) -> Settings:
     own = database_copy(template, tmp_path / "data")
     return msgspec.structs.replace(own, redis_url=server.url, reaper_interval_seconds=0.05)
 
@@ -148,6 +159,7 @@ def test_a_lost_attempts_result_that_no_job_names_is_taken_away(
     assert store.exists(path_of(lost.id, lost.attempt + 1))
 
 
+@folder_only
 def test_files_that_nobody_finishes_are_taken_away_in_the_end(
     reaper: Reaper, settings: Settings
 ) -> None:
@@ -172,6 +184,7 @@ def test_results_of_attempts_that_came_to_nothing_are_taken_away_in_the_end(
     settings: Settings,
     sessions: Sessions,
     path_of: Callable[[UUID, int], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     [first, _] = submit(sessions, 2, scan_key="a" * 64)
     handed_over = claim(sessions)
@@ -190,9 +203,7 @@ def test_results_of_attempts_that_came_to_nothing_are_taken_away_in_the_end(
         return not store.exists(late)
 
     assert not looked_through(), "somebody may have it in hand"
-    for path in (late, running):
-        long_ago = time.time() - 2 * ABANDONED_SECONDS
-        os.utime(settings.store_dir / path, (long_ago, long_ago))
+    monkeypatch.setattr("worker.reaper.ABANDONED_SECONDS", AT_ONCE)
     assert looked_through()
     assert store.exists(running)
     for to, named in ((JobState.RUNNING, None), (JobState.SUCCEEDED, running)):
@@ -205,20 +216,20 @@ def test_however_many_results_there_are_a_round_looks_at_some(
     reaper: Reaper, settings: Settings, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.reaper.MOST_RESULTS", 2)
+    monkeypatch.setattr("worker.reaper.ABANDONED_SECONDS", AT_ONCE)
     store = storage.open_store(settings)
     for job in submit(sessions, 5):
         lost = claim(sessions)
         sessions.write(jobs.advance, lost.id, JobState.FAILED, attempt=1, problem={"detail": "no"})
-        path = keys.packed_path(job.id, 1)
-        store.put(path, b"{}")
-        os.utime(settings.store_dir / path, (0, 0))
+        store.put(keys.packed_path(job.id, 1), b"{}")
     left = []
     for _ in range(4):
         reaper.round()
-        left.append(len(list((settings.store_dir / "packed").iterdir())))
+        left.append(len(paths(store)))
     assert left == [3, 1, 0, 0]
 
 
+@folder_only
 def test_results_that_cannot_be_looked_through_are_with_the_next_sweep(
     reaper: Reaper, settings: Settings, sessions: Sessions
 ) -> None:
@@ -444,22 +455,20 @@ def test_a_pause_is_no_hanging(
 
 
 def test_a_slow_store_is_no_hanging(
-    settings: Settings, sessions: Sessions, client: SyncRedis
+    settings: Settings, sessions: Sessions, client: SyncRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("worker.reaper.ABANDONED_SECONDS", AT_ONCE)
     store = storage.open_store(settings)
     for job in submit(sessions, 3):
         lost = claim(sessions)
         sessions.write(jobs.advance, lost.id, JobState.FAILED, attempt=1, problem={"detail": "no"})
-        path = keys.packed_path(job.id, 1)
-        store.put(path, b"{}")
-        os.utime(settings.store_dir / path, (0, 0))
+        store.put(keys.packed_path(job.id, 1), b"{}")
     files: list[int] = []
     """How many there were at each beat."""
-    folder = settings.store_dir / "packed"
-    beat = lambda _seconds: files.append(len(list(folder.iterdir())))  # noqa: E731
+    beat = lambda _seconds: files.append(len(paths(store)))  # noqa: E731
     Reaper(settings, sessions, client, store, beat).round()
     assert files[-3:] == [3, 2, 1]
-    assert not list(folder.iterdir())
+    assert not paths(store)
 
 
 def test_an_end_is_heard_at_any_moment_and_remembered() -> None:
