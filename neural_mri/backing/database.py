@@ -88,6 +88,7 @@ _DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
 # Primary result codes that say "not now", https://www.sqlite.org/rescode.html: busy, locked, read only,
 # I/O error, full, cannot open, locking protocol.
 _SQLITE_PASSING = frozenset({5, 6, 8, 10, 13, 14, 15})
+_SQLITE_BUSY = frozenset({5, 6})
 # Classes of SQLSTATE that do: connection, transaction rollback, insufficient resources, a lock not had in
 # time, operator intervention.
 _POSTGRESQL_PASSING = ("08", "40", "53", "55P03", "57")
@@ -240,6 +241,12 @@ def _passes(error: DBAPIError) -> bool:
     return state is None or state.startswith(_POSTGRESQL_PASSING)
 
 
+def _others_are_busy(error: BaseException) -> bool:
+    """Whether all that is wrong is that SQLite's lock is another's."""
+    code: int | None = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in _SQLITE_BUSY
+
+
 def _state(error: DBAPIError) -> str | None:
     """PostgreSQL's SQLSTATE."""
     state: str | None = getattr(error.orig, "sqlstate", None)
@@ -273,8 +280,12 @@ class _Kept:
             session.rollback()
             self._idle.append(session)
             raise
-        except BaseException:
-            _give_up(session)
+        except BaseException as error:
+            if _others_are_busy(error):  # nor is another's lock
+                session.rollback()
+                self._idle.append(session)
+            else:
+                _give_up(session)
             raise
         self._idle.append(session)
 
