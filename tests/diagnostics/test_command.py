@@ -283,7 +283,7 @@ def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(
         return subprocess.run(
             ["sh", "-c", "\n".join(["set -eu", *lines])],
             cwd=world.folder,
-            env=world.environment(**variables, **further),
+            env=world.environment(**{**variables, **further}),
             capture_output=True,
             text=True,
             check=False,
