@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 
+from api.routes.health import Status
 from neural_mri.cli.app import app
 from tests.deploy.charts import CHART, text, values
 from tests.deploy.composition import COMPOSE, services
@@ -159,3 +160,26 @@ def test_pages_that_are_read_are_there() -> None:
     assert all(page.is_file() for page in PAGES)
     assert len(OURS) > 30
     assert len(MODULES) > 6
+
+
+OF_OTHERS = {"log_error_verbosity"}
+"""A setting of PostgreSQL's, which the compose file sets as well."""
+
+
+def test_what_is_looked_for_in_logs_is_written_there() -> None:
+    code_of_ours = "\n".join(
+        path.read_text()
+        for package in ("api", "worker", "neural_mri/backing")
+        for path in (ROOT / package).rglob("*.py")
+    )
+    names = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", RUNBOOK.read_text()))
+    looked_for = {name for name in names - OF_OTHERS if not name.startswith("neural_mri_")}
+    assert {"worker_not_started", "worker_killed", "settings_not_known"} <= looked_for
+    for name in looked_for:
+        assert f'"{name}"' in code_of_ours or f"{name}=" in code_of_ours, name
+
+
+def test_states_of_health_that_are_told_of_are_the_services() -> None:
+    told = set(re.findall(r"health `(\w+)`", RUNBOOK.read_text()))
+    assert told == {"degraded", "waiting"}
+    assert told <= set(Status)
