@@ -74,7 +74,7 @@ async def admit(services: Services, connection: Connection, handler: BaseRouteHa
         if not is_open:
             await count_login(services, connection)
             raise
-        await services.rates.count(f"address:{_address(connection)}", most)
+        await services.rates.count(f"address:{_address(services, connection)}", most)
         return Identity(user="", scopes=())
     await services.rates.count(f"user:{caller.user}", most)
     usual = Scope.SCAN_READ if method in _SAFE else Scope.SCAN_WRITE
@@ -87,11 +87,13 @@ async def admit(services: Services, connection: Connection, handler: BaseRouteHa
 async def count_login(services: Services, connection: Connection) -> None:
     """Count somebody who may be trying keys, by where they are. Raises `TooMany`."""
     most = services.settings.login_requests_a_minute
-    await services.rates.count(f"login:{_address(connection)}", most)
+    await services.rates.count(f"login:{_address(services, connection)}", most)
 
 
-def _address(connection: Connection) -> str:
-    return connection.client.host if connection.client else ""
+def _address(services: Services, connection: Connection) -> str:
+    """Where a caller is. What proxies that are trusted say they were asked by, nobody else's word."""
+    peer = connection.client.host if connection.client else ""
+    return services.proxies.origin(peer, connection.headers.getall("x-forwarded-for", []))
 
 
 def readmission(services: Services, connection: Connection) -> Admitted:

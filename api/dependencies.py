@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from api.hub import Hub
 from api.metrics import Metrics
 from api.outlook import Outlook
+from api.proxies import Proxies
 from api.rates import Rates
 from api.tokenization import Tokenizers
 from neural_mri.backing import audit, following, jobs, limits, models
@@ -65,6 +66,7 @@ class Services:
     outlook: Outlook
     metrics: Metrics
     rates: Rates
+    proxies: Proxies
     pepper: bytes = field(repr=False)
     """What keys and sessions are hashed under."""
     caller: Identity = LOCAL
@@ -227,6 +229,7 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
         outlook=Outlook(settings, sessions, redis),
         metrics=metrics,
         rates=Rates(redis),
+        proxies=Proxies(settings.proxies),
         pepper=load_pepper(settings),
     )
     services.hub.start()

@@ -5,7 +5,8 @@ Labels are routes by their template, models, kinds, lanes: never an id, a user o
 
 from collections import Counter as Counted
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,7 +15,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from neural_mri.backing.events import WorkerBeat
 from neural_mri.backing.records import Job
 from neural_mri.contract.cluster import QueueLoad
-from neural_mri.contract.jobs import JobState
+from neural_mri.contract.jobs import JobState, Lane
 
 __all__ = ("MEDIA_TYPE", "NO_ROUTE", "Metrics", "Now")
 
@@ -93,6 +94,8 @@ class Now(NamedTuple):
     workers: Sequence[WorkerBeat] | None
     """Those heard of lately."""
     readers: int
+    lines: Mapping[Lane, int] = MappingProxyType({})
+    """Lines of batches that wait for room, by lane."""
 
     def collect(self) -> Iterator[Metric]:
         """As gauges."""
@@ -108,7 +111,18 @@ class Now(NamedTuple):
                 "neural_mri_workers", "Workers heard of lately", value=len(self.workers)
             )
             yield _copies(self.workers)
+        yield self._lines()
         yield from self._of_lanes()
+
+    def _lines(self) -> Metric:
+        waiting = GaugeMetricFamily(
+            "neural_mri_waiting_lines",
+            "Lines of batches that wait for room in the queues, and are no jobs yet",
+            labels=("lane",),
+        )
+        for lane, count in self.lines.items():
+            waiting.add_metric((lane.value,), count)
+        return waiting
 
     def _of_lanes(self) -> Iterator[Metric]:
         labels = ("model", "lane")

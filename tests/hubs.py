@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +27,8 @@ class Hub:
         self.asked: list[str] = []
         """Paths, in order."""
         self.gated: set[str] = set()
+        self.breaks = 0
+        """How many more of the files' contents break off halfway, as a connection does that is reset."""
         self._revisions: dict[str, dict[str, str]] = {}
         """Commits too, of all times."""
         self._files: dict[str, dict[str, bytes]] = {}
@@ -128,8 +132,16 @@ class _Answers(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if self.command == "HEAD":
+            return
+        if kind == "application/octet-stream" and self.hub.breaks:
+            self.hub.breaks -= 1
+            self.wfile.write(content[: len(content) // 2])
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()  # with a reset
+            self.close_connection = True
+            return
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base's name)
         """Nothing: `asked` has it."""

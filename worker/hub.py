@@ -10,6 +10,7 @@ For the model store alone: whoever has imported `worker.scanner` is offline, and
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import NamedTuple, Self
 
 import structlog
 
+from neural_mri.backing.settings import without_credentials
 from neural_mri.contract.problems import InvalidRequest, Unavailable, UnsupportedModel
 
 __all__ = ("Repository", "begin", "fetch", "resolved")
@@ -26,6 +28,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they tear a log to pieces
 
 PREFIX = "hf:"
+
+PAUSES_SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0)
+"""How long a download that broke off is left before it goes on where it was: the library itself tries no longer than a
+minute while nothing comes, and not at all where the connection is reset."""
 
 NEEDED = ("config.json", "tokenizer.json")
 """Without which a model cannot be read, or its prompts not be encoded."""
@@ -100,7 +106,22 @@ def fetch(repository: Repository) -> Path:
 
     with _said(repository):
         # Offline the cache may have it; what it lacks is said below.
-        weights = "*.safetensors" if huggingface_hub.is_offline_mode() else _weights(repository)
+        offline = huggingface_hub.is_offline_mode()
+        weights = "*.safetensors" if offline else _weights(repository)
+    for pause in () if offline else PAUSES_SECONDS:
+        try:
+            return _downloaded(repository, weights)
+        except Unavailable as refusal:
+            log.warning("download_broke_off", reason=refusal.detail, seconds=pause)
+        time.sleep(pause)
+    return _downloaded(repository, weights)
+
+
+def _downloaded(repository: Repository, weights: str) -> Path:
+    """What the cache lacks is fetched; what it holds of a file that broke off is not fetched again."""
+    import huggingface_hub
+
+    with _said(repository):
         folder = huggingface_hub.snapshot_download(
             repository.id,
             revision=repository.commit,
@@ -146,17 +167,18 @@ def _said(repository: Repository) -> Iterator[None]:
     from huggingface_hub import errors
     from huggingface_hub.constants import ENDPOINT
 
+    endpoint = without_credentials(ENDPOINT)
     asked = repository.asked.removeprefix(PREFIX)
     try:
         yield
     except errors.GatedRepoError as error:
         raise InvalidRequest(
-            f"{repository.id} is gated: agree to its terms at {ENDPOINT}/{repository.id}, and set HF_TOKEN "
+            f"{repository.id} is gated: agree to its terms at {endpoint}/{repository.id}, and set HF_TOKEN "
             "to a token that may read it"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise InvalidRequest(
-            f"{ENDPOINT} has no model {repository.id}, or none that is shown without a token that may "
+            f"{endpoint} has no model {repository.id}, or none that is shown without a token that may "
             "read it (HF_TOKEN)"
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -164,7 +186,7 @@ def _said(repository: Repository) -> Iterator[None]:
             f"{repository.id} has no revision {repository.revision!r}: expected a branch, a tag or a commit"
         ) from error
     except (errors.HFValidationError, errors.DisabledRepoError, errors.BadRequestError) as error:
-        raise InvalidRequest(f"{asked} is refused by {ENDPOINT}: {_first_line(error)}") from error
+        raise InvalidRequest(f"{asked} is refused by {endpoint}: {_first_line(error)}") from error
     except (
         errors.RevisionResolutionError,
         errors.LocalEntryNotFoundError,
@@ -173,12 +195,13 @@ def _said(repository: Repository) -> Iterator[None]:
     ) as error:
         if huggingface_hub.is_offline_mode():
             raise Unavailable(
-                f"{asked} is not in the cache, and HF_HUB_OFFLINE keeps us from asking {ENDPOINT}"
+                f"{asked} is not in the cache, and HF_HUB_OFFLINE keeps us from asking {endpoint}"
             ) from error
         raise Unavailable(
-            f"{ENDPOINT} does not answer for {asked}: {_first_line(error)}"
+            f"{endpoint} does not answer for {asked}: {_first_line(error)}"
         ) from error
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in map(str.strip, str(error).splitlines()) if line), repr(error))
+    lines = map(str.strip, str(error).splitlines())
+    return without_credentials(next((line for line in lines if line), repr(error)))

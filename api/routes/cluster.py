@@ -14,8 +14,9 @@ from api.residents import holdings
 from neural_mri import __version__
 from neural_mri.backing import loads
 from neural_mri.backing.broker import AWAY, AsyncRedis
+from neural_mri.backing.loads import Standing
 from neural_mri.contract.auth import Scope
-from neural_mri.contract.cluster import Cluster, ModelHeld, QueueLoad, Versions, WorkerSeen
+from neural_mri.contract.cluster import Cluster, ModelHeld, Versions, WorkerSeen
 from neural_mri.contract.problems import Unavailable
 
 __all__ = ("get_cluster", "get_metrics")
@@ -92,18 +93,19 @@ async def _redis_version(redis: AsyncRedis) -> str | None:
 )
 async def get_metrics(services: NamedDependency[Services]) -> Response[bytes]:
     """Tell Prometheus how the service is."""
-    held = await holdings(services.redis)
+    held, standing = await holdings(services.redis), await _standing(services)
     now = Now(
-        loads=await _loads(services),
+        loads=None if standing is None else standing.loads,
+        lines={} if standing is None else standing.lines,
         workers=held.beats if held.is_known else None,
         readers=services.hub.readers,
     )
     return Response(services.metrics.exposition(now), media_type=MEDIA_TYPE)
 
 
-async def _loads(services: Services) -> list[QueueLoad] | None:
+async def _standing(services: Services) -> Standing | None:
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            return await services.sessions.read(loads.loads)
+            return await services.sessions.read(loads.standing)
     except (Unavailable, TimeoutError):
         return None

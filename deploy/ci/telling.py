@@ -66,7 +66,8 @@ def place_of(environment: Mapping[str, str]) -> Place:
 
 def tell(place: Place, report: str, name: str) -> None:
     """Write the comment, or write it anew."""
-    mark = f"<!-- neural-mri {re.sub(r'[^A-Za-z0-9._/]+', '_', name)} -->"
+    named = re.sub(r"[^\w./]+", "_", name)
+    mark = f"<!-- neural-mri {named} -->"
     shown = report if len(report) <= MOST_CHARACTERS else f"{report[:MOST_CHARACTERS]}\n\n…\n"
     body = {"body": f"{mark}\n{shown}"}
     with httpx.Client(headers=place.headers, timeout=30) as client:

@@ -29,6 +29,8 @@ COPY api api
 COPY worker/__init__.py worker/reaper.py worker/
 COPY migrations migrations
 COPY --from=viewer /viewer/dist web/dist
+# Nobody may write here later, and each start would compile it again.
+RUN /venv/bin/python -m compileall -q neural_mri api worker migrations
 ENV PATH=/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

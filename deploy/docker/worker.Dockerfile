@@ -26,6 +26,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY neural_mri neural_mri
 COPY worker worker
 COPY migrations migrations
+# Nobody may write here later, and each start would compile it again.
+RUN /venv/bin/python -m compileall -q neural_mri worker migrations
 ENV PATH=/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -7,6 +7,8 @@ for room before they become jobs.
 import sqlalchemy as sa
 from alembic import op
 
+from neural_mri.backing.database import MigrationBlocked
+
 revision = "0014"
 down_revision = "0013"
 branch_labels = None
@@ -44,6 +46,15 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    # Each is somebody's accepted request, and the older schema has no place for it.
+    counted = sa.text("SELECT count(*) FROM batch_lines WHERE wanted IS NOT NULL")
+    waiting: int = op.get_bind().execute(counted).scalar_one()
+    if waiting:
+        raise MigrationBlocked(
+            f"{waiting} lines of batches wait to become jobs, and revision {down_revision} would drop them: stop "
+            "the API, let workers and the reaper go on until `neural_mri_waiting_lines` is 0 or cancel those batches, "
+            "then go back; nothing was changed"
+        )
     op.execute("DELETE FROM session_arrivals WHERE problem IS NOT NULL")
     op.drop_column("session_arrivals", "problem")
     op.drop_index("ix_batch_lines_waiting", "batch_lines")

@@ -88,6 +88,7 @@ _DRIVERS = {"sqlite": "sqlite+pysqlite", "postgresql": "postgresql+psycopg"}
 # Primary result codes that say "not now", https://www.sqlite.org/rescode.html: busy, locked, read only,
 # I/O error, full, cannot open, locking protocol.
 _SQLITE_PASSING = frozenset({5, 6, 8, 10, 13, 14, 15})
+_SQLITE_BUSY = frozenset({5, 6})
 # SQLSTATEs, or their classes, that do: connection, a server that may only be read from, transaction rollback,
 # insufficient resources, a lock not had in time, operator intervention, I/O error.
 _READ_ONLY = "25006"
@@ -246,6 +247,12 @@ def _passes(error: DBAPIError) -> bool:
     return code is None or code & 0xFF in _SQLITE_PASSING
 
 
+def _others_are_busy(error: BaseException) -> bool:
+    """Whether all that is wrong is that SQLite's lock is another's."""
+    code: int | None = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in _SQLITE_BUSY
+
+
 def _state(error: DBAPIError) -> str | None:
     """PostgreSQL's SQLSTATE."""
     state: str | None = getattr(error.orig, "sqlstate", None)
@@ -279,8 +286,12 @@ class _Kept:
             session.rollback()
             self._idle.append(session)
             raise
-        except BaseException:
-            _give_up(session)
+        except BaseException as error:
+            if _others_are_busy(error):  # nor is another's lock
+                session.rollback()
+                self._idle.append(session)
+            else:
+                _give_up(session)
             raise
         self._idle.append(session)
 

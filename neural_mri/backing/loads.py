@@ -1,14 +1,17 @@
 """What waits and what runs, by model and lane: the figures that an operator watches and scales by."""
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from sqlalchemy import and_, case, func, select
 from sqlalchemy.orm import Session
 
 from neural_mri.backing.database import epoch
-from neural_mri.backing.rows import JOBS
+from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS
 from neural_mri.contract.cluster import QueueLoad
-from neural_mri.contract.jobs import HELD, JobState
+from neural_mri.contract.jobs import HELD, JobState, Lane
 
-__all__ = ("loads", "version")
+__all__ = ("Standing", "loads", "standing", "version")
 
 _job = JOBS.c
 _WAITS = and_(_job.state == JobState.QUEUED, _job.leader.is_(None))
@@ -27,6 +30,28 @@ _LOADS = (
     .group_by(_job.queue, _job.model, _job.lane)
     .order_by(_job.model, _job.queue, _job.lane)
 )
+
+
+_WAITING_LINES = (
+    select(BATCHES.c.lane, func.count().label("lines"))
+    .select_from(BATCHES.join(BATCH_LINES, BATCHES.c.id == BATCH_LINES.c.batch_id))
+    .where(BATCHES.c.fed_at.is_(None), BATCH_LINES.c.wanted.is_not(None))
+    .group_by(BATCHES.c.lane)
+)
+
+
+class Standing(NamedTuple):
+    """Everything that is not done yet."""
+
+    loads: list[QueueLoad]
+    lines: Mapping[Lane, int]
+    """Lines of batches that wait for room in the queues, by lane: no jobs yet."""
+
+
+def standing(session: Session) -> Standing:
+    """What stands in the queues, and what waits before them."""
+    lines = {Lane(row.lane): int(row.lines) for row in session.execute(_WAITING_LINES)}
+    return Standing(loads(session), {lane: lines.get(lane, 0) for lane in Lane})
 
 
 def loads(session: Session) -> list[QueueLoad]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from neural_mri.backing.settings import Settings, without_credentials
+from neural_mri.backing.settings import Settings, unknown, without_credentials
 
 __all__ = ("configure",)
 
@@ -96,6 +96,8 @@ def configure(settings: Settings, *, process: str) -> None:
     for name, level in _NOISY.items():
         logging.getLogger(name).setLevel(max(level, root.level))
     logging.captureWarnings(capture=True)
+    if names := unknown():
+        structlog.get_logger(__name__).warning("settings_not_known", names=names)
 
 
 class _Stamp:

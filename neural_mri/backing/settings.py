@@ -1,19 +1,21 @@
 """Settings: the environment, read once, checked, frozen.
 
-Every variable is `NEURAL_MRI_` and a field's name in capitals. An unknown one is refused, so that a
-typing error never runs with a default. The struct is passed as an argument, never imported.
+Every variable is `NEURAL_MRI_` and a field's name in capitals. One that is almost a setting's is refused, so that
+a typing error never runs with a default; one that resembles none may be a newer release's, and is told of and left
+alone. The struct is passed as an argument, never imported.
 """
 
 import os
 import re
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-__all__ = ("InvalidSettings", "Settings", "load_settings", "without_credentials")
+__all__ = ("InvalidSettings", "Settings", "load_settings", "unknown", "without_credentials")
 
 PREFIX = "NEURAL_MRI_"
 
@@ -23,7 +25,10 @@ Address = Annotated[str, Meta(pattern=r"^(https?://[^/?#\s@]+/?)?$")]
 
 ModelSources = Annotated[str, Meta(pattern=r"^([^=,\s]+=[^=,\s]+(,[^=,\s]+=[^=,\s]+)*)?$")]
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*(?=@)|(?<=nmri_[0-9a-f]{12}_)[\w-]+")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=nmri_[0-9a-f]{12}_)[\w-]+")
+
+_SLIP = 2
+"""Letters by which a typing error differs from what was meant, at most."""
 
 _SECRET = frozenset({"key_pepper"})
 """Settings whose values are shown nowhere."""
@@ -58,6 +63,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Port the API listens on."""
     allowed_hosts: str = "127.0.0.1,localhost,[::1]"
     """Host headers the API answers to, separated by commas: stops DNS rebinding."""
+    trusted_proxies: str = ""
+    """Addresses and networks of proxies before the API, `10.0.0.0/8`, separated by commas: of requests from there
+    `X-Forwarded-For` says who asks. Nobody's is believed where empty."""
     auth: Literal["off", "keys"] = "off"
     """`keys`: every request needs an API key. `off`: none does, and only this machine is served."""
     key_pepper: str = ""
@@ -185,6 +193,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         pairs = (pair.partition("=") for pair in self.model_sources.split(",") if pair)
         return {name: source for name, _, source in pairs}
 
+    @property
+    def proxies(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """Where the proxies are. Raises `ValueError` that names what is no network."""
+        return tuple(
+            ip_network(part.strip()) for part in self.trusted_proxies.split(",") if part.strip()
+        )
+
     def __repr__(self) -> str:
         fields = (field.name for field in msgspec.structs.fields(self))
         shown = (
@@ -201,26 +216,62 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
     """Settings from the environment. Raises `InvalidSettings` with the variable and what it needs."""
-    source = os.environ if environment is None else environment
-    given = {
-        name.removeprefix(PREFIX).lower(): value
-        for name, value in source.items()
-        if name.startswith(PREFIX)
-    }
-    known = {field.name for field in msgspec.structs.fields(Settings)}
-    for name in given:
-        if name not in known:
+    given = _given(os.environ if environment is None else environment)
+    known = _known()
+    for name in given.keys() - known:
+        if likely := [each for each in sorted(known) if _differ_by_a_slip(name, each)]:
             raise InvalidSettings(
-                f"{PREFIX}{name.upper()} is not a setting; the settings are "
-                + ", ".join(PREFIX + field.upper() for field in sorted(known))
+                f"{PREFIX}{name.upper()} is not a setting; {PREFIX}{likely[0].upper()} is"
             )
     try:
-        return msgspec.convert(given, Settings, strict=False, dec_hook=_path)
+        settings = msgspec.convert(
+            {name: value for name, value in given.items() if name in known},
+            Settings,
+            strict=False,
+            dec_hook=_path,
+        )
     except msgspec.ValidationError as error:
         expected, _, place = str(error).partition(" - at `$.")
         name = place.rstrip("`")
         value = without_credentials(given.get(name, ""))
         raise InvalidSettings(f"{PREFIX}{name.upper()} is {value!r}: {expected}") from error
+    try:
+        _ = settings.proxies
+    except ValueError as error:
+        raise InvalidSettings(f"{PREFIX}TRUSTED_PROXIES: {error}") from error
+    return settings
+
+
+def unknown(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Variables that are named like settings and are none of this release's."""
+    names = _given(os.environ if environment is None else environment).keys() - _known()
+    return [PREFIX + name.upper() for name in sorted(names)]
+
+
+def _given(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name.removeprefix(PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(PREFIX)
+    }
+
+
+def _known() -> set[str]:
+    return {field.name for field in msgspec.structs.fields(Settings)}
+
+
+def _differ_by_a_slip(one: str, other: str) -> bool:
+    """Whether two changed, lost or added letters at most make one name of the other."""
+    if abs(len(one) - len(other)) > _SLIP:
+        return False
+    before = list(range(len(other) + 1))
+    for row, letter in enumerate(one, 1):
+        now = [row]
+        for column, another in enumerate(other, 1):
+            changed = before[column - 1] + (letter != another)
+            now.append(min(changed, before[column] + 1, now[-1] + 1))
+        before = now
+    return before[-1] <= _SLIP
 
 
 def _path(kind: type, value: object) -> object:

@@ -270,7 +270,12 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Application) -> None:
         config = uvicorn.Config(
-            app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=1
+            app,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=1,
         )
         super().__init__(config)
         self.app = app

@@ -203,6 +203,30 @@ def test_a_loop_writes_briefly_by_itself_and_waits_for_others_in_a_thread(
 
 
 @on_sqlite
+def test_a_loop_that_met_anothers_lock_has_its_connection_the_next_time(settings: Settings) -> None:
+    opened = list[Any]()
+    at_hand = database.Sessions(database.sync_engine(settings, waits=False))
+    event.listen(at_hand.engine, "connect", lambda connection, _record: opened.append(connection))
+    first = at_hand.write(_driver)
+    with another_writer(settings), pytest.raises(Unavailable):
+        at_hand.write(jobs.submit, submission())
+    at_hand.write(jobs.submit, submission())
+    assert at_hand.write(_driver) is first
+    assert at_hand.read(_count) == 1
+    with closing(sqlite3.connect(settings.folder / "neural-mri.db", isolation_level=None)) as alone:
+        at_hand.close()  # who would be in the way of its having the file alone
+        alone.execute("PRAGMA locking_mode = EXCLUSIVE")
+        alone.execute("BEGIN EXCLUSIVE")
+        opened.clear()
+        for _ in range(3):
+            with pytest.raises(Unavailable):
+                at_hand.look(_count)
+    assert at_hand.look(_count) == 1
+    assert len(opened) <= 4, "whoever cannot open the file has nothing to keep"
+    at_hand.close()
+
+
+@on_sqlite
 def test_what_a_loop_refused_or_spoilt_by_itself_is_not_tried_again(settings: Settings) -> None:
     tries = 0
 

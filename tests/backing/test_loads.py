@@ -6,7 +6,8 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import jobs, loads
+from neural_mri.backing import batches, feeding, jobs, loads
+from neural_mri.backing.batches import Line, NewBatch
 from neural_mri.backing.database import Sessions, epoch
 from neural_mri.backing.rows import JOBS
 from neural_mri.contract.jobs import JobState, Lane
@@ -44,6 +45,23 @@ def test_who_follows_waits_for_no_worker(sessions: Sessions) -> None:
         sessions.write(jobs.submit, submission(owner=owner, scan_key="a" * 64))
     (load,) = sessions.read(loads.loads)
     assert load.waiting == 1
+
+
+def test_lines_of_batches_that_wait_for_room_are_counted_by_lane(sessions: Sessions) -> None:
+    none = dict.fromkeys(Lane, 0)
+    assert sessions.read(loads.standing) == ([], none)
+    for lane, count in ((Lane.BATCH, 3), (Lane.INTERACTIVE, 2)):
+        wanted = NewBatch("ada", "", lane, count, "0" * 64, word=lane.value)
+        lines = [Line(number, submission(lane=lane)) for number in range(1, count + 1)]
+        with sessions.writing() as session:
+            batches.fill(session, batches.begin(session, wanted).id, lines)
+    assert sessions.read(loads.standing) == ([], none | {Lane.INTERACTIVE: 2, Lane.BATCH: 3})
+    sessions.write(feeding.feed, "ada", max_queued=4)
+    standing = sessions.read(loads.standing)
+    assert standing.lines == none | {Lane.BATCH: 3}
+    assert [(load.lane, load.waiting) for load in standing.loads] == [(Lane.INTERACTIVE, 2)]
+    sessions.write(feeding.feed, "ada", max_queued=99)
+    assert sessions.read(loads.standing).lines == none
 
 
 def test_the_database_says_what_it_is(sessions: Sessions) -> None:

@@ -57,6 +57,17 @@ def test_our_records_and_other_libraries_have_one_form(written: Written) -> None
         assert record["level"] in {"info", "warning"}
 
 
+def test_settings_that_nobody_knows_are_told_of_by_name_alone(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURAL_MRI_TELESCOPE_COLOUR", "blue")
+    configure()
+    (line,) = written.records()
+    assert (line["event"], line["level"]) == ("settings_not_known", "warning")
+    assert line["names"] == ["NEURAL_MRI_TELESCOPE_COLOUR"]
+    assert "blue" not in written.text()
+
+
 def test_what_is_bound_is_in_every_record(written: Written) -> None:
     configure()
     with structlog.contextvars.bound_contextvars(job_id="7"):

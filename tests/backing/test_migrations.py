@@ -10,12 +10,13 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, Table, func, insert, inspect, select, update
 
-from neural_mri.backing import database
+from neural_mri.backing import batches, database, feeding
+from neural_mri.backing.batches import Line, NewBatch
 from neural_mri.backing.database import MigrationBlocked
 from neural_mri.backing.rows import JOBS, Base
 from neural_mri.backing.settings import Settings
-from neural_mri.contract.jobs import JobState
-from tests.backing.making import on_postgresql
+from neural_mri.contract.jobs import JobState, Lane
+from tests.backing.making import on_postgresql, submission
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,6 +145,22 @@ def test_the_release_before_works_on_the_newest_schema(fresh: Settings) -> None:
                 assert connection.execute(select(func.count()).select_from(table)).scalar_one() == 1
     finally:
         engine.dispose()
+
+
+def test_a_schema_does_not_go_back_over_lines_that_somebody_waits_for(fresh: Settings) -> None:
+    database.migrate(fresh)
+    sessions = database.sessions(fresh)
+    wanted = NewBatch("ada", "", Lane.BATCH, 2, "0" * 64, word="nightly")
+    lines = [Line(number, submission()) for number in (1, 2)]
+    with sessions.writing() as session:
+        batches.fill(session, batches.begin(session, wanted).id, lines)
+    with pytest.raises(MigrationBlocked, match=r"2 lines of batches wait .* 0013 would drop them"):
+        database.migrate(fresh, back_to="0013")
+    assert sessions.read(feeding.owners_waiting) == ["ada"], "nothing was changed"
+    sessions.write(feeding.feed, "ada", max_queued=99)
+    sessions.close()
+    database.migrate(fresh, back_to="0013")
+    database.migrate(fresh)
 
 
 @on_postgresql

@@ -1,6 +1,6 @@
 import ast
 import inspect
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import msgspec
@@ -12,9 +12,41 @@ from neural_mri.backing import settings as module
 from neural_mri.backing.settings import PREFIX, InvalidSettings, Settings, load_settings
 
 
-def test_an_unknown_setting_is_refused_by_name() -> None:
-    with pytest.raises(InvalidSettings, match=r"NEURAL_MRI_PROT is not a setting.*NEURAL_MRI_PORT"):
-        load_settings({"NEURAL_MRI_PROT": "1"})
+@pytest.mark.parametrize(
+    ("slip", "meant"),
+    [
+        ("PROT", "PORT"),
+        ("USER_MAX_JOB", "USER_MAX_JOBS"),
+        ("REDISURL", "REDIS_URL"),
+        ("LEASE_SECODNS", "LEASE_SECONDS"),
+        ("PINNED_MODELSS", "PINNED_MODELS"),
+    ],
+)
+def test_a_slip_of_the_pen_is_refused_with_what_was_meant(slip: str, meant: str) -> None:
+    with pytest.raises(
+        InvalidSettings, match=rf"^NEURAL_MRI_{slip} is not .*; NEURAL_MRI_{meant} is"
+    ):
+        load_settings({PREFIX + slip: "1"})
+
+
+def test_what_only_a_newer_release_knows_is_left_alone_and_named() -> None:
+    environment = {"NEURAL_MRI_TELESCOPE_COLOUR": "blue", "NEURAL_MRI_PORT": "81", "PATH": "/bin"}
+    assert load_settings(environment).port == 81
+    assert module.unknown(environment) == ["NEURAL_MRI_TELESCOPE_COLOUR"]
+
+
+def test_no_setting_is_another_ones_slip() -> None:
+    names = [field.name for field in msgspec.structs.fields(Settings)]
+    near = [pair for pair in combinations(names, 2) if module._differ_by_a_slip(*pair)]
+    assert near == [("host", "port")], "where they are both known neither is taken for the other"
+
+
+def test_proxies_are_addresses_and_networks() -> None:
+    said = load_settings({"NEURAL_MRI_TRUSTED_PROXIES": "10.0.0.0/8, 192.0.2.7,fd00::/8"})
+    assert [str(network) for network in said.proxies] == ["10.0.0.0/8", "192.0.2.7/32", "fd00::/8"]
+    for wrong in ("ingress", "10.0.0.1/8", "10.0.0.0/40"):
+        with pytest.raises(InvalidSettings, match=f"NEURAL_MRI_TRUSTED_PROXIES: .*{wrong}"):
+            load_settings({"NEURAL_MRI_TRUSTED_PROXIES": wrong})
 
 
 @pytest.mark.parametrize(
@@ -83,6 +115,7 @@ def test_a_password_in_a_url_is_not_shown() -> None:
     settings = Settings(database_url="postgresql://ada:lovelace@db/nmri")
     assert "lovelace" not in repr(settings)
     assert "***@db/nmri" in repr(settings)
+    assert module.without_credentials("https://hf_token@mirror/x a@b") == "https://***@mirror/x a@b"
 
 
 def test_everything_lives_in_the_data_folder_unless_told_otherwise(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ __all__ = ("CHART", "references", "render", "text", "values")
 CHART = Path(__file__).parents[2] / "deploy/helm/neural-mri"
 _ACTION = re.compile(r"{{(-?)\s*(.*?)\s*(-?)}}")
 _CONTROL = re.compile(
-    r"{{- (?:if (?P<condition>\S+)|range \$name, \$value := (?P<range>\S+)|(?P<end>end)) }}"
+    r"{{- (?:if (?P<condition>\S+|not \(kindIs \"invalid\" (?P<given>\S+)\))|range \$name, \$value := (?P<range>\S+)|(?P<end>end)) }}"
 )
 _INCLUDE = re.compile(r'include \(print \$\.Template\.BasePath "/([\w.]+)"\) \.')
 _LOOKUP = re.compile(r'lookup "v1" "Secret" \.Release\.Namespace \.Values\.secretName')
@@ -60,9 +60,10 @@ def _filled(lines: list[str], scope: Mapping[str, Any]) -> list[str]:
         assert not control["end"], f"line {at + 1}: an end of nothing"
         end = _end(lines, at)
         body = lines[at + 1 : end]
-        if control["condition"]:
-            if _value(control["condition"], scope):
-                found += _filled(body, scope)
+        if control["given"]:
+            found += _filled(body, scope) if _value(control["given"], scope) is not None else []
+        elif control["condition"]:
+            found += _filled(body, scope) if _value(control["condition"], scope) else []
         else:
             for name, value in sorted(_value(control["range"], scope).items()):
                 found += _filled(body, {**scope, "$name": name, "$value": value})

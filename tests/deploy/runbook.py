@@ -21,6 +21,7 @@ SAMPLES: Mapping[str, str] = MappingProxyType(
         "NEURAL_MRI_MODEL_SOURCES": "mine=hf:acme/mine",
         "NEURAL_MRI_PINNED_MODELS": "other",
         "NEURAL_MRI_TRACES_ENDPOINT": "http://other:4318",
+        "NEURAL_MRI_TRUSTED_PROXIES": "10.0.0.0/8",
         "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
         "OTEL_TRACES_SAMPLER_ARG": "0.1",
     }

@@ -118,7 +118,24 @@ def test_the_values_are_what_their_schema_says_and_it_knows_each() -> None:
     for given in (values(), everything_on(), changed("worker.replicas", None), fractions):
         schema().validate(given)
     described = json.loads((CHART / "values.schema.json").read_text())
-    assert described["properties"].keys() - {"global"} == values().keys()
+    assert described["properties"].keys() - {"global", "enabled"} == values().keys()
+
+
+def test_another_chart_may_have_this_one_as_a_part_of_it() -> None:
+    schema().validate(values() | {"enabled": True, "global": {"imageRegistry": "registry"}})
+    with pytest.raises(jsonschema_rs.ValidationError):
+        schema().validate(values() | {"enabled": "yes"})
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_there_are_as_many_workers_as_are_asked_for(count: int) -> None:
+    (worker, _) = render("worker.yaml", changed("worker.replicas", count))
+    assert worker["spec"]["replicas"] == count
+
+
+def test_of_workers_that_are_scaled_the_chart_says_no_number() -> None:
+    (worker, _) = render("worker.yaml", changed("worker.replicas", None))
+    assert "replicas" not in worker["spec"]
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.composition import COMPOSE, services
+from tests.deploy.images import RECIPES, instructions
 from tests.deploy.test_compose import SECRETS
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
-
-
-def instructions(recipe: Path) -> list[tuple[str, str]]:
-    text = re.sub(r"\\\n\s*", " ", re.sub(r"^\s*#.*\n", "", recipe.read_text(), flags=re.MULTILINE))
-    return [
-        (line.partition(" ")[0], line.partition(" ")[2].strip())
-        for line in text.splitlines()
-        if line.strip()
-    ]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -44,6 +35,21 @@ def test_the_last_stage_runs_as_nobody_in_particular(recipe: Path) -> None:
     assert users == ["10001:10001"]
     kinds = [name for name, _ in written[last:]]
     assert kinds.index("USER") > max(i for i, name in enumerate(kinds) if name in {"COPY", "RUN"})
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_all_code_that_is_copied_is_compiled(recipe: Path) -> None:
+    written = instructions(recipe)
+    (compiled,) = [rest for name, rest in written if name == "RUN" and "compileall" in rest]
+    last = max(index for index, (name, _) in enumerate(written) if name == "FROM")
+    copied = {
+        source.split("/")[0]
+        for name, rest in written[last:]
+        if name == "COPY" and not rest.startswith("--from")
+        for source in rest.split()[:-1]
+        if (ROOT / source.split("/")[0]).is_dir()
+    }
+    assert set(compiled.split()[4:]) == copied
 
 
 def test_every_image_has_a_version() -> None:

@@ -105,6 +105,8 @@ class Ran(NamedTuple):
     codes: list[int]
     steps: list[str]
     said: str
+    outputs: dict[str, dict[str, str]]
+    """What each step told the others."""
 
 
 def run_action(world: World, given: dict[str, str], code_host: Host) -> Ran:
@@ -124,9 +126,9 @@ def run_action(world: World, given: dict[str, str], code_host: Host) -> Ran:
     files = {"GITHUB_OUTPUT": str(output), "GITHUB_STEP_SUMMARY": str(summary)}
     files |= {"GITHUB_API_URL": code_host.url, "GITHUB_REPOSITORY": "a/b"}
     codes, steps, said, failed = list[int](), list[str](), "", False
+    told = dict[str, dict[str, str]]()
     for step in action["runs"]["steps"]:
-        outputs = dict(line.split("=") for line in output.read_text().splitlines())
-        context |= {f"steps.diagnose.outputs.{name}": value for name, value in outputs.items()}
+        output.write_text("")
         if not holds(step.get("if", "success()"), context, failed=failed):
             continue
         steps.append(step["name"])
@@ -143,10 +145,13 @@ def run_action(world: World, given: dict[str, str], code_host: Host) -> Ran:
             text=True,
             check=False,
         )
+        if outputs := dict(line.split("=") for line in output.read_text().splitlines()):
+            told[step["id"]] = outputs
+        context |= {f"steps.{step.get('id')}.outputs.{name}": outputs[name] for name in outputs}
         codes.append(done.returncode)
         said += done.stderr
         failed = failed or (done.returncode != 0 and not step.get("continue-on-error", False))
-    return Ran(codes, steps, said)
+    return Ran(codes, steps, said, told)
 
 
 def holds(condition: str, context: dict[str, str], *, failed: bool) -> bool:
@@ -187,13 +192,16 @@ def test_the_github_action_runs_as_the_shell_steps_it_contains(
         "upload-sarif": "true",
     }
     ran = run_action(world, given, code_host)
-    assert ran.codes == [0, 1, 0], ran.said
+    assert ran.codes == [0, 0, 1, 0], ran.said
     assert ran.steps[-4:] == AFTER, "what was measured and found is kept though the gate failed"
-    assert (world.folder / "output").read_text() == "outcome=failed\nreported=true\n"
+    assert ran.outputs == {
+        "gate": {"slug": "tiny.toml-broken"},
+        "diagnose": {"outcome": "failed", "reported": "true"},
+    }
     assert "L1H0 is where the change begins" in (world.folder / "summary").read_text()
     assert (world.folder / "neural-mri-report" / "diagnosis.sarif").exists()
     (comment,) = code_host.comments
-    assert comment["body"].startswith("<!-- neural-mri tiny.toml -->")
+    assert comment["body"].startswith("<!-- neural-mri tiny.toml_broken -->")
     assert "L1H0 is where the change begins" in comment["body"]
     assert code_host.tokens == {"Bearer secret"}
 
@@ -203,12 +211,45 @@ def test_the_github_action_needs_no_rights_unless_asked_and_reports_nothing_wher
 ) -> None:
     given = {"model": "nowhere", "suite": "tiny.toml", "python": sys.executable}
     ran = run_action(world, {**given, "comment": "true"}, code_host)
-    assert ran.codes == [0, 2], ran.said
+    assert ran.codes == [0, 0, 2], ran.said
     assert ran.steps[-1] == AFTER[0]
     assert code_host.comments == []
     passed = run_action(world, {**given, "model": "main"}, code_host)
-    assert passed.codes == [0, 0], passed.said
+    assert passed.codes == [0, 0, 0], passed.said
     assert passed.steps[-2:] == AFTER[:2]
+
+
+def test_gates_of_one_pull_request_keep_their_own_comments_artifacts_and_records(
+    world: World, code_host: Host
+) -> None:
+    action = yaml.safe_load((ROOT / "deploy/ci/github/action.yml").read_text())
+    given = {"suite": "tiny.toml", "python": sys.executable, "comment": "true"}
+    slugs = []
+    for wanted in (
+        {"model": "main"},
+        {"model": "./main"},
+        {"model": "main", "name": "nightly, 밤\noutcome=passed"},
+    ):
+        ran = run_action(world, {**given, **wanted}, code_host)
+        slugs.append(ran.outputs["gate"])
+    assert slugs[:2] == [{"slug": "tiny.toml-main"}, {"slug": "tiny.toml-.-main"}]
+    (named,) = slugs[2].values()
+    assert re.fullmatch(r"nightly--[^,\s=]+-outcome-passed", named)
+    marks = [comment["body"].splitlines()[0] for comment in code_host.comments]
+    assert marks == [
+        "<!-- neural-mri tiny.toml_main -->",
+        "<!-- neural-mri tiny.toml_./main -->",
+        "<!-- neural-mri nightly_밤_outcome_passed -->",
+    ]
+    used = {
+        step["uses"].partition("@")[0]: step["with"]
+        for step in action["runs"]["steps"]
+        if "uses" in step
+    }
+    slug = "${{ steps.gate.outputs.slug }}"
+    assert slug in used["actions/upload-artifact"]["name"]
+    assert slug in used["actions/cache/save"]["key"]
+    assert slug in used["github/codeql-action/upload-sarif"]["category"]
 
 
 def test_the_github_action_saves_its_cache_whatever_the_gate_says(world: World) -> None:
@@ -242,7 +283,7 @@ def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(
         return subprocess.run(
             ["sh", "-c", "\n".join(["set -eu", *lines])],
             cwd=world.folder,
-            env=world.environment(**variables, **further),
+            env=world.environment(**{**variables, **further}),
             capture_output=True,
             text=True,
             check=False,
@@ -254,7 +295,13 @@ def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(
     assert ran(job["after_script"]).returncode == 0
     assert code_host.comments == [], "without a token nobody is told"
     assert ran(job["after_script"], NMRI_TOKEN="secret").returncode == 0
-    assert code_host.comments[0]["body"].startswith("<!-- neural-mri tiny.toml -->\n## 🟢")
+    assert code_host.comments[0]["body"].startswith("<!-- neural-mri tiny.toml_main -->\n## 🟢")
+    assert ran(job["after_script"], NMRI_TOKEN="secret", NMRI_NAME="other").returncode == 0
+    assert code_host.comments[1]["body"].startswith("<!-- neural-mri other -->")
+    assert "/" not in job["cache"]["key"]
+    assert job["cache"]["key"].removeprefix("neural-mri-") == "$CI_JOB_NAME_SLUG", (
+        "which has no slash, whatever suites and branches are called"
+    )
     assert (world.folder / job["artifacts"]["reports"]["junit"]).exists()
     assert job["artifacts"]["paths"] == [variables["NMRI_OUT"]]
     assert job["cache"]["paths"] == [variables["NMRI_BASELINES"]]

@@ -197,6 +197,27 @@ def test_a_hub_that_is_away_or_may_not_be_asked_is_named(settings: Settings, ser
     assert served.asked == []
 
 
+def test_a_download_that_breaks_off_goes_on(
+    settings: Settings, served: Hub, checkpoint: Path
+) -> None:
+    served.publish("acme/tiny", checkpoint)
+    served.breaks = 1
+    done = store(settings, served, "add", "mine", "hf:acme/tiny")
+    assert done.returncode == 0, done.stderr
+    assert served.breaks == 0
+    assert done.stderr.count("download_broke_off") == 1
+    assert len([path for path in served.asked if path.endswith("/model.safetensors")]) >= 2
+
+
+def test_a_password_of_the_hubs_address_is_told_nobody(settings: Settings, served: Hub) -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    for secret in ("ada:lovelace", "hf_lovelace"):
+        mirror = f"http://{secret}@{nowhere}"
+        away = store(settings, served, "add", "mine", "hf:acme/tiny", HF_ENDPOINT=mirror)
+        assert refusal(away).startswith(f"neural-mri: http://***@{nowhere} does not answer for ")
+        assert "lovelace" not in away.stdout + away.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "repository"),
     [
