@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -29,7 +29,7 @@ from sqlalchemy import (
     make_url,
     select,
 )
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, sessionmaker
@@ -65,6 +65,12 @@ STATEMENT_SECONDS = 30.0
 IDLE_SECONDS = 60.0
 """What PostgreSQL may take before it counts as away: to connect, for a lock, for a statement, and how long
 a transaction may stand open doing nothing before the server ends it."""
+
+ANSWER_SECONDS = STATEMENT_SECONDS + 5.0
+"""How long the server's word is waited for: it would have ended the statement by then. What lies between may have
+forgotten the connection and tell nobody, and then no keepalive helps."""
+PING_SECONDS = 5.0
+"""The same of a connection that has lain idle, when it is asked whether it is still one."""
 
 MIGRATION_TURN_SECONDS = 120.0
 MIGRATION_LOCK_SECONDS = 4.0
@@ -145,7 +151,6 @@ def sync_engine(settings: Settings, *, waits: bool = True) -> Engine:
     engine = create_engine(
         url,
         hide_parameters=True,
-        pool_pre_ping=True,
         pool_size=THREADS,
         max_overflow=2 * THREADS,
         pool_timeout=LOCK_SECONDS,
@@ -179,12 +184,56 @@ def _url(settings: Settings) -> URL:
 
 
 def _prepare_postgresql(engine: Engine) -> None:
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: object, _record: object, arguments: Any, options: Any) -> Any:
+        return _impatient().connect(*arguments, **options)
+
+    @event.listens_for(engine, "checkout")
+    def ping(connection: Any, _record: object, _proxy: object) -> None:
+        """As `pool_pre_ping` does, which would wait for as long as a statement may take."""
+        try:
+            with connection.hurried():
+                engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise InvalidatePoolError from error
+
     @event.listens_for(engine, "handle_error")
     def keep_rows_out(context: ExceptionContext) -> None:
         """PostgreSQL quotes the failing row, prompt and all, in its message's second line."""
         for error in (context.original_exception, context.sqlalchemy_exception):
             if error is not None and error.args:
                 error.args = (str(error.args[0]).partition("\n")[0], *error.args[1:])
+
+
+@cache
+def _impatient() -> type[Any]:
+    """Connections of psycopg's that wait no longer than `ANSWER_SECONDS` for the server, and are closed then."""
+    from psycopg import Connection, OperationalError, pq
+
+    class Impatient(Connection[Any]):
+        patience: float | None = None
+
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            patience = self.patience or ANSWER_SECONDS
+            try:
+                return super().wait(
+                    gen, interval, patience if timeout is None else min(patience, timeout)
+                )
+            except OperationalError:
+                if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                    self.pgconn.finish()  # an answer that comes now would be taken for the next one's
+                raise
+
+        @contextmanager
+        def hurried(self) -> Iterator[None]:
+            """While the block runs, `PING_SECONDS` are enough."""
+            self.patience = PING_SECONDS
+            try:
+                yield
+            finally:
+                self.patience = None
+
+    return Impatient
 
 
 def _prepare_sqlite(engine: Engine, *, waits: bool) -> None:

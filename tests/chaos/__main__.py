@@ -1,6 +1,7 @@
 """Breaks the service at random under load, and says what was lost.
 
-python -m tests.chaos [--jobs 10000] [--faults 1000] [--database sqlite] [--hosts 1] [--seed N]
+python -m tests.chaos [--jobs 10000] [--faults 1000] [--database sqlite] [--store folder]
+                      [--hosts 1] [--seed N]
 """
 
 import argparse
@@ -19,6 +20,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--faults", type=int, default=1_000)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--store", choices=("folder", "s3"), default="folder")
     parser.add_argument("--hosts", type=int, choices=(1, 2), default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
@@ -32,6 +34,7 @@ def main() -> int:
         jobs=asked.jobs,
         faults=asked.faults,
         database=asked.database,
+        store=asked.store,
         hosts=asked.hosts,
         workers=asked.workers,
         seed=asked.seed,

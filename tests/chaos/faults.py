@@ -8,16 +8,37 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import redis
 
 from neural_mri.backing import faults, keys
 from neural_mri.backing.queue import ticket_message
+from tests.chaos.clock import Clock
 from tests.chaos.premises import Disk, Host, Postgresql, Sqlite, frozen
+from tests.chaos.relay import Relay
 from tests.chaos.service import Place, Service
 
 __all__ = ("Faults",)
+
+FURTHEST_SECONDS = 600.0
+"""How far from the right time a clock may be set."""
+
+_WIRE_FAULTS: Mapping[str, Mapping[str, tuple[float, float]]] = MappingProxyType(
+    {
+        "broker": {"stall": (2, 4.0), "lose": (4, 2.0), "cut": (2, 1.0)},
+        "database": {"stall": (2, 4.0), "lose": (2, 1.0), "cut": (2, 1.0)},
+        "bucket": {
+            "stall": (8, 8.0),
+            "lose": (1, 1.0),
+            "cut": (8, 3.0),
+            "refuse": (8, 5.0),
+            "fail": (8, 5.0),
+        },
+    }
+)
+"""What befalls the way to each server: how often beside other faults, and for how many seconds at most."""
 
 
 class Fault(NamedTuple):
@@ -37,6 +58,8 @@ class Faults:
         queue: str,
         disk: Disk | None,
         host: Host | None,
+        wires: Mapping[str, Relay],
+        clocks: Mapping[str, Clock],
     ) -> None:
         self.done: Counter[str] = Counter()
         self.log: list[str] = []
@@ -46,6 +69,8 @@ class Faults:
         self._queue = queue
         self._disk = disk
         self._host = host
+        self._wires = wires
+        self._clocks = clocks
         self._busy: dict[str, threading.Thread] = {}
         """What lasts, by what it is done to."""
         self._began = time.monotonic()
@@ -108,10 +133,25 @@ class Faults:
         if self._disk is not None:
             disk = self._disk
             kinds["fill disk"] = Fault(4, lambda chance: disk.fill(chance.uniform(0.2, 3.0)))
+        for name, wire in self._wires.items():
+            for how, (weight, longest) in _WIRE_FAULTS[name].items():
+                kinds[f"{how} wire to {name}"] = Fault(
+                    weight, partial(self._misbehave, wire, how, longest)
+                )
+        for name, clock in self._clocks.items():
+            kinds[f"set clock of {name}"] = Fault(3, partial(self._set, clock))
         if self._host is not None:
             host = self._host
             kinds["cut cable"] = Fault(6, lambda chance: host.cut(chance.uniform(0.2, 3 * lease)))
         return kinds
+
+    @staticmethod
+    def _misbehave(wire: Relay, how: str, longest: float, chance: random.Random) -> None:
+        wire.misbehave(how, chance.uniform(0.1, longest))
+
+    @staticmethod
+    def _set(clock: Clock, chance: random.Random) -> None:
+        clock.set(chance.uniform(-FURTHEST_SECONDS, FURTHEST_SECONDS))
 
     def _one(self, program: str, chance: random.Random) -> str:
         return chance.choice(self._service.names(program))

@@ -204,14 +204,13 @@ class Witness:
         ]
 
     def half_written(self) -> list[Path]:
-        """Files that somebody began to write and did not finish."""
+        """Files that somebody began to write and did not finish: a bucket shows none."""
         return [path for path in self._settings.store_dir.rglob(".*") if path.is_file()]
 
     def orphans(self) -> set[str]:
         """Results in the store that no job names."""
-        root = self._settings.store_dir
-        found = [*root.glob("packed/*.result"), *root.glob("manifests/*.json")]
-        stored = {str(path.relative_to(root)) for path in found}
+        store = storage.open_store(self._settings)
+        stored = set(leftovers.aged_results(store, older_seconds=0.0))
         with self._sessions.reading() as session:
             named = session.execute(text("SELECT manifest FROM jobs WHERE manifest IS NOT NULL"))
             return stored - set(named.scalars())
@@ -283,12 +282,16 @@ def _wrong_with(job: UUID, moves: list[Move]) -> Iterator[str]:
 
 
 def _wrong_with_rows(session: Session) -> Iterator[str]:
+    columns = "id, state, attempt, problem"
+
     def rows(where: str) -> list[AnyRow]:
-        return list(session.execute(text(f"SELECT id, state, attempt FROM jobs WHERE {where}")))  # noqa: S608
+        return list(session.execute(text(f"SELECT {columns} FROM jobs WHERE {where}")))  # noqa: S608
 
     for row in rows("finished_at IS NULL"):
         yield f"{row.id} has not ended: {row.state}"
     for row in rows("lease_owner IS NOT NULL AND finished_at IS NOT NULL"):
         yield f"{row.id} has ended and is still held"
+    for row in rows("state IN ('failed', 'expired')"):
+        yield f"{row.id} has {row.state}, attempt {row.attempt}, though it asks for nothing wrong: {row.problem}"
     for row in rows("state = 'succeeded' AND manifest IS NULL"):
         yield f"{row.id} has succeeded without a result"
