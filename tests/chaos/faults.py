@@ -19,6 +19,7 @@ from tests.chaos.clock import Clock
 from tests.chaos.premises import Disk, Host, Postgresql, Sqlite, frozen
 from tests.chaos.relay import Relay
 from tests.chaos.service import Place, Service
+from tests.chaos.ways import WAYS
 
 __all__ = ("Faults",)
 
@@ -143,6 +144,10 @@ class Faults:
         if self._host is not None:
             host = self._host
             kinds["cut cable"] = Fault(6, lambda chance: host.cut(chance.uniform(0.2, 3 * lease)))
+        kinds |= {
+            f"{way} of worker": Fault(3, partial(self._befall, "worker.computing", way))
+            for way in WAYS
+        }
         return kinds
 
     @staticmethod
@@ -172,7 +177,10 @@ class Faults:
 
     def _crash(self, program: str, chance: random.Random) -> None:
         point = chance.choice([each for each in faults.POINTS if each.startswith(program)])
-        place = self._service.arm(point)
+        self._befall(point, "", chance)
+
+    def _befall(self, point: str, way: str, chance: random.Random) -> None:
+        place = self._service.arm(point, way)
         deadline = time.monotonic() + chance.uniform(0.5, 3.0)
         while place.exists() and time.monotonic() < deadline:
             time.sleep(0.02)

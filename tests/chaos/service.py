@@ -137,6 +137,10 @@ class Service:
         """The process that now runs at a place."""
         return int(self._running[name].pid)
 
+    def working_pid(self, name: str) -> int:
+        """The same, or the one that it has forked to work."""
+        return int(self._working(name).pid)
+
     def signal(self, name: str, signum: signal.Signals) -> None:
         """Send one; nothing happens where the process has just ended."""
         with suppress(psutil.NoSuchProcess):
@@ -168,10 +172,12 @@ class Service:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def arm(self, point: str) -> Path:
-        """Have the next process that comes to a crash point die there."""
+    def arm(self, point: str, way: str = "") -> Path:
+        """Have the next process that comes to a crash point die there, or what `ways.WAYS` names befall it."""
         place = self.crash_points / point
-        place.touch()
+        written = self.crash_points / f".{point}"
+        written.write_text(way)
+        written.rename(place)
         return place
 
     def stop(self) -> None:

@@ -1,0 +1,65 @@
+"""What else than its death may befall a process at a point of `neural_mri.backing.faults`.
+
+Only a process that imports this module and adds them to `faults.WAYS` knows of them.
+"""
+
+import ctypes
+import resource
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import psutil
+
+__all__ = ("WAYS",)
+
+ROOM_BYTES = 32 << 20
+PIECE_BYTES = 1 << 20
+LOST = "CUDA error: device-side assert triggered"
+
+
+def _read_nowhere() -> None:
+    """A segmentation fault, as of a kernel that is wrong."""
+    ctypes.string_at(0)
+
+
+def _exhaust_memory() -> None:
+    """Ask for all the memory that there is, and for more; what was had is given back with the error."""
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + ROOM_BYTES, unlimited[1]))
+    hoard = []
+    try:
+        while True:
+            hoard.append(bytearray(PIECE_BYTES))
+    finally:
+        hoard.clear()
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
+
+
+def _lose_device() -> None:
+    """What a GPU does after an assertion of a kernel's: it says so, and computes nothing more for this process."""
+    import torch
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.AcceleratorError(LOST)
+
+    torch.nn.functional.embedding = refuse
+    refuse()
+
+
+def _go_deaf() -> None:
+    """Ask the broker for no ticket any more, and go on living."""
+    from kombu.transport.redis import Channel
+
+    Channel._brpop_start = lambda *_: None
+
+
+WAYS: Mapping[str, Callable[[], None]] = MappingProxyType(
+    {
+        "segfault": _read_nowhere,
+        "exhaust memory": _exhaust_memory,
+        "lose device": _lose_device,
+        "go deaf": _go_deaf,
+    }
+)
