@@ -145,7 +145,7 @@ class Faults:
             host = self._host
             kinds["cut cable"] = Fault(6, lambda chance: host.cut(chance.uniform(0.2, 3 * lease)))
         kinds |= {
-            f"{way} of worker": Fault(3, partial(self._befall, "worker.computing", way))
+            f"{way} in worker": Fault(3, partial(self._befall, "worker.computing", way))
             for way in WAYS
         }
         return kinds

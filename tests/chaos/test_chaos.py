@@ -72,7 +72,7 @@ def test_cut_streams_go_on_where_they_stopped_and_killed_workers_jobs_elsewhere(
 
 
 def test_a_scan_whose_worker_dies_of_a_segmentation_fault_is_done_by_another(stage: Stage) -> None:
-    stage.service.arm("worker.computing", "segfault")
+    stage.service.arm("worker.computing", "segmentation fault")
     done = ended(stage, asked(stage, "w1 w2 w3 w4 w5 w6 w7"))
     assert (done.state, done.attempt) == (JobState.SUCCEEDED, 2)
     assert any('"signal": "SIGSEGV"' in said for said in stage.service.logs().values())
@@ -81,7 +81,7 @@ def test_a_scan_whose_worker_dies_of_a_segmentation_fault_is_done_by_another(sta
 def test_a_scan_that_every_device_fails_of_is_set_aside_and_costs_no_other(stage: Stage) -> None:
     """Each worker that has lost its device ends: the next scan on it would have failed too."""
     poison = asked(stage, "w2 w3 w4 w5 w6 w7 w8")
-    aside = ended(stage, poison, lambda: stage.service.arm("worker.computing", "lose device"))
+    aside = ended(stage, poison, lambda: stage.service.arm("worker.computing", "lost device"))
     (stage.service.crash_points / "worker.computing").unlink(missing_ok=True)
     assert (aside.state, aside.attempt) == (JobState.QUARANTINED, 3)
     assert aside.problem is not None
@@ -95,7 +95,7 @@ def test_a_scan_that_every_device_fails_of_is_set_aside_and_costs_no_other(stage
 def test_a_scan_that_takes_all_memory_takes_no_worker_along(stage: Stage) -> None:
     stage.service.wait_until_ready(2)
     before = working(stage)
-    stage.service.arm("worker.computing", "exhaust memory")
+    stage.service.arm("worker.computing", "exhausted memory")
     done = ended(stage, asked(stage, "w4 w5 w6 w7 w8 w9 w10"))
     assert done.attempt == 1
     if (
@@ -111,7 +111,7 @@ def test_workers_that_hear_nothing_any_more_make_way_for_others(stage: Stage) ->
     stage.service.wait_until_ready(2)
     before = working(stage)
     for number, _ in enumerate(before):
-        point = stage.service.arm("worker.ticket", "go deaf")
+        point = stage.service.arm("worker.ticket", "deafness")
         ended(stage, asked(stage, f"w5 w6 w7 w8 w9 w{10 + number}"))
         assert not point.exists()
     assert ended(stage, asked(stage, "w6 w7 w8 w9 w10 w11")).attempt == 1

@@ -57,9 +57,9 @@ def _go_deaf() -> None:
 
 WAYS: Mapping[str, Callable[[], None]] = MappingProxyType(
     {
-        "segfault": _read_nowhere,
-        "exhaust memory": _exhaust_memory,
-        "lose device": _lose_device,
-        "go deaf": _go_deaf,
+        "segmentation fault": _read_nowhere,
+        "exhausted memory": _exhaust_memory,
+        "lost device": _lose_device,
+        "deafness": _go_deaf,
     }
 )
