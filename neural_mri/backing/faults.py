@@ -15,6 +15,7 @@ __all__ = ("POINTS", "WAYS", "crash_point")
 POINTS = (
     "api.recorded",
     "api.batch-chunk",
+    "worker.loading",
     "worker.ticket",
     "worker.claimed",
     "worker.computing",
@@ -26,7 +27,7 @@ POINTS = (
     "reaper.taken-back",
 )
 """A job is in the database, its ticket is not sent; some lines of a batch are in the database, with their jobs;
-a ticket is taken; jobs are claimed; a layer is computed, others are not; tables are computed; a file is written, not in its place; tables are
+a model is loading; a ticket is taken; jobs are claimed; a layer is computed, others are not; tables are computed; a file is written, not in its place; tables are
 stored, no manifest names them; a manifest does, the job does not; the job has succeeded, nobody was told; jobs
 are taken back, nobody was told."""
 

@@ -144,10 +144,9 @@ class Faults:
         if self._host is not None:
             host = self._host
             kinds["cut cable"] = Fault(6, lambda chance: host.cut(chance.uniform(0.2, 3 * lease)))
-        kinds |= {
-            f"{way} in worker": Fault(3, partial(self._befall, "worker.computing", way))
-            for way in WAYS
-        }
+        for way in WAYS:
+            point = "worker.loading" if way == "slowness" else "worker.computing"
+            kinds[f"{way} in worker"] = Fault(3, partial(self._befall, point, way))
         return kinds
 
     @staticmethod

@@ -3,14 +3,17 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from uuid import UUID
 
 import httpx
 import pytest
 
-from neural_mri.backing import jobs
+from neural_mri.backing import events, jobs
+from neural_mri.backing.events import WorkerBeat
 from neural_mri.backing.jobs import Job
 from neural_mri.contract.jobs import JobState
+from neural_mri.contract.models import ModelState
 from tests.chaos.cuts import cut_streams
 from tests.chaos.recovery import claimed_again
 from tests.chaos.storm import Stage, Storm, staged, weather
@@ -44,6 +47,24 @@ def ended(
             return job
         time.sleep(0.02)
     raise TimeoutError(f"{job_id} has not ended: {job}")
+
+
+def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def until_passed(point: Path) -> None:
+    """Wait until somebody has come to a crash point."""
+    until(lambda: not point.exists())
+
+
+def states(beat: WorkerBeat) -> set[ModelState]:
+    """In what states the models of a worker are."""
+    return {model.state for model in beat.models}
 
 
 def working(stage: Stage) -> set[int]:
@@ -104,6 +125,21 @@ def test_a_scan_that_takes_all_memory_takes_no_worker_along(stage: Stage) -> Non
         assert done.problem is not None
         assert done.problem["type"].endswith("out-of-memory")
     assert working(stage) == before
+
+
+def test_while_a_model_takes_long_to_load_its_jobs_wait_and_it_is_said(stage: Stage) -> None:
+    for name in stage.service.names("worker"):
+        point = stage.service.arm("worker.loading", "slowness")
+        stage.service.kill_working(name)
+        until_passed(point)
+    job_id = asked(stage, "w1 w3 w5 w7 w9 w11")
+    with stage.service.broker.client() as client:
+        until(lambda: any(ModelState.LOADING in states(beat) for beat in events.heartbeats(client)))
+    waiting = stage.sessions.read(jobs.get, job_id)
+    assert waiting is not None
+    assert waiting.state is JobState.QUEUED
+    done = ended(stage, job_id)
+    assert (done.state, done.attempt) == (JobState.SUCCEEDED, 1)
 
 
 def test_workers_that_hear_nothing_any_more_make_way_for_others(stage: Stage) -> None:

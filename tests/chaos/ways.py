@@ -5,6 +5,7 @@ Only a process that imports this module and adds them to `faults.WAYS` knows of 
 
 import ctypes
 import resource
+import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = ("WAYS",)
 
 ROOM_BYTES = 32 << 20
 PIECE_BYTES = 1 << 20
+SLOW_SECONDS = 3.0
 LOST = "CUDA error: device-side assert triggered"
 
 
@@ -48,6 +50,11 @@ def _lose_device() -> None:
     refuse()
 
 
+def _dawdle() -> None:
+    """Be slow, as a disk that is far away."""
+    time.sleep(SLOW_SECONDS)
+
+
 def _go_deaf() -> None:
     """Ask the broker for no ticket any more, and go on living."""
     from kombu.transport.redis import Channel
@@ -60,6 +67,7 @@ WAYS: Mapping[str, Callable[[], None]] = MappingProxyType(
         "segmentation fault": _read_nowhere,
         "exhausted memory": _exhaust_memory,
         "lost device": _lose_device,
+        "slowness": _dawdle,
         "deafness": _go_deaf,
     }
 )
