@@ -136,10 +136,12 @@ def epoch() -> _Epoch:
     return _Epoch()
 
 
-def sync_engine(settings: Settings, *, waits: bool = True) -> Engine:
+def sync_engine(
+    settings: Settings, *, waits: bool = True, answer_seconds: float | None = None
+) -> Engine:
     """An engine on the settings' database; on SQLite one that `waits` for other processes' transactions.
 
-    One that does not leaves it to those that do to bring the log's pages home, which flushes them to the disk.
+    On PostgreSQL one that gives up who says nothing for `ANSWER_SECONDS`, or for so long. One that does not leaves it to those that do to bring the log's pages home, which flushes them to the disk.
     """
     url = _url(settings)
     # Errors go to logs; the parameters of statements, prompts among them, must not.
@@ -167,7 +169,7 @@ def sync_engine(settings: Settings, *, waits: bool = True) -> Engine:
             ),
         },
     )
-    _prepare_postgresql(engine)
+    _prepare_postgresql(engine, answer_seconds)
     return engine
 
 
@@ -183,10 +185,12 @@ def _url(settings: Settings) -> URL:
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
 
 
-def _prepare_postgresql(engine: Engine) -> None:
+def _prepare_postgresql(engine: Engine, answer_seconds: float | None) -> None:
     @event.listens_for(engine, "do_connect")
     def connect(_dialect: object, _record: object, arguments: Any, options: Any) -> Any:
-        return _impatient().connect(*arguments, **options)
+        connection = _impatient().connect(*arguments, **options)
+        connection.patience_seconds = answer_seconds or ANSWER_SECONDS
+        return connection
 
     @event.listens_for(engine, "checkout")
     def ping(connection: Any, _record: object, _proxy: object) -> None:
@@ -207,18 +211,16 @@ def _prepare_postgresql(engine: Engine) -> None:
 
 @cache
 def _impatient() -> type[Any]:
-    """Connections of psycopg's that wait no longer than `ANSWER_SECONDS` for the server, and are closed then."""
+    """Connections of psycopg's that wait for the server no longer than their patience, and are closed then."""
     from psycopg import Connection, OperationalError, pq
 
     class Impatient(Connection[Any]):
-        patience: float | None = None
+        patience_seconds = ANSWER_SECONDS
 
         def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-            patience = self.patience or ANSWER_SECONDS
+            most = self.patience_seconds
             try:
-                return super().wait(
-                    gen, interval, patience if timeout is None else min(patience, timeout)
-                )
+                return super().wait(gen, interval, most if timeout is None else min(most, timeout))
             except OperationalError:
                 if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
                     self.pgconn.finish()  # an answer that comes now would be taken for the next one's
@@ -227,11 +229,11 @@ def _impatient() -> type[Any]:
         @contextmanager
         def hurried(self) -> Iterator[None]:
             """While the block runs, `PING_SECONDS` are enough."""
-            self.patience = PING_SECONDS
+            usual, self.patience_seconds = self.patience_seconds, PING_SECONDS
             try:
                 yield
             finally:
-                self.patience = None
+                self.patience_seconds = usual
 
     return Impatient
 
@@ -549,7 +551,8 @@ def migrate(settings: Settings, *, back_to: str | None = None) -> None:
     from alembic import command
     from alembic.config import Config
 
-    engine = sync_engine(settings)
+    longest = MIGRATION_TURN_SECONDS + MIGRATION_STATEMENT_SECONDS
+    engine = sync_engine(settings, answer_seconds=longest)
     try:
         with _unblocked(), engine.execution_options(writing=True).begin() as connection:
             if engine.dialect.name == "postgresql":

@@ -1,6 +1,8 @@
 """Connections that something in between has forgotten: whoever asks over one is told nothing, not even that it is gone."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -67,6 +69,27 @@ def test_of_idle_connections_that_are_forgotten_one_is_found_out_and_all_are_rep
     after = _backends(distant)
     assert len(before) == len(after) == 2
     assert not before & after
+
+
+@on_postgresql
+def test_a_migration_waits_for_its_turn_for_longer_than_others_wait_for_a_word(
+    sessions: Sessions, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "ANSWER_SECONDS", 0.05)
+    held, tried = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with sessions.writing() as session:
+            session.execute(select(func.pg_advisory_xact_lock(database._MIGRATION_LOCK)))
+            held.set()
+            tried.wait(0.5)
+
+    with ThreadPoolExecutor(1) as another:
+        holding = another.submit(hold)
+        held.wait()
+        database.migrate(settings)
+        tried.set()
+        holding.result()
 
 
 def _backends(sessions: Sessions) -> set[int]:

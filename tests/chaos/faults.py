@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple
 
 import redis
 
-from neural_mri.backing import faults, keys
+from neural_mri.backing import faults, keys, leftovers
 from neural_mri.backing.queue import ticket_message
+from neural_mri.backing.storage import Store
+from neural_mri.contract.problems import Unavailable
 from tests.chaos.clock import Clock
 from tests.chaos.premises import Disk, Host, Postgresql, Sqlite, frozen
 from tests.chaos.relay import Relay
@@ -23,6 +26,9 @@ from tests.chaos.ways import WAYS
 
 __all__ = ("Faults",)
 
+MOST_SPOILT = 200
+"""Results of which one is chosen to be spoilt."""
+_ENDING = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 FURTHEST_SECONDS = 600.0
 """How far from the right time a clock may be set."""
 
@@ -57,6 +63,7 @@ class Faults:
         *,
         seed: int,
         queue: str,
+        store: Store,
         disk: Disk | None,
         host: Host | None,
         wires: Mapping[str, Relay],
@@ -64,10 +71,13 @@ class Faults:
     ) -> None:
         self.done: Counter[str] = Counter()
         self.log: list[str] = []
+        self.spoilt: dict[str, bytes] = {}
+        """What was left of results, by path."""
         self._service = service
         self._database = database
         self._chance = random.Random(seed)
         self._queue = queue
+        self._store = store
         self._disk = disk
         self._host = host
         self._wires = wires
@@ -111,11 +121,11 @@ class Faults:
         lease = service.settings.lease_seconds
         kinds = {
             "kill worker": Fault(14, self._kill_worker),
-            "end worker": Fault(3, partial(self._signal, "worker", signal.SIGTERM)),
+            "end worker": Fault(3, partial(self._end, "worker")),
             "freeze worker": Fault(6, partial(self._freeze, "worker", 2.5 * lease)),
             "crash in worker": Fault(14, partial(self._crash, "worker")),
             "kill api": Fault(8, partial(self._signal, "api", signal.SIGKILL)),
-            "end api": Fault(2, partial(self._signal, "api", signal.SIGTERM)),
+            "end api": Fault(2, partial(self._end, "api")),
             "freeze api": Fault(4, partial(self._freeze, "api", 2.0)),
             "crash in api": Fault(6, partial(self._crash, "api")),
             "kill reaper": Fault(8, partial(self._signal, "reaper", signal.SIGKILL)),
@@ -128,6 +138,7 @@ class Faults:
             "cut connections of broker": Fault(3, self._cut_connections),
             "stray tickets in broker": Fault(3, self._stray_tickets),
         }
+        kinds["spoil result in store"] = Fault(3, self._spoil)
         for how in self._database.faults:
             longest = 7.0 if how == "lock" and self._database.kind == "sqlite" else 2.5
             kinds[f"{how} database"] = Fault(4, partial(self._disturb, how, longest))
@@ -162,6 +173,13 @@ class Faults:
 
     def _signal(self, program: str, signum: signal.Signals, chance: random.Random) -> None:
         self._service.signal(self._one(program, chance), signum)
+
+    def _end(self, program: str, chance: random.Random) -> None:
+        """As people and their supervisors do, some of whom do not wait for the end."""
+        name, signum = self._one(program, chance), chance.choice(_ENDING)
+        for _ in range(chance.choice((1, 1, 2))):
+            self._service.signal(name, signum)
+            time.sleep(chance.uniform(0.0, 0.5))
 
     def _kill_worker(self, chance: random.Random) -> None:
         """The process that works, as the kernel does for want of memory, or its parent and so both."""
@@ -207,5 +225,23 @@ class Faults:
         """Many more than there are jobs, and some that say nothing anybody knows."""
         queue = chance.choice([self._queue, keys.CPU_QUEUE])
         strange = ticket_message(queue).replace(b"neural_mri.ticket", b"neural_mri.riddle")
+        count = chance.choice((50, 50, 50, 2000))
+        noise = [strange] if chance.random() < 0.8 else [strange, chance.randbytes(40)]
         with suppress(redis.RedisError), self._service.broker.client() as client:
-            client.lpush(queue, *(ticket_message(queue) for _ in range(50)), strange)
+            client.lpush(queue, *(ticket_message(queue) for _ in range(count)), *noise)
+
+    def _spoil(self, chance: random.Random) -> None:
+        """Take a result away, or change a byte of it."""
+        with suppress(Unavailable):
+            paths = list(islice(leftovers.aged_results(self._store, 0.0), MOST_SPOILT))
+            if not paths:
+                return
+            path = chance.choice(paths)
+            if chance.random() < 0.5:
+                self.spoilt[path] = b""
+                self._store.delete(path)
+                return
+            body = bytearray(self._store.get(path))
+            body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
+            self.spoilt[path] = bytes(body)
+            self._store.put(path, bytes(body))

@@ -251,6 +251,7 @@ def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Repor
             stage.database,
             seed=storm.seed,
             queue=stage.queue,
+            store=stage.witness.store,
             disk=stage.disk,
             host=stage.host,
             wires=stage.wires,
@@ -262,7 +263,7 @@ def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Repor
         while _unfinished(stage.witness) != 0 and time.monotonic() - calm < storm.quiet_seconds:
             time.sleep(0.1)
         ended = time.monotonic()
-        verdict, wrong, litter = _look_round(stage, load)
+        verdict, wrong, litter = _look_round(stage, load, faults)
         if wrong:
             tell(f"logs are in {_kept_logs(stage.service, faults)}")
         return Report(
@@ -307,7 +308,7 @@ def _rage(
     faults.settle()
 
 
-def _look_round(stage: Stage, load: Load) -> tuple[Verdict, list[str], Litter]:
+def _look_round(stage: Stage, load: Load, faults: Faults) -> tuple[Verdict, list[str], Litter]:
     """Stop everything, and see what is wrong."""
     service, witness = stage.service, stage.witness
     wrong = [*load.contradictions]
@@ -324,7 +325,7 @@ def _look_round(stage: Stage, load: Load) -> tuple[Verdict, list[str], Litter]:
     witness.tidy()
     wrong += [f"half a file stays: {path}" for path in witness.half_written()]
     wrong += [f"a result that nobody names stays: {path}" for path in witness.orphans()]
-    verdict = witness.verdict(load.accepted)
+    verdict = witness.verdict(load.accepted, faults.spoilt)
     wrong += [*verdict.wrong, *witness.wrong_with_batches(load.batches)]
     return verdict, wrong, litter
 
