@@ -46,7 +46,8 @@ def _lose_device() -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise torch.AcceleratorError(LOST)
 
-    torch.nn.functional.embedding = refuse
+    computing: Any = torch.nn.functional
+    computing.embedding = refuse
     refuse()
 
 
@@ -59,7 +60,8 @@ def _go_deaf() -> None:
     """Ask the broker for no ticket any more, and go on living."""
     from kombu.transport.redis import Channel
 
-    Channel._brpop_start = lambda *_: None
+    channel: Any = Channel
+    channel._brpop_start = lambda *_: None
 
 
 WAYS: Mapping[str, Callable[[], None]] = MappingProxyType(

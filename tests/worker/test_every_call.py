@@ -168,7 +168,7 @@ class Words:
         fault.thread = None  # events are told by a thread of their own
 
         def failing(call: Callable[..., Any]) -> Callable[..., Any]:
-            def called(connection: AbstractConnection, *arguments: Any, **options: Any) -> Any:
+            def called(connection: Any, *arguments: Any, **options: Any) -> Any:
                 if fault.comes():
                     connection.disconnect()  # as the client does, whose next word would hear this answer
                     raise redis.TimeoutError("the server does not answer")
