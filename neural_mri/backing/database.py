@@ -62,7 +62,7 @@ THREADS = 8
 CONNECT_SECONDS = 5
 LOCK_SECONDS = 5.0
 STATEMENT_SECONDS = 30.0
-IDLE_SECONDS = 60.0
+IDLE_SECONDS = 15.0
 """What PostgreSQL may take before it counts as away: to connect, for a lock, for a statement, and how long
 a transaction may stand open doing nothing before the server ends it."""
 
@@ -562,6 +562,7 @@ def migrate(settings: Settings, *, back_to: str | None = None) -> None:
                     connection,
                     lock_timeout=MIGRATION_LOCK_SECONDS,
                     statement_timeout=MIGRATION_STATEMENT_SECONDS,
+                    idle_in_transaction_session_timeout=MIGRATION_STATEMENT_SECONDS,
                 )
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
