@@ -43,6 +43,12 @@ class _Link:
         self.left: int | None = None
         """Bytes of answers that still come through; None for all."""
 
+    def lose(self) -> None:
+        """Be forgotten: whatever comes is dropped, and nobody hears of it until the target gives up."""
+        self.is_lost = True
+        loop = asyncio.get_running_loop()
+        loop.call_later(FORGOTTEN_SECONDS, self.answering.transport.abort)
+
     def close(self) -> None:
         for writer in (self.asking, self.answering):
             with suppress(OSError, RuntimeError):
@@ -64,7 +70,7 @@ class _Wire:
         self._ended.clear()
         if way == "lose":
             for link in self._links:
-                link.is_lost = True
+                link.lose()
         await asyncio.sleep(seconds)
         for link in self._links:
             link.left = None
@@ -81,7 +87,8 @@ class _Wire:
             writer.transport.abort()
             return
         link = _Link(writer, answering)
-        link.is_lost = self._way == "lose"
+        if self._way == "lose":
+            link.lose()
         self._links.add(link)
         try:
             async with asyncio.TaskGroup() as both:
@@ -89,8 +96,6 @@ class _Wire:
                 both.create_task(self._answers(link, answers))
         except* OSError:
             pass
-        if link.is_lost:
-            await asyncio.sleep(FORGOTTEN_SECONDS)
         self._links.discard(link)
         link.close()
 
