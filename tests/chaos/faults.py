@@ -1,6 +1,7 @@
 """What is done to the service, drawn by a seed."""
 
 import random
+import re
 import signal
 import threading
 import time
@@ -68,6 +69,7 @@ class Faults:
         host: Host | None,
         wires: Mapping[str, Relay],
         clocks: Mapping[str, Clock],
+        only: str = "",
     ) -> None:
         self.done: Counter[str] = Counter()
         self.log: list[str] = []
@@ -85,7 +87,9 @@ class Faults:
         self._busy: dict[str, threading.Thread] = {}
         """What lasts, by what it is done to."""
         self._began = time.monotonic()
-        self._kinds = self._known()
+        self._kinds = {
+            name: fault for name, fault in self._known().items() if re.search(only, name)
+        }
 
     def one(self) -> str:
         """Do a fault; one that lasts goes on by itself, and what befalls its victim next waits for it.

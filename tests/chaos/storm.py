@@ -50,6 +50,8 @@ class Storm(NamedTuple):
     minutes: float = 600.0
     """How long the storm may last: what has not been asked by then is not asked."""
     max_queued: int = 1_000_000
+    only: str = ""
+    """Of all faults those alone whose names this pattern finds."""
 
     @property
     def under_way(self) -> int:
@@ -256,6 +258,7 @@ def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Repor
             host=stage.host,
             wires=stage.wires,
             clocks=stage.clocks,
+            only=storm.only,
         )
         began = time.monotonic()
         _rage(storm, stage, load, faults, tell)

@@ -77,8 +77,9 @@ def test_whatever_is_killed_every_accepted_job_ends_once() -> None:
     assert report.wrong == [], str(report)
     assert report.accepted == 60
     assert sum(report.done.values()) == 12
-    states = set(report.verdict.states)
-    assert states <= {JobState.SUCCEEDED, JobState.CANCELLED, JobState.QUARANTINED}, str(report)
+    # A scan whose memory is made to run out may fail of that, and the report says where another did.
+    may = {JobState.SUCCEEDED, JobState.CANCELLED, JobState.QUARANTINED, JobState.FAILED}
+    assert set(report.verdict.states) <= may, str(report)
 
 
 def test_cut_streams_go_on_where_they_stopped_and_killed_workers_jobs_elsewhere(
