@@ -55,6 +55,7 @@ bench: $(INSTALLED_DEV)  ## Measure what this machine can do
 chaos: $(INSTALLED_DEV)  ## Kill, freeze, empty and fill everything under load, for an hour or so; see what is lost
 	$(PY) -m tests.chaos --database sqlite
 	$(PY) -m tests.chaos --database postgresql
+	$(PY) -m tests.chaos --database postgresql --store s3 --jobs 2000 --faults 400
 	$(PY) -m tests.chaos --database postgresql --hosts 2 --jobs 2000 --faults 200
 	$(PY) -m tests.chaos.cuts
 	$(PY) -m tests.chaos.recovery

@@ -37,7 +37,15 @@ from neural_mri.contract.scans import (
 from worker import metrics
 from worker.scanner.halving import halved
 
-__all__ = ("MOST_HALVINGS", "OutOfMemory", "estimate", "halving", "ran_out", "shown")
+__all__ = (
+    "MOST_HALVINGS",
+    "OutOfMemory",
+    "estimate",
+    "halving",
+    "has_lost_device",
+    "ran_out",
+    "shown",
+)
 
 MOST_HALVINGS = 6
 FLOAT_BYTES = 4
@@ -176,12 +184,24 @@ def _grid(maps: int, draws: int, sizes: _Sizes) -> int:
     return (1 + draws) * sizes.recorded + sizes.rows(cells // 2 + 1) + sizes.logits(8)
 
 
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory")
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that there was not enough memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # On the CPU torch says it in words only.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    # On the CPU torch says it in words only, and of an accelerator's own libraries.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def has_lost_device(error: BaseException) -> bool:
+    """Whether an error says that the device will compute nothing more for this process.
+
+    Whatever an accelerator refuses that is not memory stays refused: the context is lost, and what is asked of
+    it later, by whomever, fails likewise.
+    """
+    return isinstance(error, torch.AcceleratorError) and not ran_out(error)
 
 
 def halving(work: Callable[[], T]) -> T:

@@ -4,6 +4,8 @@ Celery runs things; it remembers nothing. Its pool is a thread: nothing forks on
 """
 
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +13,9 @@ import structlog
 from celery import Celery, signals
 
 from neural_mri.backing.queue import TaskName
+from worker.admission import has_lost_device
 from worker.attempts import Attempts
+from worker.hearing import Hearing
 
 __all__ = ("CeleryIntake", "serve")
 
@@ -44,6 +48,7 @@ def serve(
     app: Celery,
     attempts: Attempts,
     intake: CeleryIntake,
+    hearing: Hearing,
     *,
     name: str,
     queues: Iterable[str],
@@ -57,7 +62,15 @@ def serve(
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
     def ticket(queue: str) -> None:
-        attempts.take(queue)
+        try:
+            with hearing.busy():
+                attempts.take(queue)
+        except Exception as error:
+            if has_lost_device(error):
+                # At once, while it holds its jobs: the reaper sees that it is dead, and they are tried elsewhere.
+                log.critical("device_lost", error=str(error).partition("\n")[0])
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise
         served()
 
     def keep_our_logs(**_: Any) -> None:

@@ -4,9 +4,7 @@ Every move names its attempt; where the fence has fallen the attempt stops, and 
 under their own hash. Runs on one thread, the one that runs torch.
 """
 
-import os
 import secrets
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -18,7 +16,6 @@ from uuid import UUID
 
 import msgspec
 import structlog
-import torch
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import events, jobs, keys, models
@@ -38,7 +35,7 @@ from neural_mri.contract.problems import ModelBusy, Problem, ProblemDocument, Un
 from neural_mri.contract.results import TableRef
 from neural_mri.contract.scans import decode_scan
 from worker import admission, metrics, scans
-from worker.admission import OutOfMemory, halving, ran_out
+from worker.admission import OutOfMemory, halving, has_lost_device, ran_out
 from worker.calibrations import Calibrations
 from worker.intake import Intake
 from worker.interludes import Interludes, Lending
@@ -139,7 +136,8 @@ class Attempts:
         """Claim from a queue and run what was claimed; how many jobs that were.
 
         Often none: tickets are crude, and one too many is no matter. One for a model that has been
-        released leaves the work to whoever holds the model.
+        released leaves the work to whoever holds the model. Raises what says that the device is lost
+        (`admission.has_lost_device`), with the jobs still held: they are for a process that has one.
         """
         if queue == self._placing.queue:
             self._placing.act(Lending(self._interludes([])))
@@ -232,7 +230,9 @@ class Attempts:
 
         try:
             scanned = self._scanned(holdings, publish) if holdings else []
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
+            if has_lost_device(error):
+                raise
             log.warning("pass_split", jobs=len(left), reason=type(error).__name__)
             scanned = None
         if scanned is None:
@@ -250,11 +250,11 @@ class Attempts:
     def _guarded(self, holding: Holding, work: Callable[[Holding], None]) -> bool:
         """Do one job's part, and end the job where that fails; whether it went well.
 
-        The process's one broad except beside the halving: a job takes no other along.
+        The process's one broad except beside the halving: a job takes no other along. Raises what says that
+        the device is lost: that ends no job, but the process.
         """
         with _logged(holding.job):
             end: tuple[JobState, ProblemDocument | None] | None = None
-            is_lost = False
             try:
                 work(holding)
             except LeaseLost:
@@ -265,17 +265,15 @@ class Attempts:
                 end = JobState.CANCELLED, None
             except Problem as problem:
                 end = JobState.FAILED, problem.document()
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
+                if has_lost_device(error):
+                    raise
                 end = JobState.FAILED, _diagnosis(error).document()
-                is_lost = isinstance(error, torch.AcceleratorError)
             if end is None:
                 return True
             # Outside the handlers: an error's frames hold the scan's memory, and who has said that it
             # stopped should have nothing left to do.
             self._end(holding, *end)
-            if is_lost:
-                # The device's context is lost with it: this process will compute nothing more.
-                os.kill(os.getpid(), signal.SIGTERM)
             return False
 
     def _begun(self, together: Sequence[Holding]) -> list[Holding]:

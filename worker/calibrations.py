@@ -5,10 +5,11 @@ measured; the store may lose it, and then it is measured again, to the same digi
 thread alone.
 """
 
+import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -17,7 +18,7 @@ import torch
 
 from neural_mri.backing import keys
 from neural_mri.backing.saving import save_result
-from neural_mri.backing.storage import Store
+from neural_mri.backing.storage import Store, StoreUnavailable
 from neural_mri.backing.stored import open_result
 from neural_mri.contract.problems import Conflict, Gone, Problem
 from neural_mri.contract.results import Manifest, signed
@@ -32,6 +33,11 @@ __all__ = ("Calibrations",)
 
 KEPT = 4
 """Calibrations kept in memory; one takes some matrices of d_model x d_model."""
+STORE_PAUSE_SECONDS = 0.5
+STORE_SECONDS = 60.0
+"""How long a scan waits for a store that is away, as it would for one that does not take its result."""
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -56,7 +62,7 @@ class Calibrations:
         A model that cannot be calibrated can still be scanned for what needs no calibration.
         """
         try:
-            self.of(resident, None, listener)
+            self._found(resident, None, listener, patience_seconds=0.0)
         except (Problem, torch.OutOfMemoryError) as error:
             log.warning("not_calibrated", model=resident.registered.name, reason=str(error))
 
@@ -66,18 +72,28 @@ class Calibrations:
         Raises `Conflict` where the store no longer has the one that was asked for, and what `calibrate`
         raises.
         """
+        return self._found(resident, wanted, listener, patience_seconds=STORE_SECONDS)
+
+    def _found(
+        self,
+        resident: Resident,
+        wanted: str | None,
+        listener: Listener,
+        *,
+        patience_seconds: float,
+    ) -> Calibration:
         own = _own_key(resident)
         key = wanted or own
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key].calibration
-        found = self._stored(key, resident)
+        found = _awaited(lambda: self._stored(key, resident), listener, patience_seconds)
         if found is None:
             if key != own:
                 raise Conflict(
                     f"the store has lost calibration {key}: calibrate the model with those texts again"
                 )
-            found = self._measured(key, resident, listener)
+            found = self._measured(key, resident, listener, patience_seconds)
         self._kept[key] = _Kept(resident.registered.revision, found)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
@@ -106,7 +122,9 @@ class Calibrations:
             )
         return Calibration.from_tables(tables, resident.model.architecture)
 
-    def _measured(self, key: str, resident: Resident, listener: Listener) -> Calibration:
+    def _measured(
+        self, key: str, resident: Resident, listener: Listener, patience_seconds: float
+    ) -> Calibration:
         listener = Timed(listener)
         request = CalibrationScan(model=resident.registered.name)
         measured = calibrate(resident.model, request, listener, prefix=resident.model.prefix)
@@ -125,11 +143,26 @@ class Calibrations:
             compute_seconds=seconds,
             memory_bytes=resident.memory_bytes,
         )
-        self.save(manifest, signed(measured.to_tables(), manifest))
+        tables = signed(measured.to_tables(), manifest)
+        _awaited(lambda: self.save(manifest, tables), listener, patience_seconds)
         log.info(
             "model_calibrated", model=resident.registered.name, key=key, seconds=round(seconds, 2)
         )
         return measured
+
+
+def _awaited(work: Callable[[], T], listener: Listener, patience_seconds: float) -> T:
+    """What the store answers, if it does so in time; who is asked to stop waits no longer."""
+    give_up_at = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return work()
+        except StoreUnavailable as error:
+            if time.monotonic() > give_up_at:
+                raise
+            log.warning("store_awaited", error=str(error))
+        time.sleep(STORE_PAUSE_SECONDS)
+        listener.checkpoint()
 
 
 def _own_key(resident: Resident) -> str:

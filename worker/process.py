@@ -16,6 +16,7 @@ from worker.app import CeleryIntake, serve
 from worker.attempts import Attempts
 from worker.calibrations import Calibrations
 from worker.forking import Life
+from worker.hearing import Hearing
 from worker.keeper import Keeper
 from worker.memory import Memory
 from worker.placing import Placing
@@ -94,6 +95,18 @@ def run(settings: Settings, life: Life) -> int:
             placing=placing,
             redis=broker.connect(settings),
         )
-        queues = {*residency.queues(), placing.queue}
+
+        def served_queues() -> set[str]:
+            return {*residency.queues(), placing.queue}
+
         app = queue.celery_app(settings)
-        return serve(app, attempts, intake, name=name, queues=queues, served=life.served)
+        with Hearing(broker.connect(settings), served_queues) as hearing:
+            return serve(
+                app,
+                attempts,
+                intake,
+                hearing,
+                name=name,
+                queues=served_queues(),
+                served=life.served,
+            )

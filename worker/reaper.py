@@ -13,10 +13,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Self
+from uuid import UUID
 
 import structlog
 
@@ -83,6 +84,7 @@ class Reaper:
         self._redis = redis
         self._store = store
         self._publisher = Publisher(redis, settings)
+        self._watched = _Watched()
         self._missing: dict[str, int] = {}
         """Tickets that each queue lacked in the last round."""
         self._expire_at = self._sweep_at = self._look_through_at = 0.0
@@ -128,7 +130,10 @@ class Reaper:
         self._see_to_batches()
 
     def _take_back(self) -> None:
-        moved = self._sessions.write(jobs.reap, max_attempts=self._settings.max_attempts)
+        with self._watched.round() as seconds_of:
+            moved = self._sessions.write(
+                jobs.reap, max_attempts=self._settings.max_attempts, watched_seconds=seconds_of
+            )
         if time.monotonic() >= self._expire_at:
             late = self._sessions.write(jobs.expire, waiting_seconds=self._settings.queued_seconds)
             if len(late) < jobs.MOST_EXPIRED:  # else there are more, for the next round
@@ -256,6 +261,26 @@ class Reaper:
                 missing[queue] -= still
                 log.info("tickets_topped_up", queue=queue, count=still)
         self._missing = missing
+
+
+class _Watched:
+    """For how long this process has seen attempts held, whatever the clocks were set to meanwhile."""
+
+    def __init__(self) -> None:
+        self._since: dict[tuple[UUID, int], float] = {}
+        """When each was first seen, on the monotonic clock."""
+
+    @contextmanager
+    def round(self) -> Iterator[Callable[[UUID, int], float]]:
+        """Whoever is not asked for while the block runs is forgotten after it, unless it raises."""
+        now, seen = time.monotonic(), dict[tuple[UUID, int], float]()
+
+        def seconds_of(job_id: UUID, attempt: int) -> float:
+            since = seen[job_id, attempt] = self._since.get((job_id, attempt), now)
+            return now - since
+
+        yield seconds_of
+        self._since = seen
 
 
 class Ending:

@@ -18,6 +18,7 @@ from uuid import UUID
 import structlog
 
 from neural_mri.backing.events import Told
+from neural_mri.backing.faults import crash_point
 from neural_mri.contract.events import (
     ActivationFrame,
     EffectsFrame,
@@ -364,6 +365,7 @@ class Reporter:
 
     def layer(self, layer: int, make: Callable[[], LayerFrame]) -> None:
         """A layer has been computed."""
+        crash_point("worker.computing")
         self._outbox.post_frames(self._job_id, Frames(make, layer))
 
     def frames(self, make: Callable[[], Sequence[ActivationFrame]]) -> None:

@@ -16,6 +16,7 @@ import torch
 from neural_mri.backing import keys, models
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import HeldModel
+from neural_mri.backing.faults import crash_point
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.models import ModelState, Numerics
@@ -119,6 +120,7 @@ class Residency:
         )
         listener = Timed(listener)
         with self._announced(registered, ModelState.LOADING):
+            crash_point("worker.loading")
             free = free_of_each(self._settings, self.device)
             model = loading.load(self._models_dir / registered.folder, numerics, free)
             resident = Resident(self._published(registered, numerics), model, model.memory_bytes)

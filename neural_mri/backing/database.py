@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -29,7 +29,7 @@ from sqlalchemy import (
     make_url,
     select,
 )
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, sessionmaker
@@ -62,9 +62,15 @@ THREADS = 8
 CONNECT_SECONDS = 5
 LOCK_SECONDS = 5.0
 STATEMENT_SECONDS = 30.0
-IDLE_SECONDS = 60.0
+IDLE_SECONDS = 15.0
 """What PostgreSQL may take before it counts as away: to connect, for a lock, for a statement, and how long
 a transaction may stand open doing nothing before the server ends it."""
+
+ANSWER_SECONDS = STATEMENT_SECONDS + 5.0
+"""How long the server's word is waited for: it would have ended the statement by then. What lies between may have
+forgotten the connection and tell nobody, and then no keepalive helps."""
+PING_SECONDS = 5.0
+"""The same of a connection that has lain idle, when it is asked whether it is still one."""
 
 MIGRATION_TURN_SECONDS = 120.0
 MIGRATION_LOCK_SECONDS = 4.0
@@ -132,10 +138,12 @@ def epoch() -> _Epoch:
     return _Epoch()
 
 
-def sync_engine(settings: Settings, *, waits: bool = True) -> Engine:
+def sync_engine(
+    settings: Settings, *, waits: bool = True, answer_seconds: float | None = None
+) -> Engine:
     """An engine on the settings' database; on SQLite one that `waits` for other processes' transactions.
 
-    One that does not leaves it to those that do to bring the log's pages home, which flushes them to the disk.
+    On PostgreSQL one that gives up who says nothing for `ANSWER_SECONDS`, or for so long. One that does not leaves it to those that do to bring the log's pages home, which flushes them to the disk.
     """
     url = _url(settings)
     # Errors go to logs; the parameters of statements, prompts among them, must not.
@@ -147,7 +155,6 @@ def sync_engine(settings: Settings, *, waits: bool = True) -> Engine:
     engine = create_engine(
         url,
         hide_parameters=True,
-        pool_pre_ping=True,
         pool_size=THREADS,
         max_overflow=2 * THREADS,
         pool_timeout=LOCK_SECONDS,
@@ -164,7 +171,7 @@ def sync_engine(settings: Settings, *, waits: bool = True) -> Engine:
             ),
         },
     )
-    _prepare_postgresql(engine)
+    _prepare_postgresql(engine, answer_seconds)
     return engine
 
 
@@ -180,7 +187,22 @@ def _url(settings: Settings) -> URL:
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
 
 
-def _prepare_postgresql(engine: Engine) -> None:
+def _prepare_postgresql(engine: Engine, answer_seconds: float | None) -> None:
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: object, _record: object, arguments: Any, options: Any) -> Any:
+        connection = _impatient().connect(*arguments, **options)
+        connection.patience_seconds = answer_seconds or ANSWER_SECONDS
+        return connection
+
+    @event.listens_for(engine, "checkout")
+    def ping(connection: Any, _record: object, _proxy: object) -> None:
+        """As `pool_pre_ping` does, which would wait for as long as a statement may take."""
+        try:
+            with connection.hurried():
+                engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise InvalidatePoolError from error
+
     @event.listens_for(engine, "handle_error")
     def keep_rows_out(context: ExceptionContext) -> None:
         """PostgreSQL quotes the failing row, prompt and all, in its message's second line."""
@@ -193,6 +215,35 @@ def _prepare_postgresql(engine: Engine) -> None:
         """Who has become a standby stays one: the connections are given up, the next ones reach who leads."""
         if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
             context.is_disconnect = True
+
+
+@cache
+def _impatient() -> type[Any]:
+    """Connections of psycopg's that wait for the server no longer than their patience, and are closed then."""
+    from psycopg import Connection, OperationalError, pq
+
+    class Impatient(Connection[Any]):
+        patience_seconds = ANSWER_SECONDS
+
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            most = self.patience_seconds
+            try:
+                return super().wait(gen, interval, most if timeout is None else min(most, timeout))
+            except OperationalError:
+                if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                    self.pgconn.finish()  # an answer that comes now would be taken for the next one's
+                raise
+
+        @contextmanager
+        def hurried(self) -> Iterator[None]:
+            """While the block runs, `PING_SECONDS` are enough."""
+            usual, self.patience_seconds = self.patience_seconds, PING_SECONDS
+            try:
+                yield
+            finally:
+                self.patience_seconds = usual
+
+    return Impatient
 
 
 def _prepare_sqlite(engine: Engine, *, waits: bool) -> None:
@@ -517,7 +568,8 @@ def migrate(settings: Settings, *, back_to: str | None = None) -> None:
     from alembic import command
     from alembic.config import Config
 
-    engine = sync_engine(settings)
+    longest = MIGRATION_TURN_SECONDS + MIGRATION_STATEMENT_SECONDS
+    engine = sync_engine(settings, answer_seconds=longest)
     try:
         with _unblocked(), engine.execution_options(writing=True).begin() as connection:
             if engine.dialect.name == "postgresql":
@@ -527,6 +579,7 @@ def migrate(settings: Settings, *, back_to: str | None = None) -> None:
                     connection,
                     lock_timeout=MIGRATION_LOCK_SECONDS,
                     statement_timeout=MIGRATION_STATEMENT_SECONDS,
+                    idle_in_transaction_session_timeout=MIGRATION_STATEMENT_SECONDS,
                 )
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))

@@ -1,21 +1,24 @@
 """Points at which a process can be made to die, to prove that nothing accepted is lost there.
 
 Off unless the process was started with `NMRI_CRASH_POINTS` in its environment, a folder: whoever puts a file
-of a point's name there ends the next process that comes to the point, as a power cut would. It is no
-setting, and no request reaches it.
+of a point's name there ends the next process that comes to the point, as a power cut would, or has something
+else befall it that the file names. It is no setting, and no request reaches it.
 """
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ("POINTS", "crash_point")
+__all__ = ("POINTS", "WAYS", "crash_point")
 
 POINTS = (
     "api.recorded",
     "api.batch-chunk",
+    "worker.loading",
     "worker.ticket",
     "worker.claimed",
+    "worker.computing",
     "worker.computed",
     "worker.written",
     "worker.stored",
@@ -24,19 +27,24 @@ POINTS = (
     "reaper.taken-back",
 )
 """A job is in the database, its ticket is not sent; some lines of a batch are in the database, with their jobs;
-a ticket is taken; jobs are claimed; tables are computed; a file is written, not in its place; tables are
+a model is loading; a ticket is taken; jobs are claimed; a layer is computed, others are not; tables are computed; a file is written, not in its place; tables are
 stored, no manifest names them; a manifest does, the job does not; the job has succeeded, nobody was told; jobs
 are taken back, nobody was told."""
+
+WAYS: dict[str, Callable[[], None]] = {"": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+"""What befalls a process at a point, by what stands in the file. Whoever starts it may know of more."""
 
 _FOLDER = os.environ.get("NMRI_CRASH_POINTS")
 
 
 def crash_point(name: str) -> None:
-    """End here, if somebody has asked for it."""
+    """End here, or have worse befall the process, if somebody has asked for it."""
     if _FOLDER is None:
         return
+    place = Path(_FOLDER, name)
     try:
-        Path(_FOLDER, name).unlink()
+        way = place.read_text()
+        place.unlink()
     except FileNotFoundError:
         return
-    os.kill(os.getpid(), signal.SIGKILL)
+    WAYS[way]()

@@ -13,6 +13,7 @@ over its lane's weight. The queue is where the job last claimed from it starts. 
 A scan that is under way already is not run again: see `following`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
@@ -596,17 +597,20 @@ def reap(
     *,
     max_attempts: int,
     dead_owners: Callable[[LeaseOwner], bool] = LeaseOwner.is_dead_here,
+    watched_seconds: Callable[[UUID, int], float] = lambda _job_id, _attempt: math.inf,
 ) -> list[Job]:
     """Take back jobs whose worker is lost or past the deadline; the jobs as they then stand.
 
-    Lost is who let a lease expire, and at once who is provably dead. The job goes back to the queue,
+    Past it is an attempt that `watched_seconds` has seen held for as long as well: the database's clock may
+    have been set meanwhile. Lost is who let a lease expire, and at once who is provably dead. The job goes back to the queue,
     unless it was asked to stop (`cancelled`), ran too long (`expired`), or has now lost `max_attempts`
     workers (`quarantined`, with what is known of them).
     """
     is_dead = cache(dead_owners)
     taken = []
     for row in _run(session, statements.LEASES).all():
-        is_late = row.seconds > row.deadline_seconds
+        watched = watched_seconds(row.id, row.attempt)
+        is_late = min(row.seconds, watched) > row.deadline_seconds
         if is_late or row.lease_expired or is_dead(LeaseOwner.parse(row.lease_owner)):
             fate = _after_loss(row, is_late=is_late, max_attempts=max_attempts)
             moved = advance(session, row.id, fate.to, attempt=row.attempt, problem=fate.problem)

@@ -213,7 +213,7 @@ def _state(state: JobState) -> ColumnElement[JobState]:
 def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
     of_queue = and_(waiting, _job.queue == bindparam("name"))
     head = (
-        select(_job.batch_key, _job.lane)
+        select(_job.id, _job.batch_key, _job.lane, _job.attempt)
         .where(of_queue)
         .order_by(*_FAIR_ORDER)
         .limit(1)
@@ -222,12 +222,16 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
     )
     # Whoever looks on does not wait for rows that nobody waits for.
     in_no_hurry = select(head.c.lane).scalar_subquery() != Lane.INTERACTIVE
+    # Whoever has lost a worker may be what ends them: it comes alone, and takes nobody along the next time.
+    is_head = _job.id == select(head.c.id).scalar_subquery()
+    lost_none = and_(_job.attempt == 0, select(head.c.attempt).scalar_subquery() == 0)
     batch = (
         select(_job.id, _job.estimated_cost)
         .where(
             of_queue,
             _job.batch_key == select(head.c.batch_key).scalar_subquery(),
             or_(in_no_hurry, _job.lane == Lane.INTERACTIVE),
+            or_(is_head, lost_none),
         )
         .order_by(*_FAIR_ORDER)
         .limit(bindparam("most", type_=Integer))

@@ -140,6 +140,20 @@ def test_mates_have_the_heads_exact_length_and_come_in_fair_order(sessions: Sess
     assert [job.id for job in sessions.write(claim, limit=3)] == [sent[1].id, sent[4].id]
 
 
+def test_who_has_lost_a_worker_comes_alone(sessions: Sessions) -> None:
+    """It may be what ends them: its mates are claimed with it once, and not again."""
+    sent = sessions.write(flood, "ada", 3)
+    sessions.write(jobs.claim, queue=QUEUE, owner=ELSEWHERE, limit=2, lease_seconds=-1.0)
+    sessions.write(jobs.reap, max_attempts=3)
+    sent += sessions.write(flood, "ada", 1)
+    claimed = [sessions.write(claim, limit=8) for _ in range(3)]
+    assert [[job.id for job in together] for together in claimed] == [
+        [sent[0].id],
+        [sent[1].id],
+        [sent[2].id, sent[3].id],
+    ]
+
+
 def test_who_looks_on_waits_for_nobodys_rows(sessions: Sessions) -> None:
     sessions.write(flood, "ada", 8, lane=Lane.BATCH)
     sent = [sessions.write(flood, "bob", 1), sessions.write(flood, "cyd", 1)]

@@ -1,6 +1,7 @@
 """Breaks the service at random under load, and says what was lost.
 
-python -m tests.chaos [--jobs 10000] [--faults 1000] [--database sqlite] [--hosts 1] [--seed N]
+python -m tests.chaos [--jobs 10000] [--faults 1000] [--database sqlite] [--store folder]
+                      [--hosts 1] [--only 'wire|clock'] [--seed N]
 """
 
 import argparse
@@ -19,7 +20,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--faults", type=int, default=1_000)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--store", choices=("folder", "s3"), default="folder")
     parser.add_argument("--hosts", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--only", default="", help="a pattern of the faults' names")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--quiet-seconds", type=float, default=180.0)
@@ -32,8 +35,10 @@ def main() -> int:
         jobs=asked.jobs,
         faults=asked.faults,
         database=asked.database,
+        store=asked.store,
         hosts=asked.hosts,
         workers=asked.workers,
+        only=asked.only,
         seed=asked.seed,
         quiet_seconds=asked.quiet_seconds,
         minutes=asked.minutes,

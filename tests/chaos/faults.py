@@ -1,6 +1,7 @@
 """What is done to the service, drawn by a seed."""
 
 import random
+import re
 import signal
 import threading
 import time
@@ -8,16 +9,44 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import islice
+from types import MappingProxyType
 from typing import NamedTuple
 
 import redis
 
-from neural_mri.backing import faults, keys
+from neural_mri.backing import faults, keys, leftovers
 from neural_mri.backing.queue import ticket_message
+from neural_mri.backing.storage import Store
+from neural_mri.contract.problems import Unavailable
+from tests.chaos.clock import Clock
 from tests.chaos.premises import Disk, Host, Postgresql, Sqlite, frozen
+from tests.chaos.relay import Relay
 from tests.chaos.service import Place, Service
+from tests.chaos.ways import WAYS
 
 __all__ = ("Faults",)
+
+MOST_SPOILT = 200
+"""Results of which one is chosen to be spoilt."""
+_ENDING = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+FURTHEST_SECONDS = 600.0
+"""How far from the right time a clock may be set."""
+
+_WIRE_FAULTS: Mapping[str, Mapping[str, tuple[float, float]]] = MappingProxyType(
+    {
+        "broker": {"stall": (2, 4.0), "lose": (4, 2.0), "cut": (2, 1.0)},
+        "database": {"stall": (2, 4.0), "lose": (2, 1.0), "cut": (2, 1.0)},
+        "bucket": {
+            "stall": (8, 8.0),
+            "lose": (1, 1.0),
+            "cut": (8, 3.0),
+            "refuse": (8, 5.0),
+            "fail": (8, 5.0),
+        },
+    }
+)
+"""What befalls the way to each server: how often beside other faults, and for how many seconds at most."""
 
 
 class Fault(NamedTuple):
@@ -35,21 +64,32 @@ class Faults:
         *,
         seed: int,
         queue: str,
+        store: Store,
         disk: Disk | None,
         host: Host | None,
+        wires: Mapping[str, Relay],
+        clocks: Mapping[str, Clock],
+        only: str = "",
     ) -> None:
         self.done: Counter[str] = Counter()
         self.log: list[str] = []
+        self.spoilt: dict[str, bytes] = {}
+        """What was left of results, by path."""
         self._service = service
         self._database = database
         self._chance = random.Random(seed)
         self._queue = queue
+        self._store = store
         self._disk = disk
         self._host = host
+        self._wires = wires
+        self._clocks = clocks
         self._busy: dict[str, threading.Thread] = {}
         """What lasts, by what it is done to."""
         self._began = time.monotonic()
-        self._kinds = self._known()
+        self._kinds = {
+            name: fault for name, fault in self._known().items() if re.search(only, name)
+        }
 
     def one(self) -> str:
         """Do a fault; one that lasts goes on by itself, and what befalls its victim next waits for it.
@@ -85,11 +125,11 @@ class Faults:
         lease = service.settings.lease_seconds
         kinds = {
             "kill worker": Fault(14, self._kill_worker),
-            "end worker": Fault(3, partial(self._signal, "worker", signal.SIGTERM)),
+            "end worker": Fault(3, partial(self._end, "worker")),
             "freeze worker": Fault(6, partial(self._freeze, "worker", 2.5 * lease)),
             "crash in worker": Fault(14, partial(self._crash, "worker")),
             "kill api": Fault(8, partial(self._signal, "api", signal.SIGKILL)),
-            "end api": Fault(2, partial(self._signal, "api", signal.SIGTERM)),
+            "end api": Fault(2, partial(self._end, "api")),
             "freeze api": Fault(4, partial(self._freeze, "api", 2.0)),
             "crash in api": Fault(6, partial(self._crash, "api")),
             "kill reaper": Fault(8, partial(self._signal, "reaper", signal.SIGKILL)),
@@ -102,22 +142,48 @@ class Faults:
             "cut connections of broker": Fault(3, self._cut_connections),
             "stray tickets in broker": Fault(3, self._stray_tickets),
         }
+        kinds["spoil result in store"] = Fault(3, self._spoil)
         for how in self._database.faults:
             longest = 7.0 if how == "lock" and self._database.kind == "sqlite" else 2.5
             kinds[f"{how} database"] = Fault(4, partial(self._disturb, how, longest))
         if self._disk is not None:
             disk = self._disk
             kinds["fill disk"] = Fault(4, lambda chance: disk.fill(chance.uniform(0.2, 3.0)))
+        for name, wire in self._wires.items():
+            for how, (weight, longest) in _WIRE_FAULTS[name].items():
+                kinds[f"{how} wire to {name}"] = Fault(
+                    weight, partial(self._misbehave, wire, how, longest)
+                )
+        for name, clock in self._clocks.items():
+            kinds[f"set clock of {name}"] = Fault(3, partial(self._set, clock))
         if self._host is not None:
             host = self._host
             kinds["cut cable"] = Fault(6, lambda chance: host.cut(chance.uniform(0.2, 3 * lease)))
+        for way in WAYS:
+            point = "worker.loading" if way == "slowness" else "worker.computing"
+            kinds[f"{way} in worker"] = Fault(3, partial(self._befall, point, way))
         return kinds
+
+    @staticmethod
+    def _misbehave(wire: Relay, how: str, longest: float, chance: random.Random) -> None:
+        wire.misbehave(how, chance.uniform(0.1, longest))
+
+    @staticmethod
+    def _set(clock: Clock, chance: random.Random) -> None:
+        clock.set(chance.uniform(-FURTHEST_SECONDS, FURTHEST_SECONDS))
 
     def _one(self, program: str, chance: random.Random) -> str:
         return chance.choice(self._service.names(program))
 
     def _signal(self, program: str, signum: signal.Signals, chance: random.Random) -> None:
         self._service.signal(self._one(program, chance), signum)
+
+    def _end(self, program: str, chance: random.Random) -> None:
+        """As people and their supervisors do, some of whom do not wait for the end."""
+        name, signum = self._one(program, chance), chance.choice(_ENDING)
+        for _ in range(chance.choice((1, 1, 2))):
+            self._service.signal(name, signum)
+            time.sleep(chance.uniform(0.0, 0.5))
 
     def _kill_worker(self, chance: random.Random) -> None:
         """The process that works, as the kernel does for want of memory, or its parent and so both."""
@@ -132,7 +198,10 @@ class Faults:
 
     def _crash(self, program: str, chance: random.Random) -> None:
         point = chance.choice([each for each in faults.POINTS if each.startswith(program)])
-        place = self._service.arm(point)
+        self._befall(point, "", chance)
+
+    def _befall(self, point: str, way: str, chance: random.Random) -> None:
+        place = self._service.arm(point, way)
         deadline = time.monotonic() + chance.uniform(0.5, 3.0)
         while place.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -160,5 +229,23 @@ class Faults:
         """Many more than there are jobs, and some that say nothing anybody knows."""
         queue = chance.choice([self._queue, keys.CPU_QUEUE])
         strange = ticket_message(queue).replace(b"neural_mri.ticket", b"neural_mri.riddle")
+        count = chance.choice((50, 50, 50, 2000))
+        noise = [strange] if chance.random() < 0.8 else [strange, chance.randbytes(40)]
         with suppress(redis.RedisError), self._service.broker.client() as client:
-            client.lpush(queue, *(ticket_message(queue) for _ in range(50)), strange)
+            client.lpush(queue, *(ticket_message(queue) for _ in range(count)), *noise)
+
+    def _spoil(self, chance: random.Random) -> None:
+        """Take a result away, or change a byte of it."""
+        with suppress(Unavailable):
+            paths = list(islice(leftovers.aged_results(self._store, 0.0), MOST_SPOILT))
+            if not paths:
+                return
+            path = chance.choice(paths)
+            if chance.random() < 0.5:
+                self.spoilt[path] = b""
+                self._store.delete(path)
+                return
+            body = bytearray(self._store.get(path))
+            body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
+            self.spoilt[path] = bytes(body)
+            self._store.put(path, bytes(body))

@@ -17,9 +17,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from neural_mri.backing import faults
+from tests.chaos.ways import WAYS
+
 __all__ = ("PROGRAMS",)
 
 PROGRAMS = ("api", "worker", "reaper")
+DEAF_LOOKS = 5
+"""Nobody here waits for as long as elsewhere."""
 CLONE_NEWUTS = 0x04000000
 PR_SET_PDEATHSIG = 1
 
@@ -27,11 +32,15 @@ PR_SET_PDEATHSIG = 1
 def _run(wanted: dict[str, Any]) -> int:
     os.environ.update(wanted["environment"])
     random.seed()
+    faults.WAYS.update(WAYS)
     match wanted["program"]:
         case "api":
             from api.__main__ import main
         case "worker":
+            from worker import hearing
             from worker.__main__ import main
+
+            hearing.DEAF_LOOKS = DEAF_LOOKS
         case "reaper":
             from worker.reaper import main
         case other:

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -50,10 +50,14 @@ def may_network() -> bool:
 class Broker:
     """A Valkey that forgets everything when it is killed."""
 
-    def __init__(self, folder: Path, address: str, port: int) -> None:
+    def __init__(
+        self, folder: Path, address: str, port: int, environment: Mapping[str, str]
+    ) -> None:
         self.url = f"redis://{address}:{port}/0"
+        self.port = port
         self._folder = folder
-        self._address, self._port = address, port
+        self._address = address
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -64,9 +68,14 @@ class Broker:
 
     def start(self) -> None:
         """Start, empty."""
-        command = [str(get_binary_path()), "--port", str(self._port), "--bind", self._address]
+        command = [str(get_binary_path()), "--port", str(self.port), "--bind", self._address]
         command += ["--protected-mode", "no", "--save", "", "--appendonly", "no"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=self._folder)
+        self._process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            cwd=self._folder,
+            env={**os.environ, **self._environment},
+        )
 
     def is_gone(self) -> bool:
         """Whether it has ended."""
@@ -138,7 +147,9 @@ class Postgresql:
     faults = ("stop", "freeze", "lock")
     USER = "embedded_postgres"
 
-    def __init__(self, folder: Path, data: Path, address: str, port: int) -> None:
+    def __init__(
+        self, folder: Path, data: Path, address: str, port: int, environment: Mapping[str, str]
+    ) -> None:
         from embedded_postgres._commands import POSTGRES_BIN_PATH
 
         self._bin = POSTGRES_BIN_PATH
@@ -146,6 +157,7 @@ class Postgresql:
         self._data = Path(tempfile.mkdtemp(prefix="nmri-pg-"))
         self._log = folder / "postgresql.log"
         self._address, self._port = address, port
+        self._environment = environment
         self._server: subprocess.Popen[bytes] | None = None
         self.url = f"postgresql://postgres@{address}:{port}/postgres"
         self.settings = Settings(data_dir=data, database_url=self.url)
@@ -186,7 +198,13 @@ class Postgresql:
         for name, value in options.items():
             command += ["-c", f"{name}={value}"]
         with self._log.open("ab") as log:
-            self._server = subprocess.Popen(command, stdout=log, stderr=log, user=self._user)
+            self._server = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                user=self._user,
+                env={**os.environ, **self._environment},
+            )
         import psycopg
 
         for _ in range(600):

@@ -1,10 +1,12 @@
 """How soon a job runs again whose worker was killed in the midst of it.
 
-python -m tests.chaos.recovery [--kills 50] [--restarts 20] [--whole 10] [--database sqlite] [--page FILE]
+python -m tests.chaos.recovery [--kills 50] [--restarts 20] [--whole 10] [--forgotten 10] [--database sqlite]
+                               [--page FILE]
 
 Three times: while another worker is idle; where the only one is forked anew by its parent; and where that
 was killed too, so that the only one is started as its users start it (a Python that has imported nothing,
-PyTorch and all). Killed is the process that holds the job.
+PyTorch and all). Killed is the process that holds the job. And how soon a scan is done that is asked for when every
+connection to Valkey, or to PostgreSQL, has just been forgotten by what lies between.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 
@@ -28,7 +30,7 @@ from neural_mri.backing.settings import PREFIX
 from neural_mri.contract.jobs import JobState
 from tests.chaos.storm import Stage, Storm, staged
 
-__all__ = ("Restart", "claimed_after_restart", "claimed_again")
+__all__ = ("Restart", "claimed_after_restart", "claimed_again", "done_after_forgetting")
 
 HELD = frozenset({JobState.CLAIMED, JobState.RUNNING})
 """What a job is when a worker has taken it: a lone scan runs at once."""
@@ -132,6 +134,48 @@ def claimed_after_restart(
     return found
 
 
+def done_after_forgetting(stage: Stage, wire: str, times: int, seed: int = 0) -> list[float]:
+    """Seconds from when every connection over a wire was forgotten, and a scan asked for, until that was done."""
+    chance, found = random.Random(seed), []
+    with httpx.Client(base_url=stage.service.url, timeout=120, trust_env=False) as client:
+        for _ in range(times):
+            stage.service.wait_until_ready(len(stage.service.names("worker")))
+            time.sleep(chance.uniform(1.0, 3.0))  # everybody listens again
+            stage.wires[wire].misbehave("lose", 0.0)
+            began = time.monotonic()
+            words = " ".join(f"w{chance.randrange(1, 60)}" for _ in range(8))
+            body, key = {"prompt": words, "model": "tiny"}, {"Idempotency-Key": uuid4().hex}
+            while not (answer := _answer(client, body, key)):
+                time.sleep(0.2)
+            while not _is_over(stage, UUID(answer["id"])):
+                time.sleep(0.02)
+            found.append(time.monotonic() - began)
+    return found
+
+
+def _answer(
+    client: httpx.Client, body: dict[str, str], headers: dict[str, str]
+) -> dict[str, str] | None:
+    """What accepts a scan; None where it has to be asked for again."""
+    try:
+        answer = client.post("/api/scan/activation", json=body, headers=headers)
+    except httpx.TransportError:
+        return None
+    if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        return None
+    made: dict[str, str] = answer.raise_for_status().json()
+    return made
+
+
+def _is_over(stage: Stage, job_id: UUID) -> bool:
+    job = stage.sessions.read(jobs.get, job_id)
+    if job is None or job.finished_at is None:
+        return False
+    if job.state is not JobState.SUCCEEDED:
+        raise RuntimeError(f"the scan has {job.state}: {job.problem}")
+    return True
+
+
 def _started(stage: Stage, output: BinaryIO) -> subprocess.Popen[bytes]:
     own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     return subprocess.Popen(
@@ -170,6 +214,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--restarts", type=int, default=20)
     parser.add_argument("--whole", type=int, default=10)
+    parser.add_argument("--forgotten", type=int, default=10)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     asked = parser.parse_args()
@@ -177,6 +222,7 @@ def main() -> int:
         "Recovery beside an idle worker": (asked.kills, _beside_an_idle_one),
         "Recovery by a fork": (asked.restarts, _by_a_fork),
         "Recovery by a restart": (asked.whole, _by_a_restart),
+        "Recovery from connections that are forgotten": (asked.forgotten, _over_other_wires),
     }
     for title, (count, measured) in parts.items():
         if count:
@@ -199,6 +245,25 @@ def _by_a_fork(kills: int, database: str) -> list[Figure]:
 def _by_a_restart(kills: int, database: str) -> list[Figure]:
     what = "killed with its parent, claimed again by the worker started in its place"
     return _in_its_place(what, kills, database, whole=True)
+
+
+def _over_other_wires(times: int, database: str) -> list[Figure]:
+    with staged(Storm(jobs=0, faults=0, database=database, workers=2, lease_seconds=5.0)) as stage:
+        seconds = {
+            wire: done_after_forgetting(stage, wire, times)
+            for wire in ("broker", "database")
+            if wire in stage.wires
+        }
+    return [
+        figure
+        for wire, found in seconds.items()
+        for figure in (
+            plain(
+                f"forgotten by the {wire}, {times} times, median", f"{percentile(found, 0.5):.1f} s"
+            ),
+            plain("the same, longest", f"{max(found):.1f} s"),
+        )
+    ]
 
 
 def _in_its_place(what: str, kills: int, database: str, *, whole: bool = False) -> list[Figure]:

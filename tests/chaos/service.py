@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -29,14 +29,19 @@ TICK_SECONDS = 0.02
 class Nursery:
     """Where processes come from."""
 
-    def __init__(self, crash_points: Path) -> None:
+    def __init__(self, crash_points: Path, environment: Mapping[str, str]) -> None:
         own = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.chaos.nursery"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
-            env={**own, "NMRI_CRASH_POINTS": str(crash_points), "HF_HUB_OFFLINE": "1"},
+            env={
+                **own,
+                "NMRI_CRASH_POINTS": str(crash_points),
+                "HF_HUB_OFFLINE": "1",
+                **environment,
+            },
             text=True,
         )
         self._turn = threading.Lock()
@@ -90,6 +95,7 @@ class Service:
         broker: Broker,
         places: Sequence[Place],
         folder: Path,
+        environment: Mapping[str, str],
     ) -> None:
         self.settings = settings
         self.broker = broker
@@ -97,6 +103,7 @@ class Service:
         self.crash_points = folder / "crash-points"
         self.crash_points.mkdir()
         self.left_over: list[int] = []
+        self._environment = environment
         self._logs = folder / "logs"
         self._logs.mkdir()
         # A number is given to another process soon enough; psutil knows one from the other.
@@ -107,7 +114,7 @@ class Service:
         self.births = 0
 
     def __enter__(self) -> Self:
-        self.nursery = Nursery(self.crash_points)
+        self.nursery = Nursery(self.crash_points, self._environment)
         self.broker.start()
         for place in self.places:
             self._bear(place)
@@ -129,6 +136,10 @@ class Service:
     def pid(self, name: str) -> int:
         """The process that now runs at a place."""
         return int(self._running[name].pid)
+
+    def working_pid(self, name: str) -> int:
+        """The same, or the one that it has forked to work."""
+        return int(self._working(name).pid)
 
     def signal(self, name: str, signum: signal.Signals) -> None:
         """Send one; nothing happens where the process has just ended."""
@@ -161,10 +172,12 @@ class Service:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def arm(self, point: str) -> Path:
-        """Have the next process that comes to a crash point die there."""
+    def arm(self, point: str, way: str = "") -> Path:
+        """Have the next process that comes to a crash point die there, or what `ways.WAYS` names befall it."""
         place = self.crash_points / point
-        place.touch()
+        written = self.crash_points / f".{point}"
+        written.write_text(way)
+        written.rename(place)
         return place
 
     def stop(self) -> None:

@@ -4,23 +4,28 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
+from sqlalchemy import make_url
 
 from neural_mri.backing import database as databases
 from neural_mri.backing import keys
 from neural_mri.backing.database import Sessions
+from neural_mri.backing.settings import Settings
 from neural_mri.contract.problems import Unavailable
+from tests.chaos.clock import Clock, may_step
 from tests.chaos.faults import Faults
 from tests.chaos.load import Load
 from tests.chaos.premises import Broker, Disk, Host, Postgresql, Sqlite, may_mount
+from tests.chaos.relay import Relay
 from tests.chaos.service import Place, Service
 from tests.chaos.witness import Verdict, Witness
-from tests.servers import free_port
+from tests.servers import Bucket, bucket, free_port
 from tests.tiny import save_tiny_model
 
 __all__ = ("Report", "Stage", "Storm", "staged", "weather")
@@ -35,6 +40,7 @@ class Storm(NamedTuple):
     jobs: int
     faults: int
     database: str = "sqlite"
+    store: str = "folder"
     hosts: int = 1
     workers: int = 2
     seed: int = 0
@@ -44,6 +50,8 @@ class Storm(NamedTuple):
     minutes: float = 600.0
     """How long the storm may last: what has not been asked by then is not asked."""
     max_queued: int = 1_000_000
+    only: str = ""
+    """Of all faults those alone whose names this pattern finds."""
 
     @property
     def under_way(self) -> int:
@@ -61,6 +69,10 @@ class Stage(NamedTuple):
     queue: str
     disk: Disk | None
     host: Host | None
+    wires: Mapping[str, Relay]
+    """What lies between the service and whatever it reaches over a network, by that one's name."""
+    clocks: Mapping[str, Clock]
+    """What the service and its broker go by, and what the database does."""
 
 
 class Litter(NamedTuple):
@@ -126,21 +138,37 @@ def staged(storm: Storm) -> Iterator[Stage]:
             host.start()
             address = host.here
         disk = None
-        if may_mount():
+        if storm.store == "folder" and may_mount():
             disk = Disk(data / "results", DISK_MEGABYTES)
             disk.folder.mkdir()
             undo.enter_context(disk.mounted())
+        clocks = {}
+        if may_step():
+            # PostgreSQL's user must reach them, so they do not lie in our own folder.
+            tower = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="nmri-clock-")))
+            tower.chmod(0o755)
+            named = ("service",) if storm.database == "sqlite" else ("service", "database")
+            clocks = {name: Clock(tower / name) for name in named}
+        times = {name: clock.environment for name, clock in clocks.items()}
         database = (
             Sqlite(data)
             if storm.database == "sqlite"
-            else Postgresql(folder, data, address, free_port())
+            else Postgresql(folder, data, address, free_port(), times.get("database", {}))
         )
         undo.callback(database.kill)
         database.start()
-        broker = Broker(folder, address, free_port())
+        broker = Broker(folder, address, free_port(), times.get("service", {}))
+        own = database.settings
+        if storm.store == "s3":
+            # The calibration and what the storm's own people read come to the bucket straight.
+            own = msgspec.structs.replace(own, **_in(undo.enter_context(bucket())))
+        wires = _wires(own, broker, address)
+        for wire in wires.values():
+            undo.callback(wire.stop)
+            wire.start()
         settings = msgspec.structs.replace(
-            database.settings,
-            redis_url=broker.url,
+            _over(wires, own),
+            redis_url=f"redis://{address}:{wires['broker'].port}/0",
             port=free_port(),
             default_model="tiny",
             pinned_models="tiny",
@@ -152,17 +180,51 @@ def staged(storm: Storm) -> Iterator[Stage]:
             log_format="json",
         )
         tiny = modelstore.add(settings, "tiny", f"folder:{save_tiny_model(folder / 'tiny')}")
-        sessions = databases.sessions(settings)
+        sessions = databases.sessions(own)
         undo.callback(sessions.close)
-        witness = Witness(sessions, settings)
+        witness = Witness(sessions, own)
         witness.install()
-        service = Service(settings, broker, _places(storm, host), folder)
+        service = Service(settings, broker, _places(storm, host), folder, times.get("service", {}))
         undo.enter_context(service)
         # The calibration is measured once, by whoever is first.
         service.wait_until_ready(storm.workers)
         yield Stage(
-            service, database, sessions, witness, keys.scan_queue(tiny.revision), disk, host
+            service,
+            database,
+            sessions,
+            witness,
+            keys.scan_queue(tiny.revision),
+            disk,
+            host,
+            wires,
+            clocks,
         )
+
+
+def _in(store: Bucket) -> dict[str, str]:
+    """Settings of a service whose results are in a bucket."""
+    return {"store_url": store.url("storm"), "store_endpoint": store.endpoint}
+
+
+def _wires(own: Settings, broker: Broker, address: str) -> dict[str, Relay]:
+    """One to each server, by what it serves."""
+    targets = {"broker": broker.port}
+    if own.database_url:
+        targets["database"] = make_url(own.database_url).port or 0
+    if own.store_endpoint:
+        targets["bucket"] = urlsplit(own.store_endpoint).port or 0
+    return {name: Relay(address, free_port(), target) for name, target in targets.items()}
+
+
+def _over(wires: Mapping[str, Relay], own: Settings) -> Settings:
+    """The settings of who reaches the servers over these wires."""
+    changes = {}
+    if wire := wires.get("database"):
+        url = make_url(own.database_url).set(port=wire.port)
+        changes["database_url"] = url.render_as_string(hide_password=False)
+    if wire := wires.get("bucket"):
+        changes["store_endpoint"] = f"http://{wire.address}:{wire.port}"
+    return msgspec.structs.replace(own, **changes)
 
 
 def _places(storm: Storm, host: Host | None) -> list[Place]:
@@ -191,8 +253,12 @@ def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Repor
             stage.database,
             seed=storm.seed,
             queue=stage.queue,
+            store=stage.witness.store,
             disk=stage.disk,
             host=stage.host,
+            wires=stage.wires,
+            clocks=stage.clocks,
+            only=storm.only,
         )
         began = time.monotonic()
         _rage(storm, stage, load, faults, tell)
@@ -200,7 +266,7 @@ def weather(storm: Storm, tell: Callable[[str], None] = lambda _: None) -> Repor
         while _unfinished(stage.witness) != 0 and time.monotonic() - calm < storm.quiet_seconds:
             time.sleep(0.1)
         ended = time.monotonic()
-        verdict, wrong, litter = _look_round(stage, load)
+        verdict, wrong, litter = _look_round(stage, load, faults)
         if wrong:
             tell(f"logs are in {_kept_logs(stage.service, faults)}")
         return Report(
@@ -245,7 +311,7 @@ def _rage(
     faults.settle()
 
 
-def _look_round(stage: Stage, load: Load) -> tuple[Verdict, list[str], Litter]:
+def _look_round(stage: Stage, load: Load, faults: Faults) -> tuple[Verdict, list[str], Litter]:
     """Stop everything, and see what is wrong."""
     service, witness = stage.service, stage.witness
     wrong = [*load.contradictions]
@@ -262,7 +328,7 @@ def _look_round(stage: Stage, load: Load) -> tuple[Verdict, list[str], Litter]:
     witness.tidy()
     wrong += [f"half a file stays: {path}" for path in witness.half_written()]
     wrong += [f"a result that nobody names stays: {path}" for path in witness.orphans()]
-    verdict = witness.verdict(load.accepted)
+    verdict = witness.verdict(load.accepted, faults.spoilt)
     wrong += [*verdict.wrong, *witness.wrong_with_batches(load.batches)]
     return verdict, wrong, litter
 

@@ -6,6 +6,7 @@ Triggers note every move of every job, whoever makes it and by whatever code, wi
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 from uuid import UUID
 
@@ -24,6 +25,8 @@ from neural_mri.contract.jobs import TERMINAL, TRANSITIONS, JobState
 from neural_mri.contract.problems import Gone
 
 __all__ = ("Move", "Witness")
+
+NOTHING_SPOILT: Mapping[str, bytes] = MappingProxyType({})
 
 _NOW = {
     "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
@@ -85,6 +88,8 @@ class Witness:
     def __init__(self, sessions: Sessions, settings: Settings) -> None:
         self._sessions = sessions
         self._settings = settings
+        self.store = storage.open_store(settings)
+        """Where results are, reached straight."""
         self._dialect = sessions.engine.dialect.name
 
     def install(self) -> None:
@@ -129,8 +134,13 @@ class Witness:
             ).scalar_one()
         return found
 
-    def verdict(self, accepted: Iterable[UUID]) -> Verdict:
-        """Whether every accepted job has ended once, as it should, and nothing was left lying about."""
+    def verdict(
+        self, accepted: Iterable[UUID], spoilt: Mapping[str, bytes] = NOTHING_SPOILT
+    ) -> Verdict:
+        """Whether every accepted job has ended once, as it should, and nothing was left lying about.
+
+        `spoilt` is what was left of results that were spoilt, by path: nobody may take it for a result.
+        """
         wrong: list[str] = []
         of_job: defaultdict[UUID, list[Move]] = defaultdict(list)
         for move in self.moves():
@@ -140,7 +150,7 @@ class Witness:
             wrong += _wrong_with(job, moves)
         with self._sessions.reading() as session:
             wrong += _wrong_with_rows(session)
-        wrong += self._wrong_with_results(of_job)
+        wrong += self._wrong_with_results(of_job, spoilt)
         return Verdict(
             states=Counter(moves[-1].is_now.value for moves in of_job.values()),
             wrong=wrong,
@@ -166,8 +176,10 @@ class Witness:
             if len(jobs) != len(set(jobs)):
                 yield f"batch {batch_id} names a job twice"
 
-    def _wrong_with_results(self, of_job: dict[UUID, list[Move]]) -> Iterator[str]:
-        store = storage.open_store(self._settings)
+    def _wrong_with_results(
+        self, of_job: dict[UUID, list[Move]], spoilt: Mapping[str, bytes]
+    ) -> Iterator[str]:
+        store = self.store
         same: dict[str, dict[str, str]] = {}
         ends = {moves[-1].manifest for moves in of_job.values()} - {None}
         for path in sorted(filter(None, ends)):
@@ -176,8 +188,11 @@ class Witness:
                 for table in result.tables:
                     result.bytes_of(table)
             except Gone as error:
-                yield f"{path}: {error}"
+                if path not in spoilt:
+                    yield f"{path}: {error}"
                 continue
+            if path in spoilt and store.get(path) == spoilt[path]:
+                yield f"{path}: was spoilt, and is read all the same"
             manifest = result.manifest
             tables = {ref.name: ref.chunk for ref in manifest.tables}
             if manifest.request.get("canonical") is False:
@@ -204,25 +219,22 @@ class Witness:
         ]
 
     def half_written(self) -> list[Path]:
-        """Files that somebody began to write and did not finish."""
+        """Files that somebody began to write and did not finish: a bucket shows none."""
         return [path for path in self._settings.store_dir.rglob(".*") if path.is_file()]
 
     def orphans(self) -> set[str]:
         """Results in the store that no job names."""
-        root = self._settings.store_dir
-        found = [*root.glob("packed/*.result"), *root.glob("manifests/*.json")]
-        stored = {str(path.relative_to(root)) for path in found}
+        stored = set(leftovers.aged_results(self.store, older_seconds=0.0))
         with self._sessions.reading() as session:
             named = session.execute(text("SELECT manifest FROM jobs WHERE manifest IS NOT NULL"))
             return stored - set(named.scalars())
 
     def tidy(self) -> None:
         """Take away what the reaper does when it is old enough."""
-        store = storage.open_store(self._settings)
-        store.sweep(older_seconds=0.0)
-        found = list(leftovers.aged_results(store, older_seconds=0.0))
+        self.store.sweep(older_seconds=0.0)
+        found = list(leftovers.aged_results(self.store, older_seconds=0.0))
         for path in self._sessions.read(leftovers.left_over, found):
-            store.delete(path)
+            self.store.delete(path)
 
     def told_wrongly(self, redis: SyncRedis, jobs: Iterable[UUID]) -> list[str]:
         """Streams that tell another end than the database, or tell on after it."""
@@ -283,12 +295,18 @@ def _wrong_with(job: UUID, moves: list[Move]) -> Iterator[str]:
 
 
 def _wrong_with_rows(session: Session) -> Iterator[str]:
+    columns = "id, state, attempt, problem"
+
     def rows(where: str) -> list[AnyRow]:
-        return list(session.execute(text(f"SELECT id, state, attempt FROM jobs WHERE {where}")))  # noqa: S608
+        return list(session.execute(text(f"SELECT {columns} FROM jobs WHERE {where}")))  # noqa: S608
 
     for row in rows("finished_at IS NULL"):
         yield f"{row.id} has not ended: {row.state}"
     for row in rows("lease_owner IS NOT NULL AND finished_at IS NOT NULL"):
         yield f"{row.id} has ended and is still held"
+    # Who asks for no more than others fails where memory is made to run out, and of nothing else.
+    said = "state IN ('failed', 'expired') AND problem NOT LIKE '%out-of-memory%'"
+    for row in rows(said):
+        yield f"{row.id} has {row.state}, attempt {row.attempt}, though it asks for nothing wrong: {row.problem}"
     for row in rows("state = 'succeeded' AND manifest IS NULL"):
         yield f"{row.id} has succeeded without a result"

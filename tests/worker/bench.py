@@ -141,7 +141,7 @@ class Bench:
             redis=self.redis,
         )
 
-    def submit(
+    def submission(
         self,
         scan: Scan,
         *,
@@ -150,7 +150,7 @@ class Bench:
         baseline_revision: str | None = None,
         tokens: Tokens | None = None,
         **changes: Any,
-    ) -> Job:
+    ) -> Submission:
         tokens = tokens or (
             Tokens(
                 ids=tuple(range(3, 3 + n_tokens)),
@@ -179,7 +179,11 @@ class Bench:
                 baseline_revision=baseline_revision,
             ),
         }
-        job = self.sessions.write(jobs.submit, Submission(**{**fields, **changes}))
+        return Submission(**{**fields, **changes})
+
+    def submit(self, scan: Scan, **asked: Any) -> Job:
+        """A job as it is recorded, with what `submission` takes."""
+        job = self.sessions.write(jobs.submit, self.submission(scan, **asked))
         # As the API says of whoever does not wait for the answer.
         self.redis.set(keys.watched(job.source), b"1")
         return job

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import structlog
+import torch
 
 from neural_mri.backing import jobs, keys, models, queue, saving, storage, stored
 from neural_mri.backing.database import Sessions
@@ -199,6 +200,7 @@ def test_a_bug_is_an_incident_outside_and_everything_in_the_log(
     [
         MemoryError(),
         RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        torch.AcceleratorError("CUDA error: out of memory"),
     ],
 )
 def test_too_little_memory_is_said_plainly(
@@ -214,6 +216,31 @@ def test_too_little_memory_is_said_plainly(
     assert problem is not None
     assert problem["type"] == "urn:neural-mri:problem:out-of-memory"
     assert "shorter prompt" in problem["detail"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_lost_device_ends_no_job(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """The process ends (`test_chaos`), and who it leaves is tried by another: each alone."""
+
+    def lost(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", lost)
+    sent = [
+        holding_tiny.submit(PROMPT, n_tokens=5, tokens=models_prompt(5, seed=seed))
+        for seed in range(count)
+    ]
+    with pytest.raises(torch.AcceleratorError):
+        holding_tiny.attempts().take(holding_tiny.queue)
+    held = [holding_tiny.now(job) for job in sent]
+    assert [(job.state, job.attempt) for job in held] == [(JobState.RUNNING, 1)] * count
+    monkeypatch.undo()
+    holding_tiny.sessions.write(jobs.reap, max_attempts=3, dead_owners=lambda _: True)
+    taken = [holding_tiny.attempts().take(holding_tiny.queue) for _ in sent]
+    assert taken == [1] * count
+    assert [holding_tiny.now(job).state for job in sent] == [JobState.SUCCEEDED] * count
 
 
 def test_numbers_are_never_stored_under_a_key_that_promises_others(holding_tiny: Bench) -> None:

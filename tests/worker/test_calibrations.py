@@ -1,6 +1,7 @@
 """What scans are read against: measured once, found by everybody, measured again where it was lost."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from neural_mri.backing import keys, storage, stored
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
-from neural_mri.backing.storage import Store
+from neural_mri.backing.storage import NamedBytes, Store, StoreUnavailable, Writing
 from neural_mri.contract.problems import Conflict
 from neural_mri.contract.scan_keys import calibration_key
 from worker import calibrations as module
@@ -18,6 +19,8 @@ from worker.residency import Residency
 from worker.resident import Resident
 from worker.scanner.calibration import Calibration
 from worker.scanner.listening import Cancelled, Silent
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -100,6 +103,56 @@ def test_one_of_other_weights_is_refused(resident: Resident, store: Store) -> No
     )
     with pytest.raises(Conflict, match="not of tiny's"):
         Calibrations(store).of(resident, "e" * 64, Silent())
+
+
+class AwayFor:
+    """A store that does not answer so often."""
+
+    def __init__(self, store: Store, times: int) -> None:
+        self._store = store
+        self.left = times
+
+    def get(self, path: str) -> bytes:
+        return self._answering(lambda: self._store.get(path))
+
+    def get_range(self, path: str, start: int, end: int) -> bytes:
+        return self._answering(lambda: self._store.get_range(path, start, end))
+
+    def begin(self, files: Iterable[NamedBytes]) -> Writing:
+        return self._answering(lambda: self._store.begin(files))
+
+    def _answering(self, call: Callable[[], T]) -> T:
+        if self.left:
+            self.left -= 1
+            raise StoreUnavailable("away")
+        return call()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_store_that_is_away_for_a_moment_costs_no_scan(
+    resident: Resident, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STORE_PAUSE_SECONDS", 0.01)
+    away = AwayFor(store, times=3)
+    assert same(
+        Calibrations(away).of(resident, None, Silent()),
+        Calibrations(store).of(resident, None, Silent()),
+    )
+    assert away.left == 0
+
+
+def test_a_store_that_stays_away_is_said_and_who_stops_does_not_wait_for_it(
+    resident: Resident, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = AwayFor(store, times=10**6)
+    monkeypatch.setattr(module, "STORE_PAUSE_SECONDS", 0.01)
+    with pytest.raises(Cancelled):
+        Calibrations(away).of(resident, None, Impatient())
+    monkeypatch.setattr(module, "STORE_SECONDS", 0.05)
+    with pytest.raises(StoreUnavailable):
+        Calibrations(away).of(resident, None, Silent())
 
 
 class Impatient(Silent):

@@ -22,7 +22,7 @@ from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.jobs import Job, LeaseOwner, Submission
-from neural_mri.backing.rows import BATCHES
+from neural_mri.backing.rows import BATCHES, JOBS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState, Lane
@@ -333,6 +333,26 @@ def test_a_job_that_waited_too_long_is_given_up(
     assert state(sessions, job.id) is JobState.EXPIRED
     [end] = told(client, job.id)
     assert isinstance(end, Ended)
+
+
+def test_a_clock_that_is_put_forward_makes_no_attempt_late_and_one_that_is_late_ends(
+    sessions: Sessions, reaper: Reaper
+) -> None:
+    [job] = submit(sessions)
+    claim(sessions, LeaseOwner.here())
+    reaper.round()
+    with sessions.writing() as session:
+        session.execute(update(JOBS).values(started_at=JOBS.c.started_at - 6000.0))
+    reaper.round()
+    assert state(sessions, job.id) is JobState.CLAIMED
+    with sessions.writing() as session:
+        session.execute(update(JOBS).values(deadline_seconds=0.01))
+
+    def is_expired() -> bool:
+        reaper.round()
+        return state(sessions, job.id) is JobState.EXPIRED
+
+    assert eventually(is_expired)
 
 
 def test_however_many_waited_too_long_a_transaction_ends_some_of_them(
