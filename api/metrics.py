@@ -5,11 +5,11 @@ Labels are routes by their template, models, kinds, lanes: never an id, a user o
 
 from collections import Counter as Counted
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from neural_mri.backing.events import WorkerBeat
 from neural_mri.backing.records import Job
@@ -93,6 +93,8 @@ class Now(NamedTuple):
     workers: Sequence[WorkerBeat] | None
     """Those heard of lately."""
     readers: int
+    deleted: Mapping[str, int] | None = None
+    """How much, by what it was and why: `job:age`."""
 
     def collect(self) -> Iterator[Metric]:
         """As gauges."""
@@ -108,6 +110,15 @@ class Now(NamedTuple):
                 "neural_mri_workers", "Workers heard of lately", value=len(self.workers)
             )
             yield _copies(self.workers)
+        if self.deleted is not None:
+            deleted = CounterMetricFamily(
+                "neural_mri_deleted",
+                "Jobs, batches and results deleted: because somebody asked, for their age, or needed no more",
+                labels=("what", "why"),
+            )
+            for name, count in sorted(self.deleted.items()):
+                deleted.add_metric(name.split(":"), count)
+            yield deleted
         yield from self._of_lanes()
 
     def _of_lanes(self) -> Iterator[Metric]:

@@ -1,7 +1,7 @@
 """What a session is to hold, resolved: scans by their jobs become scans by their results' hashes.
 
-A result's manifest is copied under its own hash, and so are tables that stand in the job's file, so that a
-session needs neither the job's row nor that file: to open one takes the database and the store, and nothing that
+A result's manifest is copied under its own hash, and so are tables that stand in the job's files, so that a
+session needs neither the job's row nor those files: to open one takes the database and the store, and nothing that
 computes.
 """
 
@@ -22,7 +22,7 @@ from neural_mri.backing.sessions import Opened, Saved, Waiting
 from neural_mri.backing.storage import Damaged, NamedBytes, Store, put_together
 from neural_mri.backing.stored import StoredResult
 from neural_mri.contract.archives import result_digest
-from neural_mri.contract.jobs import TERMINAL, JobState
+from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
 from neural_mri.contract.problems import (
     Gone,
     ProblemDocument,
@@ -47,11 +47,13 @@ __all__ = (
     "add_scan",
     "arriving",
     "content_of",
+    "keeping_sessions",
     "kept",
     "opened_at",
     "put_result",
     "saved_scan",
     "settle_all",
+    "settle_job",
     "tell_saved",
 )
 
@@ -90,6 +92,10 @@ def _keep(store: Store, result: StoredResult) -> Kept | None:
     if not result.is_whole():
         return None
     kept = Kept(result_digest(result.body), result.body, result.manifest)
+    for table in result.tables:
+        by_hash = keys.chunk_path(table.ref.chunk)
+        if table.path not in (result.path, by_hash):
+            store.copy(table.path, by_hash)
     put_result(store, kept.digest, kept.body, _copied(result))
     return kept
 
@@ -262,6 +268,29 @@ async def settle_all(services: Services, owner: str) -> None:
         job = await services.sessions.read(jobs.get, waiting.job_id)
         if _still_waits(await settle(services, waiting, job)):
             return
+
+
+async def settle_job(services: Services, job: Job) -> None:
+    """Add a scan that has ended to whichever sessions it was on its way to. Raises `Unavailable` where it cannot be read now."""
+    for waiting in await services.sessions.read(sessions.awaiting, job.id):
+        if _still_waits(await settle(services, waiting, job)):
+            raise Unavailable(
+                f"session {waiting.session_id} waits for the result of job {job.id}, which cannot be read now: "
+                "try again",
+                job=str(job.id),
+                session=str(waiting.session_id),
+            )
+
+
+async def keeping_sessions(services: Services, job: Job) -> tuple[UUID, ...]:
+    """The caller's sessions that keep a job's result. Raises `Unavailable` where it cannot be read now."""
+    if job.kind is not JobKind.SCAN or job.manifest is None:
+        return ()
+    try:
+        digest = await reading(services, job, lambda result: result_digest(result.body))
+    except Gone:
+        return ()  # it was lost before
+    return tuple(await services.sessions.read(sessions.keeping, services.caller.user, digest))
 
 
 async def settle(services: Services, waiting: Waiting, job: Job | None) -> Arrival | None:

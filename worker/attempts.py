@@ -31,6 +31,7 @@ from neural_mri.backing.queue import take_back_tickets
 from neural_mri.backing.saving import SavedResult, Saving, Unsaved
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import Store, StoreUnavailable
+from neural_mri.backing.stored import discard
 from neural_mri.backing.tracing import Span
 from neural_mri.contract.events import Artifact
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
@@ -434,7 +435,7 @@ class Attempts:
     def _take_away(self, path: str) -> None:
         """Forget a result that no row names; where the store is away it is left behind."""
         try:
-            self._store.delete(path)
+            discard(self._store, path)
         except Unavailable as error:
             log.warning("result_left_behind", path=path, error=str(error))
 
@@ -606,7 +607,7 @@ def _logged(job: Job) -> AbstractContextManager[None]:
 
 def _manifest_path(job: Job) -> str:
     """Where the manifest of the attempt that holds the job stands, unless its result is one file."""
-    return keys.manifest_path(job.id, job.attempt)
+    return keys.pieces_path(job.id, job.attempt)
 
 
 def _counting(reporter: Reporter, total: int) -> Callable[[TableRef], None]:

@@ -156,7 +156,7 @@ def submit(
     """
     row = _row(submission, job_id or new_id())
     found = _standing(session, submission)
-    if found.manifest is not None:
+    if _is_held(session, submission, found.manifest):
         return _born_succeeded(session, row, found.manifest)
     if usual is not NO_LIMITS:
         limits.check(session, submission.owner, usual)
@@ -174,7 +174,7 @@ def submit(
             row |= {"leader": leader.work, "virtual_finish": None}
         else:  # it has just ended, or has been asked to stop
             found = _standing(session, submission)
-    if found.manifest is not None:
+    if _is_held(session, submission, found.manifest):
         return _born_succeeded(session, row, found.manifest)
     return Job.of_row(_run(session, statements.INSERT, row).one())
 
@@ -194,7 +194,7 @@ def submit_many(
     clocks = _clocks(session, submissions)
     # From here on nobody else submits to these queues: what is found now stays so.
     keys = {submission.scan_key for submission in submissions if submission.scan_key}
-    known = known_results(session, keys)
+    known = known_results(session, keys, hold=True)
     under_way = _keys_among(session, statements.KEYS_UNDER_WAY, keys)
     waiting = [each for each in submissions if each.scan_key not in known]
     if waiting and usual is not NO_LIMITS:
@@ -280,17 +280,33 @@ def add_cancelled(session: Session, promised: Mapping[UUID, Submission]) -> None
     session.connection().execute(statements.ADD_FINISHED, rows)
 
 
-def known_results(session: Session, keys: Iterable[str]) -> dict[str, str]:
-    """The manifests of the newest usable results of scan keys."""
+def known_results(session: Session, keys: Iterable[str], *, hold: bool = False) -> dict[str, str]:
+    """The manifests of the newest usable results of scan keys; if they are to be named, held by who names them."""
     rows = _chunked(session, statements.KNOWN_RESULTS, keys)
-    return {row.scan_key: row.manifest for row in rows}
+    newest = {row.scan_key: row for row in rows}
+    if hold and session.get_bind().dialect.name == "postgresql":
+        ids = {row.id for row in newest.values()}
+        held = {row.id for row in _chunked(session, statements.HOLD_JOBS, ids)}
+        newest = {key: row for key, row in newest.items() if row.id in held}
+    return {key: row.manifest for key, row in newest.items()}
+
+
+def _is_held(session: Session, submission: Submission, manifest: str | None) -> bool:
+    """Whether a result that was found may be named: a job that names it stays until the new one is there.
+
+    One that is deleted just now is waited for, and then there is none. On SQLite nobody else writes meanwhile.
+    """
+    if manifest is None or session.get_bind().dialect.name == "sqlite":
+        return manifest is not None
+    held = {"key": submission.scan_key, "path": manifest}
+    return _run(session, statements.HOLD_RESULT, held).one_or_none() is not None
 
 
 def _keys_among(session: Session, statement: Executable, keys: Iterable[str]) -> set[str]:
     return {row.scan_key for row in _chunked(session, statement, keys)}
 
 
-def _chunked(session: Session, statement: Executable, keys: Iterable[str]) -> Iterator[AnyRow]:
+def _chunked(session: Session, statement: Executable, keys: Iterable[Any]) -> Iterator[AnyRow]:
     """Rows for keys, so many at a time as every database takes parameters."""
     wanted = iter(sorted(keys))
     while some := tuple(islice(wanted, 500)):

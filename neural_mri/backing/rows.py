@@ -30,6 +30,7 @@ __all__ = (
     "AUDIT",
     "BATCHES",
     "BATCH_LINES",
+    "DISCARDS",
     "IDEMPOTENCY_KEYS",
     "JOBS",
     "LOGINS",
@@ -37,6 +38,7 @@ __all__ = (
     "MODEL_COSTS",
     "QUEUE_CLOCKS",
     "RESIDENCES",
+    "SPENT",
     "USERS",
     "ApiKeyRow",
     "AuditRow",
@@ -200,6 +202,35 @@ class QueueClockRow(Base):
 
     queue: Mapped[str] = mapped_column(String(64), primary_key=True)
     virtual_clock: Mapped[float]
+
+
+class DiscardRow(Base):
+    """What a deleted job may have left in the store. Only `backing.deletion` writes here."""
+
+    __tablename__ = "discards"
+    __table_args__ = (Index("ix_discards_deleted", "deleted_at"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    """The job's."""
+    work: Mapped[UUID]
+    """The id under which workers knew it."""
+    attempts: Mapped[int]
+    manifest: Mapped[str | None] = mapped_column(String(200))
+    scan_key: Mapped[str | None] = mapped_column(String(64))
+    deleted_at: Mapped[float]
+
+
+class SpentRow(Base):
+    """What a deleted job had computed, for as long as a day's limit counts it."""
+
+    __tablename__ = "spent"
+    __table_args__ = (Index("ix_spent_usage", "owner", "finished_at"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    """The job's."""
+    owner: Mapped[str] = mapped_column(String(200))
+    finished_at: Mapped[float]
+    seconds: Mapped[float]
 
 
 class IdempotencyKeyRow(Base):
@@ -472,6 +503,8 @@ class ShareRow(Base):
 
 
 JOBS = Base.metadata.tables["jobs"]
+DISCARDS = Base.metadata.tables["discards"]
+SPENT = Base.metadata.tables["spent"]
 QUEUE_CLOCKS = Base.metadata.tables["queue_clocks"]
 MODELS = Base.metadata.tables["models"]
 RESIDENCES = Base.metadata.tables["residences"]

@@ -51,6 +51,7 @@ __all__ = (
     "append",
     "arrivals",
     "arrived",
+    "awaiting",
     "change",
     "create",
     "decode_document",
@@ -59,6 +60,7 @@ __all__ = (
     "find",
     "fork",
     "holds",
+    "keeping",
     "kept_results",
     "opened",
     "page",
@@ -497,6 +499,17 @@ def holds(session: Session, session_id: UUID, result: str) -> bool:
     return _run(session, wanted).one_or_none() is not None
 
 
+def keeping(session: Session, owner: str, result: str) -> list[UUID]:
+    """Sessions of an owner some revision of which names the result, those made first before others."""
+    wanted = (
+        select(_session.id)
+        .select_from(SESSION_RESULTS.join(SESSIONS, _session.id == _result.session_id))
+        .where(_result.digest == result, _session.owner == owner)
+        .order_by(_session.created_at, _session.id)
+    )
+    return list(_run(session, wanted).scalars())
+
+
 def kept_results(session: Session) -> frozenset[str]:
     """Every result that some session names: whoever sweeps the store leaves these and their tables."""
     return frozenset(_run(session, select(_result.digest).distinct()).scalars())
@@ -535,6 +548,12 @@ def arrivals(session: Session, session_id: UUID) -> list[Waiting]:
     """Scans on their way into a session, in the order in which they were added; and such as were refused."""
     rows = _run(session, _WAITING.where(_arrival.session_id == session_id))
     return [_waiting(row) for row in rows]
+
+
+def awaiting(session: Session, job_id: UUID) -> list[Waiting]:
+    """Sessions that a scan is on its way into."""
+    wanted = _WAITING.where(_arrival.job_id == job_id, _arrival.problem.is_(None))
+    return [_waiting(row) for row in _run(session, wanted)]
 
 
 def arrived(session: Session, owner: str) -> list[Waiting]:

@@ -210,7 +210,7 @@ class Witness:
     def orphans(self) -> set[str]:
         """Results in the store that no job names."""
         root = self._settings.store_dir
-        found = [*root.glob("packed/*.result"), *root.glob("manifests/*.json")]
+        found = [*root.glob("packed/*.result"), *root.glob("pieces/*.json")]
         stored = {str(path.relative_to(root)) for path in found}
         with self._sessions.reading() as session:
             named = session.execute(text("SELECT manifest FROM jobs WHERE manifest IS NOT NULL"))
@@ -275,9 +275,7 @@ def _wrong_with(job: UUID, moves: list[Move]) -> Iterator[str]:
     own = end.was is not None and end.was is not JobState.QUEUED
     if end.is_now is JobState.SUCCEEDED and own:
         work = end.leader or job
-        own_paths = [
-            path_of(work, end.attempt) for path_of in (keys.packed_path, keys.manifest_path)
-        ]
+        own_paths = keys.Attempt(work, end.attempt).results
         if end.manifest not in own_paths:
             yield f"{job} was published by another attempt: {end.manifest}, none of {own_paths}"
 

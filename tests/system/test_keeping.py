@@ -153,8 +153,8 @@ def test_exported_wiped_and_imported_a_session_has_the_same_hashes(
             if table.name.startswith(("session", "shares", "batch", "jobs", "idempotency")):
                 session.execute(delete(table))
     sessions.close()
-    for folder in ("chunks", "kept", "manifests", "packed"):
-        shutil.rmtree(service.settings.store_dir / folder, ignore_errors=folder == "manifests")
+    for folder in ("chunks", "kept", "packed"):
+        shutil.rmtree(service.settings.store_dir / folder)
     with broker.connect(service.settings) as redis:
         redis.flushall()
     back = mri.sessions.import_file(file)

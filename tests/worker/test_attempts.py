@@ -122,8 +122,8 @@ def test_a_stale_attempt_cannot_publish(holding_tiny: Bench) -> None:
     holding_tiny.attempts(store).take(holding_tiny.queue)
     now = holding_tiny.now(job)
     assert (now.state, now.attempt, now.lease_owner) == (JobState.CLAIMED, 2, ELSEWHERE)
-    for path_of in (keys.packed_path, keys.manifest_path):
-        assert not holding_tiny.store.exists(path_of(job.id, 1))
+    for path in keys.Attempt(job.id, 1).results:
+        assert not holding_tiny.store.exists(path)
     story = holding_tiny.told(job.id)
     assert not any(isinstance(event, Ended | Artifact) for event in story)
 
