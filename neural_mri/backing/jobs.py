@@ -13,7 +13,7 @@ over its lane's weight. The queue is where the job last claimed from it starts. 
 A scan that is under way already is not run again: see `following`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from types import MappingProxyType
@@ -48,6 +48,7 @@ __all__ = (
     "cancel_waiting",
     "claim",
     "expire",
+    "found",
     "get",
     "known_results",
     "queue_of_short",
@@ -388,6 +389,12 @@ def withdraw_result(session: Session, manifest: str) -> None:
 def get(session: Session, job_id: UUID) -> Job | None:
     """The job of that id."""
     return _job_of(_run(session, statements.GET, {"job_id": job_id}))
+
+
+def found(session: Session, job_ids: Collection[UUID]) -> dict[UUID, Job]:
+    """Those of the jobs that are there."""
+    rows = _chunked(session, statements.GET_ALL, job_ids)
+    return {row.id: Job.of_row(row) for row in rows}
 
 
 def recent(

@@ -5,8 +5,9 @@ latest. Who saves says which revision they had read: where another has been save
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -46,6 +47,7 @@ __all__ = (
     "Opened",
     "Saved",
     "Settled",
+    "Settling",
     "Waiting",
     "add_arrival",
     "append",
@@ -67,6 +69,7 @@ __all__ = (
     "revisions",
     "save",
     "settle",
+    "settle_all",
     "unknown",
 )
 
@@ -126,6 +129,15 @@ class Waiting(NamedTuple):
     """Why it joins no more."""
 
 
+class Settling(NamedTuple):
+    """A scan that was on its way and has arrived, or joins no more."""
+
+    waiting: Waiting
+    scan: SavedScan | None
+    problem: ProblemDocument | None = None
+    """Why it does not join, where that is to be told."""
+
+
 class Settled(NamedTuple):
     """What became of a scan that was on its way."""
 
@@ -134,6 +146,11 @@ class Settled(NamedTuple):
     saved: Saved | None = None
     problem: ProblemDocument | None = None
     """Why it does not join."""
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether nothing is left to be told of it."""
+        return self.is_ours and self.problem is None
 
 
 def encode_document(document: SessionDocument) -> bytes:
@@ -332,12 +349,10 @@ def append(
     *,
     author: str,
     job_id: UUID | None = None,
-    reserved: bool = False,
 ) -> Saved:
     """Add a scan to whatever the session holds: nobody's save stands in the way of it.
 
-    `job_id` is whose result it is: why that could not join before is told no more. `reserved` says that it had a
-    place kept for it, as scans on their way have. Raises `UnknownSession`, and `LimitReached` where there is no room.
+    `job_id` is whose result it is: why that could not join before is told no more. Raises `UnknownSession`, and `LimitReached` where there is no room.
     """
     row = _row(session, session_id, lock=True)
     if row is None:
@@ -345,27 +360,31 @@ def append(
     document = decode_document(opened(session, session_id, row.head).document)
     is_there = any(each.result == scan.result for each in document.scans)
     if not is_there:
-        _check_room(session, row, reserved=reserved)
+        _check_room(session, row)
     if job_id is not None:
         mine = (_arrival.session_id == session_id) & (_arrival.job_id == job_id)
         _run(session, delete(SESSION_ARRIVALS).where(mine))
     if is_there:
         return Saved(_view(row), is_new=False)
     grown = msgspec.structs.replace(document, scans=(*document.scans, scan))
-    return _save(session, row, grown, author, f"Added {scan.label or scan.kind.value}")
+    return _save(session, row, grown, author, _said_of([scan]))
 
 
-def _check_room(session: Session, row: AnyRow, *, reserved: bool) -> None:
+def _check_room(session: Session, row: AnyRow) -> None:
     """Whether a scan may join a session whose row is locked. Raises `LimitReached`."""
     waiting = select(func.count()).where(_arrival.session_id == row.id, _arrival.problem.is_(None))
-    coming: int = 0 if reserved else _run(session, waiting).scalar_one()
+    coming: int = _run(session, waiting).scalar_one()
     if row.scans + coming >= MOST_SCANS:
-        on_their_way = f", and {coming} are on their way" if coming else ""
-        raise LimitReached(
-            f"session {row.id} holds {row.scans} scans{on_their_way}: {MOST_SCANS} is as many as one can "
-            "hold",
-            limit=MOST_SCANS,
-        )
+        raise _full(row, coming)
+
+
+def _full(row: AnyRow, coming: int = 0) -> LimitReached:
+    on_their_way = f", and {coming} are on their way" if coming else ""
+    return LimitReached(
+        f"session {row.id} holds {row.scans} scans{on_their_way}: {MOST_SCANS} is as many as one can "
+        "hold",
+        limit=MOST_SCANS,
+    )
 
 
 def change(
@@ -531,7 +550,7 @@ def add_arrival(session: Session, waiting: Waiting) -> None:
     )
     if _run(session, noted).one_or_none() is not None:
         return
-    _check_room(session, row, reserved=False)
+    _check_room(session, row)
     values = {**waiting._asdict(), "problem": None, "created_at": epoch()}
     _run(session, insert(SESSION_ARRIVALS).values(**values))
 
@@ -572,6 +591,20 @@ def _waiting(row: AnyRow) -> Waiting:
     return Waiting(row.session_id, row.job_id, row.author, row.label, problem)
 
 
+def settle_all(session: Session, arrived: Iterable[Settling]) -> list[Settled]:
+    """`settle` several, in the order in which they were given.
+
+    Those of one session and author that come one after another are one revision.
+    """
+    numbered = list(enumerate(arrived))
+    # Sessions in one order, so that two who do the same never wait for each other.
+    numbered.sort(key=lambda each: (each[1].waiting.session_id, each[0]))
+    settled: dict[int, Settled] = {}
+    for session_id, some in groupby(numbered, lambda each: each[1].waiting.session_id):
+        settled |= _settle_session(session, session_id, dict(some))
+    return [settled[number] for number in sorted(settled)]
+
+
 def settle(
     session: Session,
     waiting: Waiting,
@@ -579,25 +612,72 @@ def settle(
     problem: ProblemDocument | None = None,
 ) -> Settled:
     """Add a scan that was on its way; or wait for it no longer, and remember why where there is a problem."""
-    mine = (_arrival.session_id == waiting.session_id) & (_arrival.job_id == waiting.job_id)
-    row = _row(session, waiting.session_id, lock=True)
+    [settled] = settle_all(session, [Settling(waiting, scan, problem)])
+    return settled
+
+
+def _settle_session(
+    session: Session, session_id: UUID, arrived: Mapping[int, Settling]
+) -> dict[int, Settled]:
+    """`settle_all` of one session, by the numbers that were given."""
+    settled = dict.fromkeys(arrived, Settled(is_ours=False))
+    row = _row(session, session_id, lock=True)
+    jobs = {each.waiting.job_id for each in arrived.values()}
+    mine = (_arrival.session_id == session_id) & _arrival.job_id.in_(jobs)
     still = select(_arrival.job_id).where(mine, _arrival.problem.is_(None))
-    if row is None or _run(session, still).one_or_none() is None:
-        return Settled(is_ours=False)
-    saved = None
-    if scan is not None:
-        try:
-            saved = append(session, row.id, scan, author=waiting.author, reserved=True)
-        except LimitReached as full:
-            problem = full.document()
-    if problem is None:
-        _run(session, delete(SESSION_ARRIVALS).where(mine))
-    else:
-        why = msgspec.json.encode(problem).decode()
-        # From now on it is told for a while, and others are not any more.
-        _run(session, update(SESSION_ARRIVALS).where(mine).values(problem=why, created_at=epoch()))
-        _run(session, delete(SESSION_ARRIVALS).where(_arrival.session_id == row.id, ~_IS_TOLD))
-    return Settled(is_ours=True, saved=saved, problem=problem)
+    ours = set(_run(session, still).scalars())
+    if row is None or not ours:
+        return settled
+    awaited = [each for each in arrived.items() if each[1].waiting.job_id in ours]
+    for author, some in groupby(awaited, lambda each: each[1].waiting.author):
+        settled |= _join(session, session_id, author, dict(some))
+    # From now on why a scan does not join is told for a while, and of others it is not any more.
+    joined = {arrived[number].waiting.job_id for number, each in settled.items() if each.is_joined}
+    gone = mine & _arrival.job_id.in_(joined)
+    _run(session, delete(SESSION_ARRIVALS).where(gone))
+    for number, each in settled.items():
+        if each.is_ours and each.problem is not None:
+            why = msgspec.json.encode(each.problem).decode()
+            that = mine & (_arrival.job_id == arrived[number].waiting.job_id)
+            told = update(SESSION_ARRIVALS).where(that)
+            _run(session, told.values(problem=why, created_at=epoch()))
+    if joined != ours:
+        _run(session, delete(SESSION_ARRIVALS).where(_arrival.session_id == session_id, ~_IS_TOLD))
+    return settled
+
+
+def _join(
+    session: Session, session_id: UUID, author: str, arrived: Mapping[int, Settling]
+) -> dict[int, Settled]:
+    """Add what one author's scans measured to a session that is locked, by one revision."""
+    row = _row(session, session_id)
+    if row is None:
+        raise unknown(session_id)
+    document = decode_document(opened(session, session_id, row.head).document)
+    there = {scan.result for scan in document.scans}
+    settled: dict[int, Settled] = {}
+    added: list[SavedScan] = []
+    for number, (_, scan, problem) in arrived.items():
+        if scan is None:
+            settled[number] = Settled(is_ours=True, problem=problem)
+        elif scan.result not in there and len(there) >= MOST_SCANS:
+            settled[number] = Settled(is_ours=True, problem=_full(row).document())
+        else:
+            added += () if scan.result in there else (scan,)
+            there.add(scan.result)
+    saved = Saved(_view(row), is_new=False)
+    if added:
+        grown = msgspec.structs.replace(document, scans=(*document.scans, *added))
+        saved = _save(session, row, grown, author, _said_of(added))
+    joined = Settled(is_ours=True, saved=saved)
+    return {number: settled.get(number, joined) for number in arrived}
+
+
+def _said_of(added: Sequence[SavedScan]) -> str:
+    """The message of a revision that adds scans."""
+    if len(added) > 1:
+        return f"Added {len(added)} scans"
+    return f"Added {added[0].label or added[0].kind.value}"
 
 
 def _view(row: AnyRow) -> SessionView:

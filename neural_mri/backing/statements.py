@@ -168,6 +168,9 @@ MOVE_CLOCK = (
 GET = select(*_job).where(_job.id == bindparam("job_id"))
 """Parameter: job_id."""
 
+GET_ALL = select(*_job).where(_job.id.in_(bindparam("keys", expanding=True)))
+"""Parameter: keys."""
+
 MADE = select(*_job).where(
     or_(_job.id == bindparam("job_id"), _job.leader == bindparam("job_id")),
     _job.attempt == bindparam("held_attempt"),
