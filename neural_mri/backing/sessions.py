@@ -305,20 +305,38 @@ def save(
 ) -> Saved:
     """Write a revision over the one that was read, or over whatever is there; none where nothing has changed.
 
-    Raises `PreconditionFailed`, which names the latest, where that is another by now.
+    Scans that have come to it since are nobody's edit: they stay, behind those that are saved. Raises
+    `PreconditionFailed`, which names the latest, where anything else is another by now.
     """
     row = _row(session, session_id, lock=True)
     if row is None:
         raise unknown(session_id)
     if over is not None and row.head != over:
-        raise PreconditionFailed(
-            f"session {session_id} stands at revision {row.head} (number {row.revision}) by now, and "
-            f"not at {over[:80]}: read it, and save over that",
-            session=str(session_id),
-            head=row.head,
-            number=row.revision,
-        )
+        added = _added_since(session, row, over)
+        named = {scan.result for scan in content.scans}
+        scans = (*content.scans, *(scan for scan in added or () if scan.result not in named))
+        if added is None or len(scans) > MOST_SCANS:
+            raise PreconditionFailed(
+                f"session {session_id} stands at revision {row.head} (number {row.revision}) by now, and "
+                f"not at {over[:80]}: read it, and save over that",
+                session=str(session_id),
+                head=row.head,
+                number=row.revision,
+            )
+        content = msgspec.structs.replace(content, scans=scans)
     return _save(session, row, content, author, message)
+
+
+def _added_since(session: Session, row: AnyRow, over: str) -> tuple[SavedScan, ...] | None:
+    """Scans that were added behind those of a revision; None where something else was changed, or there is no such."""
+    try:
+        before = decode_document(opened(session, row.id, over).document)
+    except UnknownRevision:
+        return None
+    now = decode_document(opened(session, row.id, row.head).document)
+    count = len(before.scans)
+    as_it_was = msgspec.structs.replace(now, parent=before.parent, scans=now.scans[:count])
+    return now.scans[count:] if as_it_was == before else None
 
 
 def _save(
