@@ -218,6 +218,7 @@ def fill(session: Session, batch_id: UUID, some: Sequence[Line]) -> None:
             "repeats": line.repeats,
             "problem": None if line.problem is None else msgspec.json.encode(line.problem).decode(),
             "wanted": None if line.submission is None else feeding.kept(line.submission),
+            "queue": None if line.submission is None else line.submission.queue,
         }
         for line in missing
     ]

@@ -61,7 +61,6 @@ __all__ = (
     "submit",
     "submit_many",
     "submit_once",
-    "unfinished",
     "withdraw_result",
 )
 
@@ -127,18 +126,21 @@ def submit_once(
     max_queued: int = 10_000,
     usual: Limits = NO_LIMITS,
     is_anew: bool = False,
+    briefly: bool = False,
 ) -> Submitted:
     """Record a job, unless the submission's Idempotency-Key has made one: then that.
 
     `is_anew` makes another in place of one whose result is lost. Raises `IdempotencyKeyReused`, and as
-    `submit` does.
+    `submit` does; `briefly` says that it must take no longer than a few rows found by their keys, or raise `NotBrief`.
     """
     job_id = new_id()
     made = idempotency.job_made_by(session, submission, job_id, is_anew=is_anew)
     known = None if made is None else get(session, made)
     if known is not None:
         return Submitted(known, is_new=False)
-    job = submit(session, submission, max_queued=max_queued, usual=usual, job_id=job_id)
+    job = submit(
+        session, submission, max_queued=max_queued, usual=usual, job_id=job_id, briefly=briefly
+    )
     return Submitted(job, is_new=True)
 
 
@@ -149,6 +151,7 @@ def submit(
     max_queued: int = 10_000,
     usual: Limits = NO_LIMITS,
     job_id: UUID | None = None,
+    briefly: bool = False,
 ) -> Job:
     """Record a job; one whose result exists is born succeeded.
 
@@ -160,7 +163,7 @@ def submit(
     if _is_held(session, submission, found.manifest):
         return _born_succeeded(session, row, found.manifest)
     if usual is not NO_LIMITS:
-        limits.check(session, submission.owner, usual)
+        limits.check(session, submission.owner, usual, briefly=briefly)
     dialect = session.get_bind().dialect.name
     if found.clock is None or dialect != "sqlite":
         # From here on submissions to this queue take turns, as on SQLite from the transaction's beginning: of
@@ -265,14 +268,6 @@ def _check_queued(unfinished: int, count: int, max_queued: int) -> None:
             unfinished=unfinished,
             limit=max_queued,
         )
-
-
-def unfinished(session: Session) -> int:
-    """How many jobs have not ended."""
-    nowhere = _Flow("", "", Lane.INTERACTIVE)
-    found = _run(session, statements.UNFINISHED_AND_OWNER_FINISH, nowhere._asdict()).one()
-    count: int = found.unfinished
-    return count
 
 
 def add_cancelled(session: Session, promised: Mapping[UUID, Submission]) -> None:

@@ -25,8 +25,9 @@ __all__ = (
     "DAY_SECONDS",
     "NO_LIMITS",
     "Limits",
+    "NotBrief",
     "check",
-    "room",
+    "most_jobs",
     "set_limits",
     "usage",
     "users",
@@ -75,6 +76,10 @@ _LEAVING = union_all(
 ).order_by("leaves_in")
 
 
+class NotBrief(Exception):
+    """The user has a limit that takes more to look at than a few rows: nothing was done."""
+
+
 class Limits(NamedTuple):
     """Bounds of one user; 0 is none."""
 
@@ -104,9 +109,17 @@ def _limits(session: Session, user: str, usual: Limits, *, lock: bool = False) -
     )
 
 
-def check(session: Session, user: str, usual: Limits, *, count: int = 1) -> None:
-    """Whether the user may submit so many jobs more. Raises `TooMany`, which says when to try again."""
+def check(
+    session: Session, user: str, usual: Limits, *, count: int = 1, briefly: bool = False
+) -> None:
+    """Whether the user may submit so many jobs more. Raises `TooMany`, which says when to try again.
+
+    What somebody has computed within a day is summed up over all of their jobs of it: asked `briefly`, this raises
+    `NotBrief` instead.
+    """
     limits = _limits(session, user, usual, lock=True)
+    if briefly and limits.daily_seconds:
+        raise NotBrief
     if limits.max_jobs:
         in_flight: int = _run(session, _IN_FLIGHT, user).scalar_one()
         if in_flight + count > limits.max_jobs:
@@ -130,15 +143,12 @@ def check(session: Session, user: str, usual: Limits, *, count: int = 1) -> None
             )
 
 
-def room(session: Session, user: str, usual: Limits, share: float) -> int | None:
-    """How many jobs more the user may have, of those that fill a share of the limit alone; None: any number."""
+def most_jobs(session: Session, user: str, usual: Limits) -> int | None:
+    """How many jobs the user may have under way: none after a day's work, None for any number."""
     limits = _limits(session, user, usual, lock=True)
     if limits.daily_seconds and _seconds(session, user) >= limits.daily_seconds:
         return 0
-    if not limits.max_jobs:
-        return None
-    in_flight: int = _run(session, _IN_FLIGHT, user).scalar_one()
-    return max(1, int(limits.max_jobs * share)) - in_flight
+    return limits.max_jobs or None
 
 
 def _seconds(session: Session, user: str) -> float:

@@ -401,6 +401,14 @@ class BatchLineRow(Base):
             sqlite_where=_WAITING,
             postgresql_where=_WAITING,
         ),
+        Index(
+            "ix_batch_lines_queues",
+            "batch_id",
+            "queue",
+            "line",
+            sqlite_where=_WAITING,
+            postgresql_where=_WAITING,
+        ),
     )
 
     batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id"), primary_key=True)
@@ -413,6 +421,8 @@ class BatchLineRow(Base):
     """JSON, as RFC 9457 has it."""
     wanted: Mapped[str | None]
     """JSON of the job to be, of a line that waits for room."""
+    queue: Mapped[str | None] = mapped_column(String(64))
+    """Where that will wait; NULL of a line that an older release has recorded."""
 
 
 class SessionRow(Base):
