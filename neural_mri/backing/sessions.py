@@ -185,8 +185,9 @@ def create(session: Session, made: Made) -> SessionView:
         **_of_document(made.name, digest, document),
     }
     row = _run(session, insert(SESSIONS).values(values).returning(*_session)).one()
-    _write_revision(session, session_id, 1, digest, made.document, made.author, made.message)
-    _keep(session, session_id, {scan.result for scan in document.scans})
+    first = _Revisions()
+    first.add(session_id, 1, digest, made.document, document, made.author, made.message)
+    first.write(session)
     return _view(row)
 
 
@@ -224,35 +225,45 @@ def _texts(value: Any) -> Iterator[str]:
                 yield from _texts(inner)
 
 
-def _write_revision(
-    session: Session,
-    session_id: UUID,
-    number: int,
-    digest: str,
-    document: bytes,
-    author: str,
-    message: str,
-) -> None:
-    _run(
-        session,
-        insert(SESSION_REVISIONS).values(
-            session_id=session_id,
-            number=number,
-            digest=digest,
-            document=document.decode(),
-            author=author,
-            message=message,
-            created_at=epoch(),
-        ),
-    )
+class _Revisions:
+    """Revisions, and the results that they keep, to be written together."""
 
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._kept: dict[tuple[UUID, str], None] = {}
 
-def _keep(session: Session, session_id: UUID, results: Iterable[str]) -> None:
-    rows = [{"session_id": session_id, "digest": digest} for digest in sorted(results)]
-    if rows:
-        is_postgresql = session.get_bind().dialect.name == "postgresql"
-        insert_or = postgresql.insert if is_postgresql else sqlite.insert
-        session.connection().execute(insert_or(SESSION_RESULTS).on_conflict_do_nothing(), rows)
+    def add(
+        self,
+        session_id: UUID,
+        number: int,
+        digest: str,
+        body: bytes,
+        document: SessionDocument,
+        author: str,
+        message: str,
+    ) -> None:
+        self._rows.append(
+            {
+                "session_id": session_id,
+                "number": number,
+                "digest": digest,
+                "document": body.decode(),
+                "author": author,
+                "message": message,
+            }
+        )
+        self._kept |= dict.fromkeys((session_id, scan.result) for scan in document.scans)
+
+    def write(self, session: Session) -> None:
+        """The sessions must be there."""
+        run = session.connection().execute
+        if self._rows:
+            run(insert(SESSION_REVISIONS).values(created_at=epoch()), self._rows)
+        if self._kept:
+            is_postgresql = session.get_bind().dialect.name == "postgresql"
+            insert_or = postgresql.insert if is_postgresql else sqlite.insert
+            rows = [{"session_id": each, "digest": digest} for each, digest in sorted(self._kept)]
+            run(insert_or(SESSION_RESULTS).on_conflict_do_nothing(), rows)
 
 
 def find(session: Session, session_id: UUID) -> SessionView | None:
@@ -345,19 +356,31 @@ def _save(
     before = decode_document(opened(session, row.id, row.head).document)
     if msgspec.structs.replace(content, parent=before.parent) == before:
         return Saved(_view(row), is_new=False)
+    revisions = _Revisions()
+    after = _advance(session, row, content, author, message, revisions)
+    revisions.write(session)
+    had = {scan.result for scan in before.scans}
+    added = tuple(scan.result for scan in content.scans if scan.result not in had)
+    return Saved(_view(after), is_new=True, added=added)
+
+
+def _advance(
+    session: Session,
+    row: AnyRow,
+    content: SessionDocument,
+    author: str,
+    message: str,
+    revisions: _Revisions,
+) -> AnyRow:
+    """Have a session stand at a new revision, which is to be written; its row from then on."""
     body = encode_document(msgspec.structs.replace(content, parent=row.head))
-    digest = hashlib.sha256(body).hexdigest()
+    digest, number = hashlib.sha256(body).hexdigest(), row.revision + 1
     document = decode_document(body)
-    number = row.revision + 1
     values = {"revision": number, **_of_document(row.name, digest, document)}
     changed = update(SESSIONS).where(_session.id == row.id).values(values).returning(*_session)
-    after = _run(session, changed).one()
-    _write_revision(session, row.id, number, digest, body, author, message)
-    results = {scan.result for scan in document.scans}
-    _keep(session, row.id, results)
-    had = {scan.result for scan in before.scans}
-    added = tuple(scan.result for scan in document.scans if scan.result not in had)
-    return Saved(_view(after), is_new=True, added=added)
+    after: AnyRow = _run(session, changed).one()
+    revisions.add(row.id, number, digest, body, document, author, message)
+    return after
 
 
 def append(
@@ -614,13 +637,74 @@ def settle_all(session: Session, arrived: Iterable[Settling]) -> list[Settled]:
 
     Those of one session and author that come one after another are one revision.
     """
-    numbered = list(enumerate(arrived))
-    # Sessions in one order, so that two who do the same never wait for each other.
-    numbered.sort(key=lambda each: (each[1].waiting.session_id, each[0]))
-    settled: dict[int, Settled] = {}
+    given = list(arrived)
+    settled = dict.fromkeys(range(len(given)), Settled(is_ours=False))
+    coming = _coming(session, [each.waiting for each in given])
+    revisions = _Revisions()
+    numbered = sorted(enumerate(given), key=lambda each: (each[1].waiting.session_id, each[0]))
     for session_id, some in groupby(numbered, lambda each: each[1].waiting.session_id):
-        settled |= _settle_session(session, session_id, dict(some))
+        if (found := coming.get(session_id)) is None:
+            continue
+        row, document, jobs = found
+        ours = [each for each in some if each[1].waiting.job_id in jobs]
+        for author, joining in groupby(ours, lambda each: each[1].waiting.author):
+            join = _join(session, row, document, author, dict(joining), revisions)
+            row, document = join.row, join.document
+            settled |= join.settled
+    revisions.write(session)
+    _note(session, [(given[number].waiting, each) for number, each in settled.items()])
     return [settled[number] for number in sorted(settled)]
+
+
+class _Coming(NamedTuple):
+    """A session that is locked, and which of the scans given it still waits for."""
+
+    row: AnyRow
+    document: SessionDocument
+    jobs: frozenset[UUID]
+
+
+def _coming(session: Session, waiting: Sequence[Waiting]) -> dict[UUID, _Coming]:
+    """Sessions by their ids, those that wait for none of the scans left out."""
+    ids = sorted({each.session_id for each in waiting})
+    # In one order, so that two who do the same never wait for each other.
+    wanted = select(*_session).where(_session.id.in_(ids)).order_by(_session.id)
+    rows: Sequence[AnyRow] = _run(session, wanted.with_for_update()).all()
+    still = select(_arrival.session_id, _arrival.job_id).where(
+        _arrival.session_id.in_(ids),
+        _arrival.job_id.in_({each.job_id for each in waiting}),
+        _arrival.problem.is_(None),
+    )
+    jobs: dict[UUID, set[UUID]] = {}
+    for found in _run(session, still):
+        jobs.setdefault(found.session_id, set()).add(found.job_id)
+    heads = [(row.id, row.head) for row in rows if row.id in jobs]
+    at = tuple_(_revision.session_id, _revision.digest)
+    written = select(_revision.session_id, _revision.document).where(at.in_(heads))
+    documents = {found.session_id: found.document for found in _run(session, written)}
+    return {
+        row.id: _Coming(row, decode_document(documents[row.id]), frozenset(jobs[row.id]))
+        for row in rows
+        if row.id in jobs
+    }
+
+
+def _note(session: Session, settled: Iterable[tuple[Waiting, Settled]]) -> None:
+    """Wait no longer for what was settled; why a scan does not join is told for a while, from now on."""
+    ours = [(waiting, each) for waiting, each in settled if each.is_ours]
+    key = tuple_(_arrival.session_id, _arrival.job_id)
+    joined = [(waiting.session_id, waiting.job_id) for waiting, each in ours if each.is_joined]
+    if joined:
+        _run(session, delete(SESSION_ARRIVALS).where(key.in_(joined)))
+    refused = [(waiting, each.problem) for waiting, each in ours if each.problem is not None]
+    for waiting, problem in refused:
+        that = (_arrival.session_id == waiting.session_id) & (_arrival.job_id == waiting.job_id)
+        why = msgspec.json.encode(problem).decode()
+        told = update(SESSION_ARRIVALS).where(that).values(problem=why, created_at=epoch())
+        _run(session, told)
+    if refused:
+        there = _arrival.session_id.in_({waiting.session_id for waiting, _ in refused})
+        _run(session, delete(SESSION_ARRIVALS).where(there, ~_IS_TOLD))
 
 
 def settle(
@@ -634,44 +718,23 @@ def settle(
     return settled
 
 
-def _settle_session(
-    session: Session, session_id: UUID, arrived: Mapping[int, Settling]
-) -> dict[int, Settled]:
-    """`settle_all` of one session, by the numbers that were given."""
-    settled = dict.fromkeys(arrived, Settled(is_ours=False))
-    row = _row(session, session_id, lock=True)
-    jobs = {each.waiting.job_id for each in arrived.values()}
-    mine = (_arrival.session_id == session_id) & _arrival.job_id.in_(jobs)
-    still = select(_arrival.job_id).where(mine, _arrival.problem.is_(None))
-    ours = set(_run(session, still).scalars())
-    if row is None or not ours:
-        return settled
-    awaited = [each for each in arrived.items() if each[1].waiting.job_id in ours]
-    for author, some in groupby(awaited, lambda each: each[1].waiting.author):
-        settled |= _join(session, session_id, author, dict(some))
-    # From now on why a scan does not join is told for a while, and of others it is not any more.
-    joined = {arrived[number].waiting.job_id for number, each in settled.items() if each.is_joined}
-    gone = mine & _arrival.job_id.in_(joined)
-    _run(session, delete(SESSION_ARRIVALS).where(gone))
-    for number, each in settled.items():
-        if each.is_ours and each.problem is not None:
-            why = msgspec.json.encode(each.problem).decode()
-            that = mine & (_arrival.job_id == arrived[number].waiting.job_id)
-            told = update(SESSION_ARRIVALS).where(that)
-            _run(session, told.values(problem=why, created_at=epoch()))
-    if joined != ours:
-        _run(session, delete(SESSION_ARRIVALS).where(_arrival.session_id == session_id, ~_IS_TOLD))
-    return settled
+class _Joined(NamedTuple):
+    """What came of adding scans to a session, and where it stands then."""
+
+    row: AnyRow
+    document: SessionDocument
+    settled: dict[int, Settled]
 
 
 def _join(
-    session: Session, session_id: UUID, author: str, arrived: Mapping[int, Settling]
-) -> dict[int, Settled]:
-    """Add what one author's scans measured to a session that is locked, by one revision."""
-    row = _row(session, session_id)
-    if row is None:
-        raise unknown(session_id)
-    document = decode_document(opened(session, session_id, row.head).document)
+    session: Session,
+    row: AnyRow,
+    document: SessionDocument,
+    author: str,
+    arrived: Mapping[int, Settling],
+    revisions: _Revisions,
+) -> _Joined:
+    """Add what one author's scans measured to a session that is locked, by one revision, which is to be written."""
     there = {scan.result for scan in document.scans}
     settled: dict[int, Settled] = {}
     added: list[SavedScan] = []
@@ -683,12 +746,13 @@ def _join(
         else:
             added += () if scan.result in there else (scan,)
             there.add(scan.result)
-    saved = Saved(_view(row), is_new=False)
     if added:
-        grown = msgspec.structs.replace(document, scans=(*document.scans, *added))
-        saved = _save(session, row, grown, author, _said_of(added))
-    joined = Settled(is_ours=True, saved=saved)
-    return {number: settled.get(number, joined) for number in arrived}
+        grown = msgspec.structs.replace(document, parent=row.head, scans=(*document.scans, *added))
+        row = _advance(session, row, grown, author, _said_of(added), revisions)
+        document = grown
+    results = tuple(scan.result for scan in added)
+    joined = Settled(is_ours=True, saved=Saved(_view(row), is_new=bool(added), added=results))
+    return _Joined(row, document, {number: settled.get(number, joined) for number in arrived})
 
 
 def _said_of(added: Sequence[SavedScan]) -> str:
