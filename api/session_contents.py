@@ -299,7 +299,7 @@ async def settle_job(services: Services, job: Job) -> None:
     """
     coming = await services.sessions.read(_with_jobs, sessions.awaiting, job.id)
     await settle(services, coming)
-    if coming and await services.sessions.read(sessions.awaiting, job.id):
+    if coming and await services.sessions.read(_with_jobs, sessions.awaiting, job.id):
         raise Unavailable(
             f"a session waits for the result of job {job.id}, which cannot be read now: try again",
             job=str(job.id),
@@ -331,14 +331,16 @@ async def settle(services: Services, arrived: Sequence[_Coming]) -> dict[UUID, A
         is_away = is_away or any(isinstance(each, Unavailable) for each in kept.values())
         wanted: list[Settling] = []
         for waiting, job in some:
-            found = None if job is None else kept.get(job.id, None)
-            if _has_result(job) and (found is None or isinstance(found, Unavailable)):
-                seen[waiting.job_id] = _arrival(waiting, JobState.SUCCEEDED)
+            found = None if job is None else kept.get(job.id)
+            if isinstance(found, SavedScan):
+                labelled = msgspec.structs.replace(found, label=waiting.label)
+                wanted.append(Settling(waiting, labelled))
             elif isinstance(found, Gone | ResultNotReady):
                 wanted.append(Settling(waiting, None, found.document()))
+            elif _has_result(job):
+                seen[waiting.job_id] = _arrival(waiting, JobState.SUCCEEDED)
             else:
-                labelled = found and msgspec.structs.replace(found, label=waiting.label)
-                wanted.append(Settling(waiting, labelled))
+                wanted.append(Settling(waiting, None))
         if wanted:
             settled = await services.sessions.write(sessions.settle_all, wanted)
             seen |= await _tell_settled(services, some, wanted, settled)

@@ -2,6 +2,7 @@
 
 import asyncio
 import platform
+from typing import Any
 
 from litestar import Response, get
 from litestar.di import NamedDependency
@@ -105,10 +106,10 @@ async def get_metrics(services: NamedDependency[Services]) -> Response[bytes]:
 async def _deleted(redis: AsyncRedis) -> dict[str, int] | None:
     """How much has been deleted, by what it was and why."""
     try:
-        counts = await redis.hgetall(keys.DELETED)
+        counts: dict[Any, Any] = await redis.hgetall(keys.DELETED)
     except AWAY:
         return None
-    return {bytes(name).decode(): int(count) for name, count in counts.items()}
+    return {name.decode(): int(count) for name, count in counts.items()}
 
 
 async def _loads(services: Services) -> list[QueueLoad] | None:
