@@ -21,7 +21,7 @@ import structlog
 import torch
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import events, jobs, keys, models
+from neural_mri.backing import events, jobs, keys, leftovers, models
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.faults import crash_point
@@ -433,9 +433,13 @@ class Attempts:
         return [stored[_manifest_path(each.job)] for each in holdings]
 
     def _take_away(self, path: str) -> None:
-        """Forget a result that no row names; where the store is away it is left behind."""
+        """Forget a result that no row names; where store or database is away it is left behind.
+
+        Of a job that has been deleted meanwhile others may name it: then the reaper sees to it.
+        """
         try:
-            discard(self._store, path)
+            if self._sessions.read(leftovers.left_over, [path]):
+                discard(self._store, path)
         except Unavailable as error:
             log.warning("result_left_behind", path=path, error=str(error))
 
