@@ -79,6 +79,8 @@ class Services:
     """Jobs of which it is to be told next that somebody may look at their frames."""
     under_way: dict[tuple[str, str], UUID] = field(default_factory=dict)
     """Jobs that requests which only read have made, by owner and scan key."""
+    summed_up: set[str] = field(default_factory=set)
+    """Users whose work of a day is limited, by a limit of their own."""
     known: dict[str, _Known] = field(default_factory=dict)
     """Models as they were read last, by name."""
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from neural_mri.backing.events import WorkerBeat
 from neural_mri.backing.records import Job
@@ -96,6 +96,8 @@ class Now(NamedTuple):
     readers: int
     lines: Mapping[Lane, int] = MappingProxyType({})
     """Lines of batches that wait for room, by lane."""
+    deleted: Mapping[str, int] | None = None
+    """How much, by what it was and why: `job:age`."""
 
     def collect(self) -> Iterator[Metric]:
         """As gauges."""
@@ -112,6 +114,15 @@ class Now(NamedTuple):
             )
             yield _copies(self.workers)
         yield self._lines()
+        if self.deleted is not None:
+            deleted = CounterMetricFamily(
+                "neural_mri_deleted",
+                "Jobs, batches and results deleted: because somebody asked, for their age, or needed no more",
+                labels=("what", "why"),
+            )
+            for name, count in sorted(self.deleted.items()):
+                deleted.add_metric(name.split(":"), count)
+            yield deleted
         yield from self._of_lanes()
 
     def _lines(self) -> Metric:

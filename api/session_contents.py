@@ -1,28 +1,29 @@
 """What a session is to hold, resolved: scans by their jobs become scans by their results' hashes.
 
-A result's manifest is copied under its own hash, and so are tables that stand in the job's file, so that a
-session needs neither the job's row nor that file: to open one takes the database and the store, and nothing that
+A result's manifest is copied under its own hash, and so are tables that stand in the job's files, so that a
+session needs neither the job's row nor those files: to open one takes the database and the store, and nothing that
 computes.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import msgspec
+from sqlalchemy.orm import Session
 
 from api.dependencies import Services
 from api.results import reading
 from neural_mri.backing import jobs, keys, sessions
 from neural_mri.backing.records import Job
-from neural_mri.backing.sessions import Opened, Saved, Waiting
+from neural_mri.backing.sessions import Opened, Saved, Settled, Settling, Waiting
 from neural_mri.backing.storage import Damaged, NamedBytes, Store, put_together
 from neural_mri.backing.stored import StoredResult
 from neural_mri.contract.archives import result_digest
-from neural_mri.contract.jobs import TERMINAL, JobState
+from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
 from neural_mri.contract.problems import (
     Gone,
     ProblemDocument,
@@ -39,6 +40,7 @@ from neural_mri.contract.sessions import (
     ScanArrived,
     SessionContent,
     SessionDocument,
+    SessionEvent,
     SessionSaved,
 )
 
@@ -47,13 +49,23 @@ __all__ = (
     "add_scan",
     "arriving",
     "content_of",
+    "keeping_sessions",
     "kept",
     "opened_at",
     "put_result",
     "saved_scan",
     "settle_all",
+    "settle_job",
     "tell_saved",
 )
+
+
+SETTLED_AT_ONCE = 50
+"""Scans that join their sessions in one transaction."""
+KEPT_AT_ONCE = 8
+"""Results that are put in their place side by side: each waits for the disk or the bucket."""
+
+T = TypeVar("T")
 
 
 class Kept(NamedTuple):
@@ -90,6 +102,10 @@ def _keep(store: Store, result: StoredResult) -> Kept | None:
     if not result.is_whole():
         return None
     kept = Kept(result_digest(result.body), result.body, result.manifest)
+    for table in result.tables:
+        by_hash = keys.chunk_path(table.ref.chunk)
+        if table.path not in (result.path, by_hash):
+            store.copy(table.path, by_hash)
     put_result(store, kept.digest, kept.body, _copied(result))
     return kept
 
@@ -218,24 +234,39 @@ async def add_scan(services: Services, session_id: UUID, job: Job, label: str) -
 
 async def arriving(services: Services, session_id: UUID) -> tuple[Arrival, ...]:
     """Scans on their way, and where they stand; those that have arrived are added first."""
+    found = await services.sessions.read(_with_jobs, sessions.arrivals, session_id)
+    seen = await settle(services, [each for each in found if each.has_arrived])
     left: list[Arrival] = []
-    is_away = False
-    for waiting in await services.sessions.read(sessions.arrivals, session_id):
-        job = await services.sessions.read(jobs.get, waiting.job_id)
-        has_arrived = waiting.problem is None and (job is None or job.state in TERMINAL)
-        if has_arrived and not is_away:
-            if (seen := await settle(services, waiting, job)) is not None:
-                left.append(seen)
-                is_away = _still_waits(seen)
+    for waiting, job in found:
+        if waiting.job_id in seen:
+            if (arrival := seen[waiting.job_id]) is not None:
+                left.append(arrival)
         elif job is not None:
             view = await services.view(job)
             left.append(_arrival(waiting, view.state, waiting.problem))
     return tuple(left)
 
 
-def _still_waits(settled: Arrival | None) -> bool:
-    """Whether the store is away: of many scans each would wait for it in vain, and whoever looks with them."""
-    return settled is not None and settled.problem is None
+class _Coming(NamedTuple):
+    """A scan on its way, and its job; None where that is there no more."""
+
+    waiting: Waiting
+    job: Job | None
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether it is to be added now, or given up."""
+        ended = self.job is None or self.job.state in TERMINAL
+        return self.waiting.problem is None and ended
+
+
+def _with_jobs(
+    session: Session, find: Callable[[Session, T], list[Waiting]], whose: T
+) -> list[_Coming]:
+    """Scans on their way, and their jobs."""
+    found = find(session, whose)
+    known = jobs.found(session, {waiting.job_id for waiting in found})
+    return [_Coming(waiting, known.get(waiting.job_id)) for waiting in found]
 
 
 def _arrival(waiting: Waiting, state: JobState, problem: ProblemDocument | None = None) -> Arrival:
@@ -260,50 +291,137 @@ async def opened_at(services: Services, session_id: UUID, revision: str | None =
 
 async def settle_all(services: Services, owner: str) -> None:
     """Add the scans that have arrived to whichever sessions of an owner they were on their way to."""
-    for waiting in await services.sessions.read(sessions.arrived, owner):
-        job = await services.sessions.read(jobs.get, waiting.job_id)
-        if _still_waits(await settle(services, waiting, job)):
-            return
+    await settle(services, await services.sessions.read(_with_jobs, sessions.arrived, owner))
 
 
-async def settle(services: Services, waiting: Waiting, job: Job | None) -> Arrival | None:
-    """Add a scan that has ended, or give it up; of several who see it end, one does.
+async def settle_job(services: Services, job: Job) -> None:
+    """Add a scan that has ended to whichever sessions it was on its way to.
 
-    What is left of it to be seen: one that cannot be read now goes on waiting, and one that cannot join though
-    it succeeded says why.
+    Raises `Unavailable` where it cannot be read now.
     """
-    scan: SavedScan | None = None
-    problem: ProblemDocument | None = None
-    if job is not None and job.state is JobState.SUCCEEDED:
-        try:
-            scan = await saved_scan(services, job, waiting.label)
-        except (Gone, ResultNotReady) as lost:
-            problem = lost.document()
-        except Unavailable:
-            return _arrival(waiting, job.state)  # its bytes are there, and nobody comes to them now
-    settled = await services.sessions.write(sessions.settle, waiting, scan, problem)
-    if settled.saved is not None:
-        await tell_saved(services, settled.saved, waiting.author)
-    if job is None or (scan is not None and settled.problem is None):
-        return None
-    arrival = _arrival(waiting, job.state, settled.problem)
-    if settled.is_ours:
-        arrived = ScanArrived(**msgspec.structs.asdict(arrival))
-        await services.publisher.publish(waiting.session_id, arrived)
-    return None if settled.problem is None else arrival
+    coming = await services.sessions.read(_with_jobs, sessions.awaiting, job.id)
+    await settle(services, coming)
+    if coming and await services.sessions.read(_with_jobs, sessions.awaiting, job.id):
+        raise Unavailable(
+            f"a session waits for the result of job {job.id}, which cannot be read now: try again",
+            job=str(job.id),
+        )
+
+
+async def keeping_sessions(services: Services, job: Job) -> tuple[UUID, ...]:
+    """The caller's sessions that keep a job's result. Raises `Unavailable` where it cannot be read now."""
+    if job.kind is not JobKind.SCAN or job.manifest is None:
+        return ()
+    try:
+        digest = await reading(services, job, lambda result: result_digest(result.body))
+    except Gone:
+        return ()  # it was lost before
+    return tuple(await services.sessions.read(sessions.keeping, services.caller.user, digest))
+
+
+async def settle(services: Services, arrived: Sequence[_Coming]) -> dict[UUID, Arrival | None]:
+    """Add scans that have ended, or give them up; of several who see one end, one does.
+
+    What is left of each to be seen, by its job: one that cannot be read now goes on waiting, and one that cannot join
+    though it succeeded says why. Some at a time, so that others who write have their turn.
+    """
+    seen: dict[UUID, Arrival | None] = {}
+    is_away = False
+    for some in _some(arrived, SETTLED_AT_ONCE):
+        # Of a store that is away each would wait in vain, and whoever looks with them.
+        kept = {} if is_away else await _kept_of(services, some)
+        is_away = is_away or any(isinstance(each, Unavailable) for each in kept.values())
+        wanted: list[Settling] = []
+        for waiting, job in some:
+            found = None if job is None else kept.get(job.id)
+            if isinstance(found, SavedScan):
+                labelled = msgspec.structs.replace(found, label=waiting.label)
+                wanted.append(Settling(waiting, labelled))
+            elif isinstance(found, Gone | ResultNotReady):
+                wanted.append(Settling(waiting, None, found.document()))
+            elif _has_result(job):
+                seen[waiting.job_id] = _arrival(waiting, JobState.SUCCEEDED)
+            else:
+                wanted.append(Settling(waiting, None))
+        if wanted:
+            settled = await services.sessions.write(sessions.settle_all, wanted)
+            seen |= await _tell_settled(services, some, wanted, settled)
+    return seen
+
+
+def _some(arrived: Sequence[_Coming], count: int) -> Iterator[Sequence[_Coming]]:
+    for start in range(0, len(arrived), count):
+        yield arrived[start : start + count]
+
+
+def _has_result(job: Job | None) -> bool:
+    return job is not None and job.state is JobState.SUCCEEDED
+
+
+async def _kept_of(
+    services: Services, some: Iterable[_Coming]
+) -> dict[UUID, SavedScan | Gone | ResultNotReady | Unavailable]:
+    """What is kept of each job's result, or why it is not, by the job: several at once, each once."""
+    turns = asyncio.Semaphore(KEPT_AT_ONCE)
+
+    away: list[Unavailable] = []
+
+    async def keep(job: Job) -> SavedScan | Gone | ResultNotReady | Unavailable:
+        async with turns:
+            if away:
+                return away[0]
+            try:
+                return await saved_scan(services, job, "")
+            except (Gone, ResultNotReady) as lost:
+                return lost
+            except Unavailable as error:
+                away.append(error)
+                return error
+
+    wanted = {job.id: job for _, job in some if job is not None and _has_result(job)}
+    kept = await asyncio.gather(*map(keep, wanted.values()))
+    return dict(zip(wanted, kept, strict=True))
+
+
+async def _tell_settled(
+    services: Services,
+    some: Iterable[_Coming],
+    wanted: Sequence[Settling],
+    settled: Sequence[Settled],
+) -> dict[UUID, Arrival | None]:
+    """Tell who follows the sessions of what has become of scans; what is left of each to be seen, by its job."""
+    known = {job.id: job for _, job in some if job is not None}
+    told: list[tuple[UUID, SessionEvent]] = []
+    seen: dict[UUID, Arrival | None] = {}
+    for (waiting, scan, _), each in zip(wanted, settled, strict=True):
+        seen[waiting.job_id] = None
+        if each.saved is not None and each.saved.is_new:
+            event = (waiting.session_id, _saved_event(each.saved, waiting.author))
+            told += () if event in told[-1:] else (event,)  # some are one revision
+        job = known.get(waiting.job_id)
+        if job is None or (scan is not None and each.problem is None):
+            continue
+        arrival = _arrival(waiting, job.state, each.problem)
+        if each.is_ours:
+            told.append((waiting.session_id, ScanArrived(**msgspec.structs.asdict(arrival))))
+        if each.problem is not None:
+            seen[waiting.job_id] = arrival
+    await services.publisher.publish_all(told)
+    return seen
 
 
 async def tell_saved(services: Services, saved: Saved, author: str) -> None:
     """Tell who follows the session of a new revision."""
     if saved.is_new:
-        view = saved.view
-        await services.publisher.publish(
-            view.id,
-            SessionSaved(
-                revision=view.head,
-                number=view.revision,
-                name=view.name,
-                author=author,
-                added=saved.added,
-            ),
-        )
+        await services.publisher.publish(saved.view.id, _saved_event(saved, author))
+
+
+def _saved_event(saved: Saved, author: str) -> SessionSaved:
+    view = saved.view
+    return SessionSaved(
+        revision=view.head,
+        number=view.revision,
+        name=view.name,
+        author=author,
+        added=saved.added,
+    )

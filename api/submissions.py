@@ -1,6 +1,7 @@
 """From a scan that is understood to a job: queued, or born with a result that is known."""
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 import msgspec
@@ -13,6 +14,7 @@ from neural_mri.backing import jobs, keys, tracing
 from neural_mri.backing.audit import Deed
 from neural_mri.backing.faults import crash_point
 from neural_mri.backing.jobs import Submitted
+from neural_mri.backing.limits import NotBrief
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Job, Submission
 from neural_mri.contract.auth import AuditAction, Scope
@@ -97,11 +99,7 @@ async def _submit(services: Services, submission: Submission, *, is_watched: boo
     is_scan = submission.kind is JobKind.SCAN
     services.caller.require(Scope.SCAN_WRITE if is_scan else Scope.MODEL_LOAD)
     limit = services.settings.max_queued_jobs
-    # What somebody has computed within a day is summed up over all of its jobs: that is not brief.
-    act = services.act if services.limits.daily_seconds else services.act_briefly
-    submitted = await act(
-        _deed, jobs.submit_once, submission, max_queued=limit, usual=services.limits
-    )
+    submitted = await _recorded(services, submission, limit)
     job = submitted.job
     if not submitted.is_new:
         return job
@@ -114,6 +112,18 @@ async def _submit(services: Services, submission: Submission, *, is_watched: boo
     _told(job, services.metrics.accepted(job))
     services.announce(job, is_watched=is_watched)
     return job
+
+
+async def _recorded(services: Services, submission: Submission, limit: int) -> Submitted:
+    """What came of recording a job: at once in the event loop, where no day's work is to be summed up for it."""
+    record = partial(jobs.submit_once, max_queued=limit, usual=services.limits)
+    owner = submission.owner
+    if not services.limits.daily_seconds and owner not in services.summed_up:
+        try:
+            return await services.act_briefly(_deed, record, submission, briefly=True)
+        except NotBrief:  # they have a limit of their own; that may be taken back one day, and costs a thread then
+            services.summed_up.add(owner)
+    return await services.act(_deed, record, submission)
 
 
 def _told(job: Job, work: str) -> None:

@@ -18,7 +18,7 @@ import msgspec
 import structlog
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import events, jobs, keys, models
+from neural_mri.backing import events, jobs, keys, leftovers, models
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.faults import crash_point
@@ -28,6 +28,7 @@ from neural_mri.backing.queue import take_back_tickets
 from neural_mri.backing.saving import SavedResult, Saving, Unsaved
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import Store, StoreUnavailable
+from neural_mri.backing.stored import discard
 from neural_mri.backing.tracing import Span
 from neural_mri.contract.events import Artifact
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
@@ -430,9 +431,13 @@ class Attempts:
         return [stored[_manifest_path(each.job)] for each in holdings]
 
     def _take_away(self, path: str) -> None:
-        """Forget a result that no row names; where the store is away it is left behind."""
+        """Forget a result that no row names; where store or database is away it is left behind.
+
+        Of a job that has been deleted meanwhile others may name it: then the reaper sees to it.
+        """
         try:
-            self._store.delete(path)
+            if self._sessions.read(leftovers.left_over, [path]):
+                discard(self._store, path)
         except Unavailable as error:
             log.warning("result_left_behind", path=path, error=str(error))
 
@@ -604,7 +609,7 @@ def _logged(job: Job) -> AbstractContextManager[None]:
 
 def _manifest_path(job: Job) -> str:
     """Where the manifest of the attempt that holds the job stands, unless its result is one file."""
-    return keys.manifest_path(job.id, job.attempt)
+    return keys.pieces_path(job.id, job.attempt)
 
 
 def _counting(reporter: Reporter, total: int) -> Callable[[TableRef], None]:

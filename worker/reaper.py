@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -20,11 +20,13 @@ from typing import Self
 from uuid import UUID
 
 import structlog
+from sqlalchemy.orm import Session
 
 from neural_mri.backing import (
     batches,
     broker,
     database,
+    deletion,
     feeding,
     jobs,
     keys,
@@ -32,6 +34,7 @@ from neural_mri.backing import (
     limits,
     logs,
     storage,
+    stored,
 )
 from neural_mri.backing.broker import AWAY, SyncRedis
 from neural_mri.backing.database import Sessions
@@ -59,6 +62,11 @@ MOST_RESULTS = 1000
 STOP_EVERY_SECONDS = 1.0
 """How often batches are looked at of which too many scans may have failed, or lines wait for room; after a round
 in which there was some, the next one looks again: few jobs may be all that one person may have, and end soon."""
+
+DELETE_EVERY_SECONDS = 60.0
+"""How often jobs are looked for that are too old, and results that deleted ones have left; a round in which there
+was a full number of them is followed by the next one."""
+DAY_SECONDS = 86_400.0
 
 SWEEP_TIMES = 15.0
 """So many times as long as anything else a sweep may take: a folder may hold millions of files."""
@@ -89,6 +97,7 @@ class Reaper:
         """Tickets that each queue lacked in the last round."""
         self._expire_at = self._sweep_at = self._look_through_at = 0.0
         self._stop_at = self._feed_at = 0.0
+        self._delete_at = self._discard_at = 0.0
         self._aged: Iterator[str] = iter(())
         """Results that are to be looked at."""
         self._away: set[str] = set()
@@ -110,6 +119,12 @@ class Reaper:
         if time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + SWEEP_EVERY_SECONDS
             self._try("store", self._sweep, times=SWEEP_TIMES)
+        if time.monotonic() >= self._delete_at:
+            self._delete_at = time.monotonic() + DELETE_EVERY_SECONDS
+            self._try("old jobs", self._delete_old)
+        if time.monotonic() >= self._discard_at:
+            self._discard_at = time.monotonic() + DELETE_EVERY_SECONDS
+            self._try("results of deleted jobs", self._take_discards)
         self._try("leftovers", self._take_leftovers)
 
     def _try(self, what: str, work: Callable[[], None], *, times: float = 1.0) -> None:
@@ -201,10 +216,10 @@ class Reaper:
         attempt that was handed over has it under another job's id.
         """
         if job.kind is JobKind.SCAN and job.attempt:
-            # Only its worker knew which of both it was to be.
-            for path_of in (keys.packed_path, keys.manifest_path):
+            # Only its worker knew which of them it was to be.
+            for path in keys.Attempt(job.source, job.attempt).results:
                 with suppress(Unavailable):
-                    self._store.delete(path_of(job.source, job.attempt))
+                    stored.discard(self._store, path)
 
     def _sweep(self) -> None:
         if count := self._store.sweep(ABANDONED_SECONDS):
@@ -233,6 +248,43 @@ class Reaper:
                 self._store.delete(path)
             if found:
                 log.info("results_left_over_removed", count=len(found))
+
+    def _delete_old(self) -> None:
+        """Delete some of the batches and jobs that ended too long ago, if anything is ever too old."""
+        if not self._settings.keep_days:
+            return
+        older = self._settings.keep_days * DAY_SECONDS
+        forgotten = self._sessions.write(deletion.batches_by_age, older_seconds=older)
+        deleted = self._sessions.write(deletion.by_age, older_seconds=older)
+        if forgotten or deleted == deletion.MOST_DELETED:
+            self._delete_at = 0.0  # there are more
+        self._count({"batch:age": forgotten, "job:age": deleted})
+
+    def _take_discards(self) -> None:
+        """Take away results of deleted jobs that no other needs."""
+
+        def look(session: Session) -> tuple[int, deletion.Unneeded]:
+            found = deletion.discarded(session)
+            return len(found), deletion.unneeded(session, found)
+
+        looked_at, unneeded = self._sessions.read(look)
+        for path in unneeded.results:
+            self._beat(self._settings.reaper_hung_seconds)
+            stored.discard(self._store, path)
+        if unneeded.discards:
+            self._sessions.write(deletion.settle, unneeded.discards)
+        if looked_at == deletion.MOST_DELETED and unneeded.discards:
+            self._discard_at = 0.0
+        self._count({"result:unneeded": len(unneeded.discards)})
+
+    def _count(self, deleted: Mapping[str, int]) -> None:
+        if not any(deleted.values()):
+            return
+        log.info("deleted", **{name.replace(":", "_"): count for name, count in deleted.items()})
+        with suppress(*AWAY):  # then less is counted
+            for name, count in deleted.items():
+                if count:
+                    self._redis.hincrby(keys.DELETED, name, count)
 
     def _announce(self, job: Job) -> None:
         self._publisher.announce(job)

@@ -25,7 +25,7 @@ from api.routes.batches import (
 from api.routes.cluster import get_cluster, get_metrics
 from api.routes.events import follow_job, follow_jobs
 from api.routes.health import health
-from api.routes.jobs import cancel_job, get_job, list_jobs
+from api.routes.jobs import cancel_job, delete_job, get_job, list_jobs
 from api.routes.models import list_models, load_model, model_info, unload_model
 from api.routes.results import get_attention, get_manifest, get_result, get_table
 from api.routes.scans import SCANS
@@ -75,6 +75,7 @@ ROUTES: Sequence[HTTPRouteHandler] = (
     list_jobs,
     get_job,
     cancel_job,
+    delete_job,
     follow_job,
     follow_jobs,
     get_result,

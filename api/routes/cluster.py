@@ -2,6 +2,7 @@
 
 import asyncio
 import platform
+from typing import Any
 
 from litestar import Response, get
 from litestar.di import NamedDependency
@@ -12,7 +13,7 @@ from api.metrics import MEDIA_TYPE, Now
 from api.problems import refusals
 from api.residents import holdings
 from neural_mri import __version__
-from neural_mri.backing import loads
+from neural_mri.backing import keys, loads
 from neural_mri.backing.broker import AWAY, AsyncRedis
 from neural_mri.backing.loads import Standing
 from neural_mri.contract.auth import Scope
@@ -99,8 +100,18 @@ async def get_metrics(services: NamedDependency[Services]) -> Response[bytes]:
         lines={} if standing is None else standing.lines,
         workers=held.beats if held.is_known else None,
         readers=services.hub.readers,
+        deleted=await _deleted(services.redis),
     )
     return Response(services.metrics.exposition(now), media_type=MEDIA_TYPE)
+
+
+async def _deleted(redis: AsyncRedis) -> dict[str, int] | None:
+    """How much has been deleted, by what it was and why."""
+    try:
+        counts: dict[Any, Any] = await redis.hgetall(keys.DELETED)
+    except AWAY:
+        return None
+    return {name.decode(): int(count) for name, count in counts.items()}
 
 
 async def _standing(services: Services) -> Standing | None:

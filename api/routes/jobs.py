@@ -1,4 +1,4 @@
-"""Jobs: looking at them, and stopping them."""
+"""Jobs: looking at them, stopping them, and deleting them."""
 
 from typing import Annotated
 from uuid import UUID
@@ -9,13 +9,14 @@ from litestar.params import FromPath, QueryParameter
 
 from api.dependencies import Services
 from api.problems import refusals
-from neural_mri.backing import jobs
+from api.session_contents import keeping_sessions, settle_job
+from neural_mri.backing import deletion, jobs
 from neural_mri.backing.audit import Deed
 from neural_mri.backing.jobs import Cancellation
 from neural_mri.contract.auth import AuditAction
-from neural_mri.contract.jobs import TERMINAL, JobState, JobView
+from neural_mri.contract.jobs import TERMINAL, DeletedJob, JobState, JobView
 
-__all__ = ("cancel_job", "get_job", "list_jobs")
+__all__ = ("cancel_job", "delete_job", "get_job", "list_jobs")
 
 LATEST = 1000
 """Among so many of their latest jobs an owner can look for those in a state."""
@@ -81,7 +82,7 @@ async def get_job(job_id: FromPath[UUID], services: NamedDependency[Services]) -
     description=(
         "A queued job is cancelled at once. One that runs is asked to stop, and its events tell when "
         "it has; if others wait for the same scan it is cancelled at once, and the scan goes on for "
-        "them. One that has ended stays as it is."
+        "them. One that has ended stays as it is: it is deleted by its `record`."
     ),
     tags=["jobs"],
     responses=refusals(404),
@@ -106,3 +107,30 @@ def _cancelled(cancellation: Cancellation) -> Deed | None:
     if job.state in TERMINAL and not cancellation.moved:
         return None  # it had ended: nothing was done
     return Deed(AuditAction.JOB_CANCELLED, str(job.id), {"kind": job.kind, "model": job.model})
+
+
+@delete(
+    "/api/jobs/{job_id:uuid}/record",
+    status_code=200,
+    operation_id="deleteJob",
+    summary="Delete a job that has ended, and its result",
+    description=(
+        "The job, its request and its events are gone at once, its result within minutes, unless another "
+        "job has the same. A line of a batch says that its job was deleted. What a session keeps stays: "
+        "`sessions` names those of yours, to be deleted by themselves. 409: the job has not ended; "
+        "cancel it first."
+    ),
+    tags=["jobs"],
+    responses=refusals(404, 409),
+)
+async def delete_job(job_id: FromPath[UUID], services: NamedDependency[Services]) -> DeletedJob:
+    """Delete a job."""
+    job = await services.job(job_id)
+    kept_by: tuple[UUID, ...] = ()
+    if job.state in TERMINAL:
+        await settle_job(services, job)
+        kept_by = await keeping_sessions(services, job)
+    deed = Deed(AuditAction.JOB_DELETED, str(job_id), {"kind": job.kind, "model": job.model})
+    await services.act(lambda _: deed, deletion.delete_job, job_id)
+    await services.publisher.forget(job_id)
+    return DeletedJob(id=job_id, sessions=kept_by)

@@ -196,7 +196,8 @@ async def get_session(
     summary="Save a session: a new revision over the one that was read",
     description=(
         "If-Match names the revision that was read. Where somebody has saved another since, nothing is "
-        "written, and the answer, 412, names it as `head`. A save that changes nothing writes nothing."
+        "written, and the answer, 412, names it as `head`. Scans that were only added since stand in "
+        "nobody's way: they stay, behind those named here. A save that changes nothing writes nothing."
     ),
     tags=["sessions"],
     responses=refusals(404, 409, 410, 412, 413, 415, 422, 428),

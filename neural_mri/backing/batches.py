@@ -79,7 +79,11 @@ _COUNTS = (
 )
 _REPORT = select(
     func.count().label("recorded"),
-    func.count(_line.problem).label("refused"),
+    func.count(case((_line.job_id.is_(None), _line.problem))).label("refused"),
+    # Whoever repeats it is counted there.
+    func.count(case((_line.job_id.is_not(None) & _line.repeats.is_(None), _line.problem))).label(
+        "deleted"
+    ),
     func.count(_line.repeats).label("repeated"),
     func.count(_line.wanted).label("waiting"),
 ).where(_line.batch_id == bindparam("batch"))
@@ -214,6 +218,7 @@ def fill(session: Session, batch_id: UUID, some: Sequence[Line]) -> None:
             "repeats": line.repeats,
             "problem": None if line.problem is None else msgspec.json.encode(line.problem).decode(),
             "wanted": None if line.submission is None else feeding.kept(line.submission),
+            "queue": None if line.submission is None else line.submission.queue,
         }
         for line in missing
     ]
@@ -305,6 +310,7 @@ def view(session: Session, batch: Batch) -> BatchView:
         lane=batch.lane,
         lines=batch.lines,
         refused=report.refused,
+        deleted=report.deleted,
         repeated=report.repeated,
         counts=counts,
         max_failures=batch.max_failures,
@@ -381,7 +387,8 @@ def _line_of(row: AnyRow) -> BatchLine:
     waits = row.state is None and row.problem is None
     return BatchLine(
         line=row.line,
-        job=None if waits else row.job_id,
+        # One that only waits is promised a job, and one whose job was deleted had it.
+        job=None if row.state is None else row.job_id,
         state=JobState.QUEUED if waits else row.state,
         cached=bool(row.cached),
         repeats=row.repeats,

@@ -186,6 +186,16 @@ class AsyncPublisher:
         """Tell of a job's new state, once the transaction that moved it is committed."""
         await self.publish(job.id, change_of(job))
 
+    async def forget(self, job_id: UUID) -> None:
+        """Take away what was told of a job that has been deleted, and count it. Never raises for Redis."""
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.delete(keys.event_stream(job_id), keys.watched(job_id))
+        pipeline.hincrby(keys.DELETED, "job:asked", 1)
+        try:
+            await pipeline.execute()
+        except AWAY as error:
+            self._outage.begin(error)
+
     async def flag_cancel(self, job_id: UUID) -> None:
         """Let the job's worker know sooner than by its next renewal."""
         try:

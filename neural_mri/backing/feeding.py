@@ -6,23 +6,28 @@ will have. Lines are fed in order, and of a batch only once all of them are reco
 Those of a batch that has been stopped become jobs that are cancelled already, so that each line has one. Whoever has
 recorded the batch feeds what there is room for, and all whose results are known; from then on the reaper does.
 
+Lines for different queues, which is to say models, do not wait for one another: the queue in which their owner has
+least under way is fed first. What stands in a queue that nobody serves takes no room from the others but of the
+limit itself: of what it leaves of that, they fill the same share as they would of the whole.
+
 Pure SQL on the caller's transaction.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Integer, bindparam, func, select, update
+from sqlalchemy import Integer, bindparam, case, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import jobs, limits
 from neural_mri.backing.database import epoch
 from neural_mri.backing.limits import NO_LIMITS, Limits
-from neural_mri.backing.records import Submission
-from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS
+from neural_mri.backing.records import AnyRow, Submission
+from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS, QUEUE_CLOCKS
 from neural_mri.contract.jobs import Lane
 from neural_mri.contract.problems import TooMany, Unprocessable
 
@@ -39,6 +44,8 @@ __all__ = (
 
 FED_SHARE = 0.75
 """How much of a limit batches may fill: the rest is left to what the same people ask for one by one."""
+SERVED_SECONDS = 60.0
+"""A queue of which somebody has a job, or had one so lately, is served."""
 FED_AT_ONCE = 500
 """Lines in one transaction: in between others have their turn."""
 MOST_WAITING = 100_000
@@ -51,15 +58,38 @@ _submission = msgspec.json.Decoder(Submission)
 
 _IS_WAITING = _line.wanted.is_not(None)
 _IS_UNFED = _batch.fed_at.is_(None) & _batch.filled_at.is_not(None)
-_NEXT = (
-    select(_batch.id, _batch.stopped_at)
+_UNFED = (
+    select(_batch.id, _batch.stopped_at, _batch.lane)
     .where(_batch.owner == bindparam("who"), _IS_UNFED)
     # To cancel takes no room.
     .order_by(
         _batch.stopped_at.is_(None), _batch.lane != Lane.INTERACTIVE, _batch.created_at, _batch.id
     )
-    .limit(1)
-    .with_for_update()
+)
+_HOLD = select(_batch.id).where(_batch.id == bindparam("batch"), _IS_UNFED).with_for_update()
+_QUEUES = (
+    select(_line.batch_id, _line.queue)
+    .where(_line.batch_id.in_(bindparam("batches", expanding=True)), _IS_WAITING)
+    .distinct()
+)
+_UNDER_WAY = (
+    select(
+        _job.queue,
+        func.count().label("jobs"),
+        func.count(case((_job.owner == bindparam("who"), 1))).label("own"),
+        func.count(_job.lease_owner).label("held"),
+    )
+    # As in `statements`: by queues it is an index's few entries.
+    .where(_job.finished_at.is_(None), _job.queue.in_(select(QUEUE_CLOCKS.c.queue)))
+    .group_by(_job.queue)
+)
+_SERVED_LATELY = select(QUEUE_CLOCKS.c.queue).where(
+    QUEUE_CLOCKS.c.queue.in_(bindparam("names", expanding=True)),
+    exists().where(
+        _job.queue == QUEUE_CLOCKS.c.queue,
+        _job.finished_at > epoch() - SERVED_SECONDS,
+        _job.started_at.is_not(None),
+    ),
 )
 _GOES_ON = (
     select(_batch.id)
@@ -76,6 +106,10 @@ _WAITING = (
     .order_by(_line.line)
     .limit(FED_AT_ONCE)
 )
+_WAITING_FOR = _WAITING.where(
+    _line.queue.is_not_distinct_from(bindparam("name", type_=_line.queue.type))
+)
+"""Parameters: also name, a queue's."""
 
 
 class Fed(NamedTuple):
@@ -123,27 +157,52 @@ def owners_waiting(session: Session) -> list[str]:
 
 
 def feed(session: Session, owner: str, *, max_queued: int, usual: Limits = NO_LIMITS) -> Fed:
-    """Submit the next lines of an owner's batches for which there is room, and such as cost nothing among them.
+    """Submit some lines of an owner's batches for which there is room, and such as cost nothing among them.
 
     Raises `TooMany` where others took the room meanwhile: then none is submitted.
     """
     run = session.connection().execute
-    batch = run(_NEXT, {"who": owner}).one_or_none()
-    if batch is None:
-        return Fed(0, Counter())
-    room = _room(session, owner, max_queued, usual)
-    if batch.stopped_at is None and room <= 0:
+    unfed = run(_UNFED, {"who": owner}).all()
+    if unfed and unfed[0].stopped_at is not None:
+        return _cancel(session, owner, unfed[0].id, max_queued, usual)
+    room = _room(session, owner, max_queued, usual) if unfed else None
+    if room is None or room.is_none:
         return Fed(0, Counter())  # before any line is read: many wait, and it is asked often
-    waiting = _waiting(session, batch.id)
+    ids = [batch.id for batch in unfed]
+    waiting = run(_QUEUES, {"batches": ids}).all()
+    if done := set(ids) - {row.batch_id for row in waiting}:
+        run(update(BATCHES).where(_batch.id.in_(done)).values(fed_at=epoch()))
+    places = {batch.id: (batch.lane is not Lane.INTERACTIVE, at) for at, batch in enumerate(unfed)}
+
+    def turn(row: AnyRow) -> tuple[bool, int, int, str]:
+        in_no_hurry, at = places[row.batch_id]
+        return in_no_hurry, room.own(row.queue), at, row.queue or ""
+
+    for row in sorted(waiting, key=turn):
+        if (free := room.of(row.queue)) <= 0 or not _hold(session, row.batch_id):
+            continue
+        lines = _waiting(session, row.batch_id, queue=_Queue(row.queue))
+        chosen = _chosen(session, lines, free)
+        if chosen:
+            return Fed(len(chosen), _submit(session, row.batch_id, chosen, max_queued, usual))
+    return Fed(0, Counter())
+
+
+def _hold(session: Session, batch_id: UUID) -> bool:
+    """Whether the batch still has lines that wait; nobody else feeds it until the transaction ends."""
+    return session.connection().execute(_HOLD, {"batch": batch_id}).one_or_none() is not None
+
+
+def _cancel(session: Session, owner: str, batch_id: UUID, max_queued: int, usual: Limits) -> Fed:
+    """Have some lines of a stopped batch become cancelled jobs; once there is none, see to the others."""
+    waiting = _waiting(session, batch_id) if _hold(session, batch_id) else {}
     if not waiting:
-        run(update(BATCHES).where(_batch.id == batch.id).values(fed_at=epoch()))
+        seen = update(BATCHES).where(_batch.id == batch_id).values(fed_at=epoch())
+        session.connection().execute(seen)
         return feed(session, owner, max_queued=max_queued, usual=usual)
-    if batch.stopped_at is not None:
-        jobs.add_cancelled(session, dict(waiting.values()))
-        _settle(session, batch.id, waiting)
-        return Fed(len(waiting), Counter())
-    chosen = _chosen(session, waiting, room)
-    return Fed(len(chosen), _submit(session, batch.id, chosen, max_queued, usual))
+    jobs.add_cancelled(session, dict(waiting.values()))
+    _settle(session, batch_id, waiting)
+    return Fed(len(waiting), Counter())
 
 
 def feed_known(
@@ -161,12 +220,23 @@ def feed_known(
     return max(waiting, default=None)
 
 
-def _waiting(session: Session, batch_id: UUID, after: int = 0) -> "dict[int, _Promised]":
+class _Queue(NamedTuple):
+    """Lines of one queue alone; of a release that did not say, None."""
+
+    name: str | None
+
+
+def _waiting(
+    session: Session, batch_id: UUID, after: int = 0, *, queue: _Queue | None = None
+) -> "dict[int, _Promised]":
     """The next lines of a batch that wait; such as cannot be read are refused, and wait no longer."""
+    wanted = _WAITING if queue is None else _WAITING_FOR
+    name = {} if queue is None else queue._asdict()
     found: dict[int, _Promised] = {}
     unread: dict[int, str] = {}
     while not found:
-        rows = session.connection().execute(_WAITING, {"batch": batch_id, "after": after}).all()
+        some = {"batch": batch_id, "after": after, **name}
+        rows = session.connection().execute(wanted, some).all()
         for row in rows:
             try:
                 submission = _submission.decode(row.wanted)
@@ -190,7 +260,9 @@ def _refuse(session: Session, batch_id: UUID, line: int, why: str) -> None:
     )
     mine = (_line.batch_id == batch_id) & ((_line.line == line) | (_line.repeats == line))
     said = msgspec.json.encode(problem.document()).decode()
-    refused = update(BATCH_LINES).where(mine).values(job_id=None, wanted=None, problem=said)
+    refused = (
+        update(BATCH_LINES).where(mine).values(job_id=None, wanted=None, queue=None, problem=said)
+    )
     session.connection().execute(refused)
 
 
@@ -241,17 +313,49 @@ def _chosen(session: Session, waiting: Mapping[int, _Promised], room: int) -> di
 def _settle(session: Session, batch_id: UUID, lines: Iterable[int]) -> None:
     """Have lines wait no longer."""
     there = (_line.batch_id == batch_id) & _line.line.in_(tuple(lines))
-    session.connection().execute(update(BATCH_LINES).where(there).values(wanted=None))
+    session.connection().execute(update(BATCH_LINES).where(there).values(wanted=None, queue=None))
 
 
-def _room(session: Session, owner: str, max_queued: int, usual: Limits) -> int:
-    """How many jobs more batches of the owner may have in the queues now."""
-    room = _share(max_queued) - jobs.unfinished(session)
-    if usual is not NO_LIMITS:
-        own = limits.room(session, owner, usual, FED_SHARE)
-        room = room if own is None else min(room, own)
-    return room
+class _Room(NamedTuple):
+    """What there is under way, and how much more may be."""
+
+    rows: Mapping[str | None, AnyRow]
+    """Jobs that have not ended, by their queue: `jobs` of all, and `own` ones."""
+    standing: AbstractSet[str | None]
+    """Queues that nobody serves."""
+    max_queued: int
+    max_own: int | None
+    """None: any number."""
+
+    @property
+    def is_none(self) -> bool:
+        """Whether no job of any queue could be added: nowhere is more room than where nothing stands."""
+        return self.of(None) <= 0
+
+    def own(self, queue: str | None) -> int:
+        """How many jobs the owner has in a queue."""
+        return self.rows[queue].own if queue in self.rows else 0
+
+    def of(self, queue: str | None) -> int:
+        """How many jobs more batches of the owner may have in a queue now."""
+        jobs_of = {name: row.jobs for name, row in self.rows.items()}
+        free = self._free(queue, jobs_of, self.max_queued)
+        if self.max_own is None:
+            return free
+        own = {name: row.own for name, row in self.rows.items()}
+        return min(free, self._free(queue, own, self.max_own))
+
+    def _free(self, queue: str | None, counts: Mapping[str | None, int], limit: int) -> int:
+        beside = sum(counts[name] for name in self.standing if name != queue)
+        if limit <= beside:
+            return 0
+        return max(1, int((limit - beside) * FED_SHARE)) - (sum(counts.values()) - beside)
 
 
-def _share(limit: int) -> int:
-    return max(1, int(limit * FED_SHARE))
+def _room(session: Session, owner: str, max_queued: int, usual: Limits) -> _Room:
+    run = session.connection().execute
+    rows = {row.queue: row for row in run(_UNDER_WAY, {"who": owner})}
+    idle = [queue for queue, row in rows.items() if not row.held]
+    served = set(run(_SERVED_LATELY, {"names": idle}).scalars()) if idle else set()
+    own = None if usual is NO_LIMITS else limits.most_jobs(session, owner, usual)
+    return _Room(rows, set(idle) - served, max_queued, own)

@@ -14,7 +14,7 @@ A scan that is under way already is not run again: see `following`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from types import MappingProxyType
@@ -49,6 +49,7 @@ __all__ = (
     "cancel_waiting",
     "claim",
     "expire",
+    "found",
     "get",
     "known_results",
     "queue_of_short",
@@ -61,7 +62,6 @@ __all__ = (
     "submit",
     "submit_many",
     "submit_once",
-    "unfinished",
     "withdraw_result",
 )
 
@@ -127,18 +127,21 @@ def submit_once(
     max_queued: int = 10_000,
     usual: Limits = NO_LIMITS,
     is_anew: bool = False,
+    briefly: bool = False,
 ) -> Submitted:
     """Record a job, unless the submission's Idempotency-Key has made one: then that.
 
     `is_anew` makes another in place of one whose result is lost. Raises `IdempotencyKeyReused`, and as
-    `submit` does.
+    `submit` does; `briefly` says that it must take no longer than a few rows found by their keys, or raise `NotBrief`.
     """
     job_id = new_id()
     made = idempotency.job_made_by(session, submission, job_id, is_anew=is_anew)
     known = None if made is None else get(session, made)
     if known is not None:
         return Submitted(known, is_new=False)
-    job = submit(session, submission, max_queued=max_queued, usual=usual, job_id=job_id)
+    job = submit(
+        session, submission, max_queued=max_queued, usual=usual, job_id=job_id, briefly=briefly
+    )
     return Submitted(job, is_new=True)
 
 
@@ -149,6 +152,7 @@ def submit(
     max_queued: int = 10_000,
     usual: Limits = NO_LIMITS,
     job_id: UUID | None = None,
+    briefly: bool = False,
 ) -> Job:
     """Record a job; one whose result exists is born succeeded.
 
@@ -157,10 +161,10 @@ def submit(
     """
     row = _row(submission, job_id or new_id())
     found = _standing(session, submission)
-    if found.manifest is not None:
+    if _is_held(session, submission, found.manifest):
         return _born_succeeded(session, row, found.manifest)
     if usual is not NO_LIMITS:
-        limits.check(session, submission.owner, usual)
+        limits.check(session, submission.owner, usual, briefly=briefly)
     dialect = session.get_bind().dialect.name
     if found.clock is None or dialect != "sqlite":
         # From here on submissions to this queue take turns, as on SQLite from the transaction's beginning: of
@@ -175,7 +179,7 @@ def submit(
             row |= {"leader": leader.work, "virtual_finish": None}
         else:  # it has just ended, or has been asked to stop
             found = _standing(session, submission)
-    if found.manifest is not None:
+    if _is_held(session, submission, found.manifest):
         return _born_succeeded(session, row, found.manifest)
     return Job.of_row(_run(session, statements.INSERT, row).one())
 
@@ -195,7 +199,7 @@ def submit_many(
     clocks = _clocks(session, submissions)
     # From here on nobody else submits to these queues: what is found now stays so.
     keys = {submission.scan_key for submission in submissions if submission.scan_key}
-    known = known_results(session, keys)
+    known = known_results(session, keys, hold=True)
     under_way = _keys_among(session, statements.KEYS_UNDER_WAY, keys)
     waiting = [each for each in submissions if each.scan_key not in known]
     if waiting and usual is not NO_LIMITS:
@@ -267,31 +271,39 @@ def _check_queued(unfinished: int, count: int, max_queued: int) -> None:
         )
 
 
-def unfinished(session: Session) -> int:
-    """How many jobs have not ended."""
-    nowhere = _Flow("", "", Lane.INTERACTIVE)
-    found = _run(session, statements.UNFINISHED_AND_OWNER_FINISH, nowhere._asdict()).one()
-    count: int = found.unfinished
-    return count
-
-
 def add_cancelled(session: Session, promised: Mapping[UUID, Submission]) -> None:
     """Record jobs that nobody wants any more, as they would be had they been cancelled while they waited."""
     rows = [{**_row(submission, job_id), **_CANCELLED} for job_id, submission in promised.items()]
     session.connection().execute(statements.ADD_FINISHED, rows)
 
 
-def known_results(session: Session, keys: Iterable[str]) -> dict[str, str]:
-    """The manifests of the newest usable results of scan keys."""
+def known_results(session: Session, keys: Iterable[str], *, hold: bool = False) -> dict[str, str]:
+    """The manifests of the newest usable results of scan keys; if they are to be named, held by who names them."""
     rows = _chunked(session, statements.KNOWN_RESULTS, keys)
-    return {row.scan_key: row.manifest for row in rows}
+    newest = {row.scan_key: row for row in rows}
+    if hold and session.get_bind().dialect.name == "postgresql":
+        ids = {row.id for row in newest.values()}
+        held = {row.id for row in _chunked(session, statements.HOLD_JOBS, ids)}
+        newest = {key: row for key, row in newest.items() if row.id in held}
+    return {key: row.manifest for key, row in newest.items()}
+
+
+def _is_held(session: Session, submission: Submission, manifest: str | None) -> bool:
+    """Whether a result that was found may be named: a job that names it stays until the new one is there.
+
+    One that is deleted just now is waited for, and then there is none. On SQLite nobody else writes meanwhile.
+    """
+    if manifest is None or session.get_bind().dialect.name == "sqlite":
+        return manifest is not None
+    held = {"key": submission.scan_key, "path": manifest}
+    return _run(session, statements.HOLD_RESULT, held).one_or_none() is not None
 
 
 def _keys_among(session: Session, statement: Executable, keys: Iterable[str]) -> set[str]:
     return {row.scan_key for row in _chunked(session, statement, keys)}
 
 
-def _chunked(session: Session, statement: Executable, keys: Iterable[str]) -> Iterator[AnyRow]:
+def _chunked(session: Session, statement: Executable, keys: Iterable[Any]) -> Iterator[AnyRow]:
     """Rows for keys, so many at a time as every database takes parameters."""
     wanted = iter(sorted(keys))
     while some := tuple(islice(wanted, 500)):
@@ -373,6 +385,12 @@ def withdraw_result(session: Session, manifest: str) -> None:
 def get(session: Session, job_id: UUID) -> Job | None:
     """The job of that id."""
     return _job_of(_run(session, statements.GET, {"job_id": job_id}))
+
+
+def found(session: Session, job_ids: Collection[UUID]) -> dict[UUID, Job]:
+    """Those of the jobs that are there."""
+    rows = _chunked(session, statements.GET_ALL, job_ids)
+    return {row.id: Job.of_row(row) for row in rows}
 
 
 def recent(

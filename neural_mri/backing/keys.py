@@ -1,5 +1,6 @@
 """Every Redis key, queue name and storage path, in one place."""
 
+import re
 from typing import NamedTuple
 from uuid import UUID
 
@@ -7,6 +8,7 @@ __all__ = (
     "ATTEMPTS",
     "CONTROL_QUEUE",
     "CPU_QUEUE",
+    "DELETED",
     "ENDED",
     "WORKERS",
     "Attempt",
@@ -20,9 +22,12 @@ __all__ = (
     "kept_result_path",
     "manifest_path",
     "packed_path",
+    "pieces_path",
     "placement_queue",
     "rate",
+    "result_of",
     "scan_queue",
+    "table_path",
     "tokenizer_path",
     "watched",
 )
@@ -35,11 +40,16 @@ CONTROL_QUEUE = "load"
 ENDED = "ended"
 """Redis channel on which the ids of jobs are said that have just ended, as 16 bytes."""
 
+DELETED = "deleted"
+"""Redis hash of how much has been deleted since Redis was emptied, by what it was and why: `job:age`."""
+
 WORKERS = "workers"
 """Redis set of the names that may have a heartbeat."""
 
-ATTEMPTS = ("packed", "manifests")
+ATTEMPTS = ("packed", "pieces", "manifests")
 """Folders of what single attempts have measured."""
+
+_TABLE = re.compile(r"(pieces/[0-9a-f-]{36}\.[0-9]+)\.[0-9a-f]{64}\.arrow")
 
 
 def scan_queue(revision: str) -> str:
@@ -92,9 +102,21 @@ def is_packed(path: str) -> bool:
     return path.endswith(".result")
 
 
+def pieces_path(job_id: UUID, attempt: int) -> str:
+    """The manifest of an attempt whose tables stand beside it: nobody else's, and gone when it goes."""
+    return f"pieces/{job_id}.{attempt}.json"
+
+
 def manifest_path(job_id: UUID, attempt: int) -> str:
-    """The manifest of an attempt whose tables stand beside it, each under its own hash."""
+    """The manifest of an attempt whose tables stand under their own hashes, as they once did."""
     return f"manifests/{job_id}.{attempt}.json"
+
+
+def table_path(manifest: str, sha256: str) -> str:
+    """A table's bytes, by where the manifest that names it stands, and by their hash."""
+    if manifest.startswith("pieces/"):
+        return f"{manifest.removesuffix('.json')}.{sha256}.arrow"
+    return chunk_path(sha256)
 
 
 class Attempt(NamedTuple):
@@ -104,15 +126,27 @@ class Attempt(NamedTuple):
     """The id under which its worker knows the job."""
     number: int
 
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What a job's row may name as its result: one of them, as large as the result has turned out."""
+        return packed_path(*self), pieces_path(*self), manifest_path(*self)
+
+
+def result_of(path: str) -> str:
+    """What a job's row names, of whose result a file is part."""
+    table = _TABLE.fullmatch(path)
+    return f"{table[1]}.json" if table else path
+
 
 def attempt_of(path: str) -> Attempt | None:
-    """Whose result a file is; None for a file of another kind."""
+    """Whose result a file is, or is part of; None for a file of another kind."""
+    result = result_of(path)
     try:
-        job_id, number, _ = path.rpartition("/")[2].split(".")
+        job_id, number, _ = result.rpartition("/")[2].split(".")
         attempt = Attempt(UUID(job_id), int(number))
     except ValueError:
         return None
-    return attempt if path in (packed_path(*attempt), manifest_path(*attempt)) else None
+    return attempt if result in attempt.results else None
 
 
 def kept_result_path(digest: str) -> str:

@@ -4,28 +4,41 @@ Counted in the transaction that submits: of many requests at once none slips thr
 hours, not the calendar's. What counts is the time for which a worker held the user's jobs; those that were
 claimed together share it by what they were estimated to cost, so that nobody is charged a pass that others
 had a part in, and all together no more than it took. Results that were known, and scans that followed
-another's, cost nothing.
+another's, cost nothing. What a deleted job has computed counts as before.
 """
 
 import math
 from typing import Any, NamedTuple
 
-from sqlalchemy import and_, bindparam, func, select, update
+from sqlalchemy import and_, bindparam, func, select, union_all, update
 from sqlalchemy.orm import Session
 
 from neural_mri.backing.access import ensure_user
 from neural_mri.backing.database import epoch
-from neural_mri.backing.rows import JOBS, USERS
+from neural_mri.backing.rows import JOBS, SPENT, USERS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.auth import Usage, UserLimits
 from neural_mri.contract.problems import TooMany
 
-__all__ = ("NO_LIMITS", "Limits", "check", "room", "set_limits", "usage", "users", "usual")
+__all__ = (
+    "CHARGED",
+    "DAY_SECONDS",
+    "NO_LIMITS",
+    "Limits",
+    "NotBrief",
+    "check",
+    "most_jobs",
+    "set_limits",
+    "usage",
+    "users",
+    "usual",
+)
 
 DAY_SECONDS = 86_400.0
 LONGEST_RETRY_SECONDS = 60.0
 
 _job = JOBS.c
+_spent = SPENT.c
 _user = USERS.c
 _MINE = _job.owner == bindparam("who")
 _UNDER_WAY = and_(_MINE, _job.finished_at.is_(None))
@@ -38,9 +51,14 @@ _RAN_TODAY = and_(
 _OVERRIDES = select(_user.max_jobs, _user.daily_seconds).where(_user.name == bindparam("who"))
 _IN_FLIGHT = select(func.count()).select_from(JOBS).where(_UNDER_WAY)
 _PART = func.coalesce(_job.claim_share, 1.0)
+CHARGED = (_job.finished_at - _job.started_at) * _PART
+"""What a job that has run counts for."""
+_SPENT_TODAY = and_(_spent.owner == bindparam("who"), _spent.finished_at > epoch() - DAY_SECONDS)
+"""By jobs that have been deleted since."""
 _SECONDS_ENDED = select(
-    func.coalesce(func.sum((_job.finished_at - _job.started_at) * _PART), 0.0)
-).where(_RAN_TODAY)
+    select(func.coalesce(func.sum(CHARGED), 0.0)).where(_RAN_TODAY).scalar_subquery()
+    + select(func.coalesce(func.sum(_spent.seconds), 0.0)).where(_SPENT_TODAY).scalar_subquery()
+)
 _SECONDS_HELD = select(func.coalesce(func.sum((epoch() - _job.started_at) * _PART), 0.0)).where(
     _UNDER_WAY, _job.lease_owner.is_not(None)
 )
@@ -50,14 +68,16 @@ _LATEST = (
     .order_by(_job.finished_at.desc())
     .limit(16)
 )
-_LEAVING = (
+_LEAVING = union_all(
     select(
-        ((_job.finished_at - _job.started_at) * _PART).label("charged"),
-        (_job.finished_at + DAY_SECONDS - epoch()).label("leaves_in"),
-    )
-    .where(_RAN_TODAY)
-    .order_by(_job.finished_at)
-)
+        CHARGED.label("charged"), (_job.finished_at + DAY_SECONDS - epoch()).label("leaves_in")
+    ).where(_RAN_TODAY),
+    select(_spent.seconds, _spent.finished_at + DAY_SECONDS - epoch()).where(_SPENT_TODAY),
+).order_by("leaves_in")
+
+
+class NotBrief(Exception):
+    """The user has a limit that takes more to look at than a few rows: nothing was done."""
 
 
 class Limits(NamedTuple):
@@ -89,9 +109,17 @@ def _limits(session: Session, user: str, usual: Limits, *, lock: bool = False) -
     )
 
 
-def check(session: Session, user: str, usual: Limits, *, count: int = 1) -> None:
-    """Whether the user may submit so many jobs more. Raises `TooMany`, which says when to try again."""
+def check(
+    session: Session, user: str, usual: Limits, *, count: int = 1, briefly: bool = False
+) -> None:
+    """Whether the user may submit so many jobs more. Raises `TooMany`, which says when to try again.
+
+    What somebody has computed within a day is summed up over all of their jobs of it: asked `briefly`, this raises
+    `NotBrief` instead.
+    """
     limits = _limits(session, user, usual, lock=True)
+    if briefly and limits.daily_seconds:
+        raise NotBrief
     if limits.max_jobs:
         in_flight: int = _run(session, _IN_FLIGHT, user).scalar_one()
         if in_flight + count > limits.max_jobs:
@@ -115,15 +143,12 @@ def check(session: Session, user: str, usual: Limits, *, count: int = 1) -> None
             )
 
 
-def room(session: Session, user: str, usual: Limits, share: float) -> int | None:
-    """How many jobs more the user may have, of those that fill a share of the limit alone; None: any number."""
+def most_jobs(session: Session, user: str, usual: Limits) -> int | None:
+    """How many jobs the user may have under way: none after a day's work, None for any number."""
     limits = _limits(session, user, usual, lock=True)
     if limits.daily_seconds and _seconds(session, user) >= limits.daily_seconds:
         return 0
-    if not limits.max_jobs:
-        return None
-    in_flight: int = _run(session, _IN_FLIGHT, user).scalar_one()
-    return max(1, int(limits.max_jobs * share)) - in_flight
+    return limits.max_jobs or None
 
 
 def _seconds(session: Session, user: str) -> float:

@@ -30,6 +30,7 @@ __all__ = (
     "AUDIT",
     "BATCHES",
     "BATCH_LINES",
+    "DISCARDS",
     "IDEMPOTENCY_KEYS",
     "JOBS",
     "LOGINS",
@@ -37,6 +38,7 @@ __all__ = (
     "MODEL_COSTS",
     "QUEUE_CLOCKS",
     "RESIDENCES",
+    "SPENT",
     "USERS",
     "ApiKeyRow",
     "AuditRow",
@@ -200,6 +202,35 @@ class QueueClockRow(Base):
 
     queue: Mapped[str] = mapped_column(String(64), primary_key=True)
     virtual_clock: Mapped[float]
+
+
+class DiscardRow(Base):
+    """What a deleted job may have left in the store. Only `backing.deletion` writes here."""
+
+    __tablename__ = "discards"
+    __table_args__ = (Index("ix_discards_deleted", "deleted_at"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    """The job's."""
+    work: Mapped[UUID]
+    """The id under which workers knew it."""
+    attempts: Mapped[int]
+    manifest: Mapped[str | None] = mapped_column(String(200))
+    scan_key: Mapped[str | None] = mapped_column(String(64))
+    deleted_at: Mapped[float]
+
+
+class SpentRow(Base):
+    """What a deleted job had computed, for as long as a day's limit counts it."""
+
+    __tablename__ = "spent"
+    __table_args__ = (Index("ix_spent_usage", "owner", "finished_at"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    """The job's."""
+    owner: Mapped[str] = mapped_column(String(200))
+    finished_at: Mapped[float]
+    seconds: Mapped[float]
 
 
 class IdempotencyKeyRow(Base):
@@ -370,6 +401,14 @@ class BatchLineRow(Base):
             sqlite_where=_WAITING,
             postgresql_where=_WAITING,
         ),
+        Index(
+            "ix_batch_lines_queues",
+            "batch_id",
+            "queue",
+            "line",
+            sqlite_where=_WAITING,
+            postgresql_where=_WAITING,
+        ),
     )
 
     batch_id: Mapped[UUID] = mapped_column(ForeignKey("batches.id"), primary_key=True)
@@ -382,6 +421,8 @@ class BatchLineRow(Base):
     """JSON, as RFC 9457 has it."""
     wanted: Mapped[str | None]
     """JSON of the job to be, of a line that waits for room."""
+    queue: Mapped[str | None] = mapped_column(String(64))
+    """Where that will wait; NULL of a line that an older release has recorded."""
 
 
 class SessionRow(Base):
@@ -472,6 +513,8 @@ class ShareRow(Base):
 
 
 JOBS = Base.metadata.tables["jobs"]
+DISCARDS = Base.metadata.tables["discards"]
+SPENT = Base.metadata.tables["spent"]
 QUEUE_CLOCKS = Base.metadata.tables["queue_clocks"]
 MODELS = Base.metadata.tables["models"]
 RESIDENCES = Base.metadata.tables["residences"]

@@ -76,6 +76,12 @@ class S3Store:
         """Begin to send files. Raises `StoreFull`."""
         return _Uploads(self, files)
 
+    def copy(self, path: str, to: str) -> None:
+        """Have the bucket keep the bytes under another path as well. Raises `Missing`, `StoreFull`."""
+        checked(to)
+        with _explained(path):
+            obstore.copy(self._store, path, to)
+
     def get(self, path: str) -> bytes:
         """The bytes under the path. Raises `Missing`."""
         with _explained(path):

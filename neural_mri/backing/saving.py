@@ -215,7 +215,7 @@ class _Begun:
             body = to_ipc(table)
             ref = _ref_of(name, table, body)
             self._refs.append(ref)
-            yield NamedBytes(keys.chunk_path(ref.chunk), body)
+            yield NamedBytes(keys.table_path(self.result.path, ref.chunk), body)
 
     def _named(self) -> bytes:
         """The manifest, once all tables have been encoded."""

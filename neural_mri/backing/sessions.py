@@ -5,8 +5,9 @@ latest. Who saves says which revision they had read: where another has been save
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -46,11 +47,13 @@ __all__ = (
     "Opened",
     "Saved",
     "Settled",
+    "Settling",
     "Waiting",
     "add_arrival",
     "append",
     "arrivals",
     "arrived",
+    "awaiting",
     "change",
     "create",
     "decode_document",
@@ -59,12 +62,14 @@ __all__ = (
     "find",
     "fork",
     "holds",
+    "keeping",
     "kept_results",
     "opened",
     "page",
     "revisions",
     "save",
     "settle",
+    "settle_all",
     "unknown",
 )
 
@@ -124,6 +129,15 @@ class Waiting(NamedTuple):
     """Why it joins no more."""
 
 
+class Settling(NamedTuple):
+    """A scan that was on its way and has arrived, or joins no more."""
+
+    waiting: Waiting
+    scan: SavedScan | None
+    problem: ProblemDocument | None = None
+    """Why it does not join, where that is to be told."""
+
+
 class Settled(NamedTuple):
     """What became of a scan that was on its way."""
 
@@ -132,6 +146,11 @@ class Settled(NamedTuple):
     saved: Saved | None = None
     problem: ProblemDocument | None = None
     """Why it does not join."""
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether nothing is left to be told of it."""
+        return self.is_ours and self.problem is None
 
 
 def encode_document(document: SessionDocument) -> bytes:
@@ -166,8 +185,9 @@ def create(session: Session, made: Made) -> SessionView:
         **_of_document(made.name, digest, document),
     }
     row = _run(session, insert(SESSIONS).values(values).returning(*_session)).one()
-    _write_revision(session, session_id, 1, digest, made.document, made.author, made.message)
-    _keep(session, session_id, {scan.result for scan in document.scans})
+    first = _Revisions()
+    first.add(session_id, 1, digest, made.document, document, made.author, made.message)
+    first.write(session)
     return _view(row)
 
 
@@ -205,35 +225,45 @@ def _texts(value: Any) -> Iterator[str]:
                 yield from _texts(inner)
 
 
-def _write_revision(
-    session: Session,
-    session_id: UUID,
-    number: int,
-    digest: str,
-    document: bytes,
-    author: str,
-    message: str,
-) -> None:
-    _run(
-        session,
-        insert(SESSION_REVISIONS).values(
-            session_id=session_id,
-            number=number,
-            digest=digest,
-            document=document.decode(),
-            author=author,
-            message=message,
-            created_at=epoch(),
-        ),
-    )
+class _Revisions:
+    """Revisions, and the results that they keep, to be written together."""
 
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._kept: dict[tuple[UUID, str], None] = {}
 
-def _keep(session: Session, session_id: UUID, results: Iterable[str]) -> None:
-    rows = [{"session_id": session_id, "digest": digest} for digest in sorted(results)]
-    if rows:
-        is_postgresql = session.get_bind().dialect.name == "postgresql"
-        insert_or = postgresql.insert if is_postgresql else sqlite.insert
-        session.connection().execute(insert_or(SESSION_RESULTS).on_conflict_do_nothing(), rows)
+    def add(
+        self,
+        session_id: UUID,
+        number: int,
+        digest: str,
+        body: bytes,
+        document: SessionDocument,
+        author: str,
+        message: str,
+    ) -> None:
+        self._rows.append(
+            {
+                "session_id": session_id,
+                "number": number,
+                "digest": digest,
+                "document": body.decode(),
+                "author": author,
+                "message": message,
+            }
+        )
+        self._kept |= dict.fromkeys((session_id, scan.result) for scan in document.scans)
+
+    def write(self, session: Session) -> None:
+        """The sessions must be there."""
+        run = session.connection().execute
+        if self._rows:
+            run(insert(SESSION_REVISIONS).values(created_at=epoch()), self._rows)
+        if self._kept:
+            is_postgresql = session.get_bind().dialect.name == "postgresql"
+            insert_or = postgresql.insert if is_postgresql else sqlite.insert
+            rows = [{"session_id": each, "digest": digest} for each, digest in sorted(self._kept)]
+            run(insert_or(SESSION_RESULTS).on_conflict_do_nothing(), rows)
 
 
 def find(session: Session, session_id: UUID) -> SessionView | None:
@@ -286,20 +316,38 @@ def save(
 ) -> Saved:
     """Write a revision over the one that was read, or over whatever is there; none where nothing has changed.
 
-    Raises `PreconditionFailed`, which names the latest, where that is another by now.
+    Scans that have come to it since are nobody's edit: they stay, behind those that are saved. Raises
+    `PreconditionFailed`, which names the latest, where anything else is another by now.
     """
     row = _row(session, session_id, lock=True)
     if row is None:
         raise unknown(session_id)
     if over is not None and row.head != over:
-        raise PreconditionFailed(
-            f"session {session_id} stands at revision {row.head} (number {row.revision}) by now, and "
-            f"not at {over[:80]}: read it, and save over that",
-            session=str(session_id),
-            head=row.head,
-            number=row.revision,
-        )
+        added = _added_since(session, row, over)
+        named = {scan.result for scan in content.scans}
+        scans = (*content.scans, *(scan for scan in added or () if scan.result not in named))
+        if added is None or len(scans) > MOST_SCANS:
+            raise PreconditionFailed(
+                f"session {session_id} stands at revision {row.head} (number {row.revision}) by now, and "
+                f"not at {over[:80]}: read it, and save over that",
+                session=str(session_id),
+                head=row.head,
+                number=row.revision,
+            )
+        content = msgspec.structs.replace(content, scans=scans)
     return _save(session, row, content, author, message)
+
+
+def _added_since(session: Session, row: AnyRow, over: str) -> tuple[SavedScan, ...] | None:
+    """Scans that were added behind those of a revision; None where something else was changed, or there is no such."""
+    try:
+        before = decode_document(opened(session, row.id, over).document)
+    except UnknownRevision:
+        return None
+    now = decode_document(opened(session, row.id, row.head).document)
+    count = len(before.scans)
+    as_it_was = msgspec.structs.replace(now, parent=before.parent, scans=now.scans[:count])
+    return now.scans[count:] if as_it_was == before else None
 
 
 def _save(
@@ -308,19 +356,31 @@ def _save(
     before = decode_document(opened(session, row.id, row.head).document)
     if msgspec.structs.replace(content, parent=before.parent) == before:
         return Saved(_view(row), is_new=False)
+    revisions = _Revisions()
+    after = _advance(session, row, content, author, message, revisions)
+    revisions.write(session)
+    had = {scan.result for scan in before.scans}
+    added = tuple(scan.result for scan in content.scans if scan.result not in had)
+    return Saved(_view(after), is_new=True, added=added)
+
+
+def _advance(
+    session: Session,
+    row: AnyRow,
+    content: SessionDocument,
+    author: str,
+    message: str,
+    revisions: _Revisions,
+) -> AnyRow:
+    """Have a session stand at a new revision, which is to be written; its row from then on."""
     body = encode_document(msgspec.structs.replace(content, parent=row.head))
-    digest = hashlib.sha256(body).hexdigest()
+    digest, number = hashlib.sha256(body).hexdigest(), row.revision + 1
     document = decode_document(body)
-    number = row.revision + 1
     values = {"revision": number, **_of_document(row.name, digest, document)}
     changed = update(SESSIONS).where(_session.id == row.id).values(values).returning(*_session)
-    after = _run(session, changed).one()
-    _write_revision(session, row.id, number, digest, body, author, message)
-    results = {scan.result for scan in document.scans}
-    _keep(session, row.id, results)
-    had = {scan.result for scan in before.scans}
-    added = tuple(scan.result for scan in document.scans if scan.result not in had)
-    return Saved(_view(after), is_new=True, added=added)
+    after: AnyRow = _run(session, changed).one()
+    revisions.add(row.id, number, digest, body, document, author, message)
+    return after
 
 
 def append(
@@ -330,12 +390,10 @@ def append(
     *,
     author: str,
     job_id: UUID | None = None,
-    reserved: bool = False,
 ) -> Saved:
     """Add a scan to whatever the session holds: nobody's save stands in the way of it.
 
-    `job_id` is whose result it is: why that could not join before is told no more. `reserved` says that it had a
-    place kept for it, as scans on their way have. Raises `UnknownSession`, and `LimitReached` where there is no room.
+    `job_id` is whose result it is: why that could not join before is told no more. Raises `UnknownSession`, and `LimitReached` where there is no room.
     """
     row = _row(session, session_id, lock=True)
     if row is None:
@@ -343,27 +401,31 @@ def append(
     document = decode_document(opened(session, session_id, row.head).document)
     is_there = any(each.result == scan.result for each in document.scans)
     if not is_there:
-        _check_room(session, row, reserved=reserved)
+        _check_room(session, row)
     if job_id is not None:
         mine = (_arrival.session_id == session_id) & (_arrival.job_id == job_id)
         _run(session, delete(SESSION_ARRIVALS).where(mine))
     if is_there:
         return Saved(_view(row), is_new=False)
     grown = msgspec.structs.replace(document, scans=(*document.scans, scan))
-    return _save(session, row, grown, author, f"Added {scan.label or scan.kind.value}")
+    return _save(session, row, grown, author, _said_of([scan]))
 
 
-def _check_room(session: Session, row: AnyRow, *, reserved: bool) -> None:
+def _check_room(session: Session, row: AnyRow) -> None:
     """Whether a scan may join a session whose row is locked. Raises `LimitReached`."""
     waiting = select(func.count()).where(_arrival.session_id == row.id, _arrival.problem.is_(None))
-    coming: int = 0 if reserved else _run(session, waiting).scalar_one()
+    coming: int = _run(session, waiting).scalar_one()
     if row.scans + coming >= MOST_SCANS:
-        on_their_way = f", and {coming} are on their way" if coming else ""
-        raise LimitReached(
-            f"session {row.id} holds {row.scans} scans{on_their_way}: {MOST_SCANS} is as many as one can "
-            "hold",
-            limit=MOST_SCANS,
-        )
+        raise _full(row, coming)
+
+
+def _full(row: AnyRow, coming: int = 0) -> LimitReached:
+    on_their_way = f", and {coming} are on their way" if coming else ""
+    return LimitReached(
+        f"session {row.id} holds {row.scans} scans{on_their_way}: {MOST_SCANS} is as many as one can "
+        "hold",
+        limit=MOST_SCANS,
+    )
 
 
 def change(
@@ -500,6 +562,17 @@ def holds(session: Session, session_id: UUID, result: str) -> bool:
     return _run(session, wanted).one_or_none() is not None
 
 
+def keeping(session: Session, owner: str, result: str) -> list[UUID]:
+    """Sessions of an owner some revision of which names the result, those made first before others."""
+    wanted = (
+        select(_session.id)
+        .select_from(SESSION_RESULTS.join(SESSIONS, _session.id == _result.session_id))
+        .where(_result.digest == result, _session.owner == owner)
+        .order_by(_session.created_at, _session.id)
+    )
+    return list(_run(session, wanted).scalars())
+
+
 def kept_results(session: Session) -> frozenset[str]:
     """Every result that some session names: whoever sweeps the store leaves these and their tables."""
     return frozenset(_run(session, select(_result.digest).distinct()).scalars())
@@ -521,7 +594,7 @@ def add_arrival(session: Session, waiting: Waiting) -> None:
     )
     if _run(session, noted).one_or_none() is not None:
         return
-    _check_room(session, row, reserved=False)
+    _check_room(session, row)
     values = {**waiting._asdict(), "problem": None, "created_at": epoch()}
     _run(session, insert(SESSION_ARRIVALS).values(**values))
 
@@ -540,6 +613,12 @@ def arrivals(session: Session, session_id: UUID) -> list[Waiting]:
     return [_waiting(row) for row in rows]
 
 
+def awaiting(session: Session, job_id: UUID) -> list[Waiting]:
+    """Sessions that a scan is on its way into."""
+    wanted = _WAITING.where(_arrival.job_id == job_id, _arrival.problem.is_(None))
+    return [_waiting(row) for row in _run(session, wanted)]
+
+
 def arrived(session: Session, owner: str) -> list[Waiting]:
     """Scans on their way into an owner's sessions whose jobs have ended, or are there no more."""
     under_way = select(_job.id).where(_job.id == _arrival.job_id, _job.finished_at.is_(None))
@@ -556,6 +635,81 @@ def _waiting(row: AnyRow) -> Waiting:
     return Waiting(row.session_id, row.job_id, row.author, row.label, problem)
 
 
+def settle_all(session: Session, arrived: Iterable[Settling]) -> list[Settled]:
+    """`settle` several, in the order in which they were given.
+
+    Those of one session and author that come one after another are one revision.
+    """
+    given = list(arrived)
+    settled = dict.fromkeys(range(len(given)), Settled(is_ours=False))
+    coming = _coming(session, [each.waiting for each in given])
+    revisions = _Revisions()
+    numbered = sorted(enumerate(given), key=lambda each: (each[1].waiting.session_id, each[0]))
+    for session_id, some in groupby(numbered, lambda each: each[1].waiting.session_id):
+        if (found := coming.get(session_id)) is None:
+            continue
+        row, document, jobs = found
+        ours = [each for each in some if each[1].waiting.job_id in jobs]
+        for author, joining in groupby(ours, lambda each: each[1].waiting.author):
+            join = _join(session, row, document, author, dict(joining), revisions)
+            row, document = join.row, join.document
+            settled |= join.settled
+    revisions.write(session)
+    _note(session, [(given[number].waiting, each) for number, each in settled.items()])
+    return [settled[number] for number in sorted(settled)]
+
+
+class _Coming(NamedTuple):
+    """A session that is locked, and which of the scans given it still waits for."""
+
+    row: AnyRow
+    document: SessionDocument
+    jobs: frozenset[UUID]
+
+
+def _coming(session: Session, waiting: Sequence[Waiting]) -> dict[UUID, _Coming]:
+    """Sessions by their ids, those that wait for none of the scans left out."""
+    ids = sorted({each.session_id for each in waiting})
+    # In one order, so that two who do the same never wait for each other.
+    wanted = select(*_session).where(_session.id.in_(ids)).order_by(_session.id)
+    rows: Sequence[AnyRow] = _run(session, wanted.with_for_update()).all()
+    still = select(_arrival.session_id, _arrival.job_id).where(
+        _arrival.session_id.in_(ids),
+        _arrival.job_id.in_({each.job_id for each in waiting}),
+        _arrival.problem.is_(None),
+    )
+    jobs: dict[UUID, set[UUID]] = {}
+    for found in _run(session, still):
+        jobs.setdefault(found.session_id, set()).add(found.job_id)
+    heads = [(row.id, row.head) for row in rows if row.id in jobs]
+    at = tuple_(_revision.session_id, _revision.digest)
+    written = select(_revision.session_id, _revision.document).where(at.in_(heads))
+    documents = {found.session_id: found.document for found in _run(session, written)}
+    return {
+        row.id: _Coming(row, decode_document(documents[row.id]), frozenset(jobs[row.id]))
+        for row in rows
+        if row.id in jobs
+    }
+
+
+def _note(session: Session, settled: Iterable[tuple[Waiting, Settled]]) -> None:
+    """Wait no longer for what was settled; why a scan does not join is told for a while, from now on."""
+    ours = [(waiting, each) for waiting, each in settled if each.is_ours]
+    key = tuple_(_arrival.session_id, _arrival.job_id)
+    joined = [(waiting.session_id, waiting.job_id) for waiting, each in ours if each.is_joined]
+    if joined:
+        _run(session, delete(SESSION_ARRIVALS).where(key.in_(joined)))
+    refused = [(waiting, each.problem) for waiting, each in ours if each.problem is not None]
+    for waiting, problem in refused:
+        that = (_arrival.session_id == waiting.session_id) & (_arrival.job_id == waiting.job_id)
+        why = msgspec.json.encode(problem).decode()
+        told = update(SESSION_ARRIVALS).where(that).values(problem=why, created_at=epoch())
+        _run(session, told)
+    if refused:
+        there = _arrival.session_id.in_({waiting.session_id for waiting, _ in refused})
+        _run(session, delete(SESSION_ARRIVALS).where(there, ~_IS_TOLD))
+
+
 def settle(
     session: Session,
     waiting: Waiting,
@@ -563,25 +717,52 @@ def settle(
     problem: ProblemDocument | None = None,
 ) -> Settled:
     """Add a scan that was on its way; or wait for it no longer, and remember why where there is a problem."""
-    mine = (_arrival.session_id == waiting.session_id) & (_arrival.job_id == waiting.job_id)
-    row = _row(session, waiting.session_id, lock=True)
-    still = select(_arrival.job_id).where(mine, _arrival.problem.is_(None))
-    if row is None or _run(session, still).one_or_none() is None:
-        return Settled(is_ours=False)
-    saved = None
-    if scan is not None:
-        try:
-            saved = append(session, row.id, scan, author=waiting.author, reserved=True)
-        except LimitReached as full:
-            problem = full.document()
-    if problem is None:
-        _run(session, delete(SESSION_ARRIVALS).where(mine))
-    else:
-        why = msgspec.json.encode(problem).decode()
-        # From now on it is told for a while, and others are not any more.
-        _run(session, update(SESSION_ARRIVALS).where(mine).values(problem=why, created_at=epoch()))
-        _run(session, delete(SESSION_ARRIVALS).where(_arrival.session_id == row.id, ~_IS_TOLD))
-    return Settled(is_ours=True, saved=saved, problem=problem)
+    [settled] = settle_all(session, [Settling(waiting, scan, problem)])
+    return settled
+
+
+class _Joined(NamedTuple):
+    """What came of adding scans to a session, and where it stands then."""
+
+    row: AnyRow
+    document: SessionDocument
+    settled: dict[int, Settled]
+
+
+def _join(
+    session: Session,
+    row: AnyRow,
+    document: SessionDocument,
+    author: str,
+    arrived: Mapping[int, Settling],
+    revisions: _Revisions,
+) -> _Joined:
+    """Add what one author's scans measured to a session that is locked, by one revision, which is to be written."""
+    there = {scan.result for scan in document.scans}
+    settled: dict[int, Settled] = {}
+    added: list[SavedScan] = []
+    for number, (_, scan, problem) in arrived.items():
+        if scan is None:
+            settled[number] = Settled(is_ours=True, problem=problem)
+        elif scan.result not in there and len(there) >= MOST_SCANS:
+            settled[number] = Settled(is_ours=True, problem=_full(row).document())
+        else:
+            added += () if scan.result in there else (scan,)
+            there.add(scan.result)
+    if added:
+        grown = msgspec.structs.replace(document, parent=row.head, scans=(*document.scans, *added))
+        row = _advance(session, row, grown, author, _said_of(added), revisions)
+        document = grown
+    results = tuple(scan.result for scan in added)
+    joined = Settled(is_ours=True, saved=Saved(_view(row), is_new=bool(added), added=results))
+    return _Joined(row, document, {number: settled.get(number, joined) for number in arrived})
+
+
+def _said_of(added: Sequence[SavedScan]) -> str:
+    """The message of a revision that adds scans."""
+    if len(added) > 1:
+        return f"Added {len(added)} scans"
+    return f"Added {added[0].label or added[0].kind.value}"
 
 
 def _view(row: AnyRow) -> SessionView:

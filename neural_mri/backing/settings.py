@@ -137,6 +137,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long one attempt may run before its worker is killed."""
     queued_seconds: Seconds = 86_400.0
     """How long a job may wait for a worker before it is given up as expired."""
+    keep_days: Annotated[int, Meta(ge=0, le=36_500)] = 0
+    """Days after its end for which a job is kept, and its result while some job names it; then both are deleted. 0:
+    for ever. What sessions keep stays."""
     event_stream_length: Annotated[int, Meta(ge=16)] = 4000
     """Events kept for a job."""
     event_stream_seconds: Seconds = 86_400.0

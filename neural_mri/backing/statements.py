@@ -55,7 +55,7 @@ ADD_FINISHED = insert(JOBS).values(created_at=epoch(), finished_at=epoch())
 _USABLE = and_(_job.state == JobState.SUCCEEDED, _job.manifest.is_not(None), _job.reusable)
 
 KNOWN_RESULTS = (
-    select(_job.scan_key, _job.manifest)
+    select(_job.scan_key, _job.manifest, _job.id)
     .where(_job.scan_key.in_(bindparam("keys", expanding=True)), _USABLE)
     # The newest last, so that it is the one that stays.
     .order_by(_job.finished_at)
@@ -75,6 +75,22 @@ EXISTING_RESULT = (
     .limit(1)
 )
 """The manifest of the newest usable result. Parameter: key."""
+
+HOLD_RESULT = (
+    select(_job.id)
+    .where(_job.scan_key == bindparam("key"), _job.manifest == bindparam("path"), _USABLE)
+    .limit(1)
+    .with_for_update(read=True, key_share=True)
+)
+"""Keeps a job that names a result from being deleted until the transaction ends. Parameters: key, path."""
+
+HOLD_JOBS = (
+    select(_job.id)
+    .where(_job.id.in_(bindparam("keys", expanding=True)))
+    .order_by(_job.id)
+    .with_for_update(read=True, key_share=True)
+)
+"""The same of jobs by their ids. Parameter: keys."""
 
 WITHDRAW_RESULT = update(JOBS).where(_job.manifest == bindparam("path")).values(reusable=False)
 """Parameter: path."""
@@ -151,6 +167,9 @@ MOVE_CLOCK = (
 
 GET = select(*_job).where(_job.id == bindparam("job_id"))
 """Parameter: job_id."""
+
+GET_ALL = select(*_job).where(_job.id.in_(bindparam("keys", expanding=True)))
+"""Parameter: keys."""
 
 MADE = select(*_job).where(
     or_(_job.id == bindparam("job_id"), _job.leader == bindparam("job_id")),

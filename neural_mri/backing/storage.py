@@ -49,6 +49,7 @@ MOST_OPEN = 64
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV})
 
 
 class InvalidPath(ValueError):
@@ -106,6 +107,9 @@ class Store(Protocol):
 
     def begin(self, files: Iterable[NamedBytes]) -> Writing:
         """Begin to write files, without waiting for the disk. Raises `StoreFull`."""
+
+    def copy(self, path: str, to: str) -> None:
+        """Keep the bytes under another path as well, unless some stand there. Raises `Missing`, `StoreFull`."""
 
     def get(self, path: str) -> bytes:
         """The bytes under the path. Raises `Missing`."""
@@ -168,6 +172,35 @@ class FolderStore:
     def begin(self, files: Iterable[NamedBytes]) -> Writing:
         """Begin to write files. Raises `StoreFull`."""
         return _Halves(self._root, files)
+
+    def copy(self, path: str, to: str) -> None:
+        """Let the file have another name as well, where the file system can. Raises `Missing`, `StoreFull`."""
+        if self.exists(to):
+            return
+        folders = _Folders(self._root)
+        try:
+            with self._folder(path) as (folder, name):
+                place = folders.place(to)
+                try:
+                    os.link(
+                        name,
+                        place.name,
+                        src_dir_fd=folder,
+                        dst_dir_fd=place.folder,
+                        follow_symlinks=False,
+                    )
+                except FileExistsError:
+                    return  # somebody has kept it just now
+                except OSError as error:
+                    if error.errno not in _NO_LINKS:
+                        raise
+                else:
+                    folders.note(place, to)
+                    folders.settle()
+                    return
+        finally:
+            folders.close()
+        self.put(to, self.get(path))
 
     def get(self, path: str) -> bytes:
         """The bytes under the path. Raises `Missing`."""

@@ -1,13 +1,15 @@
-"""What a result is in the store: one file, or a manifest whose tables stand under their own hash.
+"""What a result is in the store: one file, or a manifest whose tables stand beside it or under their own hash.
 
 A packed result is its manifest, one line of JSON, and then its tables, Arrow IPC files, in the manifest's
 order, each from the next multiple of `ALIGNMENT` bytes on: where each lies follows from the manifest, which
 `head -1` shows. A manifest alone is what a large result has, a calibration, and a result that a session keeps.
-The path's suffix says which of both stands there. Knows nothing of jobs' states.
+The path says which of them stands there (`keys.table_path`). Tables of an attempt are its own: what is
+deleted with it is needed by nobody else. Knows nothing of jobs' states.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -24,6 +26,7 @@ __all__ = (
     "StoredResult",
     "StoredTable",
     "by_hash",
+    "discard",
     "is_whole",
     "load_manifest",
     "open_result",
@@ -103,7 +106,11 @@ class StoredResult:
         self.manifest = _decoded(path, self.body)
         self._first = len(self.body) + len(_END)
         refs = self.manifest.tables
-        self.tables = tuple(_packed(path, self._first, refs) if is_packed else map(by_hash, refs))
+        self.tables = tuple(
+            _packed(path, self._first, refs)
+            if is_packed
+            else (StoredTable(ref, keys.table_path(path, ref.chunk), 0) for ref in refs)
+        )
         """In the manifest's order."""
 
     def table(self, name: str) -> StoredTable | None:
@@ -169,6 +176,16 @@ def is_whole(store: Store, path: str) -> bool:
         return open_result(store, path).is_whole()
     except Gone:
         return False
+
+
+def discard(store: Store, path: str) -> None:
+    """Take away a result that no row names, with what is its alone; nothing happens where there is none."""
+    if path.startswith("pieces/"):
+        # The manifest last: it says what else there is.
+        with suppress(Gone):
+            for table in open_result(store, path).tables:
+                store.delete(table.path)
+    store.delete(path)
 
 
 def read_part(store: Store, table: StoredTable, start: int, end: int) -> bytes:

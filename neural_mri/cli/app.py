@@ -46,6 +46,7 @@ app.command()(jobs.job)
 app.command()(jobs.jobs)
 app.command()(jobs.result)
 app.command()(jobs.cancel)
+app.command()(jobs.delete)
 app.command()(watch.watch)
 app.command()(models.tokenize)
 app.command()(cluster.cluster)
@@ -120,6 +121,9 @@ def run(arguments: Sequence[str]) -> int:
         if message := error.format_message():  # none where the help was printed instead
             complain(message.replace("Value error, ", "", 1))  # who found it is nobody's matter
         return ExitCode.USAGE
+    except typer.Abort:  # who was asked has said no, or nothing
+        complain("nothing was done")
+        return ExitCode.FAILED
     except ClientError as error:
         complain(str(error))
         return exit_code_of(error)

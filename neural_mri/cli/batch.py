@@ -332,6 +332,7 @@ def _print(batch: BatchView, *, as_json: bool, quiet: bool, only_id: bool = Fals
     table.add_row("state", batch.state.value)
     said = [f"{batch.lines} read"]
     said += [f"{batch.refused} refused"] if batch.refused else []
+    said += [f"{batch.deleted} deleted since"] if batch.deleted else []
     said += [f"{batch.repeated} asked for what another had"] if batch.repeated else []
     table.add_row("lines", ", ".join(said))
     counts: dict[str, int] = msgspec.to_builtins(batch.counts)

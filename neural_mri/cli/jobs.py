@@ -1,4 +1,4 @@
-"""`neural-mri job`, `jobs`, `result` and `cancel`."""
+"""`neural-mri job`, `jobs`, `result`, `cancel` and `delete`."""
 
 import re
 from typing import Annotated
@@ -14,7 +14,7 @@ from neural_mri.cli.terminal import note, print_json, standard_output
 from neural_mri.client.progress import place_in_words
 from neural_mri.contract.jobs import JobState, JobView
 
-__all__ = ("cancel", "job", "jobs", "result")
+__all__ = ("cancel", "delete", "job", "jobs", "result")
 
 
 def _read_id(text: str) -> UUID:
@@ -142,6 +142,35 @@ def cancel(
         print_json(outcomes.job_document(view))
     elif not quiet:
         standard_output().print(f"job {view.id} stands at {view.state.value!r}")
+
+
+def delete(
+    job_ids: Annotated[
+        list[UUID], typer.Argument(metavar="ID...", parser=_read_id, help="The jobs' ids.")
+    ],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    url: options.Url = None,
+) -> None:
+    """Delete jobs that have ended, and their results. What sessions keep stays."""
+    if not yes:
+        what = (
+            "this job and its result"
+            if len(job_ids) == 1
+            else f"{len(job_ids)} jobs and their results"
+        )
+        typer.confirm(f"Delete {what}?", abort=True, err=True)
+    with options.open_client(url) as client:
+        deleted = []
+        for job_id in job_ids:
+            deleted.append(each := client.delete(job_id))
+            if not (quiet or as_json):
+                kept = ", ".join(map(str, each.sessions))
+                note(f"deleted {job_id}" + (f"; session {kept} keeps its result" if kept else ""))
+    if as_json:
+        print_json(deleted)
 
 
 def _print_job(view: JobView) -> None:

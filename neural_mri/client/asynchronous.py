@@ -277,6 +277,7 @@ class AsyncClient(_Opened[Client]):
     job = _Called(Client.job)
     jobs = _Called(Client.jobs)
     cancel = _Called(Client.cancel)
+    delete = _Called(Client.delete)
     watch = _Streamed(Client.watch)
     watch_many = _Streamed(Client.watch_many)
     wait = _Called(Client.wait)

@@ -25,7 +25,7 @@ from neural_mri.contract.cluster import Cluster
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.events import Event
 from neural_mri.contract.findings import Diagnosis
-from neural_mri.contract.jobs import JobView, Lane
+from neural_mri.contract.jobs import DeletedJob, JobView, Lane
 from neural_mri.contract.models import ModelInfo, ModelRequest
 from neural_mri.contract.perturbations import Direction, PatchSite, Perturbation, TraceKind
 from neural_mri.contract.results import Manifest
@@ -587,6 +587,13 @@ class Client:
         """
         path = f"/api/jobs/{_id(job)}"
         return self._exchange.ask(JobView, "DELETE", path, most_seconds=most_seconds)
+
+    def delete(self, job: JobReference) -> DeletedJob:
+        """Delete a job that has ended, and its result unless another job has the same.
+
+        What sessions keep stays; the answer names them. Raises `Refused` where the job has not ended.
+        """
+        return self._exchange.ask(DeletedJob, "DELETE", f"/api/jobs/{_id(job)}/record")
 
     def watch(self, job: JobReference) -> Iterator[Event]:
         """A job's events from its first to `Ended`, each once, through broken connections.

@@ -201,7 +201,7 @@ class Sessions:
     ) -> SessionDetail:
         """A new revision over the one that was read; what is left out stays as it is.
 
-        Raises `Refused` with status 412 where somebody has saved since: `members["head"]` names theirs.
+        Scans that were added since, as those that still ran then, stay behind the others. Raises `Refused` with status 412 where somebody has saved since: `members["head"]` names theirs.
         """
         held = session.document
         kept = tuple(ScanReference(result=s.result, label=s.label) for s in held.scans)

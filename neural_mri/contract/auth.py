@@ -177,6 +177,7 @@ class AuditAction(StrEnum):
     MODEL_REGISTERED = "model_registered"
     """Its weights brought into the store, or others in their place, on the server's own machine."""
     JOB_CANCELLED = "job_cancelled"
+    JOB_DELETED = "job_deleted"
     SESSION_SHARED = "session_shared"
     SESSION_UNSHARED = "session_unshared"
     SESSION_DELETED = "session_deleted"

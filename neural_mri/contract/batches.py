@@ -127,6 +127,8 @@ class BatchView(msgspec.Struct, frozen=True, kw_only=True):
     """Lines that asked for what cannot be done."""
     repeated: int
     """Lines that asked for what an earlier line had asked for."""
+    deleted: int = 0
+    """Scans whose jobs have been deleted since: `counts` has them no more."""
     counts: BatchCounts
     max_failures: int | None = None
     created_at: datetime
@@ -141,13 +143,13 @@ class BatchLine(msgspec.Struct, frozen=True, kw_only=True):
 
     line: int
     job: UUID | None = None
-    """None for a line that was refused, or that waits for room: then it is `queued`."""
+    """None for a line that was refused, whose job has been deleted, or that waits for room: then it is `queued`."""
     state: JobState | None = None
     cached: bool = False
     repeats: int | None = None
     """The earlier line that asked for the same scan."""
     problem: dict[str, Any] | None = None
-    """Why it was refused, or why its job has no result."""
+    """Why it was refused, why its job has no result, or that it is there no more."""
 
 
 class BatchProgress(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="progress"):

@@ -14,7 +14,16 @@ from uuid import UUID
 
 import msgspec
 
-__all__ = ("TERMINAL", "TRANSITIONS", "JobKind", "JobState", "JobView", "Lane", "QueuePlace")
+__all__ = (
+    "TERMINAL",
+    "TRANSITIONS",
+    "DeletedJob",
+    "JobKind",
+    "JobState",
+    "JobView",
+    "Lane",
+    "QueuePlace",
+)
 
 
 class JobKind(StrEnum):
@@ -110,3 +119,11 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     """Why it failed, as problem details."""
     links: dict[str, str] = {}
     """`self`, `events`, and, once it has succeeded, `result`."""
+
+
+class DeletedJob(msgspec.Struct, frozen=True, kw_only=True):
+    """A job that has been deleted, and its result as far as it was this job's."""
+
+    id: UUID
+    sessions: tuple[UUID, ...] = ()
+    """Sessions of yours that keep the result: they show it as before."""

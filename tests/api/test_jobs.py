@@ -6,7 +6,7 @@ import httpx
 import pytest
 from sqlalchemy import update
 
-from neural_mri.backing import jobs, keys
+from neural_mri.backing import jobs, keys, stored
 from neural_mri.backing.rows import JOBS
 from neural_mri.contract.jobs import JobKind, JobState
 from tests.api.reading import read_all
@@ -135,3 +135,71 @@ def test_somebody_elses_job_does_not_exist(api: httpx.Client, world: World, rest
     assert api.delete(f"/api/jobs/{theirs.id}").status_code == 404
     assert not world.job(str(theirs.id)).cancel_requested
     assert api.get("/api/jobs").json() == []
+
+
+def finished(api: httpx.Client, world: World, prompt: str = PROMPT) -> str:
+    job_id = scan(api, prompt)
+    world.perform(world.claim(world.queue()))
+    return job_id
+
+
+def test_a_job_that_has_ended_is_deleted_with_its_events_and_that_is_recorded(
+    api: httpx.Client, world: World
+) -> None:
+    job_id = finished(api, world)
+    told = keys.event_stream(UUID(job_id))
+    assert world.redis.exists(told)
+    deleted = api.delete(f"/api/jobs/{job_id}/record")
+    assert (deleted.status_code, deleted.json()) == (200, {"id": job_id, "sessions": []})
+    for path in ("", "/result", "/manifest", "/record"):
+        method = "DELETE" if path == "/record" else "GET"
+        assert api.request(method, f"/api/jobs/{job_id}{path}").status_code == 404
+    assert api.get("/api/jobs").json() == []
+    assert not world.redis.exists(told)
+    [entry] = api.get("/api/audit", params={"action": "job_deleted"}).json()
+    assert (entry["subject"], entry["details"]["model"]) == (job_id, "tiny")
+    assert 'neural_mri_deleted_total{what="job",why="asked"}' in api.get("/metrics").text
+    assert api.post("/api/scan/activation", json={"prompt": PROMPT}).json()["cached"] is False
+
+
+def test_one_that_is_under_way_has_to_be_cancelled_first(api: httpx.Client, world: World) -> None:
+    job_id = scan(api)
+    for state in ("queued", "claimed"):
+        refused = api.delete(f"/api/jobs/{job_id}/record")
+        assert (refused.status_code, refused.json()["state"]) == (409, state)
+        assert state in refused.json()["detail"]
+        if state == "queued":
+            job = world.claim(world.queue())
+    world.perform(job)
+    assert api.delete(f"/api/jobs/{job_id}").json()["state"] == "succeeded"
+    assert api.get(f"/api/jobs/{job_id}/result").status_code == 200, "to stop is not to delete"
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["one file", "table by table"])
+def test_what_a_session_keeps_stays_and_the_answer_says_which(
+    api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch, *, packs: bool
+) -> None:
+    monkeypatch.setattr(world, "packs", packs)
+    job_id = finished(api, world)
+    made = api.post("/api/sessions", json={"name": "s", "scans": [{"job": job_id}]}).json()
+    result = made["document"]["scans"][0]["result"]
+    table = f"/api/sessions/{made['id']}/results/{result}/activations"
+    before = api.get(table).content
+    manifest = world.job(job_id).manifest
+    assert api.delete(f"/api/jobs/{job_id}/record").json()["sessions"] == [made["id"]]
+    assert manifest is not None
+    stored.discard(world.store, manifest)
+    assert not world.store.exists(manifest)
+    assert api.get(table).content == before
+    assert api.get(f"/api/sessions/{made['id']}/export").status_code == 200
+
+
+def test_one_that_is_on_its_way_into_a_session_is_there_before_it_is_deleted(
+    api: httpx.Client, world: World
+) -> None:
+    session = api.post("/api/sessions", json={"name": "s"}).json()["id"]
+    job_id = scan(api)
+    assert api.post(f"/api/sessions/{session}/scans", json={"job": job_id}).status_code == 202
+    world.perform(world.claim(world.queue()))
+    assert api.delete(f"/api/jobs/{job_id}/record").json()["sessions"] == [session]
+    assert len(api.get(f"/api/sessions/{session}").json()["document"]["scans"]) == 1

@@ -12,7 +12,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from api import outlook
-from neural_mri.backing import jobs, models, residences
+from neural_mri.backing import jobs, limits, models, residences
 from neural_mri.backing.events import HeldModel, WorkerBeat, beat
 from neural_mri.backing.jobs import Submission, Submitted
 from neural_mri.backing.rows import JOBS
@@ -89,6 +89,40 @@ def test_a_days_jobs_are_summed_up_in_a_thread(
         assert ask(ada, "a").status_code == 202
     assert len(where) == 1
     assert where[0].startswith("database-writer")
+
+
+def test_so_are_those_of_a_user_who_alone_has_such_a_limit_and_nobody_elses(
+    shared_settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    summed = limits._seconds
+
+    def noted(session: Session, user: str) -> float:
+        threads.append(threading.current_thread().name)
+        return summed(session, user)
+
+    monkeypatch.setattr(limits, "_seconds", noted)
+    with (
+        keyed(shared_settings, user_max_jobs=100) as door,
+        door.user(world, "root", ADMIN) as root,
+        door.user(world, "ada") as ada,
+        door.user(world, "bob") as bob,
+    ):
+        path = "/api/users/ada/limits"
+        assert root.put(path, json={"daily_seconds": 50.0}).json()["daily_seconds"] == 50.0
+        threads.clear()
+        for number in range(3):
+            assert ask(ada, f"a {number}").status_code == 202
+            assert ask(bob, f"b {number}").status_code == 202
+        assert len(threads) == 3, "ada's, at each of hers"
+        assert all(name.startswith("database-writer") for name in threads)
+        world.perform(world.claim(world.queue()))
+        with world.sessions.writing() as session:
+            began = JOBS.c.finished_at - 60.0
+            session.execute(update(JOBS).values(started_at=began))
+        assert ask(ada, "a 3").status_code == 429
+        assert root.put(path, json={"daily_seconds": None}).json()["daily_seconds"] is None
+        assert ask(ada, "a 3").status_code == 202
 
 
 def test_an_admin_gives_a_user_limits_of_their_own(door: Door, world: World) -> None:

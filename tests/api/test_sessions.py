@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from sqlalchemy import delete
 
+from api import session_contents
 from neural_mri.backing import keys, sessions
 from neural_mri.backing.records import Job
 from neural_mri.backing.rows import JOBS, Base
@@ -497,7 +498,10 @@ def coming(api: httpx.Client, world: World, session: Session, prompt: str = "a")
 
 
 @folder_only
-def test_a_scan_that_cannot_be_read_now_goes_on_waiting(api: httpx.Client, world: World) -> None:
+def test_a_scan_that_cannot_be_read_now_goes_on_waiting(
+    api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_contents, "KEPT_AT_ONCE", 1)
     session = made(api)
     job = coming(api, world, session)
     file = world.file(job, "activations").file
@@ -510,10 +514,31 @@ def test_a_scan_that_cannot_be_read_now_goes_on_waiting(api: httpx.Client, world
         assert [each["job"] for each in arriving] == [str(job.id), str(second.id)]
         assert {(each["state"], each["problem"]) for each in arriving} == {("succeeded", None)}
     assert api.get("/api/sessions").json()["sessions"][0]["scans"] == 0
+    monkeypatch.undo()
+    beside = read(api.get(session.path)).body
+    assert beside["scans"] == 1, "who is asked for beside it is read"
+    assert [each["job"] for each in beside["arriving"]] == [str(job.id)]
     file.rmdir()
     aside.rename(file)
     after = read(api.get(session.path)).body
     assert (after["scans"], after["arriving"]) == (2, [])
+
+
+def test_scans_that_arrive_together_are_one_revision_in_the_order_in_which_they_were_added(
+    api: httpx.Client, world: World
+) -> None:
+    session = made(api)
+    labels = ["first", "second", "third"]
+    for label in labels:
+        job = api.post("/api/scan/activation", json={"prompt": label}).json()["id"]
+        api.post(f"{session.path}/scans", json={"job": job, "label": label})
+    for _ in labels:
+        world.perform(world.claim(world.queue()))
+    [listed] = api.get("/api/sessions").json()["sessions"]
+    after = read(api.get(session.path)).body
+    assert [scan["label"] for scan in after["document"]["scans"]] == labels
+    assert (listed["head"], after["revision"], after["arriving"]) == (after["head"], 2, [])
+    assert api.get(f"{session.path}/revisions").json()[0]["message"] == "Added 3 scans"
 
 
 def test_a_scan_whose_bytes_are_gone_does_not_join_and_says_why(

@@ -1,6 +1,7 @@
 """`neural-mri watch`, and where a waiting job stands: the real API, its worker played by hand."""
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
@@ -153,3 +154,37 @@ def test_what_is_no_id_is_said_before_anything_is_asked(
 ) -> None:
     said = shell(*arguments)
     assert (said.code, said.out) == (ExitCode.USAGE, "")
+
+
+# Deleted
+
+
+def test_jobs_are_deleted_by_their_ids_and_what_a_session_keeps_is_said(
+    mri: Client, world: World, shell: Shell
+) -> None:
+    first, second = queued(mri, 2)
+    refused = shell("delete", first, "--yes")
+    assert refused.code != ExitCode.DONE
+    assert "is queued" in refused.err
+    for _ in range(2):
+        world.perform(world.claim(world.queue()))
+    made = mri.sessions.create("s", [first])
+    said = shell("delete", first, second, "--yes")
+    assert said.code == ExitCode.DONE
+    assert f"deleted {first}; session {made.id} keeps its result" in said.err
+    assert f"deleted {second}\n" in said.err
+    assert mri.jobs() == []
+    assert "there is no job" in shell("delete", first, "--yes").err
+
+
+def test_nothing_is_deleted_before_somebody_says_so(
+    mri: Client, world: World, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+    [job] = queued(mri, 1)
+    world.perform(world.claim(world.queue()))
+    said = shell("delete", job)
+    assert said.code == ExitCode.FAILED
+    assert "nothing was done" in said.err
+    assert [str(each.id) for each in mri.jobs()] == [job]
+    assert shell("delete", job, "--yes", "--json").json == [{"id": job, "sessions": []}]

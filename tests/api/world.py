@@ -232,7 +232,7 @@ class World:
             save_result(self.store, keys.calibration_path(manifest.scan_key), manifest, tables)
         saved = save_result(
             self.store,
-            keys.manifest_path(job.id, job.attempt),
+            keys.pieces_path(job.id, job.attempt),
             manifest,
             tables,
             packed=keys.packed_path(job.id, job.attempt) if self.packs else None,

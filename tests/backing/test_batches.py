@@ -299,6 +299,76 @@ def test_who_has_least_under_way_gets_room_first(sessions: Sessions) -> None:
     assert sessions.read(feeding.owners_waiting) == ["bob", "ada"]
 
 
+DEAD = "scan.dead"
+"""A queue that nobody serves."""
+
+
+def scans(*numbers: int, queue: str = QUEUE) -> list[Line]:
+    return [
+        Line(line, submission(scan_key=key(number), queue=queue))
+        for line, number in enumerate(numbers, 1)
+    ]
+
+
+def served(sessions: Sessions, queue: str = QUEUE) -> None:
+    """A worker takes a job and ends it."""
+    (held,) = sessions.write(jobs.claim, queue=queue, owner=ELSEWHERE, limit=1, lease_seconds=9)
+    sessions.write(jobs.advance, held.id, JobState.FAILED, attempt=1, problem=REFUSED)
+
+
+def test_what_waits_for_a_model_that_nobody_serves_holds_up_nothing_else(
+    sessions: Sessions,
+) -> None:
+    usual = Limits(max_jobs=8)
+    dead = filled(sessions, scans(*range(10, 30), queue=DEAD))
+    assert len(fed(sessions, dead, usual=usual)) == 6, "as many as of any"
+    live = filled(sessions, scans(1, 2, 3))
+    for count in (1, 2, 3):
+        assert len(fed(sessions, live, usual=usual)) == count
+        served(sessions)
+    assert len(fed(sessions, dead, usual=usual)) == 6
+    assert standing(sessions, live).state is BatchState.ENDED
+    # Once somebody serves it, it has its turn again.
+    served(sessions, DEAD)
+    assert len(fed(sessions, dead, usual=usual)) == 7
+
+
+def test_lines_of_one_batch_for_several_models_do_not_wait_for_one_another(
+    sessions: Sessions,
+) -> None:
+    first = scans(*range(1, 9), queue=DEAD)
+    last = [Line(9, submission(scan_key=key(9))), Line(10, submission(scan_key=key(10)))]
+    batch = filled(sessions, [*first, *last])
+    made = fed(sessions, batch, max_queued=8)
+    assert sorted(made) == [1, 2, 3, 4, 9, 10]
+    for _ in range(2):
+        served(sessions)
+    assert sorted(fed(sessions, batch, max_queued=8)) == [1, 2, 3, 4, 5, 6, 9, 10]
+
+
+def test_models_that_are_served_share_the_room_though_one_batch_came_first(
+    sessions: Sessions,
+) -> None:
+    usual, other = Limits(max_jobs=8), "scan.other"
+    long, short = (
+        filled(sessions, scans(*range(10, 30))),
+        filled(sessions, scans(*range(1, 9), queue=other)),
+    )
+    fed(sessions, long, usual=usual)
+    for _ in range(3):
+        served(sessions)
+        fed(sessions, long, usual=usual)
+    assert (len(named(sessions, long)), len(named(sessions, short))) == (6, 3)
+
+
+def test_lines_that_an_older_release_recorded_are_fed_like_others(sessions: Sessions) -> None:
+    batch = filled(sessions, THREE)
+    with sessions.writing() as session:
+        session.execute(update(BATCH_LINES).values(queue=None))
+    assert sorted(fed(sessions, batch)) == [1, 2, 3]
+    assert sessions.read(feeding.owners_waiting) == []
+
+
 def test_one_may_not_have_lines_waiting_without_end(
     sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import database, following, jobs, keys
+from neural_mri.backing import database, deletion, following, jobs, keys
 from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.leftovers import left_over
 from neural_mri.backing.settings import Settings
@@ -66,12 +66,16 @@ class FollowingMachine(RuleBasedStateMachine):
         self.clock = 0.0
         self.results: dict[str, Job] = {}
         """What each claim may have left in the store, by where it would stand."""
+        self.deleted: set[UUID] = set()
+        self.taken: set[str] = set()
+        """What was taken away of deleted jobs."""
         self.left_over: set[str] = set()
 
     def teardown(self) -> None:
         try:
             self.everybody_is_served_in_the_end()
             self.what_is_left_over_is_what_nobody_holds_or_names_or_ever_will()
+            self.of_all_that_is_deleted_nothing_is_left()
         finally:
             self.sessions.close()
             shutil.rmtree(self.folder)
@@ -94,6 +98,34 @@ class FollowingMachine(RuleBasedStateMachine):
                 )
         left = [job for job in self.sessions.read(everything).values() if job.state not in TERMINAL]
         assert left == []
+
+    def of_all_that_is_deleted_nothing_is_left(self) -> None:
+        for job_id in self.sessions.read(everything):
+            self.sessions.write(deletion.delete_job, job_id)
+        self.take_away()
+        claimed = self.sessions.read(everything), self.results.keys() - self.taken
+        assert claimed == ({}, set())
+
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        before = self.sessions.read(everything)
+        ended = [job_id for job_id, job in before.items() if job.state in TERMINAL]
+        if not ended:
+            return
+        job_id = data.draw(st.sampled_from(sorted(ended)))
+        self.sessions.write(deletion.delete_job, job_id)
+        self.deleted.add(job_id)
+        del before[job_id], self.ended[job_id]
+        assert self.sessions.read(everything) == before, "nobody else notices"
+
+    @rule()
+    def take_away(self) -> None:
+        def look(session: Session) -> deletion.Unneeded:
+            return deletion.unneeded(session, deletion.discarded(session, older_seconds=-1.0))
+
+        found = self.sessions.read(look)
+        self.sessions.write(deletion.settle, found.discards)
+        self.taken |= set(found.results)
 
     @rule(
         owner=st.sampled_from(OWNERS),
@@ -265,7 +297,9 @@ class FollowingMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_left_over_is_what_nobody_holds_or_names_or_ever_will(self) -> None:
         left = set(self.sessions.read(left_over, list(self.results)))
-        assert self.left_over <= left
+        # Of a job that is not there any more others see to what it has left.
+        there = {path for path in self.results if self.results[path].id not in self.deleted}
+        assert self.left_over & there <= left
         self.left_over = left
         found = self.sessions.read(everything).values()
         named = {job.manifest for job in found}
@@ -277,7 +311,8 @@ class FollowingMachine(RuleBasedStateMachine):
             and attempt.id in (job.id, job.leader)
             and job.attempt == attempt.attempt
         }
-        assert left == self.results.keys() - named - held
+        assert left == there - named - held
+        assert not self.taken & (named | held), "what was taken away nobody holds or names"
 
     @invariant()
     def the_clock_only_goes_forward(self) -> None:

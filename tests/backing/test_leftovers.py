@@ -17,14 +17,21 @@ def claimed(sessions: Sessions) -> Job:
 
 def test_whose_result_a_file_is() -> None:
     job_id = uuid4()
-    for path_of in (keys.packed_path, keys.manifest_path):
-        assert keys.attempt_of(path_of(job_id, 12)) == (job_id, 12)
+    for path in keys.Attempt(job_id, 12).results:
+        assert keys.attempt_of(path) == (job_id, 12)
+        assert keys.result_of(path) == path
+    manifest = keys.pieces_path(job_id, 12)
+    table = keys.table_path(manifest, "ab" * 32)
+    assert keys.attempt_of(table) == (job_id, 12)
+    assert keys.result_of(table) == manifest
     for path in (
         f"packed/{job_id}.1.json",
         f"packed/{job_id}.01.result",
         f"packed/{str(job_id).upper()}.1.result",
         f"kept/{job_id}.1.result",
         f"packed/{job_id}.result",
+        f"pieces/{job_id}.1.{'ab' * 31}.arrow",
+        f"packed/{job_id}.1.{'ab' * 32}.arrow",
         "packed/x.1.result",
         keys.kept_result_path("ab" * 32),
         keys.chunk_path("ab" * 32),

@@ -1,5 +1,6 @@
 """What one user may have under way, and compute in a day."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from neural_mri.backing import jobs, limits
 from neural_mri.backing.database import Sessions
-from neural_mri.backing.limits import Limits
+from neural_mri.backing.limits import Limits, NotBrief
 from neural_mri.backing.rows import JOBS
 from neural_mri.contract.auth import UserLimits
 from neural_mri.contract.jobs import JobState
@@ -88,6 +89,19 @@ def test_a_day_of_computing_passes_with_time(sessions: Sessions) -> None:
     # The minute leaves the day 6,400 s from now, and with it the sum is below the limit.
     assert refused.value.members["retry_after_seconds"] == pytest.approx(6_400, abs=5)
     sessions.write(submit, HUNDRED_SECONDS, "bob")
+
+
+def test_whoever_asks_briefly_is_told_before_anything_is_done_or_summed_up(
+    sessions: Sessions,
+) -> None:
+    wanted = submission(idempotency_key="word")
+    brief = partial(jobs.submit_once, briefly=True)
+    with pytest.raises(NotBrief):
+        sessions.write(brief, wanted, usual=HUNDRED_SECONDS)
+    assert sessions.read(jobs.recent, "ada") == []
+    made = sessions.write(brief, wanted, usual=THREE)
+    assert made.is_new, "the key was not used up"
+    assert sessions.write(brief, wanted, usual=HUNDRED_SECONDS).job.id == made.job.id
 
 
 def test_what_was_computed_yesterday_does_not_count(sessions: Sessions) -> None:

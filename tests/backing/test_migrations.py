@@ -13,7 +13,7 @@ from sqlalchemy import Connection, MetaData, Table, func, insert, inspect, selec
 from neural_mri.backing import batches, database, feeding
 from neural_mri.backing.batches import Line, NewBatch
 from neural_mri.backing.database import MigrationBlocked
-from neural_mri.backing.rows import JOBS, Base
+from neural_mri.backing.rows import BATCH_LINES, JOBS, Base
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import JobState, Lane
 from tests.backing.making import on_postgresql, submission
@@ -77,6 +77,29 @@ def test_processes_that_migrate_at_once_take_turns(fresh: Settings) -> None:
     starting = [subprocess.Popen(command, env=environment, cwd=ROOT) for _ in range(3)]
     assert [process.wait(60) for process in starting] == [0, 0, 0]
     assert "jobs" in _tables(fresh)
+
+
+def test_lines_that_wait_are_told_apart_by_the_queues_they_wait_for(fresh: Settings) -> None:
+    database.migrate(fresh)
+    database.migrate(fresh, back_to="0015")
+    engine = database.sync_engine(fresh)
+    known = MetaData()
+    known.reflect(engine)
+    lines = known.tables["batch_lines"]
+    is_text = lines.c.batch_id.type.python_type is str
+    batch_id = UUID(int=1).hex if is_text else UUID(int=1)
+    with engine.begin() as connection:
+        batch = {**_sample(known.tables["batches"]), "id": batch_id, "lane": "batch"}
+        connection.execute(insert(known.tables["batches"]), batch)
+        for number, wanted in enumerate((None, '{"owner":"ada","queue":"scan.a"}'), 1):
+            row = {"batch_id": batch_id, "line": number, "wanted": wanted}
+            connection.execute(insert(lines), row)
+    engine.dispose()
+    database.migrate(fresh)
+    with engine.connect() as connection:
+        found = connection.execute(select(BATCH_LINES.c.queue).order_by(BATCH_LINES.c.line))
+        assert found.scalars().all() == [None, "scan.a"]
+    engine.dispose()
 
 
 def _as_released(settings: Settings) -> MetaData:

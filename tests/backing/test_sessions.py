@@ -240,10 +240,60 @@ def test_a_save_over_whatever_is_there_is_one_whatever_has_arrived_meanwhile(
     view = made(sessions)
     sessions.write(saved.append, view.id, scan(1), author="bob")
     noted = msgspec.structs.replace(EMPTY, notes=(Note(text="mine"),))
-    with pytest.raises(PreconditionFailed):
-        sessions.write(saved.save, view.id, noted, over=view.head, author="ada")
     after = sessions.write(saved.save, view.id, noted, over=None, author="ada")
     assert (after.view.revision, after.view.scans) == (3, 0)
+
+
+def latest(sessions: Sessions, session_id: UUID) -> SessionDocument:
+    return saved.decode_document(sessions.read(saved.opened, session_id).document)
+
+
+def test_a_scan_that_has_come_meanwhile_stands_in_no_saves_way(sessions: Sessions) -> None:
+    held = msgspec.structs.replace(EMPTY, scans=(scan(1), scan(2)))
+    view = made(sessions, document=held)
+    for number in (3, 4):
+        sessions.write(saved.append, view.id, scan(number), author="bob")
+    # Who knows of none of them takes one away, puts another first, and notes something.
+    mine = msgspec.structs.replace(EMPTY, scans=(scan(4), scan(2)), notes=(Note(text="mine"),))
+    after = sessions.write(saved.save, view.id, mine, over=view.head, author="ada")
+    assert after.view.revision == 4
+    document = latest(sessions, view.id)
+    assert document.scans == (scan(4), scan(2), scan(3)), "each once, and what has come behind"
+    assert document.notes == mine.notes
+    assert document.parent != view.head, "it was saved over the latest"
+
+
+def test_a_save_that_changes_nothing_writes_nothing_though_scans_have_come(
+    sessions: Sessions,
+) -> None:
+    view = made(sessions)
+    added = sessions.write(saved.append, view.id, scan(1), author="bob")
+    after = sessions.write(saved.save, view.id, EMPTY, over=view.head, author="ada")
+    assert (after.is_new, after.view.head) == (False, added.view.head)
+
+
+def test_what_somebody_has_edited_stands_in_a_saves_way_whatever_has_come(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = made(sessions, document=msgspec.structs.replace(EMPTY, scans=(scan(1),)))
+    mine = msgspec.structs.replace(EMPTY, scans=(scan(1),), notes=(Note(text="mine"),))
+    added = sessions.write(saved.append, view.id, scan(2), author="bob")
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "MOST_SCANS", 1)
+        with pytest.raises(PreconditionFailed):  # there is no room for what has come
+            sessions.write(saved.save, view.id, mine, over=view.head, author="ada")
+    theirs = latest(sessions, view.id)
+    for edited in (
+        msgspec.structs.replace(theirs, notes=(Note(text="theirs"),)),
+        msgspec.structs.replace(theirs, scans=theirs.scans[::-1]),
+        msgspec.structs.replace(theirs, scans=(msgspec.structs.replace(scan(1), label="x"),)),
+        msgspec.structs.replace(theirs, scans=()),
+    ):
+        sessions.write(saved.save, view.id, edited, over=None, author="bob")
+        for over in (view.head, added.view.head, "0" * 64):
+            with pytest.raises(PreconditionFailed):
+                sessions.write(saved.save, view.id, mine, over=over, author="ada")
+    assert latest(sessions, view.id).notes == ()
 
 
 @on_postgresql

@@ -427,3 +427,27 @@ def test_results_are_kept_in_the_data_folder(tmp_path: Path) -> None:
     store = storage.open_store(Settings(data_dir=tmp_path))
     store.put(CHUNK, b"x")
     assert (tmp_path / "results" / CHUNK).read_bytes() == b"x"
+
+
+def test_bytes_can_be_kept_under_another_path_as_well(store: Store) -> None:
+    store.put("pieces/one.arrow", b"abc")
+    store.copy("pieces/one.arrow", CHUNK)
+    store.copy("pieces/one.arrow", CHUNK)
+    assert store.get(CHUNK) == b"abc"
+    store.delete("pieces/one.arrow")
+    assert store.get(CHUNK) == b"abc"
+    with pytest.raises(Missing):
+        store.copy("pieces/one.arrow", "pieces/two.arrow")
+    assert not store.exists("pieces/two.arrow")
+
+
+def test_where_a_file_system_has_no_links_bytes_are_written_again(
+    folder: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    folder.put("pieces/one.arrow", b"abc")
+    folder.copy("pieces/one.arrow", CHUNK)
+    assert folder.get(CHUNK) == b"abc"

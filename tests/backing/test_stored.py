@@ -67,7 +67,7 @@ def unsaved(
     tables: Mapping[str, pa.Table] = TABLES, *, attempt: int = 1, packs: bool = True, **more: Any
 ) -> Unsaved:
     packed = keys.packed_path(JOB, attempt) if packs else None
-    return Unsaved(keys.manifest_path(JOB, attempt), manifest(), tables, packed=packed, **more)
+    return Unsaved(keys.pieces_path(JOB, attempt), manifest(), tables, packed=packed, **more)
 
 
 def save(store: Store, result: Unsaved) -> SavedResult:
@@ -94,8 +94,8 @@ def packs(request: pytest.FixtureRequest) -> bool:
 def test_a_result_is_read_back_as_it_was_saved(store: Store, *, packs: bool) -> None:
     told: list[TableRef] = []
     saved = save(store, unsaved(packs=packs, stored=told.append))
-    assert saved.path == (keys.packed_path if packs else keys.manifest_path)(JOB, 1)
-    assert folders(store) == ({"packed"} if packs else {"chunks", "manifests"})
+    assert saved.path == (keys.packed_path if packs else keys.pieces_path)(JOB, 1)
+    assert folders(store) == {"packed" if packs else "pieces"}
     assert stored.load_manifest(store, saved.path) == saved.manifest
     assert tuple(told) == saved.manifest.tables
     assert stored.is_whole(store, saved.path)
@@ -237,7 +237,7 @@ def test_what_is_large_is_stored_table_by_table(
     monkeypatch.setattr(saving, "PACKED_BYTES", size - 1)
     told: list[TableRef] = []
     large = save(store, unsaved(attempt=2, stored=told.append))
-    assert large.path == keys.manifest_path(JOB, 2)
+    assert large.path == keys.pieces_path(JOB, 2)
     assert tuple(told) == large.manifest.tables
     assert stored.read_tables(store, large.path) == TABLES
     assert not store.exists(keys.packed_path(JOB, 2))
@@ -268,7 +268,7 @@ def test_of_a_large_result_no_more_is_in_memory_than_is_small_and_one_table(
             return folder.begin(looked())
 
     looking: Any = Looking()
-    assert save(looking, unsaved(tables)).path == keys.manifest_path(JOB, 1)
+    assert save(looking, unsaved(tables)).path == keys.pieces_path(JOB, 1)
     assert written == [2, 2, 3, 4, 5, 6, 6]
 
 
@@ -278,10 +278,28 @@ def test_a_result_without_tables_is_a_result(store: Store, *, packs: bool) -> No
     assert stored.read_tables(store, saved.path) == {}
 
 
-def test_equal_tables_are_stored_once_where_each_stands_alone(store: Store) -> None:
-    for attempt in (1, 2):
-        save(store, unsaved({"tokens": table()}, attempt=attempt, packs=False))
-    assert [path.split("/")[0] for path in paths(store)] == ["chunks", "manifests", "manifests"]
+def test_what_is_discarded_is_gone_and_nothing_of_another_attempts(
+    store: Store, *, packs: bool
+) -> None:
+    one, other = (save(store, unsaved(attempt=attempt, packs=packs)) for attempt in (1, 2))
+    stored.discard(store, one.path)
+    assert {keys.result_of(path) for path in paths(store)} == {other.path}
+    assert {keys.attempt_of(path) for path in paths(store)} == {(JOB, 2)}
+    assert stored.read_tables(store, other.path) == TABLES
+    for path in (one.path, keys.packed_path(JOB, 3), keys.pieces_path(JOB, 3)):
+        stored.discard(store, path)
+    assert stored.is_whole(store, other.path)
+
+
+def test_a_result_whose_tables_stand_under_their_hashes_is_read_and_keeps_them(
+    store: Store,
+) -> None:
+    """As earlier releases stored them, and as calibrations are: others may need the same tables."""
+    saved = saving.save_result(store, keys.manifest_path(JOB, 1), manifest(), TABLES)
+    assert folders(store) == {"chunks", "manifests"}
+    assert stored.read_tables(store, saved.path) == TABLES
+    stored.discard(store, saved.path)
+    assert folders(store) == {"chunks"}
 
 
 # Interrupted
@@ -294,14 +312,14 @@ def test_who_stops_at_a_table_leaves_no_result(store: Store, *, packs: bool, nam
 
     def interrupt(ref: TableRef) -> None:
         assert not any(
-            store.exists(path_of(JOB, 1)) for path_of in (keys.packed_path, keys.manifest_path)
+            store.exists(path_of(JOB, 1)) for path_of in (keys.packed_path, keys.pieces_path)
         )
         if ref.name == name:
             raise Interrupted
 
     with pytest.raises(Interrupted):
         save(store, unsaved(packs=packs, stored=interrupt))
-    assert folders(store) == (set() if packs else {"chunks"})
+    assert folders(store) == (set() if packs else {"pieces"})
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "open", "write"])
@@ -346,7 +364,7 @@ def test_of_results_that_are_begun_those_alone_are_found_that_are_finished(
         assert not any(store.exists(path) for path in stands.values())
         saved = going.finish(wanted)
     assert list(saved) == wanted
-    found = [path for path in paths(store) if not path.startswith("chunks")]
+    found = [path for path in paths(store) if not path.endswith(".arrow")]
     assert found == sorted(stands[path] for path in wanted)
     for path, one in saved.items():
         assert isinstance(one, SavedResult)
@@ -376,7 +394,7 @@ def test_a_result_that_cannot_be_encoded_costs_the_others_nothing(
         saved = going.finish([good.path, bad.path])
     assert isinstance(saved[good.path], SavedResult)
     assert isinstance(saved[bad.path], ValueError)
-    found = [path for path in paths(store) if not path.startswith("chunks")]
+    found = [path for path in paths(store) if not path.endswith(".arrow")]
     assert found == [good.packed or good.path]
 
 
@@ -447,7 +465,7 @@ def test_a_lost_table_is_missing(store: Store, *, packs: bool) -> None:
     assert not stored.is_whole(store, saved.path)
 
 
-@pytest.mark.parametrize("path", [keys.packed_path(JOB, 1), keys.manifest_path(JOB, 1)])
+@pytest.mark.parametrize("path", [keys.packed_path(JOB, 1), keys.pieces_path(JOB, 1)])
 @pytest.mark.parametrize("body", [b"", b"{}", b"\xff\xfe", b'{"scan_key": 1}', b"{}\n", b"\n"])
 def test_what_is_no_manifest_is_damaged(store: Store, path: str, body: bytes) -> None:
     store.put(path, body)

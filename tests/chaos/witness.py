@@ -224,7 +224,8 @@ class Witness:
 
     def orphans(self) -> set[str]:
         """Results in the store that no job names."""
-        stored = set(leftovers.aged_results(self.store, older_seconds=0.0))
+        aged = leftovers.aged_results(self.store, older_seconds=0.0)
+        stored = {keys.result_of(path) for path in aged}
         with self._sessions.reading() as session:
             named = session.execute(text("SELECT manifest FROM jobs WHERE manifest IS NOT NULL"))
             return stored - set(named.scalars())
@@ -287,9 +288,7 @@ def _wrong_with(job: UUID, moves: list[Move]) -> Iterator[str]:
     own = end.was is not None and end.was is not JobState.QUEUED
     if end.is_now is JobState.SUCCEEDED and own:
         work = end.leader or job
-        own_paths = [
-            path_of(work, end.attempt) for path_of in (keys.packed_path, keys.manifest_path)
-        ]
+        own_paths = keys.Attempt(work, end.attempt).results
         if end.manifest not in own_paths:
             yield f"{job} was published by another attempt: {end.manifest}, none of {own_paths}"
 

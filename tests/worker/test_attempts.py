@@ -9,7 +9,7 @@ import pytest
 import structlog
 import torch
 
-from neural_mri.backing import jobs, keys, models, queue, saving, storage, stored
+from neural_mri.backing import deletion, jobs, keys, models, queue, saving, storage, stored
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job, LeaseOwner
@@ -124,10 +124,32 @@ def test_a_stale_attempt_cannot_publish(holding_tiny: Bench) -> None:
     holding_tiny.attempts(store).take(holding_tiny.queue)
     now = holding_tiny.now(job)
     assert (now.state, now.attempt, now.lease_owner) == (JobState.CLAIMED, 2, ELSEWHERE)
-    for path_of in (keys.packed_path, keys.manifest_path):
-        assert not holding_tiny.store.exists(path_of(job.id, 1))
+    for path in keys.Attempt(job.id, 1).results:
+        assert not holding_tiny.store.exists(path)
     story = holding_tiny.told(job.id)
     assert not any(isinstance(event, Ended | Artifact) for event in story)
+
+
+def test_a_result_that_another_job_names_is_not_taken_away_with_a_deleted_one(
+    holding_tiny: Bench,
+) -> None:
+    """As where the database has committed, has not said so, and somebody was quick."""
+    job = holding_tiny.submit(PROMPT)
+    others: list[Job] = []
+
+    def it_is_committed_found_and_deleted() -> None:
+        sessions, path = holding_tiny.sessions, keys.packed_path(job.id, 1)
+        ended = sessions.write(jobs.advance, job.id, JobState.SUCCEEDED, attempt=1, manifest=path)
+        assert ended is not None
+        others.append(holding_tiny.submit(PROMPT, owner="bob"))
+        sessions.write(deletion.delete_job, job.id)
+
+    store = Interrupting(holding_tiny.store, it_is_committed_found_and_deleted)
+    holding_tiny.attempts(store).take(holding_tiny.queue)
+    [other] = others
+    assert other.cached
+    assert other.manifest is not None
+    assert stored.is_whole(holding_tiny.store, other.manifest)
 
 
 def test_a_stale_attempt_keeps_no_frames_for_who_comes_to_watch(holding_tiny: Bench) -> None:

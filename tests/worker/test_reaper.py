@@ -16,14 +16,25 @@ import redis
 import structlog
 from sqlalchemy import update
 
-from neural_mri.backing import batches, broker, database, feeding, jobs, keys, queue, storage
+from neural_mri.backing import (
+    batches,
+    broker,
+    database,
+    deletion,
+    feeding,
+    jobs,
+    keys,
+    queue,
+    storage,
+)
 from neural_mri.backing.batches import Line, NewBatch
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.jobs import Job, LeaseOwner, Submission
-from neural_mri.backing.rows import BATCHES, JOBS
+from neural_mri.backing.rows import BATCHES, DISCARDS, JOBS
 from neural_mri.backing.settings import Settings
+from neural_mri.backing.storage import FolderStore, Store, StoreUnavailable
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState, Lane
 from tests.backing.stores import paths
@@ -142,7 +153,7 @@ def test_what_a_dead_worker_held_can_be_taken_at_once_and_is_offered_no_more_tha
     assert queue.waiting_tickets(client, QUEUE) == 2
 
 
-@pytest.mark.parametrize("path_of", [keys.packed_path, keys.manifest_path])
+@pytest.mark.parametrize("path_of", [keys.packed_path, keys.pieces_path, keys.manifest_path])
 def test_a_lost_attempts_result_that_no_job_names_is_taken_away(
     reaper: Reaper,
     settings: Settings,
@@ -157,6 +168,76 @@ def test_a_lost_attempts_result_that_no_job_names_is_taken_away(
     reaper.round()
     assert not store.exists(path_of(lost.id, lost.attempt))
     assert store.exists(path_of(lost.id, lost.attempt + 1))
+
+
+def finish(sessions: Sessions, store: Store, days_ago: float) -> Job:
+    """A job that ended some days ago, and its result."""
+    [job] = submit(sessions)
+    held = claim(sessions)
+    path = keys.packed_path(job.id, 1)
+    store.put(path, b"{}\n")
+    for to, manifest in ((JobState.RUNNING, None), (JobState.SUCCEEDED, path)):
+        sessions.write(jobs.advance, held.id, to, attempt=1, manifest=manifest)
+    earlier = JOBS.c.finished_at - days_ago * 86_400.0
+    with sessions.writing() as session:
+        session.execute(update(JOBS).where(JOBS.c.id == job.id).values(finished_at=earlier))
+    ended = sessions.read(jobs.get, job.id)
+    assert ended is not None
+    return ended
+
+
+class AwayStore(FolderStore):
+    """One from which nothing can be taken away."""
+
+    def delete(self, path: str) -> None:
+        raise StoreUnavailable(f"{path}: away")
+
+
+def everything_lingered(sessions: Sessions) -> None:
+    """Have ten minutes pass for what deleted jobs have left."""
+    with sessions.writing() as session:
+        session.execute(update(DISCARDS).values(deleted_at=0.0))
+
+
+def test_jobs_older_than_they_are_kept_are_deleted_and_their_results_taken_away_later(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    store = storage.open_store(settings)
+    old, young = (finish(sessions, store, days_ago) for days_ago in (8, 6))
+    assert old.manifest is not None
+    assert young.manifest is not None
+    keeping = msgspec.structs.replace(settings, keep_days=7)
+    Reaper(keeping, sessions, client, store).round()
+    assert sessions.read(jobs.recent, "ada") == [young]
+    assert store.exists(old.manifest), "somebody may be reading it"
+    everything_lingered(sessions)
+    Reaper(keeping, sessions, client, store).round()
+    assert not store.exists(old.manifest)
+    assert store.exists(young.manifest)
+    assert client.hgetall(keys.DELETED) == {b"job:age": b"1", b"result:unneeded": b"1"}
+
+
+def test_a_job_is_kept_for_ever_where_nothing_is_said(
+    reaper: Reaper, settings: Settings, sessions: Sessions
+) -> None:
+    job = finish(sessions, storage.open_store(settings), days_ago=10_000)
+    reaper.round()
+    assert sessions.read(jobs.recent, "ada") == [job]
+
+
+def test_while_the_store_is_away_what_deleted_jobs_left_is_not_forgotten(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    store = storage.open_store(settings)
+    job = finish(sessions, store, days_ago=0)
+    sessions.write(deletion.delete_job, job.id)
+    everything_lingered(sessions)
+    Reaper(settings, sessions, client, AwayStore(settings.store_dir)).round()
+    assert job.manifest is not None
+    assert store.exists(job.manifest)
+    Reaper(settings, sessions, client, store).round()
+    assert not store.exists(job.manifest)
+    assert sessions.read(deletion.discarded, older_seconds=-1.0) == []
 
 
 @folder_only
@@ -178,7 +259,7 @@ def test_files_that_nobody_finishes_are_taken_away_in_the_end(
     assert sorted(folder.iterdir()) == sorted([growing, whole])
 
 
-@pytest.mark.parametrize("path_of", [keys.packed_path, keys.manifest_path])
+@pytest.mark.parametrize("path_of", [keys.packed_path, keys.pieces_path, keys.manifest_path])
 def test_results_of_attempts_that_came_to_nothing_are_taken_away_in_the_end(
     reaper: Reaper,
     settings: Settings,

@@ -61,6 +61,8 @@ export interface SectionFigure {
   /** What stands below the columns. */
   readonly across: string;
   readonly depth: string;
+  /** What is written at the columns of tokens where the prompt is hidden. */
+  readonly numbers: readonly number[];
   readonly promptShown: boolean;
 }
 
@@ -130,7 +132,7 @@ export function sectionFigure(figure: SectionFigure, ground: Ground): string {
       cells(section, colours, lut, box),
       element("rect", { ...box, fill: "none", stroke: ink.socket }),
       depthAxis(section, box, ink),
-      tokenAxis(section, box, figure.promptShown, ink),
+      tokenAxis(section, box, figure, ink),
       sectionBar(colours, lut, x + panelWidth + 10, top, at === panels.length - 1, ink),
     ].join("");
   });
@@ -506,13 +508,15 @@ function depthAxis(section: Section, box: Box, ink: Ink): string {
     .join("");
 }
 
-function tokenAxis(section: Section, box: Box, promptShown: boolean, ink: Ink): string {
+function tokenAxis(section: Section, box: Box, figure: SectionFigure, ink: Ink): string {
+  const { numbers, promptShown } = figure;
   const w = box.width / section.width;
   const every = Math.max(1, Math.ceil(13 / w));
   return section.names
     .map((name, at) => {
       if (at % every !== 0) return "";
-      const words = section.across === "tokens" ? (promptShown ? token(name) : `${at + 1}`) : name;
+      const words =
+        section.across === "tokens" ? (promptShown ? token(name) : `${numbers[at] ?? at}`) : name;
       const x = box.x + (at + 0.5) * w + 3;
       return element(
         "text",

@@ -124,6 +124,7 @@ export function sectionsOf(room: Room): SectionFigure | null {
     })),
     across: overTokens ? t("token") : "",
     depth: t("layer"),
+    numbers: room.reading.tokens.map(({ position }) => position),
     promptShown: display.promptShown,
   };
 }
@@ -190,7 +191,7 @@ function captionOf(room: Room): Caption {
   const at =
     reading.token === null
       ? ""
-      : `${t("token {n} of {count}", { n: reading.column + 1, count: reading.tokens.length })}${
+      : `${t("token {n} of 0–{last}", { n: reading.token.position, last: reading.tokens.at(-1)?.position ?? 0 })}${
           display.promptShown ? `: ${token(reading.token.text)}` : ""
         }`;
   const asked = !display.promptShown

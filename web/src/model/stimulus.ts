@@ -104,8 +104,8 @@ export function numbers(text: string): readonly number[] | null {
 }
 
 /**
- * Tokens as a person counts them, from 1: `1-3, 7`. As positions from 0, in order, each once; "all" where
- * nothing is said; null where it cannot be read or there is no such token.
+ * Tokens by their numbers, which count from 0 wherever one is shown or asked for: `0-2, 6`. In order, each once;
+ * "all" where nothing is said; null where it cannot be read or there is no such token.
  */
 export function positions(text: string, count: number): "all" | readonly number[] | null {
   if (text.trim() === "") return "all";
@@ -114,8 +114,8 @@ export function positions(text: string, count: number): "all" | readonly number[
     const range = /^(\d+)(?:[-–](\d+))?$/.exec(part);
     if (range === null) return null;
     const [first, last] = [Number(range[1]), Number(range[2] ?? range[1])];
-    if (first < 1 || last < first || last > count) return null;
-    for (let at = first; at <= last; at++) found.add(at - 1);
+    if (last < first || last >= count) return null;
+    for (let at = first; at <= last; at++) found.add(at);
   }
   return [...found].sort((a, b) => a - b);
 }

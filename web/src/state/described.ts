@@ -5,14 +5,13 @@ import type { Reading } from "./reading.svelte";
 
 /** Name, value, unit, rank and token of the locked component, to be read out. */
 export function described(reading: Reading): string {
-  const { topology, locked, values, ranks, measured, series, token, tokens, column, unit } =
-    reading;
+  const { topology, locked, values, ranks, measured, series, token, tokens, unit } = reading;
   if (topology === null) return t("No model yet.");
   if (series === null) return t("Not scanned yet.");
   const place =
     token === null
       ? ""
-      : `, ${t("token {n} of {count}", { n: column + 1, count: tokens.length })}, ${spoken(token.text)}`;
+      : `, ${t("token {n} of 0–{last}", { n: token.position, last: tokens.at(-1)?.position ?? 0 })}, ${spoken(token.text)}`;
   if (locked < 0) return `${t("No component chosen")}${place}.`;
   const x = values[locked] ?? NaN;
   const told = Number.isNaN(x)

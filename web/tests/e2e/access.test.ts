@@ -211,7 +211,7 @@ test("every move is read out: name, value, unit, rank and token", async () => {
   const [, layer, head] = /blocks\.(\d+)\.attn\.head_(\d+)/.exec(component) ?? [];
   const spoken = await page.getByTestId("announcement").innerText();
   expect(spoken).toMatch(
-    new RegExp(`^L${layer}H${head}, [\\d.]+ L2 norm, rank \\d+ of 302, token 10 of 10, of\\.$`),
+    new RegExp(`^L${layer}H${head}, [\\d.]+ L2 norm, rank \\d+ of 302, token 9 of 0–9, of\\.$`),
   );
   await leave(open);
 });

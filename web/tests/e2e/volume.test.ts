@@ -297,7 +297,7 @@ test("an injection at chosen tokens is sent as it was typed", async () => {
   const { page } = open;
   await page.getByTestId("target").selectOption("neuron");
   await page.getByTestId("neuron").fill("12");
-  await page.getByTestId("positions").fill("2-3");
+  await page.getByTestId("positions").fill("1-2");
   await page.getByRole("button", { name: "Inject…" }).click();
   await page.getByTestId("inject-values").fill("1 x");
   await page.getByText("Something here is no number.").waitFor();

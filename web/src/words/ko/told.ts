@@ -23,7 +23,7 @@ export const told = {
   "Nothing is stimulated.": "자극하는 컴포넌트가 없습니다.",
   "No model yet.": "아직 모델이 없습니다.",
   "Not scanned yet.": "아직 스캔하지 않았습니다.",
-  "token {n} of {count}": "토큰 {count}개 중 {n}번째",
+  "token {n} of 0–{last}": "토큰 {n} (0–{last})",
   "No component chosen": "선택한 컴포넌트 없음",
   "rank {rank} of {count}": "{count}개 중 {rank}위",
   "the layer's attention as a whole": "레이어 어텐션 전체",
