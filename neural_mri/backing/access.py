@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 
 from neural_mri.backing.audit import Deed
 from neural_mri.backing.database import epoch
+from neural_mri.backing.prepared import Prepared
 from neural_mri.backing.records import AnyRow
 from neural_mri.backing.rows import API_KEYS, LOGINS, USERS
 from neural_mri.backing.settings import InvalidSettings, Settings
@@ -180,7 +181,7 @@ def _is_good() -> ColumnElement[bool]:
     return _key.revoked_at.is_(None) & or_(_key.expires_at.is_(None), _key.expires_at > epoch())
 
 
-_GOOD = select(*_key).where(_key.id == bindparam("wanted"), _is_good())
+_GOOD = Prepared(select(*_key).where(_key.id == bindparam("wanted"), _is_good()))
 """Parameter: wanted. Built once, because every request asks."""
 
 
@@ -191,7 +192,7 @@ def authenticate(session: Session, pepper: bytes, text: str) -> Identity | None:
     """
     match = KEY_PATTERN.fullmatch(text)
     key_id = match[1] if match else ""
-    row = session.connection().execute(_GOOD, {"wanted": key_id}).one_or_none()
+    row = _GOOD.run(session, {"wanted": key_id}).one_or_none()
     known = _NO_DIGEST if row is None else row.digest
     fits = hmac.compare_digest(known, _digest(pepper, "key", text))
     if row is None or not fits:

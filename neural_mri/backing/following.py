@@ -28,6 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from neural_mri.backing.database import epoch
+from neural_mri.backing.prepared import Prepared
 from neural_mri.backing.records import LANE_WEIGHTS, AnyRow, Job
 from neural_mri.backing.rows import JOBS
 from neural_mri.contract.jobs import JobState
@@ -84,7 +85,7 @@ _RUNNER = select(*_job).where(
         and_(_job.leader == bindparam("work"), _HELD),
     )
 )
-_SHARE = (
+_SHARE = Prepared(
     update(JOBS)
     .where(_FOLLOWS)
     .values(
@@ -180,7 +181,7 @@ def share(
     session: Session, work: UUID, to: JobState, *, manifest: str | None, problem: str | None
 ) -> None:
     """End all followers as the work ended."""
-    _run(session, _SHARE, work=work, to=to, path=manifest, why=problem)
+    _SHARE.run(session, {"work": work, "to": to, "path": manifest, "why": problem})
 
 
 def inherit(session: Session, job: Job) -> int | None:

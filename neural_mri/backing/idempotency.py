@@ -9,11 +9,12 @@ from functools import cache
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import UpdateBase, bindparam, delete, select
+from sqlalchemy import bindparam, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from neural_mri.backing.database import epoch
+from neural_mri.backing.prepared import Prepared
 from neural_mri.backing.records import Submission
 from neural_mri.backing.rows import IDEMPOTENCY_KEYS
 from neural_mri.contract.problems import Unprocessable
@@ -34,7 +35,7 @@ class IdempotencyKeyReused(Unprocessable):
 
 
 @cache
-def _take(dialect: str, *, is_anew: bool) -> UpdateBase:
+def _take(dialect: str, *, is_anew: bool) -> Prepared:
     """Lets a key stand for a job, unless it stands for one; waits for who is doing the same.
 
     Parameters: who, word, digest, made.
@@ -48,7 +49,7 @@ def _take(dialect: str, *, is_anew: bool) -> UpdateBase:
         created_at=epoch(),
     )
     new = insertion.excluded
-    return insertion.on_conflict_do_update(
+    taking = insertion.on_conflict_do_update(
         index_elements=[_key.owner, _key.key],
         set_={
             "request_digest": new.request_digest,
@@ -56,11 +57,14 @@ def _take(dialect: str, *, is_anew: bool) -> UpdateBase:
             "created_at": new.created_at,
         },
         where=None if is_anew else _IS_FORGOTTEN,
-    ).returning(_key.job_id)
+    )
+    return Prepared(taking.returning(_key.job_id))
 
 
-_KNOWN = select(_key.request_digest, _key.job_id).where(
-    _key.owner == bindparam("who"), _key.key == bindparam("word")
+_KNOWN = Prepared(
+    select(_key.request_digest, _key.job_id).where(
+        _key.owner == bindparam("who"), _key.key == bindparam("word")
+    )
 )
 _FORGET = delete(IDEMPOTENCY_KEYS).where(_key.owner == bindparam("who"), _IS_FORGOTTEN)
 
@@ -75,15 +79,15 @@ def job_made_by(
     word = submission.idempotency_key
     if word is None:
         return None
-    run = session.connection().execute
     key = {"who": submission.owner, "word": word}
     digest = _digest(submission)
     taking = _take(session.get_bind().dialect.name, is_anew=is_anew)
-    if run(taking, key | {"digest": digest, "made": job_id}).scalar_one_or_none() is not None:
+    taken = taking.run(session, key | {"digest": digest, "made": job_id})
+    if taken.scalar_one_or_none() is not None:
         if job_id.int % FORGETS_ONE_IN == 0:
-            run(_FORGET, {"who": submission.owner})
+            session.connection().execute(_FORGET, {"who": submission.owner})
         return None
-    known = run(_KNOWN, key).one()
+    known = _KNOWN.run(session, key).one()
     if known.request_digest != digest:
         raise IdempotencyKeyReused(
             f"the Idempotency-Key {word!r} was sent with another request within the last "

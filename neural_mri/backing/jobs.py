@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import CursorResult, Executable, Select
+from sqlalchemy import Executable, Select
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import following, idempotency, limits, statements
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.backing.limits import NO_LIMITS, Limits
+from neural_mri.backing.prepared import Prepared
 from neural_mri.backing.records import LANE_WEIGHTS, AnyRow, Job, Submission, new_id
 from neural_mri.contract.jobs import TERMINAL, JobState, Lane
 from neural_mri.contract.problems import Problem, ProblemDocument, TooMany, UnknownJob
@@ -356,7 +357,8 @@ def _born_succeeded(session: Session, row: dict[str, Any], manifest: str) -> Job
 def _standing(session: Session, submission: Submission) -> AnyRow:
     """What a new job is recorded by, as `statements.STANDING` finds it."""
     parameters = {"key": submission.scan_key, **_Flow.of(submission)._asdict()}
-    return _run(session, statements.STANDING, parameters).one()
+    found: AnyRow = _run(session, statements.STANDING, parameters).one()
+    return found
 
 
 class _Turn(NamedTuple):
@@ -678,13 +680,17 @@ def expire(session: Session, *, waiting_seconds: float) -> list[Job]:
 
 
 def _run(
-    session: Session, statement: Executable, parameters: Mapping[str, Any] | None = None
-) -> CursorResult[Any]:
+    session: Session,
+    statement: Executable | Prepared,
+    parameters: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """Run a statement on the transaction's connection, past the mapped classes it does not need."""
+    if isinstance(statement, Prepared):
+        return statement.run(session, parameters)
     return session.connection().execute(statement, parameters)
 
 
-def _job_of(result: CursorResult[Any]) -> Job | None:
+def _job_of(result: Any) -> Job | None:
     row = result.one_or_none()
     return None if row is None else Job.of_row(row)
 

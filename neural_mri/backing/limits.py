@@ -10,11 +10,12 @@ another's, cost nothing. What a deleted job has computed counts as before.
 import math
 from typing import Any, NamedTuple
 
-from sqlalchemy import and_, bindparam, func, select, union_all, update
+from sqlalchemy import Executable, and_, bindparam, func, select, union_all, update
 from sqlalchemy.orm import Session
 
 from neural_mri.backing.access import ensure_user
 from neural_mri.backing.database import epoch
+from neural_mri.backing.prepared import Prepared
 from neural_mri.backing.rows import JOBS, SPENT, USERS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.auth import Usage, UserLimits
@@ -49,7 +50,9 @@ _RAN_TODAY = and_(
 )
 
 _OVERRIDES = select(_user.max_jobs, _user.daily_seconds).where(_user.name == bindparam("who"))
-_IN_FLIGHT = select(func.count()).select_from(JOBS).where(_UNDER_WAY)
+_OWN_LIMITS = Prepared(_OVERRIDES)
+_OWN_LIMITS_LOCKED = Prepared(_OVERRIDES.with_for_update())
+_IN_FLIGHT = Prepared(select(func.count()).select_from(JOBS).where(_UNDER_WAY))
 _PART = func.coalesce(_job.claim_share, 1.0)
 CHARGED = (_job.finished_at - _job.started_at) * _PART
 """What a job that has run counts for."""
@@ -99,7 +102,7 @@ def usual(settings: Settings) -> Limits:
 
 def _limits(session: Session, user: str, usual: Limits, *, lock: bool = False) -> Limits:
     """A user's own limits where they have some. Locked, submissions of one user take turns."""
-    wanted = _OVERRIDES.with_for_update() if lock else _OVERRIDES
+    wanted = _OWN_LIMITS_LOCKED if lock else _OWN_LIMITS
     row = _run(session, wanted, user).one_or_none()
     if row is None:
         return usual
@@ -202,5 +205,7 @@ def set_limits(session: Session, user: str, wanted: UserLimits) -> None:
     )
 
 
-def _run(session: Session, statement: Any, user: str) -> Any:
+def _run(session: Session, statement: Executable | Prepared, user: str) -> Any:
+    if isinstance(statement, Prepared):
+        return statement.run(session, {"who": user})
     return session.connection().execute(statement, {"who": user})

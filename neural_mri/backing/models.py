@@ -9,13 +9,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from neural_mri.backing.database import epoch
+from neural_mri.backing.prepared import Prepared
 from neural_mri.backing.rows import ModelRow
 from neural_mri.contract.models import Architecture, Numerics
 
 __all__ = ("RegisteredModel", "all", "get", "register", "set_wanted")
 
 _MODEL = tuple(ModelRow.__table__.c)
-_GET = select(*_MODEL).where(ModelRow.__table__.c.name == bindparam("wanted"))
+_GET = Prepared(select(*_MODEL).where(ModelRow.__table__.c.name == bindparam("wanted")))
 """Parameter: wanted. Built once, because every request asks."""
 _architecture = msgspec.json.Decoder(Architecture)
 _numerics = msgspec.json.Decoder(Numerics)
@@ -82,7 +83,7 @@ def register(
 
 def get(session: Session, name: str) -> RegisteredModel | None:
     """The model of that name."""
-    row = session.connection().execute(_GET, {"wanted": name}).one_or_none()
+    row = _GET.run(session, {"wanted": name}).one_or_none()
     return None if row is None else _of_row(row)
 
 

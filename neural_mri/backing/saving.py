@@ -202,7 +202,8 @@ class _Begun:
             first = list(_beyond(PACKED_BYTES, chunks))
             if sum(len(chunk.body) for chunk in first) <= PACKED_BYTES:
                 self._path = self.result.packed
-                yield NamedBytes(self._path, pack(self._named(), [chunk.body for chunk in first]))
+                body = pack(self._named(), [chunk.body for chunk in first])
+                yield NamedBytes(self._path, body, is_awaited=True)
                 return
             while first:
                 yield first.pop(0)

@@ -31,6 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from neural_mri.backing.database import epoch
+from neural_mri.backing.prepared import Prepared
 from neural_mri.backing.rows import JOBS, QUEUE_CLOCKS
 from neural_mri.contract.jobs import HELD, TERMINAL, TRANSITIONS, JobKind, JobState, Lane
 
@@ -42,10 +43,12 @@ _WAITING = and_(_UNFINISHED, _job.state == JobState.QUEUED, _job.leader.is_(None
 """For a turn of its own: followers wait for another's."""
 _FAIR_ORDER = (_job.virtual_start, _job.id)
 
-INSERT = insert(JOBS).values(created_at=epoch()).returning(*_job)
+INSERT = Prepared(insert(JOBS).values(created_at=epoch()).returning(*_job))
 """A job that waits. Parameters: the columns."""
 
-INSERT_FINISHED = insert(JOBS).values(created_at=epoch(), finished_at=epoch()).returning(*_job)
+INSERT_FINISHED = Prepared(
+    insert(JOBS).values(created_at=epoch(), finished_at=epoch()).returning(*_job)
+)
 """A job born succeeded. Parameters: the columns."""
 
 ADD = insert(JOBS).values(created_at=epoch())
@@ -120,17 +123,19 @@ Parameters: name, who, in_lane.
 """
 
 
-STANDING = select(
-    EXISTING_RESULT.scalar_subquery().label("manifest"),
-    select(_job.id)
-    .where(_job.scan_key == bindparam("key"), _UNFINISHED)
-    .exists()
-    .label("is_under_way"),
-    select(_clock.virtual_clock)
-    .where(_clock.queue == bindparam("name"))
-    .scalar_subquery()
-    .label("clock"),
-    *UNFINISHED_AND_OWNER_FINISH.selected_columns,
+STANDING = Prepared(
+    select(
+        EXISTING_RESULT.scalar_subquery().label("manifest"),
+        select(_job.id)
+        .where(_job.scan_key == bindparam("key"), _UNFINISHED)
+        .exists()
+        .label("is_under_way"),
+        select(_clock.virtual_clock)
+        .where(_clock.queue == bindparam("name"))
+        .scalar_subquery()
+        .label("clock"),
+        *UNFINISHED_AND_OWNER_FINISH.selected_columns,
+    )
 )
 """All that a new job is recorded by: what is known of its scan, and where its queue is.
 
@@ -158,14 +163,14 @@ def lock_clock(dialect: str) -> UpdateBase:
 HOLD_CLOCK = select(_clock.virtual_clock).where(_clock.queue == bindparam("name")).with_for_update()
 """Keeps a queue's clock locked, where there is one. Parameter: name."""
 
-MOVE_CLOCK = (
+MOVE_CLOCK = Prepared(
     update(QUEUE_CLOCKS)
     .where(_clock.queue == bindparam("name"), _clock.virtual_clock < bindparam("start"))
     .values(virtual_clock=bindparam("start"))
 )
 """Forward only. Parameters: name, start."""
 
-GET = select(*_job).where(_job.id == bindparam("job_id"))
+GET = Prepared(select(*_job).where(_job.id == bindparam("job_id")))
 """Parameter: job_id."""
 
 GET_ALL = select(*_job).where(_job.id.in_(bindparam("keys", expanding=True)))
@@ -275,7 +280,7 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
     )
 
 
-CLAIM = _claim(_WAITING)
+CLAIM = Prepared(_claim(_WAITING))
 """Takes the head of a queue and its mates: of the interactive lane alone where the head is of it.
 
 Parameters: name, most, holder, seconds, starts: whether a scan that comes alone is running when it comes.
@@ -283,12 +288,12 @@ Parameters: name, most, holder, seconds, starts: whether a scan that comes alone
 CTEs, because PostgreSQL may run a subquery with LIMIT and row locks more than once.
 """
 
-CLAIM_SHORT = _claim(_SHORT)
+CLAIM_SHORT = Prepared(_claim(_SHORT))
 """The same of short scans. Parameters: also most_cost."""
 
 
 @cache
-def move(to: JobState, *, is_held: bool) -> UpdateBase:
+def move(to: JobState, *, is_held: bool) -> Prepared:
     """Moves one job to a state, from those that lead there and are held, or are not.
 
     Parameters: job_id; held_attempt if it is held; path and why if the state is terminal.
@@ -313,7 +318,7 @@ def move(to: JobState, *, is_held: bool) -> UpdateBase:
             # Who never had a turn gets back what it would have cost.
             "virtual_finish": case((_job.attempt > 0, _job.virtual_finish), else_=None),
         }
-    return update(JOBS).where(*allowed).values(values).returning(*_job)
+    return Prepared(update(JOBS).where(*allowed).values(values).returning(*_job))
 
 
 def hold_waiting(chosen: Select[tuple[UUID]]) -> Select[tuple[UUID]]:

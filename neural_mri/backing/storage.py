@@ -1,7 +1,8 @@
 """The object store: bytes under paths, all of them or none.
 
 A folder of this machine's, or a bucket (`s3`). In the folder a file is seen whole or not at all: it is
-written beside its place, flushed, and renamed into it. Paths come from `keys.py` and are checked all the
+written beside its place, flushed, and renamed into it; one that nobody looks for before they are told of it
+is renamed first, so that the disk writes it and its name together. Paths come from `keys.py` and are checked all the
 same; no symbolic link is followed, on no step of a path. Knows bytes; what results are made of says `stored`.
 """
 
@@ -77,6 +78,8 @@ class NamedBytes(NamedTuple):
 
     path: str
     body: bytes
+    is_awaited: bool = False
+    """Whether nobody looks there before they are told of it, which they are when it is settled."""
 
 
 class Writing(Protocol):
@@ -322,12 +325,13 @@ class _Folders:
         """A name in a folder may not be on the disk yet."""
         self._changed[place.folder] = path
 
-    def flush(self) -> None:
+    def flush(self, *, meanwhile: bool = False) -> None:
         """Have the disk write the names, of each folder once.
 
-        Those of one folder alone are left to `settle`: who would wait for a thread can wait for the disk.
+        Those of one folder alone are left to `settle`: who would wait for a thread can wait for the disk, unless
+        there is something else that it may write `meanwhile`.
         """
-        if len(self._changed) == 1:
+        if len(self._changed) == 1 and not meanwhile:
             return
         for folder, path in self._changed.items():
             self._flushing.append(_Flushing(path, _FLUSHERS.submit(os.fsync, folder)))
@@ -390,7 +394,8 @@ class _Halves:
         for index, half in enumerate(self._halves):
             is_last = index == len(self._halves) - 1
             if is_last:
-                _await_flush(half)
+                if half is not None and not half.is_named_first:
+                    half.await_flush()
                 last()
             _place(half)
             if not is_last:
@@ -399,8 +404,14 @@ class _Halves:
 
     def settle(self) -> None:
         """Wait until no power cut would take them away again."""
-        self._folders.flush()
+        named_first = [half for half in self._halves if half is not None and half.is_named_first]
+        # A file and its name in one commit of the file system's journal.
+        self._folders.flush(meanwhile=any(half.has_to_flush for half in named_first))
+        for half in named_first:
+            half.await_flush()
         self._folders.settle()
+        for half in named_first:
+            half.close()
         self._folders.close()
 
     def drop(self) -> None:
@@ -413,7 +424,8 @@ class _Halves:
     def _half(self, file: NamedBytes) -> "_Half | None":
         with _explained(file.path):
             place = self._folders.place(file.path)
-            if not _reads_as(*place, file.body):
+            # What stands there with a name of its own is flushed, unless it was named first.
+            if file.is_awaited or not _reads_as(*place, file.body):
                 return _Half(self._folders, place, file)
             # Whoever wrote them may have been cut short before the name was on the disk.
             self._folders.note(place, file.path)
@@ -425,34 +437,35 @@ class _Halves:
                 half.flush()
 
 
-def _await_flush(half: "_Half | None") -> None:
-    if half is not None:
-        half.await_flush()
-
-
 def _place(half: "_Half | None") -> None:
     if half is not None:
         half.place()
 
 
 class _Half:
-    """A file's bytes beside its place."""
+    """A file's bytes beside its place, or in it and not flushed."""
 
     def __init__(self, folders: _Folders, place: "_Place", file: NamedBytes) -> None:
         self._folders = folders
         self._place = place
         self._path = file.path
+        self.is_named_first = file.is_awaited
         # A leading dot is no path of ours: a half-written file cannot be asked for.
-        self._beside = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._name = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
         self._flushing: Future[None] | None = None
         self._is_flushed = False
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        self._file: int | None = os.open(self._beside, flags, 0o600, dir_fd=place.folder)
+        self._file: int | None = os.open(self._name, flags, 0o600, dir_fd=place.folder)
         try:
             _write(self._file, file.body)
         except BaseException:
             self.drop()
             raise
+
+    @property
+    def has_to_flush(self) -> bool:
+        """Whether it is left to who waits for it to have the disk write its bytes."""
+        return self._file is not None and not self._is_flushed and self._flushing is None
 
     def flush(self) -> None:
         """Have the disk write its bytes."""
@@ -472,26 +485,33 @@ class _Half:
         self._is_flushed = True
 
     def place(self) -> None:
-        """Rename it into its place, once its bytes are on the disk."""
-        self.await_flush()
+        """Rename it into its place, once its bytes are on the disk; or now, where it is named first."""
+        if not self.is_named_first:
+            self.await_flush()
         if self._file is None:
             return
         with _explained(self._path):
             crash_point("worker.written")
-            self._folders.name(self._beside, self._place, self._path)
+            self._folders.name(self._name, self._place, self._path)
+            self._name = self._place.name
+        if not self.is_named_first:
+            self.close()
+
+    def close(self) -> None:
+        """Nothing more is to be done to it."""
+        if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def drop(self) -> None:
-        """Take it away where it is not in its place."""
+        """Take it away where it is not in its place, or is there and may not be on the disk."""
         if self._file is None:
             return
         if self._flushing is not None:
             wait([self._flushing])
-        os.close(self._file)
-        self._file = None
+        self.close()
         with suppress(FileNotFoundError):
-            os.unlink(self._beside, dir_fd=self._place.folder)
+            os.unlink(self._name, dir_fd=self._place.folder)
 
 
 def _write(file: int, body: bytes) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from neural_mri.backing import database, jobs, statements
 from neural_mri.backing.database import Sessions, epoch
+from neural_mri.backing.prepared import Prepared
 from neural_mri.backing.rows import JOBS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import JobState
@@ -484,17 +485,17 @@ def test_a_server_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
 
 
 def _statements() -> dict[str, UpdateBase | Select[Any]]:
-    fixed: dict[str, UpdateBase | Select[Any]] = {
-        name: value
-        for name, value in vars(statements).items()
-        if isinstance(value, UpdateBase | Select)
-    }
-    moves: dict[str, UpdateBase | Select[Any]] = {
+    moves = {
         f"move to {state}, held: {held}": statements.move(state, is_held=held)
         for state in JobState
         for held in (True, False)
     }
-    return fixed | moves
+    all_of_them = vars(statements) | moves
+    bare = {
+        name: value.statement if isinstance(value, Prepared) else value
+        for name, value in all_of_them.items()
+    }
+    return {name: value for name, value in bare.items() if isinstance(value, UpdateBase | Select)}
 
 
 @pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
@@ -526,7 +527,7 @@ def plan(sessions: Sessions, statement: Select[Any] | UpdateBase) -> list[str]:
 
 @on_sqlite
 def test_claiming_reads_an_index_of_what_is_unfinished(sessions: Sessions) -> None:
-    steps = plan(sessions, statements.CLAIM)
+    steps = plan(sessions, statements.CLAIM.statement)
     looks = [step for step in steps if "jobs" in step]
     assert looks
     assert all("ix_jobs_unfinished" in step or "sqlite_autoindex" in step for step in looks), steps
@@ -535,7 +536,7 @@ def test_claiming_reads_an_index_of_what_is_unfinished(sessions: Sessions) -> No
 
 @on_sqlite
 def test_recording_a_job_goes_through_no_index_of_all_that_has_ended(sessions: Sessions) -> None:
-    steps = plan(sessions, statements.STANDING)
+    steps = plan(sessions, statements.STANDING.statement)
     looks = [step for step in steps if "jobs" in step]
     assert looks
     assert all(step.startswith("SEARCH") for step in looks), steps

@@ -1,5 +1,6 @@
 """Results in the store: in one file or table by table, and never other bytes than those that were written."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -334,7 +335,7 @@ def test_a_disk_error_at_any_step_leaves_nothing_of_a_packed_result(
     assert files(root) == set()
 
 
-def test_a_packed_result_is_flushed_before_it_is_named_and_its_name_before_it_is_saved(
+def test_a_packed_result_and_its_name_are_flushed_together_before_it_is_saved(
     folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (root / "packed").mkdir(parents=True)
@@ -342,13 +343,44 @@ def test_a_packed_result_is_flushed_before_it_is_named_and_its_name_before_it_is
 
     def look(file: int) -> None:
         flushed = Path(f"/proc/self/fd/{file}").readlink()
-        named = (root / keys.packed_path(JOB, 1)).exists()
-        seen.append(("folder" if flushed.is_dir() else "file", named))
+        whole = (root / keys.packed_path(JOB, 1)).stat().st_size > 0
         real(file)
+        seen.append(("folder" if flushed.is_dir() else "file", whole))
 
     monkeypatch.setattr(os, "fsync", look)
     save(folder, unsaved())
-    assert seen == [("file", False), ("folder", True)]
+    assert sorted(seen) == [("file", True), ("folder", True)]
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_packed_result_that_is_not_flushed_is_taken_away_and_written_anew(
+    folder: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    (root / "packed").mkdir(parents=True)
+    real, flushed = os.fsync, list[str]()
+
+    def fail(file: int) -> None:
+        is_folder = Path(f"/proc/self/fd/{file}").readlink().is_dir()
+        if is_folder is (what == "folder"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(file)
+
+    def look(file: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StoreUnavailable, match="Input/output error"):
+        save(folder, unsaved())
+    assert files(root) == set()
+
+    # What a killed worker has left there may be in nobody's memory but the kernel's.
+    name = Path(keys.packed_path(JOB, 1)).name
+    monkeypatch.setattr(os, "fsync", real)
+    saved = save(folder, unsaved())
+    monkeypatch.setattr(os, "fsync", look)
+    assert save(folder, unsaved()) == saved
+    assert sorted(flushed) == sorted([name, "packed"])
 
 
 def test_of_results_that_are_begun_those_alone_are_found_that_are_finished(

@@ -153,6 +153,25 @@ def test_structure_activations_and_attention(model: LoadedModel, folder: Path) -
     assert document["data"]["blocks.1.attn"]["attention_patterns"]["shape"] == [4, 7, 7]
 
 
+def test_an_mlps_strongest_neurons_are_named_once_each_where_they_are_strongest(
+    model: LoadedModel,
+) -> None:
+    asked = ActivationScan(prompt="x", top_neurons=3)
+    made = scan_activations(model, asked, TOKENS, Silent()).tables
+    document = summary(asked, made, model.architecture)
+    by_strength = sorted(rows(made["neurons"]), key=lambda row: -abs(row["value"]))
+    for layer in range(model.architecture.n_layers):
+        mlp = str(Component(Kind.MLP, layer))
+        best: dict[int, dict[str, Any]] = {}
+        for row in by_strength:
+            if row["component"] == mlp:
+                best.setdefault(row["neuron"], row)
+        assert [
+            (named["idx"], named["activation"], named["position"])
+            for named in document["data"][mlp]["top_neurons"]
+        ] == [(row["neuron"], row["value"], row["position"]) for row in best.values()][:3]
+
+
 def test_weights(model: LoadedModel, folder: Path, tmp_path: Path) -> None:
     other = save_tiny_model(tmp_path, seed=1)
     scan = WeightScan(baseline="other", outlier_sigma=3.0)

@@ -1,15 +1,23 @@
 """fMRI in short, with the fields and nesting of the seed specification's section 4.3."""
 
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 import pyarrow as pa
 
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.summaries.attention import patterns
-from neural_mri.contract.summaries.base import Stored, SummaryBase, Tensor, Values, rows
+from neural_mri.contract.summaries.base import (
+    Stored,
+    SummaryBase,
+    Tensor,
+    Values,
+    numbers,
+    values_over_tokens,
+)
 from neural_mri.contract.summaries.predictions import Prediction, predictions
 
 __all__ = ("TABLES", "ActivationSummary", "activation_summary")
@@ -17,7 +25,7 @@ __all__ = ("TABLES", "ActivationSummary", "activation_summary")
 TABLES = ("activations", "neurons", "predictions")
 
 
-class TopNeuron(msgspec.Struct, frozen=True, kw_only=True):
+class TopNeuron(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A strong neuron of an MLP, at the position where it is strongest."""
 
     idx: int
@@ -91,22 +99,41 @@ def activation_summary(stored: Stored) -> ActivationSummary:
     limit = int(stored.manifest.request.get("top_neurons", 0))
     return ActivationSummary(
         **stored.shared(table),
-        data=_components(stored, _values(table), _strongest(neurons, limit)),
+        data=_components(stored, _rows(table), _strongest(neurons, limit)),
         predictions=() if likeliest is None else predictions(likeliest),
     )
 
 
+class _Row(NamedTuple):
+    """A component's values, under its address."""
+
+    address: str
+    component: Component
+    values: Values
+
+
+_parsed = lru_cache(maxsize=4096)(Component.parse)
+"""Every scan of a model has the same components."""
+
+
+def _rows(table: pa.Table) -> list[_Row]:
+    addresses: list[str] = table.column("component").to_pylist()
+    return [
+        _Row(address, _parsed(address), values)
+        for address, values in zip(addresses, values_over_tokens(table), strict=True)
+    ]
+
+
 def _components(
-    stored: Stored,
-    values: Mapping[Component, Values],
-    neurons: Mapping[str, tuple[TopNeuron, ...]],
+    stored: Stored, rows: Sequence[_Row], neurons: Mapping[str, tuple[TopNeuron, ...]]
 ) -> dict[str, Activations]:
     heads: defaultdict[int | None, list[Values]] = defaultdict(list)
-    for component, value in values.items():
+    for _, component, value in rows:
         if component.kind is Kind.HEAD:
             heads[component.layer].append(value)
+    whole = {component.layer for _, component, _ in rows if component.kind is Kind.ATTN}
     data: dict[str, Activations] = {}
-    for component, value in values.items():
+    for address, component, value in rows:
         match component.kind:
             case Kind.EMBED:
                 summary: Activations = Embedding(
@@ -119,38 +146,40 @@ def _components(
                     per_head_activation=tuple(heads[component.layer]),
                     attention_patterns=patterns(stored, component.layer),
                 )
-            case Kind.HEAD if Component(Kind.ATTN, component.layer) in values:
+            case Kind.HEAD if component.layer in whole:
                 continue
             case Kind.MLP:
-                summary = Mlp(activation_summary=value, top_neurons=neurons.get(str(component), ()))
+                summary = Mlp(activation_summary=value, top_neurons=neurons.get(address, ()))
             case Kind.HEAD:
                 summary = Head(activations_summary=value)
             case Kind.UNEMBED:
                 summary = Unembedding(activations_summary=value)
             case _:
                 summary = Residual(activations_summary=value)
-        data[str(component)] = summary
+        data[address] = summary
     return data
-
-
-def _values(table: pa.Table) -> dict[Component, Values]:
-    return {
-        Component.parse(address): tuple(row) for address, row in rows(table, "component", "value")
-    }
 
 
 def _strongest(table: pa.Table | None, limit: int) -> dict[str, tuple[TopNeuron, ...]]:
     """For each MLP its `limit` strongest neurons over all reported positions, each once."""
     if table is None:
         return {}
-    found: defaultdict[str, dict[int, TopNeuron]] = defaultdict(dict)
-    for component, neuron, value, position in rows(
-        table, "component", "neuron", "value", "position"
+    mlps = table.column("component").combine_chunks().dictionary_encode()
+    neurons, values = numbers(table, "neuron"), numbers(table, "value")
+    positions = numbers(table, "position")
+    sizes = list(map(abs, values))
+    strongest: list[dict[int, int]] = [{} for _ in mlps.dictionary]
+    """Of each MLP the row where each of its neurons is strongest."""
+    for row, (mlp, neuron) in enumerate(
+        zip(mlps.indices.to_numpy().tolist(), neurons, strict=True)
     ):
-        known = found[component].get(neuron)
-        if known is None or abs(value) > abs(known.activation):
-            found[component][neuron] = TopNeuron(idx=neuron, activation=value, position=position)
+        known = strongest[mlp].setdefault(neuron, row)
+        if sizes[row] > sizes[known]:
+            strongest[mlp][neuron] = row
     return {
-        component: tuple(sorted(best.values(), key=lambda neuron: -abs(neuron.activation))[:limit])
-        for component, best in found.items()
+        component: tuple(
+            TopNeuron(idx=neurons[row], activation=values[row], position=positions[row])
+            for row in sorted(rows.values(), key=sizes.__getitem__, reverse=True)[:limit]
+        )
+        for component, rows in zip(mlps.dictionary.to_pylist(), strongest, strict=True)
     }

@@ -20,9 +20,11 @@ __all__ = (
     "Tensor",
     "Values",
     "absent",
+    "numbers",
     "only",
     "records",
     "rows",
+    "values_over_tokens",
 )
 
 Measured: TypeAlias = float | None
@@ -141,6 +143,20 @@ def _metadata(manifest: Manifest, table: pa.Table) -> Metadata:
 def rows(table: pa.Table, *names: str) -> Iterator[tuple[Any, ...]]:
     """Those columns, row by row."""
     return zip(*(table.column(name).to_pylist() for name in names), strict=True)
+
+
+def numbers(table: pa.Table, name: str) -> list[Any]:
+    """A column of numbers, none of them absent: ten times as fast as one by one, of thousands of rows."""
+    found: list[Any] = table.column(name).to_numpy().tolist()
+    return found
+
+
+def values_over_tokens(table: pa.Table) -> Iterator[Values]:
+    """The `value` column of a table with a row a component, row by row."""
+    column = table.column("value").combine_chunks()
+    flat: list[float] = column.flatten().to_numpy().tolist()
+    width: int = column.type.list_size
+    return (tuple(flat[at : at + width]) for at in range(0, len(flat), width))
 
 
 def records(table: pa.Table) -> list[dict[str, Any]]:

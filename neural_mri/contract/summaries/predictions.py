@@ -8,7 +8,7 @@ from neural_mri.contract.summaries.base import rows
 __all__ = ("Prediction", "predictions")
 
 
-class Prediction(msgspec.Struct, frozen=True, kw_only=True):
+class Prediction(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A likely next token after `position`."""
 
     position: int

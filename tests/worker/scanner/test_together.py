@@ -24,7 +24,7 @@ from neural_mri.contract.problems import Conflict
 from neural_mri.contract.scans import ActivationScan
 from neural_mri.contract.tokens import Tokens
 from worker.scanner import shared_forward
-from worker.scanner.activations import scan_activations
+from worker.scanner.activations import scan_activations, scan_activations_together
 from worker.scanner.anomalies import scan_anomalies
 from worker.scanner.listening import Cancelled, Silent
 from worker.scanner.loading import LoadedModel
@@ -248,6 +248,23 @@ def test_a_long_prompts_logits_can_be_stopped_and_are_the_same_to_the_last_bit(
     monkeypatch.setattr(shared_forward, "_ROWS_AT_ONCE", 200)
     whole = scan_activations(smollm2, request, tokens, Silent())
     assert in_portions.tables == whole.tables
+
+
+@pytest.mark.smollm2
+def test_the_logits_of_several_are_the_same_to_the_last_bit_in_portions_of_any_size(
+    smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = ActivationScan(prompt="x")
+    texts = prompts(smollm2, 12)
+
+    def tables() -> list[dict[str, pa.Table]]:
+        listeners = [Silent()] * len(texts)
+        found = scan_activations_together(smollm2, request, texts, listeners)
+        return [output.tables for output in found]
+
+    whole = tables()
+    monkeypatch.setattr(shared_forward, "_ROWS_AT_ONCE_OF_SEVERAL", 50)
+    assert tables() == whole
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
