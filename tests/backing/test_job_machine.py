@@ -46,8 +46,13 @@ class Model:
             self.holder = None
 
     def may_join(self, head: "Model") -> bool:
+        if self is head:
+            return True
         lanes = {Lane.INTERACTIVE} if head.job.lane is Lane.INTERACTIVE else set(Lane)
-        return self.job.batch_key == head.job.batch_key and self.job.lane in lanes
+        have_lost_none = self.attempt == 0 and head.attempt == 0
+        return (
+            have_lost_none and self.job.batch_key == head.job.batch_key and self.job.lane in lanes
+        )
 
     def after_loss(self) -> JobState:
         if self.cancel_requested:
