@@ -198,6 +198,23 @@ def _prepare_postgresql(engine: Engine, answer_seconds: float | None) -> None:
         connection.patience_seconds = answer_seconds or ANSWER_SECONDS
         return connection
 
+    _ping_the_idle(engine)
+
+    @event.listens_for(engine, "handle_error")
+    def keep_rows_out(context: ExceptionContext) -> None:
+        """PostgreSQL quotes the failing row, prompt and all, in its message's second line."""
+        for error in (context.original_exception, context.sqlalchemy_exception):
+            if error is not None and error.args:
+                error.args = (str(error.args[0]).partition("\n")[0], *error.args[1:])
+
+    @event.listens_for(engine, "handle_error")
+    def leave_a_standby(context: ExceptionContext) -> None:
+        """Who has become a standby stays one: the connections are given up, the next ones reach who leads."""
+        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+            context.is_disconnect = True
+
+
+def _ping_the_idle(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def note(_connection: object, record: ConnectionPoolEntry) -> None:
         record.info[_IS_NEW] = True
@@ -215,19 +232,6 @@ def _prepare_postgresql(engine: Engine, answer_seconds: float | None) -> None:
                 engine.dialect.do_ping(connection)
         except engine.dialect.loaded_dbapi.Error as error:
             raise InvalidatePoolError from error
-
-    @event.listens_for(engine, "handle_error")
-    def keep_rows_out(context: ExceptionContext) -> None:
-        """PostgreSQL quotes the failing row, prompt and all, in its message's second line."""
-        for error in (context.original_exception, context.sqlalchemy_exception):
-            if error is not None and error.args:
-                error.args = (str(error.args[0]).partition("\n")[0], *error.args[1:])
-
-    @event.listens_for(engine, "handle_error")
-    def leave_a_standby(context: ExceptionContext) -> None:
-        """Who has become a standby stays one: the connections are given up, the next ones reach who leads."""
-        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
-            context.is_disconnect = True
 
 
 @cache

@@ -51,9 +51,10 @@ def test_a_statement_whose_connection_is_forgotten_is_given_up_and_the_next_one_
         wire.misbehave("lose", 0.0)
         jobs.submit(session, submission())
 
-    with monkeypatch.context() as impatient, pytest.raises(Unavailable):
-        impatient.setattr(database, "ANSWER_SECONDS", 0.3)
-        distant.write(cut_off)
+    with monkeypatch.context() as hurry:
+        hurry.setattr(database, "ANSWER_SECONDS", 0.3)
+        with pytest.raises(Unavailable):
+            distant.write(cut_off)
     distant.write(jobs.submit, submission())
     assert distant.read(jobs.unfinished) == 1
 
