@@ -19,9 +19,10 @@ from neural_mri.backing.queue import waiting_tickets
 __all__ = ("Hearing",)
 
 LOOK_SECONDS = 1.0
-DEAF_LOOKS = 30
-"""So many looks in a row: Celery comes back to a broker that was away in its own time. Counted, because a process that
-was stopped for so long has heard nothing and seen nothing either."""
+DEAF_LOOKS = 45
+"""So many looks in a row: Celery comes back to a broker that was away in its own time, which is up to 30 s once it has
+been away for some minutes, and then still has to connect. Counted, because a process that was stopped for so long has
+heard nothing and seen nothing either."""
 
 log = structlog.get_logger(__name__)
 

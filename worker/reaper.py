@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 from uuid import UUID
 
 import structlog
@@ -67,6 +67,8 @@ DELETE_EVERY_SECONDS = 60.0
 """How often jobs are looked for that are too old, and results that deleted ones have left; a round in which there
 was a full number of them is followed by the next one."""
 DAY_SECONDS = 86_400.0
+FORGOTTEN_SECONDS = 60.0
+"""How long an attempt that no round sees any more is remembered: no transaction holds a row for so long."""
 
 SWEEP_TIMES = 15.0
 """So many times as long as anything else a sweep may take: a folder may hold millions of files."""
@@ -319,20 +321,31 @@ class _Watched:
     """For how long this process has seen attempts held, whatever the clocks were set to meanwhile."""
 
     def __init__(self) -> None:
-        self._since: dict[tuple[UUID, int], float] = {}
-        """When each was first seen, on the monotonic clock."""
+        self._seen: dict[tuple[UUID, int], _Sight] = {}
 
     @contextmanager
     def round(self) -> Iterator[Callable[[UUID, int], float]]:
-        """Whoever is not asked for while the block runs is forgotten after it, unless it raises."""
-        now, seen = time.monotonic(), dict[tuple[UUID, int], float]()
+        """Whoever has not been asked for lately is forgotten after the block.
+
+        Not at once: a round leaves out whom another transaction has locked just then, as every renewal does.
+        """
+        now = time.monotonic()
 
         def seconds_of(job_id: UUID, attempt: int) -> float:
-            since = seen[job_id, attempt] = self._since.get((job_id, attempt), now)
-            return now - since
+            first = self._seen.get((job_id, attempt), _Sight(now, now)).first
+            self._seen[job_id, attempt] = _Sight(first, now)
+            return now - first
 
         yield seconds_of
-        self._since = seen
+        lately = now - FORGOTTEN_SECONDS
+        self._seen = {held: sight for held, sight in self._seen.items() if sight.last > lately}
+
+
+class _Sight(NamedTuple):
+    """When an attempt was seen, on the monotonic clock."""
+
+    first: float
+    last: float
 
 
 class Ending:

@@ -51,9 +51,9 @@ def downgrade() -> None:
     waiting: int = op.get_bind().execute(counted).scalar_one()
     if waiting:
         raise MigrationBlocked(
-            f"{waiting} lines of batches wait to become jobs, and revision {down_revision} would drop them: stop "
-            "the API, let workers and the reaper go on until `neural_mri_waiting_lines` is 0 or cancel those batches, "
-            "then go back; nothing was changed"
+            f"{waiting} lines of batches wait to become jobs, and revision {down_revision} would drop them: let "
+            "no more be sent, cancel those batches or let workers and the reaper go on until "
+            "`neural_mri_waiting_lines`, which the API tells, is 0, then go back; nothing was changed"
         )
     op.execute("DELETE FROM session_arrivals WHERE problem IS NOT NULL")
     op.drop_column("session_arrivals", "problem")

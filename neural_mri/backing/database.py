@@ -33,6 +33,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, Oper
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -102,6 +103,8 @@ _LOCK_NOT_AVAILABLE = "55P03"
 _POSTGRESQL_PASSING = ("08", _READ_ONLY, "40", "53", _LOCK_NOT_AVAILABLE, "57", "58")
 _UNDONE = ("40001", "40P01")
 
+_IS_NEW = "is_new"
+
 _MIGRATION_LOCK = 0x6E6D7269
 """Advisory lock of the migrations on PostgreSQL: the letters nmri."""
 
@@ -143,7 +146,8 @@ def sync_engine(
 ) -> Engine:
     """An engine on the settings' database; on SQLite one that `waits` for other processes' transactions.
 
-    On PostgreSQL one that gives up who says nothing for `ANSWER_SECONDS`, or for so long. One that does not leaves it to those that do to bring the log's pages home, which flushes them to the disk.
+    One that does not leaves it to those that do to bring the log's pages home, which flushes them to the disk. On
+    PostgreSQL one that gives up a server that says nothing for `ANSWER_SECONDS`, or for so long.
     """
     url = _url(settings)
     # Errors go to logs; the parameters of statements, prompts among them, must not.
@@ -194,14 +198,7 @@ def _prepare_postgresql(engine: Engine, answer_seconds: float | None) -> None:
         connection.patience_seconds = answer_seconds or ANSWER_SECONDS
         return connection
 
-    @event.listens_for(engine, "checkout")
-    def ping(connection: Any, _record: object, _proxy: object) -> None:
-        """As `pool_pre_ping` does, which would wait for as long as a statement may take."""
-        try:
-            with connection.hurried():
-                engine.dialect.do_ping(connection)
-        except engine.dialect.loaded_dbapi.Error as error:
-            raise InvalidatePoolError from error
+    _ping_the_idle(engine)
 
     @event.listens_for(engine, "handle_error")
     def keep_rows_out(context: ExceptionContext) -> None:
@@ -215,6 +212,26 @@ def _prepare_postgresql(engine: Engine, answer_seconds: float | None) -> None:
         """Who has become a standby stays one: the connections are given up, the next ones reach who leads."""
         if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
             context.is_disconnect = True
+
+
+def _ping_the_idle(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def note(_connection: object, record: ConnectionPoolEntry) -> None:
+        record.info[_IS_NEW] = True
+
+    @event.listens_for(engine, "checkout")
+    def ping(connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
+        """As `pool_pre_ping` does, which would wait for as long as a statement may take.
+
+        One that has just been made is not asked: that two in a row do not answer is told the pool as an error of ours.
+        """
+        if record.info.pop(_IS_NEW, False):
+            return
+        try:
+            with connection.hurried():
+                engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise InvalidatePoolError from error
 
 
 @cache

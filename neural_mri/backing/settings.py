@@ -25,7 +25,7 @@ Address = Annotated[str, Meta(pattern=r"^(https?://[^/?#\s@]+/?)?$")]
 
 ModelSources = Annotated[str, Meta(pattern=r"^([^=,\s]+=[^=,\s]+(,[^=,\s]+=[^=,\s]+)*)?$")]
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=nmri_[0-9a-f]{12}_)[\w-]+")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+(?=@)|(?<=nmri_[0-9a-f]{12}_)[\w-]+")
 
 _SLIP = 2
 """Letters by which a typing error differs from what was meant, at most."""

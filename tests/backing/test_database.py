@@ -540,3 +540,27 @@ def test_recording_a_job_goes_through_no_index_of_all_that_has_ended(sessions: S
     looks = [step for step in steps if "jobs" in step]
     assert looks
     assert all(step.startswith("SEARCH") for step in looks), steps
+
+
+@on_postgresql
+def test_a_server_that_ends_whoever_comes_is_unavailable(
+    settings: Settings, sessions: Sessions
+) -> None:
+    """As one does that is just going down, or what stands before one that has gone."""
+    distant = database.sessions(settings)
+    assert distant.read(_count) == 0
+    with administering(settings.database_url) as operator:
+
+        def end(connection: Any, _record: object) -> None:
+            ending = func.pg_terminate_backend(connection.info.backend_pid, 5000)
+            assert operator.scalar(select(ending))
+
+        event.listen(distant.engine, "connect", end)
+        with distant.reading() as session:  # takes the connection that there is
+            end(session.connection().connection.driver_connection, None)
+        for _ in range(3):
+            with pytest.raises(Unavailable):
+                distant.read(_count)
+        event.remove(distant.engine, "connect", end)
+    assert distant.read(_count) == 0
+    distant.close()

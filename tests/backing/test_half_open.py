@@ -47,14 +47,14 @@ def distant(settings: Settings, wire: Relay) -> Iterator[Sessions]:
 def test_a_statement_whose_connection_is_forgotten_is_given_up_and_the_next_one_served(
     distant: Sessions, wire: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "ANSWER_SECONDS", 0.3)
-
     def cut_off(session: Session) -> None:
         wire.misbehave("lose", 0.0)
         jobs.submit(session, submission())
 
-    with pytest.raises(Unavailable):
-        distant.write(cut_off)
+    with monkeypatch.context() as hurry:
+        hurry.setattr(database, "ANSWER_SECONDS", 0.3)
+        with pytest.raises(Unavailable):
+            distant.write(cut_off)
     distant.write(jobs.submit, submission())
     assert sum(distant.read(jobs.queued_by_queue).values()) == 1
 

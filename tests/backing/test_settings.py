@@ -116,6 +116,8 @@ def test_a_password_in_a_url_is_not_shown() -> None:
     assert "lovelace" not in repr(settings)
     assert "***@db/nmri" in repr(settings)
     assert module.without_credentials("https://hf_token@mirror/x a@b") == "https://***@mirror/x a@b"
+    # Some clients take a password as it is, with whatever is in it.
+    assert module.without_credentials("redis://:love@lace@valkey/0") == "redis://***@valkey/0"
 
 
 def test_everything_lives_in_the_data_folder_unless_told_otherwise(tmp_path: Path) -> None:

@@ -154,10 +154,10 @@ def test_the_file_comes_up_serves_somebody_elsewhere_and_mends_itself(
     )
     assert "tiny" in inside.stdout, inside.stderr
 
-    # Killed with all that it is: what it has not done is done by the next, which the file says is started.
+    # Killed with all that it is: what is asked for then is done by the next, which the file says is started.
     worker = composed.containers["worker"]
-    job = laptop.says("scan", "circuits", "w4 w5 w6", "--no-wait").split()[0]
     worker.kill()
+    job = laptop.says("scan", "circuits", "w4 w5 w6", "--no-wait").split()[0]
     until(lambda: worker.starts == 2, "the worker's second start")
     assert "succeeded" in laptop.says("watch", job)
 
