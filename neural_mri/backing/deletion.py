@@ -11,7 +11,7 @@ locked until the new one is there (`jobs.submit`). So a result that no job names
 What a session keeps are copies. What a day's limit counts stays counted.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
@@ -42,7 +42,6 @@ from neural_mri.backing.rows import (
     DISCARDS,
     IDEMPOTENCY_KEYS,
     JOBS,
-    QUEUE_CLOCKS,
     SESSION_ARRIVALS,
     SPENT,
 )
@@ -93,6 +92,7 @@ _OLD = (
     .with_for_update(skip_locked=True)
 )
 """Parameters: name, older, most."""
+_NEXT_QUEUE = select(func.min(_job.queue)).where(_job.queue > bindparam("last"))
 _OLD_BATCHES = (
     select(_batch.id)
     .where(
@@ -178,15 +178,24 @@ def by_age(session: Session, *, older_seconds: float, most: int = MOST_DELETED) 
     Jobs of a batch stay as long as the batch, and one that a session waits for until it is there.
     """
     run = session.connection().execute
-    # By queues an index has them in order; every job's queue has a clock.
-    queues = run(select(QUEUE_CLOCKS.c.queue).order_by(QUEUE_CLOCKS.c.queue)).scalars().all()
     count = 0
-    for queue in queues:
+    for queue in _queues(session):
         wanted = {"name": queue, "older": older_seconds, "most": most - count}
         count += _delete(session, run(_OLD, wanted).scalars().all())
         if count >= most:
             break
     return count
+
+
+def _queues(session: Session) -> Iterator[str]:
+    """Every queue that some job was for, one after another: an index has each queue's jobs in order.
+
+    Their clocks name not all: one whose only jobs were cancelled while they waited for room has none.
+    """
+    last = ""
+    run = session.connection().execute
+    while (found := run(_NEXT_QUEUE, {"last": last}).scalar()) is not None:
+        yield (last := found)
 
 
 def batches_by_age(session: Session, *, older_seconds: float, most: int = 1) -> int:

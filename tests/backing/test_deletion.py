@@ -3,6 +3,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from uuid import UUID, uuid4
 
+import msgspec
 import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
@@ -214,6 +215,25 @@ def test_a_batch_and_its_jobs_grow_old_together(sessions: Sessions) -> None:
     with sessions.reading() as session:
         left = session.execute(select(func.count()).select_from(BATCH_LINES)).scalar_one()
     assert left == 0
+    assert sessions.write(deletion.by_age, older_seconds=30 * DAY) == 2
+
+
+def test_jobs_that_were_cancelled_before_there_was_room_for_any_grow_old_too(
+    sessions: Sessions,
+) -> None:
+    with sessions.writing() as session:
+        batch = batches.begin(session, NewBatch("ada", "b", Lane.BATCH, 2, "d" * 64))
+        lines = [
+            Line(1, submission()),
+            Line(2, msgspec.structs.replace(submission(), queue="scan.fedcba9876543210")),
+        ]
+        batches.fill(session, batch.id, lines)
+        batches.stop(session, batch.id, by=batches.CALLER)
+        for _ in range(2):
+            feed(session, "ada", max_queued=1000)  # to cancel them, and to see that it is done
+        session.connection().execute(update(BATCHES).values(created_at=0.0))
+        aged(session, 40)
+    assert sessions.write(deletion.batches_by_age, older_seconds=30 * DAY) == 1
     assert sessions.write(deletion.by_age, older_seconds=30 * DAY) == 2
 
 
