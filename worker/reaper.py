@@ -268,9 +268,9 @@ class Reaper:
             return len(found), deletion.unneeded(session, found)
 
         looked_at, unneeded = self._sessions.read(look)
-        for path in unneeded.results:
+        for path in stored.files_of(self._store, unneeded.results):
             self._beat(self._settings.reaper_hung_seconds)
-            stored.discard(self._store, path)
+            self._store.delete(path)
         if unneeded.discards:
             self._sessions.write(deletion.settle, unneeded.discards)
         if looked_at == deletion.MOST_DELETED and unneeded.discards:

@@ -11,7 +11,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -138,6 +138,9 @@ class Store(Protocol):
         Looked for as they are asked for, and left out where they are taken away meanwhile.
         """
 
+    def beginning(self, folder: str, names: Collection[str]) -> Iterator[str]:
+        """Paths in a folder whose last name begins as one of these does, in no order; as they are asked for."""
+
 
 def put_together(store: Store, files: Iterable[NamedBytes]) -> None:
     """Keep files, the last of which is found only once all others are. Raises `StoreFull`."""
@@ -262,6 +265,21 @@ class FolderStore:
             for entry in entries:
                 path = f"{folder}/{entry.name}"
                 if _PATH.fullmatch(path) and _is_older(entry, before):
+                    yield path
+
+    def beginning(self, folder: str, names: Collection[str]) -> Iterator[str]:
+        """Paths in a folder whose last name begins as one of these does, in no order: the folder is read once."""
+        wanted, lengths = frozenset(names), {len(name) for name in names}
+        with (
+            suppress(Missing),
+            self._folder(f"{folder}/any") as (opened, _),
+            os.scandir(opened) as entries,
+        ):
+            for entry in entries:
+                path = f"{folder}/{entry.name}"
+                if any(entry.name[:length] in wanted for length in lengths) and _PATH.fullmatch(
+                    path
+                ):
                     yield path
 
     @contextmanager

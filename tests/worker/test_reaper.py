@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import msgspec
 import pytest
@@ -238,6 +238,30 @@ def test_while_the_store_is_away_what_deleted_jobs_left_is_not_forgotten(
     Reaper(settings, sessions, client, store).round()
     assert not store.exists(job.manifest)
     assert sessions.read(deletion.discarded, older_seconds=-1.0) == []
+
+
+def test_tables_of_a_deleted_job_go_though_no_manifest_ever_named_them(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    store = storage.open_store(settings)
+    submit(sessions)
+    lost = claim(sessions)
+    others = keys.pieces_path(uuid4(), 1)
+    tables = {
+        keys.table_path(manifest, digit * 64)
+        for manifest in (keys.pieces_path(lost.id, 1), others)
+        for digit in "ab"
+    }
+    for path in (others, *tables):
+        store.put(path, b"{}")
+    assert sessions.write(jobs.advance, lost.id, JobState.QUEUED, attempt=1)
+    assert sessions.write(jobs.request_cancel, lost.id).moved
+    sessions.write(deletion.delete_job, lost.id)
+    everything_lingered(sessions)
+    Reaper(settings, sessions, client, store).round()
+    assert {path for path in (others, *tables) if store.exists(path)} == {
+        path for path in (others, *tables) if str(lost.id) not in path
+    }
 
 
 @folder_only
