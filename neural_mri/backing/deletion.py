@@ -143,8 +143,11 @@ class Discard(NamedTuple):
         return tuple((attempt, path) for path, attempt in found.items())
 
 
-def delete_job(session: Session, job_id: UUID) -> None:
-    """Delete a job that has ended. Raises `UnknownJob`, and `JobUnderWay` where it has not."""
+def delete_job(session: Session, job_id: UUID) -> bool:
+    """Delete a job that has ended; whether its events are told of another job as well, which followed it.
+
+    Raises `UnknownJob`, and `JobUnderWay` where it has not.
+    """
     locked = select(_job.id, _job.owner, _job.state, _job.finished_at).where(_job.id == job_id)
     row = session.connection().execute(locked.with_for_update()).one_or_none()
     if row is None:
@@ -162,6 +165,8 @@ def delete_job(session: Session, job_id: UUID) -> None:
     run(delete(IDEMPOTENCY_KEYS).where(word.owner == row.owner, word.job_id == job_id))
     run(delete(SPENT).where(_spent.owner == row.owner, _spent.finished_at < epoch() - DAY_SECONDS))
     _delete(session, [job_id])
+    followed = select(_job.id).where(_job.leader == job_id).limit(1)
+    return run(followed).one_or_none() is not None
 
 
 def _tell_lines(session: Session, job_id: UUID) -> None:

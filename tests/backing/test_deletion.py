@@ -65,7 +65,7 @@ def test_a_job_that_has_ended_is_gone_and_its_result_may_be_taken_away(
     sessions: Sessions,
 ) -> None:
     job = sessions.write(finished, submission(scan_key=KEY))
-    assert sessions.write(deletion.delete_job, job.id) is None
+    sessions.write(deletion.delete_job, job.id)
     assert sessions.read(jobs.get, job.id) is None
     assert sessions.read(deletion.discarded) == [], "somebody may still be reading it"
     assert taken_away(sessions) == {job.manifest}
