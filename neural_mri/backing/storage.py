@@ -49,7 +49,10 @@ MOST_OPEN = 64
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV})
+# Of a path where other bytes stand already the file itself is not the other name: they are replaced.
+_NO_LINKS = frozenset(
+    {errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EEXIST}
+)
 
 
 class InvalidPath(ValueError):
@@ -109,7 +112,7 @@ class Store(Protocol):
         """Begin to write files, without waiting for the disk. Raises `StoreFull`."""
 
     def copy(self, path: str, to: str) -> None:
-        """Keep the bytes under another path as well, unless some stand there. Raises `Missing`, `StoreFull`."""
+        """Keep the bytes under another path as well. Raises `Missing`, `StoreFull`."""
 
     def get(self, path: str) -> bytes:
         """The bytes under the path. Raises `Missing`."""
@@ -177,9 +180,13 @@ class FolderStore:
         return _Halves(self._root, files)
 
     def copy(self, path: str, to: str) -> None:
-        """Let the file have another name as well, where the file system can. Raises `Missing`, `StoreFull`."""
-        if self.exists(to):
-            return
+        """Let the file have another name as well, where the file system can. Raises `Missing`, `StoreFull`.
+
+        What is as long there already is taken to be the same.
+        """
+        with suppress(Missing):
+            if self.size(to) == self.size(path):
+                return
         folders = _Folders(self._root)
         try:
             with self._folder(path) as (folder, name):
@@ -192,8 +199,6 @@ class FolderStore:
                         dst_dir_fd=place.folder,
                         follow_symlinks=False,
                     )
-                except FileExistsError:
-                    return  # somebody has kept it just now
                 except OSError as error:
                     if error.errno not in _NO_LINKS:
                         raise
