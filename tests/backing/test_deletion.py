@@ -16,7 +16,7 @@ from neural_mri.backing.deletion import JobDeleted, JobUnderWay
 from neural_mri.backing.feeding import feed
 from neural_mri.backing.jobs import Job, Submission
 from neural_mri.backing.limits import Limits
-from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS
+from neural_mri.backing.rows import BATCH_LINES, BATCHES, DISCARDS, JOBS
 from neural_mri.backing.sessions import Made, Waiting
 from neural_mri.backing.storage import FolderStore
 from neural_mri.contract.batches import BatchState
@@ -71,6 +71,18 @@ def test_a_job_that_has_ended_is_gone_and_its_result_may_be_taken_away(
     assert taken_away(sessions) == {job.manifest}
     assert taken_away(sessions) == set()
     assert not sessions.write(jobs.submit, submission(scan_key=KEY)).cached
+
+
+def test_what_was_deleted_by_a_clock_that_was_wrong_is_taken_away_all_the_same(
+    sessions: Sessions,
+) -> None:
+    job = sessions.write(finished, submission())
+    sessions.write(deletion.delete_job, job.id)
+    assert sessions.read(deletion.discarded) == []
+    with sessions.writing() as session:
+        later = DISCARDS.c.deleted_at + 3650 * DAY
+        session.connection().execute(update(DISCARDS).values(deleted_at=later))
+    assert [each.id for each in sessions.read(deletion.discarded)] == [job.id]
 
 
 def test_one_that_has_not_ended_is_not_deleted_nor_one_that_is_not_there(

@@ -217,6 +217,26 @@ def test_jobs_older_than_they_are_kept_are_deleted_and_their_results_taken_away_
     assert client.hgetall(keys.DELETED) == {b"job:age": b"1", b"result:unneeded": b"1"}
 
 
+def test_a_clock_that_is_put_forward_makes_no_job_old(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    store = storage.open_store(settings)
+    job = finish(sessions, store, days_ago=8)
+    reaper = Reaper(msgspec.structs.replace(settings, keep_days=7), sessions, client, store)
+    right = sessions.read(deletion.clock) - 3650 * 86_400.0
+    assert reaper._clock.goes_on(right)
+    reaper.round()
+    assert sessions.read(jobs.recent, "ada") == [job]
+    assert reaper._clock.goes_on(right + 1.0), "it is set right again"
+    reaper._delete_at = 0.0
+    reaper.round()
+    assert reaper._clock._set_at is not None
+    reaper._clock._set_at -= 86_400.0
+    reaper._delete_at = 0.0
+    reaper.round()
+    assert sessions.read(jobs.recent, "ada") == [], "after a day that is what the time is"
+
+
 def test_a_job_is_kept_for_ever_where_nothing_is_said(
     reaper: Reaper, settings: Settings, sessions: Sessions
 ) -> None:
