@@ -397,7 +397,7 @@ async def _tell_settled(
         seen[waiting.job_id] = None
         if each.saved is not None and each.saved.is_new:
             event = (waiting.session_id, _saved_event(each.saved, waiting.author))
-            told += () if event in told[-1:] else (event,)  # some are one revision
+            told += () if event in told else (event,)  # some are one revision
         job = known.get(waiting.job_id)
         if job is None or (scan is not None and each.problem is None):
             continue

@@ -390,7 +390,7 @@ class Attempts:
         for holding, ended in self._advanced(whole, JobState.SUCCEEDED, manifests=paths):
             result = saved[holding.job.id]
             if ended is None:
-                self._take_away(result.path)
+                self._take_away(result.path, holding.job.scan_key)
                 continue
             home = ended.view().links["result"]
             for ref in result.manifest.tables:
@@ -430,13 +430,13 @@ class Attempts:
                 stored |= again.finish([each.path for each in unsaved])
         return [stored[_manifest_path(each.job)] for each in holdings]
 
-    def _take_away(self, path: str) -> None:
+    def _take_away(self, path: str, scan_key: str | None) -> None:
         """Forget a result that no row names; where store or database is away it is left behind.
 
-        Of a job that has been deleted meanwhile others may name it: then the reaper sees to it.
+        Of a job that has been deleted meanwhile others may name it; where none does nobody else would ever look for it.
         """
         try:
-            if self._sessions.read(leftovers.left_over, [path]):
+            if self._sessions.read(leftovers.is_nobodys, path, scan_key):
                 discard(self._store, path)
         except Unavailable as error:
             log.warning("result_left_behind", path=path, error=str(error))

@@ -69,6 +69,8 @@ was a full number of them is followed by the next one."""
 DAY_SECONDS = 86_400.0
 FORGOTTEN_SECONDS = 60.0
 """How long an attempt that no round sees any more is remembered: no transaction holds a row for so long."""
+SET_SECONDS = 3600.0
+"""A clock that differs so much from how it went before was set."""
 
 SWEEP_TIMES = 15.0
 """So many times as long as anything else a sweep may take: a folder may hold millions of files."""
@@ -95,6 +97,7 @@ class Reaper:
         self._store = store
         self._publisher = Publisher(redis, settings)
         self._watched = _Watched()
+        self._clock = _Clock()
         self._missing: dict[str, int] = {}
         """Tickets that each queue lacked in the last round."""
         self._expire_at = self._sweep_at = self._look_through_at = 0.0
@@ -255,6 +258,8 @@ class Reaper:
         """Delete some of the batches and jobs that ended too long ago, if anything is ever too old."""
         if not self._settings.keep_days:
             return
+        if not self._clock.goes_on(self._sessions.read(deletion.clock)):
+            return
         older = self._settings.keep_days * DAY_SECONDS
         forgotten = self._sessions.write(deletion.batches_by_age, older_seconds=older)
         deleted = self._sessions.write(deletion.by_age, older_seconds=older)
@@ -270,9 +275,9 @@ class Reaper:
             return len(found), deletion.unneeded(session, found)
 
         looked_at, unneeded = self._sessions.read(look)
-        for path in unneeded.results:
+        for path in stored.files_of(self._store, unneeded.results):
             self._beat(self._settings.reaper_hung_seconds)
-            stored.discard(self._store, path)
+            self._store.delete(path)
         if unneeded.discards:
             self._sessions.write(deletion.settle, unneeded.discards)
         if looked_at == deletion.MOST_DELETED and unneeded.discards:
@@ -346,6 +351,35 @@ class _Sight(NamedTuple):
 
     first: float
     last: float
+
+
+class _Clock:
+    """Whether a clock goes on as it went. One that is put forward makes all jobs old, and what is deleted is gone."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        """What it was when this machine started, as it goes."""
+        self._set_at: float | None = None
+
+    def goes_on(self, now: float) -> bool:
+        """Whether it does; once it was set, from when it is set right again, or a day later."""
+        uptime = _uptime()
+        began = now - uptime
+        if self._began is not None and abs(began - self._began) > SET_SECONDS:
+            if self._set_at is None:
+                self._set_at = uptime
+                log.error("clock_was_set", seconds=round(began - self._began))
+            if uptime - self._set_at < DAY_SECONDS:
+                return False
+        self._began, self._set_at = began, None
+        return True
+
+
+def _uptime() -> float:
+    """How long this machine has been on; also counts while it sleeps."""
+    return time.clock_gettime(
+        time.CLOCK_BOOTTIME if sys.platform == "linux" else time.CLOCK_MONOTONIC
+    )
 
 
 class Ending:

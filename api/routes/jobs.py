@@ -131,6 +131,6 @@ async def delete_job(job_id: FromPath[UUID], services: NamedDependency[Services]
         await settle_job(services, job)
         kept_by = await keeping_sessions(services, job)
     deed = Deed(AuditAction.JOB_DELETED, str(job_id), {"kind": job.kind, "model": job.model})
-    await services.act(lambda _: deed, deletion.delete_job, job_id)
-    await services.publisher.forget(job_id)
+    is_followed = await services.act(lambda _: deed, deletion.delete_job, job_id)
+    await services.publisher.forget(job_id, is_followed=is_followed)
     return DeletedJob(id=job_id, sessions=kept_by)

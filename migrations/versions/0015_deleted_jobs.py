@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from neural_mri.backing.database import MigrationBlocked
+
 revision = "0015"
 down_revision = "0014"
 branch_labels = None
@@ -33,6 +35,13 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    # Somebody has deleted them, and nothing else knows of them: the older release would keep them for ever.
+    left: int = op.get_bind().execute(sa.text("SELECT count(*) FROM discards")).scalar_one()
+    if left:
+        raise MigrationBlocked(
+            f"results of {left} deleted jobs have not been taken away yet, and below revision {revision} nobody would: "
+            "let the reaper go on for ten minutes, then go back; nothing was changed"
+        )
     op.drop_index("ix_spent_usage", "spent")
     op.drop_table("spent")
     op.drop_index("ix_discards_deleted", "discards")

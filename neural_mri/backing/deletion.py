@@ -11,7 +11,7 @@ locked until the new one is there (`jobs.submit`). So a result that no job names
 What a session keeps are copies. What a day's limit counts stays counted.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
@@ -42,7 +42,6 @@ from neural_mri.backing.rows import (
     DISCARDS,
     IDEMPOTENCY_KEYS,
     JOBS,
-    QUEUE_CLOCKS,
     SESSION_ARRIVALS,
     SPENT,
 )
@@ -57,6 +56,7 @@ __all__ = (
     "JobUnderWay",
     "batches_by_age",
     "by_age",
+    "clock",
     "delete_job",
     "discarded",
     "settle",
@@ -93,6 +93,7 @@ _OLD = (
     .with_for_update(skip_locked=True)
 )
 """Parameters: name, older, most."""
+_NEXT_QUEUE = select(func.min(_job.queue)).where(_job.queue > bindparam("last"))
 _OLD_BATCHES = (
     select(_batch.id)
     .where(
@@ -143,8 +144,11 @@ class Discard(NamedTuple):
         return tuple((attempt, path) for path, attempt in found.items())
 
 
-def delete_job(session: Session, job_id: UUID) -> None:
-    """Delete a job that has ended. Raises `UnknownJob`, and `JobUnderWay` where it has not."""
+def delete_job(session: Session, job_id: UUID) -> bool:
+    """Delete a job that has ended; whether its events are told of another job as well, which followed it.
+
+    Raises `UnknownJob`, and `JobUnderWay` where it has not.
+    """
     locked = select(_job.id, _job.owner, _job.state, _job.finished_at).where(_job.id == job_id)
     row = session.connection().execute(locked.with_for_update()).one_or_none()
     if row is None:
@@ -162,6 +166,8 @@ def delete_job(session: Session, job_id: UUID) -> None:
     run(delete(IDEMPOTENCY_KEYS).where(word.owner == row.owner, word.job_id == job_id))
     run(delete(SPENT).where(_spent.owner == row.owner, _spent.finished_at < epoch() - DAY_SECONDS))
     _delete(session, [job_id])
+    followed = select(_job.id).where(_job.leader == job_id).limit(1)
+    return run(followed).one_or_none() is not None
 
 
 def _tell_lines(session: Session, job_id: UUID) -> None:
@@ -178,15 +184,24 @@ def by_age(session: Session, *, older_seconds: float, most: int = MOST_DELETED) 
     Jobs of a batch stay as long as the batch, and one that a session waits for until it is there.
     """
     run = session.connection().execute
-    # By queues an index has them in order; every job's queue has a clock.
-    queues = run(select(QUEUE_CLOCKS.c.queue).order_by(QUEUE_CLOCKS.c.queue)).scalars().all()
     count = 0
-    for queue in queues:
+    for queue in _queues(session):
         wanted = {"name": queue, "older": older_seconds, "most": most - count}
         count += _delete(session, run(_OLD, wanted).scalars().all())
         if count >= most:
             break
     return count
+
+
+def _queues(session: Session) -> Iterator[str]:
+    """Every queue that some job was for, one after another: an index has each queue's jobs in order.
+
+    Their clocks name not all: one whose only jobs were cancelled while they waited for room has none.
+    """
+    last = ""
+    run = session.connection().execute
+    while (found := run(_NEXT_QUEUE, {"last": last}).scalar()) is not None:
+        yield (last := found)
 
 
 def batches_by_age(session: Session, *, older_seconds: float, most: int = 1) -> int:
@@ -227,6 +242,12 @@ def _delete(session: Session, job_ids: Sequence[UUID]) -> int:
     return count
 
 
+def clock(session: Session) -> float:
+    """What time it is, as jobs' ages are told by it."""
+    now: float = session.connection().execute(select(epoch())).scalar_one()
+    return now
+
+
 # What they have left
 
 
@@ -236,7 +257,11 @@ def discarded(
     """What some jobs have left that were deleted so long ago, those that were first."""
     wanted: Select[tuple[UUID, UUID, int, str | None, str | None]] = (
         select(_discard.id, _discard.work, _discard.attempts, _discard.manifest, _discard.scan_key)
-        .where(_discard.deleted_at < epoch() - older_seconds)
+        .where(
+            (_discard.deleted_at < epoch() - older_seconds)
+            # By a clock that was wrong: else it would wait until that time comes.
+            | (_discard.deleted_at > epoch() + DAY_SECONDS)
+        )
         .order_by(_discard.deleted_at)
         .limit(most)
     )

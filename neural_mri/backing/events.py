@@ -186,10 +186,14 @@ class AsyncPublisher:
         """Tell of a job's new state, once the transaction that moved it is committed."""
         await self.publish(job.id, change_of(job))
 
-    async def forget(self, job_id: UUID) -> None:
-        """Take away what was told of a job that has been deleted, and count it. Never raises for Redis."""
+    async def forget(self, job_id: UUID, *, is_followed: bool) -> None:
+        """Take away what was told of a job that has been deleted, and count it. Never raises for Redis.
+
+        Of one that `is_followed` others are told the same: it goes with its time.
+        """
         pipeline = self._redis.pipeline(transaction=False)
-        pipeline.delete(keys.event_stream(job_id), keys.watched(job_id))
+        if not is_followed:
+            pipeline.delete(keys.event_stream(job_id), keys.watched(job_id))
         pipeline.hincrby(keys.DELETED, "job:asked", 1)
         try:
             await pipeline.execute()

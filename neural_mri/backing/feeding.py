@@ -14,13 +14,13 @@ Pure SQL on the caller's transaction.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Integer, bindparam, case, exists, func, select, update
+from sqlalchemy import Executable, Integer, bindparam, case, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import jobs, limits
@@ -67,6 +67,7 @@ _UNFED = (
     )
 )
 _HOLD = select(_batch.id).where(_batch.id == bindparam("batch"), _IS_UNFED).with_for_update()
+"""Nobody else feeds the batch until the transaction ends. Parameter: batch."""
 _QUEUES = (
     select(_line.batch_id, _line.queue)
     .where(_line.batch_id.in_(bindparam("batches", expanding=True)), _IS_WAITING)
@@ -96,6 +97,7 @@ _GOES_ON = (
     .where(_batch.id == bindparam("batch"), _IS_UNFED, _batch.stopped_at.is_(None))
     .with_for_update()
 )
+"""The same of one that is not stopped: whoever stops it just now is waited for, or waits. Parameter: batch."""
 _WAITING = (
     select(_line.line, _line.job_id, _line.wanted)
     .where(
@@ -163,15 +165,17 @@ def feed(session: Session, owner: str, *, max_queued: int, usual: Limits = NO_LI
     """
     run = session.connection().execute
     unfed = run(_UNFED, {"who": owner}).all()
-    if unfed and unfed[0].stopped_at is not None:
-        return _cancel(session, owner, unfed[0].id, max_queued, usual)
+    if stopped := [batch.id for batch in unfed if batch.stopped_at is not None]:
+        wait = {row.batch_id for row in _places(session, stopped)}
+        for batch_id in filter(wait.__contains__, stopped):
+            if cancelled := _cancel(session, batch_id):
+                return Fed(cancelled, Counter())
+        unfed = [batch for batch in unfed if batch.stopped_at is None]
     room = _room(session, owner, max_queued, usual) if unfed else None
     if room is None or room.is_none:
         return Fed(0, Counter())  # before any line is read: many wait, and it is asked often
     ids = [batch.id for batch in unfed]
-    waiting = run(_QUEUES, {"batches": ids}).all()
-    if done := set(ids) - {row.batch_id for row in waiting}:
-        run(update(BATCHES).where(_batch.id.in_(done)).values(fed_at=epoch()))
+    waiting = _places(session, ids)
     places = {batch.id: (batch.lane is not Lane.INTERACTIVE, at) for at, batch in enumerate(unfed)}
 
     def turn(row: AnyRow) -> tuple[bool, int, int, str]:
@@ -179,7 +183,7 @@ def feed(session: Session, owner: str, *, max_queued: int, usual: Limits = NO_LI
         return in_no_hurry, room.own(row.queue), at, row.queue or ""
 
     for row in sorted(waiting, key=turn):
-        if (free := room.of(row.queue)) <= 0 or not _hold(session, row.batch_id):
+        if (free := room.of(row.queue)) <= 0 or not _has(session, _GOES_ON, row.batch_id):
             continue
         lines = _waiting(session, row.batch_id, queue=_Queue(row.queue))
         chosen = _chosen(session, lines, free)
@@ -188,21 +192,27 @@ def feed(session: Session, owner: str, *, max_queued: int, usual: Limits = NO_LI
     return Fed(0, Counter())
 
 
-def _hold(session: Session, batch_id: UUID) -> bool:
-    """Whether the batch still has lines that wait; nobody else feeds it until the transaction ends."""
-    return session.connection().execute(_HOLD, {"batch": batch_id}).one_or_none() is not None
+def _places(session: Session, ids: Collection[UUID]) -> Sequence[AnyRow]:
+    """For which queues lines of batches wait; the batches of which none does are fed."""
+    run = session.connection().execute
+    waiting: Sequence[AnyRow] = run(_QUEUES, {"batches": ids}).all()
+    if done := set(ids) - {row.batch_id for row in waiting}:
+        run(update(BATCHES).where(_batch.id.in_(done)).values(fed_at=epoch()))
+    return waiting
 
 
-def _cancel(session: Session, owner: str, batch_id: UUID, max_queued: int, usual: Limits) -> Fed:
-    """Have some lines of a stopped batch become cancelled jobs; once there is none, see to the others."""
-    waiting = _waiting(session, batch_id) if _hold(session, batch_id) else {}
-    if not waiting:
-        seen = update(BATCHES).where(_batch.id == batch_id).values(fed_at=epoch())
-        session.connection().execute(seen)
-        return feed(session, owner, max_queued=max_queued, usual=usual)
-    jobs.add_cancelled(session, dict(waiting.values()))
-    _settle(session, batch_id, waiting)
-    return Fed(len(waiting), Counter())
+def _has(session: Session, held: Executable, batch_id: UUID) -> bool:
+    """Whether a batch is still one that a statement holds."""
+    return session.connection().execute(held, {"batch": batch_id}).one_or_none() is not None
+
+
+def _cancel(session: Session, batch_id: UUID) -> int:
+    """Have some lines of a stopped batch become cancelled jobs; how many they were."""
+    waiting = _waiting(session, batch_id) if _has(session, _HOLD, batch_id) else {}
+    if waiting:
+        jobs.add_cancelled(session, dict(waiting.values()))
+        _settle(session, batch_id, waiting)
+    return len(waiting)
 
 
 def feed_known(
@@ -213,7 +223,7 @@ def feed_known(
     However many lines before them wait, and whatever other batches. The last line that was looked at; None
     at the end. Raises as `feed` does.
     """
-    if session.connection().execute(_GOES_ON, {"batch": batch_id}).one_or_none() is None:
+    if not _has(session, _GOES_ON, batch_id):
         return None
     waiting = _waiting(session, batch_id, after)
     _submit(session, batch_id, _chosen(session, waiting, 0), max_queued, usual)

@@ -13,6 +13,7 @@ __all__ = (
     "WORKERS",
     "Attempt",
     "attempt_of",
+    "beside",
     "calibration_path",
     "cancel_flag",
     "chunk_path",
@@ -117,6 +118,12 @@ def table_path(manifest: str, sha256: str) -> str:
     if manifest.startswith("pieces/"):
         return f"{manifest.removesuffix('.json')}.{sha256}.arrow"
     return chunk_path(sha256)
+
+
+def beside(manifest: str) -> tuple[str, str]:
+    """The folder in which an attempt's tables stand beside their manifest, and how the names of all of them begin."""
+    folder, _, name = manifest.rpartition("/")
+    return folder, name.removesuffix("json")
 
 
 class Attempt(NamedTuple):

@@ -21,7 +21,7 @@ from neural_mri.backing.keys import Attempt
 from neural_mri.backing.rows import JOBS
 from neural_mri.backing.storage import Store
 
-__all__ = ("Works", "aged_results", "left_over", "works")
+__all__ = ("Works", "aged_results", "is_nobodys", "left_over", "works")
 
 _job = JOBS.c
 _OF_WORKS = select(
@@ -76,6 +76,18 @@ def left_over(session: Session, paths: Sequence[str]) -> list[str]:
         for path, attempt in attempts.items()
         if attempt.number <= known.claims.get(attempt.job_id, 0) and not known.need(attempt, path)
     ]
+
+
+def is_nobodys(session: Session, path: str, scan_key: str | None) -> bool:
+    """Whether an attempt that has lost its job leaves a result that nobody names, though the job be deleted by now.
+
+    Only its own worker may ask: to others an unknown job may be another database's.
+    """
+    attempt = keys.attempt_of(path)
+    if attempt is None:
+        return False
+    scan_keys = () if scan_key is None else (scan_key,)
+    return not works(session, {attempt.job_id}, [path], scan_keys).need(attempt, path)
 
 
 def works(

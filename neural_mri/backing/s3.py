@@ -7,7 +7,7 @@ an instance's role); so does AWS_REGION.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -134,6 +134,20 @@ class S3Store:
             # As many as one request gives.
             for page in obstore.list(self._store, prefix=folder, chunk_size=1000):
                 yield from (found["path"] for found in page if found["last_modified"] < before)
+
+    def beginning(self, folder: str, names: Collection[str]) -> Iterator[str]:
+        """Paths in a folder whose last name begins as one of these does, by a request for each."""
+        for name in sorted(names):
+            yield from self._beginning(folder, f"{folder}/{name}")
+
+    def _beginning(self, folder: str, start: str) -> Iterator[str]:
+        with _explained(folder):
+            # A bucket lists its paths in order, and from wherever it is told to.
+            for page in obstore.list(self._store, prefix=folder, offset=start, chunk_size=1000):
+                for found in page:
+                    if not found["path"].startswith(start):
+                        return
+                    yield found["path"]
 
 
 class _Uploads:

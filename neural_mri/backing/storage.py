@@ -12,7 +12,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,7 +50,10 @@ MOST_OPEN = 64
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV})
+# Of a path where other bytes stand already the file itself is not the other name: they are replaced.
+_NO_LINKS = frozenset(
+    {errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EEXIST}
+)
 
 
 class InvalidPath(ValueError):
@@ -112,7 +115,7 @@ class Store(Protocol):
         """Begin to write files, without waiting for the disk. Raises `StoreFull`."""
 
     def copy(self, path: str, to: str) -> None:
-        """Keep the bytes under another path as well, unless some stand there. Raises `Missing`, `StoreFull`."""
+        """Keep the bytes under another path as well. Raises `Missing`, `StoreFull`."""
 
     def get(self, path: str) -> bytes:
         """The bytes under the path. Raises `Missing`."""
@@ -140,6 +143,9 @@ class Store(Protocol):
 
         Looked for as they are asked for, and left out where they are taken away meanwhile.
         """
+
+    def beginning(self, folder: str, names: Collection[str]) -> Iterator[str]:
+        """Paths in a folder whose last name begins as one of these does, in no order; as they are asked for."""
 
 
 def put_together(store: Store, files: Iterable[NamedBytes]) -> None:
@@ -177,9 +183,13 @@ class FolderStore:
         return _Halves(self._root, files)
 
     def copy(self, path: str, to: str) -> None:
-        """Let the file have another name as well, where the file system can. Raises `Missing`, `StoreFull`."""
-        if self.exists(to):
-            return
+        """Let the file have another name as well, where the file system can. Raises `Missing`, `StoreFull`.
+
+        What is as long there already is taken to be the same.
+        """
+        with suppress(Missing):
+            if self.size(to) == self.size(path):
+                return
         folders = _Folders(self._root)
         try:
             with self._folder(path) as (folder, name):
@@ -192,8 +202,6 @@ class FolderStore:
                         dst_dir_fd=place.folder,
                         follow_symlinks=False,
                     )
-                except FileExistsError:
-                    return  # somebody has kept it just now
                 except OSError as error:
                     if error.errno not in _NO_LINKS:
                         raise
@@ -265,6 +273,21 @@ class FolderStore:
             for entry in entries:
                 path = f"{folder}/{entry.name}"
                 if _PATH.fullmatch(path) and _is_older(entry, before):
+                    yield path
+
+    def beginning(self, folder: str, names: Collection[str]) -> Iterator[str]:
+        """Paths in a folder whose last name begins as one of these does, in no order: the folder is read once."""
+        wanted, lengths = frozenset(names), {len(name) for name in names}
+        with (
+            suppress(Missing),
+            self._folder(f"{folder}/any") as (opened, _),
+            os.scandir(opened) as entries,
+        ):
+            for entry in entries:
+                path = f"{folder}/{entry.name}"
+                if any(entry.name[:length] in wanted for length in lengths) and _PATH.fullmatch(
+                    path
+                ):
                     yield path
 
     @contextmanager

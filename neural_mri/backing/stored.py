@@ -27,6 +27,7 @@ __all__ = (
     "StoredTable",
     "by_hash",
     "discard",
+    "files_of",
     "is_whole",
     "load_manifest",
     "open_result",
@@ -186,6 +187,22 @@ def discard(store: Store, path: str) -> None:
             for table in open_result(store, path).tables:
                 store.delete(table.path)
     store.delete(path)
+
+
+def files_of(store: Store, results: Iterable[str]) -> Iterator[str]:
+    """All that there may be of results that no row names, whether or not a manifest ever came to say what there is.
+
+    For many at once: where they have tables beside them, that folder is looked through.
+    """
+    starts: dict[str, set[str]] = {}
+    for path in results:
+        if path.startswith("pieces/"):
+            folder, name = keys.beside(path)
+            starts.setdefault(folder, set()).add(name)
+        else:
+            yield path
+    for folder, names in starts.items():
+        yield from store.beginning(folder, names)
 
 
 def read_part(store: Store, table: StoredTable, start: int, end: int) -> bytes:

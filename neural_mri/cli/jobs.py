@@ -162,15 +162,18 @@ def delete(
             else f"{len(job_ids)} jobs and their results"
         )
         typer.confirm(f"Delete {what}?", abort=True, err=True)
-    with options.open_client(url) as client:
-        deleted = []
-        for job_id in job_ids:
-            deleted.append(each := client.delete(job_id))
-            if not (quiet or as_json):
-                kept = ", ".join(map(str, each.sessions))
-                note(f"deleted {job_id}" + (f"; session {kept} keeps its result" if kept else ""))
-    if as_json:
-        print_json(deleted)
+    deleted = []
+    try:
+        with options.open_client(url) as client:
+            for job_id in job_ids:
+                deleted.append(each := client.delete(job_id))
+                if not (quiet or as_json):
+                    kept = ", ".join(map(str, each.sessions))
+                    kept = f"; session {kept} keeps its result" if kept else ""
+                    note(f"deleted {job_id}{kept}")
+    finally:
+        if as_json:
+            print_json(deleted)  # also where another could not be: these are gone
 
 
 def _print_job(view: JobView) -> None:

@@ -593,7 +593,9 @@ class Client:
 
         What sessions keep stays; the answer names them. Raises `Refused` where the job has not ended.
         """
-        return self._exchange.ask(DeletedJob, "DELETE", f"/api/jobs/{_id(job)}/record")
+        path = f"/api/jobs/{_id(job)}/record"
+        # Of one that has been deleted by a request whose answer was lost a second one knows nothing.
+        return self._exchange.ask(DeletedJob, "DELETE", path, repeatable=False)
 
     def watch(self, job: JobReference) -> Iterator[Event]:
         """A job's events from its first to `Ended`, each once, through broken connections.

@@ -89,7 +89,12 @@ def follow_many(exchange: Exchange, job_ids: Iterable[UUID]) -> Iterator[JobEven
 def _follow_together(exchange: Exchange, left: list[UUID]) -> Iterator[JobEvent]:
     if not left:
         return
-    query = {"jobs": ",".join(map(str, left))}
+    query: dict[str, str] = {}
+
+    def ask_for_those_left() -> None:
+        query["jobs"] = ",".join(map(str, left))
+
+    ask_for_those_left()
     for message in messages(exchange, "/api/events", query=query):
         if message.event not in _KNOWN:
             continue  # of a newer service: nothing we could show
@@ -102,6 +107,7 @@ def _follow_together(exchange: Exchange, left: list[UUID]) -> Iterator[JobEvent]
             left.remove(job_id)
             if not left:
                 return
+            ask_for_those_left()  # after a break: one that has ended may have been deleted
     for job_id in left:
         # The service holds that we have heard of each end, and has told us of these before a break.
         job = exchange.ask(JobView, "GET", f"/api/jobs/{job_id}")
@@ -117,7 +123,7 @@ def messages(
 ) -> Iterator[Message]:
     """The messages of any stream, through broken connections, until the service says that it has ended.
 
-    Raises as `follow` does.
+    Each connection asks with the query as it is by then. Raises as `follow` does.
     """
     patience = exchange.patience()
     last_id = ""

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from api.hub import Frame, Hub, Position
-from neural_mri.backing import jobs
+from neural_mri.backing import jobs, keys
 from neural_mri.backing.records import Job
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.events import Artifact
@@ -177,6 +177,25 @@ def test_cancelling_what_others_wait_for_ends_it_for_oneself_alone(
     assert pair.ada.get(f"/api/jobs/{pair.first}/events").text.count("event: ended") == 1
     # The whole story can be read again, the end included.
     assert told(read_all(pair.bob, f"/api/jobs/{pair.second}/events")) == [0, 1]
+
+
+def test_who_deletes_what_others_followed_takes_no_events_from_them(
+    pair: Pair, world: World
+) -> None:
+    job = begun(world)
+    world.frame(job, 0)
+    assert pair.ada.delete(f"/api/jobs/{pair.first}").json()["state"] == "cancelled"
+    assert pair.ada.delete(f"/api/jobs/{pair.first}/record").status_code == 200
+    assert world.redis.exists(keys.watched(job.id)), "bob may be looking"
+    path = f"/api/jobs/{pair.second}/events"
+    with follow(pair.bob, path) as stream:
+        heard = [next(stream) for _ in range(4)]
+        world.frame(job, 1)
+        finished(world, job)
+        heard += list(stream)
+    assert (told(heard), names(heard)[-1]) == ([0, 1], "ended")
+    assert "reset" not in names(heard)
+    assert read_all(pair.bob, path) == heard
 
 
 def test_when_all_have_gone_the_work_is_asked_to_stop(pair: Pair, world: World) -> None:

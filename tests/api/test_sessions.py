@@ -18,6 +18,7 @@ from sqlalchemy import delete
 
 from api import session_contents
 from neural_mri.backing import keys, sessions
+from neural_mri.backing.events import parse_entries
 from neural_mri.backing.records import Job
 from neural_mri.backing.rows import JOBS, Base
 from neural_mri.contract.archives import SESSION_FILE, Archive, canonical, open_archive
@@ -539,6 +540,22 @@ def test_scans_that_arrive_together_are_one_revision_in_the_order_in_which_they_
     assert [scan["label"] for scan in after["document"]["scans"]] == labels
     assert (listed["head"], after["revision"], after["arriving"]) == (after["head"], 2, [])
     assert api.get(f"{session.path}/revisions").json()[0]["message"] == "Added 3 scans"
+
+
+def test_a_revision_is_told_once_though_one_of_those_that_arrived_failed(
+    api: httpx.Client, world: World
+) -> None:
+    session = made(api)
+    for label in ("first", "second", "third"):
+        job = api.post("/api/scan/activation", json={"prompt": label}).json()["id"]
+        api.post(f"{session.path}/scans", json={"job": job, "label": label})
+    for fails in (False, True, False):
+        job = world.claim(world.queue())
+        world.move(job, JobState.FAILED, problem={"detail": "no"}) if fails else world.perform(job)
+    assert api.get("/api/sessions").json()["sessions"][0]["scans"] == 2
+    rows = world.redis.xrange(keys.event_stream(UUID(session.path.rpartition("/")[2])))
+    told = [entry.name for entry in parse_entries(rows)]
+    assert (told.count("saved"), told[-1]) == (1, "scan")
 
 
 def test_a_scan_whose_bytes_are_gone_does_not_join_and_says_why(

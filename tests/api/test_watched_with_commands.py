@@ -177,6 +177,17 @@ def test_jobs_are_deleted_by_their_ids_and_what_a_session_keeps_is_said(
     assert "there is no job" in shell("delete", first, "--yes").err
 
 
+def test_what_has_been_deleted_is_said_though_another_cannot_be(
+    mri: Client, world: World, shell: Shell
+) -> None:
+    first, second = queued(mri, 2)
+    world.perform(world.claim(world.queue()))
+    said = shell("delete", first, second, "--yes", "--json")
+    assert said.code != ExitCode.DONE
+    assert said.json == [{"id": first, "sessions": []}]
+    assert [str(each.id) for each in mri.jobs()] == [second]
+
+
 def test_nothing_is_deleted_before_somebody_says_so(
     mri: Client, world: World, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Many submissions at once are what they would be one by one; batches on both databases."""
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
@@ -379,6 +380,35 @@ def test_one_may_not_have_lines_waiting_without_end(
     begun(sessions, 1)
     fed(sessions, batch_id)
     begun(sessions, 4)
+
+
+def test_a_batch_that_is_stopped_just_as_it_is_fed_runs_nothing(sessions: Sessions) -> None:
+    with sessions.writing() as session:
+        batch = batches.begin(session, NewBatch("ada", "b", Lane.BATCH, 2, "d" * 64))
+        batches.fill(session, batch.id, [Line(n, submission()) for n in (1, 2)])
+    with ThreadPoolExecutor(1) as pool:
+        with sessions.writing() as session:
+            batches.stop(session, batch.id, by=batches.CALLER)
+            fed = pool.submit(sessions.write, feeding.feed, "ada", max_queued=100)
+            threading.Event().wait(0.3)
+            assert not fed.done(), "it waits to hear"
+        fed.result(10)
+    while sessions.write(feeding.feed, "ada", max_queued=100).lines:
+        pass
+    assert {job.state for job in sessions.read(jobs.recent, "ada")} == {JobState.CANCELLED}
+
+
+def test_however_many_batches_were_stopped_at_once_all_are_seen_to(sessions: Sessions) -> None:
+    with sessions.writing() as session:
+        for number in range(400):
+            batch = batches.begin(session, NewBatch("ada", f"b{number}", Lane.BATCH, 1, "d" * 64))
+            batches.fill(session, batch.id, [Line(1, submission(scan_key=key(1)))])
+            batches.stop(session, batch.id, by=batches.CALLER)
+        # Of all but the last the line has become a job, as one whose result is known does without any room.
+        fed = BATCH_LINES.c.batch_id != batch.id
+        session.execute(update(BATCH_LINES).where(fed).values(wanted=None))
+    assert [sessions.write(feeding.feed, "ada", max_queued=1).lines for _ in range(2)] == [1, 0]
+    assert sessions.read(feeding.owners_waiting) == []
 
 
 def test_lines_of_a_stopped_batch_do_not_run_whether_they_came_before_or_after(

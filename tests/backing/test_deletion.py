@@ -3,6 +3,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from uuid import UUID, uuid4
 
+import msgspec
 import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
@@ -15,7 +16,7 @@ from neural_mri.backing.deletion import JobDeleted, JobUnderWay
 from neural_mri.backing.feeding import feed
 from neural_mri.backing.jobs import Job, Submission
 from neural_mri.backing.limits import Limits
-from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS
+from neural_mri.backing.rows import BATCH_LINES, BATCHES, DISCARDS, JOBS
 from neural_mri.backing.sessions import Made, Waiting
 from neural_mri.backing.storage import FolderStore
 from neural_mri.contract.batches import BatchState
@@ -64,12 +65,24 @@ def test_a_job_that_has_ended_is_gone_and_its_result_may_be_taken_away(
     sessions: Sessions,
 ) -> None:
     job = sessions.write(finished, submission(scan_key=KEY))
-    assert sessions.write(deletion.delete_job, job.id) is None
+    sessions.write(deletion.delete_job, job.id)
     assert sessions.read(jobs.get, job.id) is None
     assert sessions.read(deletion.discarded) == [], "somebody may still be reading it"
     assert taken_away(sessions) == {job.manifest}
     assert taken_away(sessions) == set()
     assert not sessions.write(jobs.submit, submission(scan_key=KEY)).cached
+
+
+def test_what_was_deleted_by_a_clock_that_was_wrong_is_taken_away_all_the_same(
+    sessions: Sessions,
+) -> None:
+    job = sessions.write(finished, submission())
+    sessions.write(deletion.delete_job, job.id)
+    assert sessions.read(deletion.discarded) == []
+    with sessions.writing() as session:
+        later = DISCARDS.c.deleted_at + 3650 * DAY
+        session.connection().execute(update(DISCARDS).values(deleted_at=later))
+    assert [each.id for each in sessions.read(deletion.discarded)] == [job.id]
 
 
 def test_one_that_has_not_ended_is_not_deleted_nor_one_that_is_not_there(
@@ -214,6 +227,25 @@ def test_a_batch_and_its_jobs_grow_old_together(sessions: Sessions) -> None:
     with sessions.reading() as session:
         left = session.execute(select(func.count()).select_from(BATCH_LINES)).scalar_one()
     assert left == 0
+    assert sessions.write(deletion.by_age, older_seconds=30 * DAY) == 2
+
+
+def test_jobs_that_were_cancelled_before_there_was_room_for_any_grow_old_too(
+    sessions: Sessions,
+) -> None:
+    with sessions.writing() as session:
+        batch = batches.begin(session, NewBatch("ada", "b", Lane.BATCH, 2, "d" * 64))
+        lines = [
+            Line(1, submission()),
+            Line(2, msgspec.structs.replace(submission(), queue="scan.fedcba9876543210")),
+        ]
+        batches.fill(session, batch.id, lines)
+        batches.stop(session, batch.id, by=batches.CALLER)
+        for _ in range(2):
+            feed(session, "ada", max_queued=1000)  # to cancel them, and to see that it is done
+        session.connection().execute(update(BATCHES).values(created_at=0.0))
+        aged(session, 40)
+    assert sessions.write(deletion.batches_by_age, older_seconds=30 * DAY) == 1
     assert sessions.write(deletion.by_age, older_seconds=30 * DAY) == 2
 
 

@@ -10,9 +10,10 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, Table, func, insert, inspect, select, update
 
-from neural_mri.backing import batches, database, feeding
+from neural_mri.backing import batches, database, deletion, feeding, jobs
 from neural_mri.backing.batches import Line, NewBatch
 from neural_mri.backing.database import MigrationBlocked
+from neural_mri.backing.jobs import LeaseOwner
 from neural_mri.backing.rows import BATCH_LINES, JOBS, Base
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import JobState, Lane
@@ -183,6 +184,25 @@ def test_a_schema_does_not_go_back_over_lines_that_somebody_waits_for(fresh: Set
     sessions.write(feeding.feed, "ada", max_queued=99)
     sessions.close()
     database.migrate(fresh, back_to="0013")
+    database.migrate(fresh)
+
+
+def test_a_schema_does_not_go_back_over_results_that_are_still_to_be_taken_away(
+    fresh: Settings,
+) -> None:
+    database.migrate(fresh)
+    sessions = database.sessions(fresh)
+    owner = LeaseOwner("another-host", 4242, 99)
+    job = sessions.write(jobs.submit, submission())
+    sessions.write(jobs.claim, queue=job.queue, owner=owner, limit=1, lease_seconds=60.0)
+    sessions.write(jobs.advance, job.id, JobState.CANCELLED, attempt=1)
+    sessions.write(deletion.delete_job, job.id)
+    with pytest.raises(MigrationBlocked, match=r"results of 1 deleted jobs"):
+        database.migrate(fresh, back_to="0014")
+    [left] = sessions.read(deletion.discarded, older_seconds=-1.0)
+    sessions.write(deletion.settle, [left.id])
+    sessions.close()
+    database.migrate(fresh, back_to="0014")
     database.migrate(fresh)
 
 

@@ -441,6 +441,24 @@ def test_bytes_can_be_kept_under_another_path_as_well(store: Store) -> None:
     assert not store.exists("pieces/two.arrow")
 
 
+def test_what_is_kept_under_another_path_replaces_what_was_cut_short_there(store: Store) -> None:
+    store.put("pieces/one.arrow", b"abc")
+    store.put(CHUNK, b"ab")
+    store.copy("pieces/one.arrow", CHUNK)
+    assert store.get(CHUNK) == b"abc"
+
+
+def test_files_are_found_by_how_their_names_begin(store: Store) -> None:
+    assert list(store.beginning("pieces", ["a.1."])) == []
+    names = ["a.1.json", "a.1.x.arrow", "a.11.json", "a.2.json", "b.1.y.arrow", "c.1.json"]
+    for folder in ("pieces", "packed"):
+        for name in names:
+            store.put(f"{folder}/{name}", b"x")
+    found = sorted(store.beginning("pieces", ["a.1.", "b.1.", "b.22."]))
+    assert found == ["pieces/a.1.json", "pieces/a.1.x.arrow", "pieces/b.1.y.arrow"]
+    assert list(store.beginning("pieces", [])) == []
+
+
 def test_where_a_file_system_has_no_links_bytes_are_written_again(
     folder: FolderStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from uuid import UUID
 
 import pytest
 
@@ -86,6 +87,16 @@ def test_what_might_be_done_twice_is_not_sent_again_unless_it_was_refused(
     with pytest.raises(Unreachable):
         patient.sessions.create("Eiffel")
     assert wire.paths("POST") == ["/api/sessions"] * 2
+
+
+def test_what_is_deleted_is_not_deleted_again_to_be_told_that_it_is_not_there(
+    wire: Wire, patient: Client
+) -> None:
+    path = f"/api/jobs/{UUID(int=1)}/record"
+    wire.answers["DELETE", path] = [later("0"), NO_ANSWER]
+    with pytest.raises(Unreachable):
+        patient.delete(UUID(int=1))
+    assert wire.paths("DELETE") == [path] * 2
 
 
 def test_a_wait_longer_than_ones_patience_is_not_begun(wire: Wire, patient: Client) -> None:

@@ -210,6 +210,8 @@ def test_an_end_that_is_told_again_is_no_second_end(wire: Wire, client: Client) 
         told((first, stands), (first, SUCCEEDED), (second, SUCCEEDED)),
     ]
     assert list(client.watch_many([first, second])) == [(first, SUCCEEDED), (second, SUCCEEDED)]
+    asked = [each.query["jobs"] for each in wire.asked if each.path == "/api/events"]
+    assert asked == [f"{first},{second}", str(second)], "the first may have been deleted by now"
 
 
 def test_a_diagnosis_that_ends_says_why_though_its_batch_cannot_be_stopped(

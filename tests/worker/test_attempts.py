@@ -152,6 +152,23 @@ def test_a_result_that_another_job_names_is_not_taken_away_with_a_deleted_one(
     assert stored.is_whole(holding_tiny.store, other.manifest)
 
 
+def test_what_a_late_worker_wrote_for_a_job_that_is_deleted_is_taken_away(
+    holding_tiny: Bench,
+) -> None:
+    job = holding_tiny.submit(PROMPT)
+
+    def it_is_given_up_and_deleted_long_ago() -> None:
+        sessions = holding_tiny.sessions
+        sessions.write(jobs.advance, job.id, JobState.CANCELLED, attempt=1)
+        sessions.write(deletion.delete_job, job.id)
+        sessions.write(deletion.settle, [job.id])
+
+    store = Interrupting(holding_tiny.store, it_is_given_up_and_deleted_long_ago)
+    holding_tiny.attempts(store).take(holding_tiny.queue)
+    for path in keys.Attempt(job.id, 1).results:
+        assert not holding_tiny.store.exists(path)
+
+
 def test_a_stale_attempt_keeps_no_frames_for_who_comes_to_watch(holding_tiny: Bench) -> None:
     job = holding_tiny.submit(PROMPT)
     holding_tiny.redis.delete(keys.watched(job.id))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import msgspec
 import pytest
@@ -217,6 +217,26 @@ def test_jobs_older_than_they_are_kept_are_deleted_and_their_results_taken_away_
     assert client.hgetall(keys.DELETED) == {b"job:age": b"1", b"result:unneeded": b"1"}
 
 
+def test_a_clock_that_is_put_forward_makes_no_job_old(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    store = storage.open_store(settings)
+    job = finish(sessions, store, days_ago=8)
+    reaper = Reaper(msgspec.structs.replace(settings, keep_days=7), sessions, client, store)
+    right = sessions.read(deletion.clock) - 3650 * 86_400.0
+    assert reaper._clock.goes_on(right)
+    reaper.round()
+    assert sessions.read(jobs.recent, "ada") == [job]
+    assert reaper._clock.goes_on(right + 1.0), "it is set right again"
+    reaper._delete_at = 0.0
+    reaper.round()
+    assert reaper._clock._set_at is not None
+    reaper._clock._set_at -= 86_400.0
+    reaper._delete_at = 0.0
+    reaper.round()
+    assert sessions.read(jobs.recent, "ada") == [], "after a day that is what the time is"
+
+
 def test_a_job_is_kept_for_ever_where_nothing_is_said(
     reaper: Reaper, settings: Settings, sessions: Sessions
 ) -> None:
@@ -238,6 +258,30 @@ def test_while_the_store_is_away_what_deleted_jobs_left_is_not_forgotten(
     Reaper(settings, sessions, client, store).round()
     assert not store.exists(job.manifest)
     assert sessions.read(deletion.discarded, older_seconds=-1.0) == []
+
+
+def test_tables_of_a_deleted_job_go_though_no_manifest_ever_named_them(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    store = storage.open_store(settings)
+    submit(sessions)
+    lost = claim(sessions)
+    others = keys.pieces_path(uuid4(), 1)
+    tables = {
+        keys.table_path(manifest, digit * 64)
+        for manifest in (keys.pieces_path(lost.id, 1), others)
+        for digit in "ab"
+    }
+    for path in (others, *tables):
+        store.put(path, b"{}")
+    assert sessions.write(jobs.advance, lost.id, JobState.QUEUED, attempt=1)
+    assert sessions.write(jobs.request_cancel, lost.id).moved
+    sessions.write(deletion.delete_job, lost.id)
+    everything_lingered(sessions)
+    Reaper(settings, sessions, client, store).round()
+    assert {path for path in (others, *tables) if store.exists(path)} == {
+        path for path in (others, *tables) if str(lost.id) not in path
+    }
 
 
 @folder_only
