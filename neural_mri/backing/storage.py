@@ -265,30 +265,27 @@ class FolderStore:
     def aged(self, folder: str, older_seconds: float) -> Iterator[str]:
         """Paths in a folder under which bytes have stood for so long, in no order."""
         before = time.time() - older_seconds
-        with (
-            suppress(Missing),
-            self._folder(f"{folder}/any") as (opened, _),
-            os.scandir(opened) as entries,
-        ):
-            for entry in entries:
-                path = f"{folder}/{entry.name}"
-                if _PATH.fullmatch(path) and _is_older(entry, before):
-                    yield path
+        for path, entry in self._listed(folder):
+            if _is_older(entry, before):
+                yield path
 
     def beginning(self, folder: str, names: Collection[str]) -> Iterator[str]:
         """Paths in a folder whose last name begins as one of these does, in no order: the folder is read once."""
         wanted, lengths = frozenset(names), {len(name) for name in names}
+        for path, entry in self._listed(folder):
+            if any(entry.name[:length] in wanted for length in lengths):
+                yield path
+
+    def _listed(self, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """What stands in a folder under a name that may be asked for, in no order."""
         with (
             suppress(Missing),
             self._folder(f"{folder}/any") as (opened, _),
             os.scandir(opened) as entries,
         ):
             for entry in entries:
-                path = f"{folder}/{entry.name}"
-                if any(entry.name[:length] in wanted for length in lengths) and _PATH.fullmatch(
-                    path
-                ):
-                    yield path
+                if _PATH.fullmatch(path := f"{folder}/{entry.name}"):
+                    yield path, entry
 
     @contextmanager
     def _folder(self, path: str) -> Iterator["_Place"]:

@@ -92,6 +92,15 @@ def finished(world: World, job: Job) -> None:
     world.move(job, JobState.SUCCEEDED, manifest=manifest)
 
 
+def heard_to_the_end(api: httpx.Client, path: str, world: World, job: Job) -> list[Message]:
+    """What a reader is told who comes after a job's first frame, and stays for its second and its end."""
+    with follow(api, path) as stream:
+        heard = [next(stream) for _ in range(4)]
+        world.frame(job, 1)
+        finished(world, job)
+        return heard + list(stream)
+
+
 def test_who_follows_sees_the_work_where_it_stands(pair: Pair, world: World) -> None:
     for api, job_id, coalesced in ((pair.ada, pair.first, False), (pair.bob, pair.second, True)):
         assert (seen(api, job_id)["state"], seen(api, job_id)["coalesced"]) == ("queued", coalesced)
@@ -111,11 +120,7 @@ def test_who_follows_hears_it_all_as_their_own_with_an_end_of_their_own(
     job = begun(world)
     world.frame(job, 0)
     path = f"/api/jobs/{pair.second}/events"
-    with follow(pair.bob, path) as stream:
-        heard = [next(stream) for _ in range(4)]
-        world.frame(job, 1)
-        finished(world, job)
-        heard += list(stream)
+    heard = heard_to_the_end(pair.bob, path, world, job)
     assert names(heard) == [
         *["state"] * 3,
         *["activation_frame"] * 2,
@@ -188,11 +193,7 @@ def test_who_deletes_what_others_followed_takes_no_events_from_them(
     assert pair.ada.delete(f"/api/jobs/{pair.first}/record").status_code == 200
     assert world.redis.exists(keys.watched(job.id)), "bob may be looking"
     path = f"/api/jobs/{pair.second}/events"
-    with follow(pair.bob, path) as stream:
-        heard = [next(stream) for _ in range(4)]
-        world.frame(job, 1)
-        finished(world, job)
-        heard += list(stream)
+    heard = heard_to_the_end(pair.bob, path, world, job)
     assert (told(heard), names(heard)[-1]) == ([0, 1], "ended")
     assert "reset" not in names(heard)
     assert read_all(pair.bob, path) == heard
