@@ -43,6 +43,7 @@ __all__ = (
     "bucket",
     "database_copy",
     "emptied",
+    "empty",
     "folder_only",
     "free_port",
     "migrated_database",
@@ -292,11 +293,16 @@ def postgresql_database(
 def emptied(settings: Settings) -> Settings:
     """The same database without a row: on PostgreSQL quicker than a copy of it."""
     sessions = database.sessions(settings)
+    empty(sessions)
+    sessions.close()
+    return settings
+
+
+def empty(sessions: database.Sessions) -> None:
+    """Take every row away."""
     with sessions.writing() as session:
         for table in reversed(Base.metadata.sorted_tables):
             session.execute(delete(table))
-    sessions.close()
-    return settings
 
 
 @contextmanager

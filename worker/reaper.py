@@ -66,7 +66,6 @@ in which there was some, the next one looks again: few jobs may be all that one 
 DELETE_EVERY_SECONDS = 60.0
 """How often jobs are looked for that are too old, and results that deleted ones have left; a round in which there
 was a full number of them is followed by the next one."""
-DAY_SECONDS = 86_400.0
 FORGOTTEN_SECONDS = 60.0
 """How long an attempt that no round sees any more is remembered: no transaction holds a row for so long."""
 SET_SECONDS = 3600.0
@@ -260,7 +259,7 @@ class Reaper:
             return
         if not self._clock.goes_on(self._sessions.read(deletion.clock)):
             return
-        older = self._settings.keep_days * DAY_SECONDS
+        older = self._settings.keep_days * limits.DAY_SECONDS
         forgotten = self._sessions.write(deletion.batches_by_age, older_seconds=older)
         deleted = self._sessions.write(deletion.by_age, older_seconds=older)
         if forgotten or deleted == deletion.MOST_DELETED:
@@ -369,7 +368,7 @@ class _Clock:
             if self._set_at is None:
                 self._set_at = uptime
                 log.error("clock_was_set", seconds=round(began - self._began))
-            if uptime - self._set_at < DAY_SECONDS:
+            if uptime - self._set_at < limits.DAY_SECONDS:
                 return False
         self._began, self._set_at = began, None
         return True

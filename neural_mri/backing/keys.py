@@ -18,6 +18,7 @@ __all__ = (
     "cancel_flag",
     "chunk_path",
     "event_stream",
+    "has_pieces",
     "heartbeat",
     "is_packed",
     "kept_result_path",
@@ -108,6 +109,11 @@ def pieces_path(job_id: UUID, attempt: int) -> str:
     return f"pieces/{job_id}.{attempt}.json"
 
 
+def has_pieces(path: str) -> bool:
+    """Whether a result's path is that of a manifest with its tables beside it."""
+    return path.startswith("pieces/")
+
+
 def manifest_path(job_id: UUID, attempt: int) -> str:
     """The manifest of an attempt whose tables stand under their own hashes, as they once did."""
     return f"manifests/{job_id}.{attempt}.json"
@@ -115,7 +121,7 @@ def manifest_path(job_id: UUID, attempt: int) -> str:
 
 def table_path(manifest: str, sha256: str) -> str:
     """A table's bytes, by where the manifest that names it stands, and by their hash."""
-    if manifest.startswith("pieces/"):
+    if has_pieces(manifest):
         return f"{manifest.removesuffix('.json')}.{sha256}.arrow"
     return chunk_path(sha256)
 

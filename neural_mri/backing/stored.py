@@ -181,7 +181,7 @@ def is_whole(store: Store, path: str) -> bool:
 
 def discard(store: Store, path: str) -> None:
     """Take away a result that no row names, with what is its alone; nothing happens where there is none."""
-    if path.startswith("pieces/"):
+    if keys.has_pieces(path):
         # The manifest last: it says what else there is.
         with suppress(Gone):
             for table in open_result(store, path).tables:
@@ -196,7 +196,7 @@ def files_of(store: Store, results: Iterable[str]) -> Iterator[str]:
     """
     starts: dict[str, set[str]] = {}
     for path in results:
-        if path.startswith("pieces/"):
+        if keys.has_pieces(path):
             folder, name = keys.beside(path)
             starts.setdefault(folder, set()).add(name)
         else:

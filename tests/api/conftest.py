@@ -6,13 +6,11 @@ import httpx
 import msgspec
 import pytest
 import structlog
-from sqlalchemy import delete
 
 from api import hub
-from neural_mri.backing.rows import Base
 from neural_mri.backing.settings import Settings
 from tests.api.shell import Shell
-from tests.api.world import World, serving
+from tests.api.world import World, inhabited, serving
 from tests.servers import (
     GIVEN,
     Servers,
@@ -135,14 +133,8 @@ def shared_api(shared_settings: Settings) -> Iterator[httpx.Client]:
 @pytest.fixture
 def world(shared_settings: Settings) -> Iterator[World]:
     """An empty database with one registered model, and an empty Redis."""
-    world = World(settings=shared_settings)
-    with world.sessions.writing() as session:
-        for table in reversed(Base.metadata.sorted_tables):
-            session.execute(delete(table))
-    world.redis.flushall()
-    world.register()
-    yield world
-    world.close()
+    with inhabited(shared_settings, is_used=True) as world:
+        yield world
 
 
 @pytest.fixture
@@ -154,11 +146,11 @@ def api(world: World, shared_api: httpx.Client) -> httpx.Client:
 @pytest.fixture
 def lone_world(template: Template, tmp_path: Path) -> Iterator[World]:
     """A world with a Valkey and a database of its own, for tests that take them away."""
-    with valkey() as server:
-        world = World(settings=settings_in(template, tmp_path, server.url), valkey=server)
-        world.register()
+    with (
+        valkey() as server,
+        inhabited(settings_in(template, tmp_path, server.url), valkey=server) as world,
+    ):
         yield world
-        world.close()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from sqlalchemy import func, select, text
 from neural_mri.backing import database
 from tests.api.conftest import settings_in
 from tests.api.specimens import PROMPT
-from tests.api.world import World, serving
+from tests.api.world import World, inhabited, serving
 from tests.servers import Servers, Valkey, administering, migrated_database
 
 
@@ -23,11 +23,8 @@ def far_world(
 ) -> Iterator[World]:
     monkeypatch.setattr(database, "LOCK_SECONDS", 0.2)
     template = migrated_database(tmp_path / "template", Servers(shared_postgresql))
-    world = World(settings=settings_in(template, tmp_path, shared_valkey.url))
-    world.redis.flushall()
-    world.register()
-    yield world
-    world.close()
+    with inhabited(settings_in(template, tmp_path, shared_valkey.url)) as world:
+        yield world
 
 
 @pytest.fixture

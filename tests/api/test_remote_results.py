@@ -14,7 +14,7 @@ from neural_mri.backing.stored import StoredTable
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, from_ipc
 from tests.api.conftest import settings_in
 from tests.api.specimens import PROMPT
-from tests.api.world import World, serving
+from tests.api.world import World, inhabited, serving
 from tests.servers import Bucket, Template, Valkey, bucket
 
 
@@ -32,11 +32,8 @@ def distant(
         store_url=remote.url(tmp_path.name),
         store_endpoint=remote.endpoint,
     )
-    world = World(settings=settings)
-    world.redis.flushall()
-    world.register()
-    yield world
-    world.close()
+    with inhabited(settings) as world:
+        yield world
 
 
 @pytest.fixture

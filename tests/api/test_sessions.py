@@ -20,7 +20,7 @@ from api import session_contents
 from neural_mri.backing import keys, sessions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.records import Job
-from neural_mri.backing.rows import JOBS, Base
+from neural_mri.backing.rows import JOBS
 from neural_mri.contract.archives import SESSION_FILE, Archive, canonical, open_archive
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.results import from_ipc
@@ -29,7 +29,7 @@ from tests.api.reading import follow
 from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
 from tests.backing.stores import clear
-from tests.servers import folder_only
+from tests.servers import empty, folder_only
 
 NOBODYS = "01a208e5-620a-7f6d-98da-3f510d18b436"
 
@@ -293,9 +293,7 @@ def test_what_is_exported_and_taken_in_again_has_the_same_hashes(
         assert file.headers["content-type"] == SESSION_FILE
         assert file.content == api.get(f"{session.path}/export").content
         # Everything is wiped: the database, the store, Redis.
-        with lone_world.sessions.writing() as database:
-            for table in reversed(Base.metadata.sorted_tables):
-                database.execute(delete(table))
+        empty(lone_world.sessions)
         clear(lone_world.store)
         lone_world.redis.flushall()
         taken = read(send_file(api, file.content), status=201)

@@ -37,9 +37,9 @@ from neural_mri.contract.results import Manifest, signed
 from neural_mri.contract.scans import ScanKind, decode_scan, kind_of
 from tests.api.specimens import TINY, tables_of, tiny_tokenizer
 from tests.backing.stores import overwrite
-from tests.servers import Valkey
+from tests.servers import Valkey, empty
 
-__all__ = ("Server", "World", "serving")
+__all__ = ("Server", "World", "inhabited", "serving")
 
 
 @dataclass(kw_only=True)
@@ -300,6 +300,22 @@ class Server(uvicorn.Server):
         self.app.end_streams()
         self._thread.join()
         self.socket.close()
+
+
+@contextmanager
+def inhabited(
+    settings: Settings, *, valkey: Valkey | None = None, is_used: bool = False
+) -> Iterator[World]:
+    """A world with one registered model and nothing else, whatever its database has where that `is_used`."""
+    world = World(settings=settings, valkey=valkey)
+    try:
+        if is_used:
+            empty(world.sessions)
+        world.redis.flushall()
+        world.register()
+        yield world
+    finally:
+        world.close()
 
 
 @contextmanager
