@@ -70,13 +70,15 @@ def rise(run: Callable[[], object]) -> int:
     """Bytes by which resident memory rises while it runs, at the most.
 
     The kernel keeps the peak itself and is told to begin anew (proc(5), clear_refs): a thread that looks
-    now and then can miss what was held for a moment, on a busy machine all of it.
+    now and then can miss what was held for a moment, on a busy machine all of it. Ask it of a process that
+    does nothing else: what other threads free meanwhile, or the kernel takes back from what nobody has touched
+    for long, is missing from the rise.
     """
     run()  # what libraries keep once and for all is not the scan's
-    before: int = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+    before = _highest()
     run()
-    return max(0, _highest() - before)
+    return _highest() - before
 
 
 def _highest() -> int:

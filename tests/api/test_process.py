@@ -37,7 +37,8 @@ def own_port(world: World) -> Settings:
     return on_own_port(world.settings)
 
 
-def test_it_never_loads_what_only_the_worker_needs() -> None:
+def test_it_never_loads_what_only_others_need() -> None:
+    """What the worker computes with, and what the client shows results with: seconds of every start."""
     report = subprocess.run(
         [
             sys.executable,
@@ -50,15 +51,10 @@ def test_it_never_loads_what_only_the_worker_needs() -> None:
         check=True,
     )
     loaded = {name.partition(".")[0] for name in report.stdout.split()}
-    assert not loaded & {"torch", "transformers", "transformer_lens", "accelerate", "worker"}
-
-
-def test_it_serves_within_two_seconds_of_its_own_time(own_port: Settings) -> None:
-    """Counted in the processor's time: a test machine may be doing other things."""
-    with process(own_port) as running, client_of(own_port):
-        stat = Path(f"/proc/{running.pid}/stat").read_text()
-    user, system = stat.rpartition(")")[2].split()[11:13]
-    assert (int(user) + int(system)) / os.sysconf("SC_CLK_TCK") < 2.0
+    assert not loaded & {
+        *("torch", "transformers", "transformer_lens", "accelerate", "numba", "worker"),
+        *("pandas", "polars", "matplotlib", "scipy"),
+    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -80,7 +76,7 @@ def test_who_waits_for_events_does_not_hold_up_the_end(
             assert list(stream) == []
         assert waiting.result().status_code == 202
         assert running.wait(timeout=10) == 0
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10, "not the minute that is asked for"
         assert running.stderr is not None
         said = running.stderr.read()
     assert "Traceback" not in said

@@ -378,7 +378,7 @@ def test_a_scan_never_waits_for_a_stream_that_stands_still() -> None:
         for token_idx in range(LARGEST_BACKLOG + 500):
             outbox.post(JOB, frame(token_idx))
         outbox.post(JOB, ended)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10, "the stream stands still for good"
         assert not outbox.flush(0.05)
         sink.open.set()
         assert outbox.flush(5)
