@@ -48,7 +48,7 @@ from worker.scanner.anomalies import scan_anomalies
 from worker.scanner.attention import scan_attention, scan_attention_together
 from worker.scanner.calibrating import calibrate
 from worker.scanner.calibration import Calibration
-from worker.scanner.circuits import scan_circuits
+from worker.scanner.circuits import AskedCircuit, scan_circuits, scan_circuits_together
 from worker.scanner.listening import Cancelled, Listener, Timed
 from worker.scanner.loading import LoadedModel
 from worker.scanner.mixed_scans import Asked, scan_together
@@ -59,6 +59,7 @@ from worker.scanner.perturbation import (
     scan_perturbation_together,
 )
 from worker.scanner.prompts import ScanOutput
+from worker.scanner.references import ReferenceMeans
 from worker.scanner.shared_forward import AskedOf, Outcome
 from worker.scanner.topology import scan_topology
 from worker.scanner.tracing import scan_tracing
@@ -198,8 +199,7 @@ class _Shares:
 
 def rows_of(job: Job) -> int:
     """Rows of a forward that a job's prompt and what it is compared with take."""
-    scan = decode_scan(job.request)
-    return scan.n_rows if isinstance(scan, PerturbationScan) else 1
+    return decode_scan(job.request).n_rows
 
 
 def _rows_of_one_forward(
@@ -230,6 +230,10 @@ def _rows_of_one_forward(
             return scan_perturbation_together(
                 model, [_perturbing(*one, resident, calibrations) for one in together]
             )
+        case Forward.DIFFERENTIATED:
+            return scan_circuits_together(
+                model, [_circuit(*one, resident, calibrations) for one in together], ready
+            )
         case None:
             raise TypeError(f"{type(asked[0]).__name__} shares no forward with others")
 
@@ -251,12 +255,35 @@ def _perturbing(
 ) -> Perturbing:
     if not isinstance(scan, PerturbationScan):
         raise TypeError(f"{type(scan).__name__} perturbs nothing")
-    means = None
-    if scan.needs_calibration:
-        means = calibrations.of(resident, scan.calibration, listener).means
-    answer_id, foil_id = (job.operands.token_ids.get(name) for name in ANSWERS)
-    asked = AskedOf(_tokens(job), listener, answer_id, foil_id)
+    means = _means(scan, listener, resident, calibrations)
+    asked = _asked_of(job, listener)
     return Perturbing(scan, asked, sources=job.operands.prompts, means=means)
+
+
+def _circuit(
+    job: Job, scan: Scan, listener: Listener, resident: Resident, calibrations: Calibrations
+) -> AskedCircuit:
+    if not isinstance(scan, CircuitScan):
+        raise TypeError(f"{type(scan).__name__} takes no gradient of an answer")
+    means = _means(scan, listener, resident, calibrations)
+    corrupt = job.operands.prompts.get(scan.corrupt_prompt or "")
+    return AskedCircuit(scan, _asked_of(job, listener), corrupt, means)
+
+
+def _asked_of(job: Job, listener: Listener) -> AskedOf:
+    answer_id, foil_id = (job.operands.token_ids.get(name) for name in ANSWERS)
+    return AskedOf(_tokens(job), listener, answer_id, foil_id)
+
+
+def _means(
+    scan: PerturbationScan | CircuitScan,
+    listener: Listener,
+    resident: Resident,
+    calibrations: Calibrations,
+) -> ReferenceMeans | None:
+    if not scan.needs_calibration:
+        return None
+    return calibrations.of(resident, scan.calibration, listener).means
 
 
 def _finished(

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from neural_mri.contract.anomalies import AnomalyScan, Lens
+from neural_mri.contract.circuits import Ablation, CircuitMethod, CircuitScan
 from neural_mri.contract.perturbations import PerturbationScan, ZeroAblation
 from neural_mri.contract.scans import ActivationScan, AttentionScan, encode_scan
 from neural_mri.contract.tokens import Tokens
 from worker.scanner.activations import scan_activations_together
 from worker.scanner.anomalies import scan_anomalies_together
 from worker.scanner.attention import scan_attention_together
+from worker.scanner.circuits import AskedCircuit, scan_circuits_together
 from worker.scanner.listening import Silent
 from worker.scanner.loading import LoadedModel
 from worker.scanner.perturbation import Perturbing, scan_perturbation_together
@@ -21,7 +23,7 @@ from worker.scanner.shared_forward import AskedOf, settled
 
 __all__ = ("KINDS", "Kind", "SharedScan", "scanned")
 
-SharedScan = ActivationScan | AnomalyScan | AttentionScan | PerturbationScan
+SharedScan = ActivationScan | AnomalyScan | AttentionScan | PerturbationScan | CircuitScan
 
 
 class Kind(NamedTuple):
@@ -39,6 +41,9 @@ class Kind(NamedTuple):
 
 _NOT_SENT = frozenset({"scan_mode", "model", "prompt"})
 _ABLATED = (ZeroAblation(component="blocks.1.attn.head_1"),)
+_ESTIMATES = CircuitScan(
+    prompt="-", method=CircuitMethod.ATTRIBUTION_PATCHING, ablation=Ablation.ZERO, edges=0
+)
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
@@ -53,6 +58,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "FLAIR at every position": Kind("/api/scan/anomaly", AnomalyScan(prompt="-")),
         "attention": Kind("/api/scan/attention", AttentionScan(prompt="-", layers=(0, 1))),
         "perturbation": Kind("/api/perturb", PerturbationScan(prompt="-", perturbations=_ABLATED)),
+        "DTI, estimates alone": Kind("/api/scan/circuits", _ESTIMATES),
     }
 )
 
@@ -73,3 +79,6 @@ def scanned(model: LoadedModel, request: SharedScan, prompts: Sequence[Tokens]) 
         case PerturbationScan():
             perturbing = [Perturbing(request, one, sources={}) for one in asked]
             return scan_perturbation_together(model, perturbing)
+        case CircuitScan():
+            circuits = [AskedCircuit(request, one) for one in asked]
+            return [settled(outcome) for outcome in scan_circuits_together(model, circuits)]

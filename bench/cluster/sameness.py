@@ -20,7 +20,10 @@ __all__ = ("figures",)
 COMPANIES = 100
 N_TOKENS = 9
 QUANTITIES = frozenset(
-    {"value", "log_probability", "entropy", "gain", "kl", "metric_after", "probability_after"}
+    {
+        *("value", "log_probability", "entropy", "gain", "kl", "metric_after", "probability_after"),
+        *("effect", "estimate", "direct", "clean", "probability_clean"),
+    }
 )
 """Columns of measured numbers. Ranks and flags follow from them, by steps."""
 STEPS = frozenset({"answer_rank", "agrees", "anomalous"})

@@ -208,6 +208,7 @@ def circuits(
         ),
     ] = 5,
     calibration: options.Calibration = None,
+    canonical: options.Canonical = False,
     asking: Asking,
 ) -> None:
     """Circuits (DTI): which components carry an answer, and along which paths.
@@ -232,6 +233,7 @@ def circuits(
         edges=edges,
         steps=steps,
         calibration=calibration,
+        canonical=canonical,
     )
     asking.scan(request)
 

@@ -279,6 +279,7 @@ class Client:
         edges: int = 300,
         steps: int = 5,
         calibration: str | None = None,
+        canonical: bool = False,
         on_event: OnEvent | None = None,
         progress: ShowProgress = False,
     ) -> Result:
@@ -301,6 +302,7 @@ class Client:
             edges=edges,
             steps=steps,
             calibration=calibration,
+            canonical=canonical,
         )
         return self.run(scan, on_event, progress=progress)
 

@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from neural_mri.contract.models import Architecture
 from neural_mri.contract.problems import Unprocessable
-from neural_mri.contract.scan_base import CalibrationKey, Prompt, TargetedScan
+from neural_mri.contract.scan_base import CalibrationKey, Forward, Prompt, TargetedScan
 
 __all__ = ("Ablation", "CircuitMethod", "CircuitScan", "Granularity")
 
@@ -72,6 +72,28 @@ class CircuitScan(TargetedScan, frozen=True, kw_only=True, tag="DTI", tag_field=
     """Steps of `integrated_gradients`."""
     calibration: CalibrationKey | None = None
     """Scan key of the calibration whose means are used; the model's own where left out."""
+    canonical: bool = False
+    """Run in a forward of its own: bit-identical on equal machines, whatever else is asked at the time."""
+
+    @property
+    def shared_forward(self) -> Forward | None:
+        """With others that take one gradient after their last token.
+
+        Exact ablation takes none, and a path of gradients is a batch of its own.
+        """
+        is_one = self.method in (CircuitMethod.FAST, CircuitMethod.ATTRIBUTION_PATCHING)
+        shares = is_one and self.target_token_idx == -1 and not self.canonical
+        return Forward.DIFFERENTIATED if shares else None
+
+    @property
+    def n_rows(self) -> int:
+        """The prompt and the corrupt one."""
+        return 1 + len(self.other_prompts)
+
+    @property
+    def exact_at_most(self) -> int:
+        """Components that are measured because they are the strongest."""
+        return self.exact if self.method is CircuitMethod.FAST else 0
 
     @property
     def effective_ablation(self) -> Ablation:

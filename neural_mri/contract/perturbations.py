@@ -148,7 +148,7 @@ class PerturbationScan(
 
     @property
     def n_rows(self) -> int:
-        """Rows of a forward: the clean prompt, the perturbed ones, and what patches are taken from."""
+        """The clean prompt, the perturbed ones, and what patches are taken from."""
         return 1 + self.n_draws + len(self.other_prompts)
 
     @property

@@ -51,6 +51,8 @@ class Forward(StrEnum):
     """The bridged model, which shows how attention is spent."""
     EDITED = "edited"
     """The plain model, rows of which are perturbed."""
+    DIFFERENTIATED = "differentiated"
+    """The plain model, and back: by DTI, where one gradient is all it takes."""
 
 
 class ScanBase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,6 +67,11 @@ class ScanBase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def shared_forward(self) -> Forward | None:
         """The forward that its prompt may be a row of among others' rows; None where it runs alone."""
         return None
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of that forward that it takes."""
+        return 1
 
     @property
     def other_prompts(self) -> tuple[str, ...]:

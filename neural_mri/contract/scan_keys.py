@@ -13,7 +13,14 @@ from typing import Any
 import msgspec
 
 from neural_mri.contract.models import Numerics
-from neural_mri.contract.scans import CalibrationScan, PromptScan, Scan, TracingScan, kind_of
+from neural_mri.contract.scans import (
+    CalibrationScan,
+    CircuitScan,
+    PromptScan,
+    Scan,
+    TracingScan,
+    kind_of,
+)
 from neural_mri.contract.tokens import Operands
 
 __all__ = ("ANSWERS", "SCANNER_VERSION", "calibration_key", "scan_key")
@@ -44,6 +51,9 @@ def scan_key(
     """
     parameters: dict[str, Any] = _as_tokens(msgspec.to_builtins(scan), operands)
     del parameters["scan_mode"], parameters["model"]
+    if isinstance(scan, CircuitScan) and not scan.canonical:
+        # Came later than the scan: what did not ask for it has the key that it always had.
+        del parameters["canonical"]
     if isinstance(scan, PromptScan) and not isinstance(scan, TracingScan):
         # Where a subject stands is read off the text itself.
         del parameters["prompt"]

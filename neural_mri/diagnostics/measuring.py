@@ -223,8 +223,8 @@ def _scanned(
 ) -> Iterator[tuple[_Wanted, Scanned]]:
     """Everything that is wanted, with what was measured; what can be done together stands together.
 
-    While one process calibrates, the others do what needs no calibration. Circuits come last: each is
-    small and shares no forward, so that all end at about the same time.
+    While one process calibrates, the others do what needs no calibration. Circuits come last: most of each is
+    its own, so that they are what keeps all processes busy to the end.
     """
     early = [each for each in wanted if each.modality in _UNCALIBRATED]
     late = [each for each in wanted if each.modality not in _UNCALIBRATED]
@@ -331,7 +331,7 @@ def _circuit(suite: Suite, each: Asked) -> CircuitScan:
 
 
 def _attribution_pair(each: Asked) -> Iterator[_Wanted]:
-    """With and without a companion in the batch: one question, added up in two orders."""
+    """Alone, and in company, a companion of its own among it: one question, added up in two orders."""
     for which, companion in enumerate((None, each.item.prompt)):
         circuit = CircuitScan(
             prompt=each.item.prompt,
@@ -341,6 +341,7 @@ def _attribution_pair(each: Asked) -> Iterator[_Wanted]:
             method=CircuitMethod.ATTRIBUTION_PATCHING,
             ablation=Ablation.ZERO,
             edges=0,
+            canonical=companion is None,
         )
         yield _Wanted(circuit, each.name, "DTI", 1, n_read=each.n_tokens, paired=which)
 

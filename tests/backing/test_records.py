@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from neural_mri.backing.records import new_id
+from neural_mri.contract.circuits import CircuitMethod
 from neural_mri.contract.jobs import JobKind
 from neural_mri.contract.scans import (
     ActivationScan,
@@ -79,8 +80,9 @@ def test_jobs_share_a_pass_when_their_forward_weights_and_length_are_equal() -> 
         (AnomalyScan(prompt="Hello", token_positions="target"), {"appearance": False}),
         (AttentionScan(prompt="Hello", layers=(0,)), {"layers": (1, 2)}),
         (PerturbationScan(prompt="Hello"), {"perturbed_scan": False}),
+        (CircuitScan(prompt="Hello"), {"method": CircuitMethod.ATTRIBUTION_PATCHING, "edges": 3}),
     ],
-    ids=["fMRI", "FLAIR", "attention", "perturbation"],
+    ids=["fMRI", "FLAIR", "attention", "perturbation", "DTI"],
 )
 def test_whatever_mates_ask_for_who_is_canonical_is_alone(
     scan: Scan, changes: dict[str, Any]
@@ -93,6 +95,23 @@ def test_whatever_mates_ask_for_who_is_canonical_is_alone(
 
     assert batch_key(first) == batch_key(second, prompt="Goodbye", **changes)
     assert batch_key(first, canonical=True) != batch_key(second, canonical=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": CircuitMethod.ABLATION},
+        {"method": CircuitMethod.INTEGRATED_GRADIENTS},
+        {"method": CircuitMethod.DIRECT},
+        {"target_token_idx": 3},
+    ],
+)
+def test_circuits_that_take_no_gradient_after_the_last_token_are_alone(
+    changes: dict[str, Any],
+) -> None:
+    request = encode_scan(CircuitScan(prompt="Hello", corrupt_prompt="Howdy", **changes))
+    keys = {submission(request=request).batch_key(uuid4()) for _ in range(2)}
+    assert len(keys) == 2
 
 
 def test_a_job_that_reads_no_prompt_shares_with_none() -> None:

@@ -298,6 +298,7 @@ def test_estimates_are_shown_while_a_circuit_is_measured_and_then_replaced(wire:
     [
         ("scan", "activation", PROMPT),
         ("scan", "attention", PROMPT, "--layer", "1"),
+        ("scan", "circuits", PROMPT),
         ("scan", "anomaly", PROMPT),
         ("perturb", PROMPT, "--zero", "blocks.1.attn.h2"),
     ],

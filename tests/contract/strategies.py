@@ -188,6 +188,7 @@ SCANS: Mapping[ScanKind, st.SearchStrategy[Scan]] = MappingProxyType(
             edges=st.integers(0, 5000),
             steps=st.integers(1, 64),
             calibration=CALIBRATIONS,
+            canonical=st.booleans(),
         ),
         ScanKind.FLAIR: _built(
             AnomalyScan,

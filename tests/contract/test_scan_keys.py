@@ -71,6 +71,9 @@ def test_the_key_of_a_plain_scan_never_moves() -> None:
     assert key(ActivationScan(prompt="The Eiffel Tower")) == (
         "15f8320dac909cb1481a56046730b8c1019f068b28738ad5d271ca6d90f9a066"
     )
+    assert key(CircuitScan(prompt="The Eiffel Tower")) == (
+        "6fe6e7289fb275790b99b201cf122e0b28c8cd65c2dd2b475c48a69b6c07073b"
+    ), "before it could be canonical"
 
 
 @given(scans(), IDS, DIGESTS, DIGESTS, numerics())
@@ -175,6 +178,7 @@ OTHER_PARAMETERS: dict[type[Scan], dict[str, Any]] = {
         "edges": 3,
         "steps": 3,
         "calibration": OTHER_CALIBRATION,
+        "canonical": True,
     },
     AnomalyScan: {
         **TARGETED,

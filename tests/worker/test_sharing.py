@@ -14,6 +14,7 @@ import pytest
 from neural_mri.backing import jobs, keys, stored
 from neural_mri.backing.jobs import Job
 from neural_mri.contract.anomalies import Lens, Sublayers
+from neural_mri.contract.circuits import Ablation, CircuitMethod, CircuitScan, Granularity
 from neural_mri.contract.events import ActivationFrame, Ended, Progress
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.perturbations import (
@@ -77,6 +78,21 @@ COMPANIES: dict[str, list[Scan]] = {
         perturbation(MeanAblation(component="blocks.1.attn"), perturbed_scan=False, foil=4),
         perturbation(),
     ],
+    "circuits": [
+        CircuitScan(model="tiny", prompt=PROMPT, ablation=Ablation.ZERO, exact=4, edges=5),
+        CircuitScan(model="tiny", prompt=PROMPT, corrupt_prompt="other", answer=7, foil=9),
+        CircuitScan(
+            model="tiny",
+            prompt=PROMPT,
+            method=CircuitMethod.ATTRIBUTION_PATCHING,
+            corrupt_prompt="other",
+            granularity=Granularity.BLOCKS,
+            include_first_token=True,
+            answer=11,
+            edges=0,
+        ),
+        CircuitScan(model="tiny", prompt=PROMPT, exact=0, foil=4),  # ablates to the mean
+    ],
     "mixed": [
         FMRI,
         AT_ANSWER,
@@ -129,11 +145,11 @@ class Forwards:
     def __init__(self, bench: Bench) -> None:
         self.batches: list[int] = []
         model = resident(bench)
-        model.modules.embed.register_forward_pre_hook(self._count)
-        model.bridge.embed.register_forward_pre_hook(self._count)
+        model.plain.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+        model.bridge.embed.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, _module: Any, args: tuple[Any, ...]) -> None:
-        self.batches.append(len(args[0]))
+    def _count(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.batches.append(len(kwargs["input_ids"] if "input_ids" in kwargs else args[0]))
 
 
 @pytest.mark.parametrize("company", COMPANIES)
@@ -210,7 +226,7 @@ def test_who_asks_for_another_forward_does_not_share(holding_tiny: Bench) -> Non
     assert forwards.batches == taken
 
 
-@pytest.mark.parametrize("company", ["answer", "attention", "perturbation"])
+@pytest.mark.parametrize("company", ["answer", "attention", "perturbation", "circuits"])
 def test_a_canonical_scan_is_the_same_to_the_last_bit_in_any_company(
     holding_tiny: Bench, company: str
 ) -> None:

@@ -3,12 +3,13 @@
 The effect of a component is what replacing it does to the metric: its value taken from a corrupt prompt, from
 ordinary text, or set to nothing. Effects are measured exactly in one pass (`sweep`) or estimated from
 gradients (`attribution`); `fast` does both, estimates for the first picture and measurements for what matters
-in it. What connects components is read off the same gradients (`edges`).
+in it. What connects components is read off the same gradients (`edges`). Gradients of several scans are taken
+together (`circuit_runs`); each is then measured for itself.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,30 +19,25 @@ from neural_mri.contract.circuits import Ablation, CircuitMethod, CircuitScan, G
 from neural_mri.contract.components import EMBED, UNEMBED, Component, Kind
 from neural_mri.contract.events import EffectsFrame
 from neural_mri.contract.models import Architecture
-from neural_mri.contract.problems import Conflict
+from neural_mri.contract.problems import Conflict, Problem
 from neural_mri.contract.tokens import Tokens
 from worker.scanner import circuit_tables as tables
-from worker.scanner.attribution import (
-    Differentiated,
-    StraightPath,
-    differentiate,
-    estimates,
-    in_metric,
-    slope,
-)
+from worker.scanner.attribution import estimates, in_metric
 from worker.scanner.circuit_questions import Prompts, Question
+from worker.scanner.circuit_runs import CircuitRuns, OnLayer, run_alone, run_together
 from worker.scanner.direct_attribution import DirectAttribution, direct_attribution
 from worker.scanner.edges import Edges, strongest_edges
 from worker.scanner.listening import Listener, Timed
 from worker.scanner.loading import LoadedModel
-from worker.scanner.metrics import Metric, log_probability
+from worker.scanner.metrics import log_probability
 from worker.scanner.prompts import ScanOutput
 from worker.scanner.references import ReferenceMeans
 from worker.scanner.replacements import Replacements
-from worker.scanner.runs import Run, record
+from worker.scanner.runs import Run
+from worker.scanner.shared_forward import AskedOf, Company, Outcome, nobody_waits, outcome_of
 from worker.scanner.sweep import sweep
 
-__all__ = ("MOST_TOLD", "scan_circuits")
+__all__ = ("MOST_TOLD", "AskedCircuit", "scan_circuits", "scan_circuits_together")
 
 MOST_TOLD = 1024
 """Components told in one frame, the strongest. The table has all of them."""
@@ -79,13 +75,96 @@ def scan_circuits(
     prompts = Prompts.of(model, request, tokens, corrupt)
     question = Question.of(model, answer_id, foil_id)
     timed = Timed(listener)
-    circuit = _Circuit(model, request, prompts, question, timed, reference)
+    runs = run_alone(model, request, prompts, question, _telling(model, timed))
+    return _read_off(model, request, runs, prompts.start, reference, timed, 0.0)
+
+
+class AskedCircuit(NamedTuple):
+    """A scan among others, and what it reads beside its prompt."""
+
+    request: CircuitScan
+    asked: AskedOf
+    corrupt: Tokens | None = None
+    means: ReferenceMeans | None = None
+
+
+@torch.inference_mode(mode=False)
+@torch.no_grad()
+def scan_circuits_together(
+    model: LoadedModel,
+    circuits: Sequence[AskedCircuit],
+    ready: Callable[[Mapping[int, Outcome]], None] = nobody_waits,
+) -> list[Outcome]:
+    """What became of each scan: what it would give alone, to the last digits but one.
+
+    Their gradients are taken in one forward and backward pass, which goes on while anybody waits for it. Then
+    they are measured one after another, those first that have least to measure; `ready` is given each, by its
+    index, while others are still measured. Raises what concerns them all, and `Cancelled` when nobody waits
+    any more.
+    """
+    if len(circuits) > 1 and any(one.request.shared_forward is None for one in circuits):
+        raise ValueError("a canonical scan, or one of another method, has its forward to itself")
+    outcomes: dict[int, Outcome] = {}
+    asked: dict[int, tuple[Prompts, Question]] = {}
+    for index, one in enumerate(circuits):
+        try:
+            asked[index] = _understood(model, one)
+        except Problem as problem:
+            outcomes[index] = problem
+    if not asked:
+        return [outcomes[index] for index in range(len(circuits))]
+    timed = Timed(Company([circuits[index].asked.listener for index in asked]))
+    runs = dict(
+        zip(asked, run_together(model, [*asked.values()], _telling(model, timed)), strict=True)
+    )
+    seconds = timed.own_seconds / len(asked)
+    for index in sorted(runs, key=lambda index: circuits[index].request.exact_at_most):
+        found, one = runs.pop(index), circuits[index]
+        if isinstance(found, Problem):
+            outcomes[index] = found
+            continue
+        start = asked[index][0].start
+        heard = Timed(one.asked.listener)
+        read = partial(_read_off, model, one.request, found, start, one.means, heard, seconds)
+        outcomes[index] = outcome_of(read)
+        if runs:
+            ready({index: outcomes[index]})
+    return [outcomes[index] for index in range(len(circuits))]
+
+
+def _understood(model: LoadedModel, one: AskedCircuit) -> tuple[Prompts, Question]:
+    """Raises the `Problem` that keeps one scan from being made."""
+    one.request.check(model.architecture)
+    prompts = Prompts.of(model, one.request, one.asked.tokens, one.corrupt)
+    return prompts, Question.of(model, one.asked.answer_id, one.asked.foil_id)
+
+
+def _telling(model: LoadedModel, listener: Listener) -> OnLayer:
+    def on_layer(layer: int) -> None:
+        listener.progress("forward", layer + 1, model.architecture.n_layers)
+        listener.checkpoint()
+
+    return on_layer
+
+
+def _read_off(
+    model: LoadedModel,
+    request: CircuitScan,
+    runs: CircuitRuns,
+    start: int,
+    reference: ReferenceMeans | None,
+    timed: Timed,
+    seconds: float,
+) -> ScanOutput:
+    """A scan's tables, its runs made; `seconds` were its share of what others ran with it."""
+    timed.checkpoint()
+    circuit = _Circuit(model, request, runs, start, timed, reference)
     effects = circuit.effects()
     edges = circuit.edges()
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    forward_seconds = timed.own_seconds
-    metric = circuit.metric
+    forward_seconds = seconds + timed.own_seconds
+    metric = runs.metric
     made = {
         "effects": tables.effects_table(metric, effects, **circuit.provenance()),
         "metric": tables.metric_table(model, metric, circuit.measured()),
@@ -100,60 +179,28 @@ def scan_circuits(
 class _Circuit:
     """One scan, its runs made."""
 
-    metric: Metric
-
     def __init__(
         self,
         model: LoadedModel,
         request: CircuitScan,
-        prompts: Prompts,
-        question: Question,
+        runs: CircuitRuns,
+        start: int,
         listener: Listener,
         reference: ReferenceMeans | None,
     ) -> None:
         self._model = model
         self._request = request
-        self._prompts = prompts
         self._listener = listener
-        self._path: Sequence[Differentiated] | StraightPath | None = None
+        self._clean, self._corrupt, self.metric, self._path = runs
         self._swept_by = ""
-        runs = self._runs(question)
-        self._clean = runs.row(0)
-        self._corrupt = runs.row(1) if len(prompts.ids) > 1 else None
-        self._replacements = self._replaced_by(reference)
+        self._replacements = self._replaced_by(reference, start)
 
     @cached_property
     def _direct(self) -> DirectAttribution:
         return direct_attribution(self._model, self._clean, self.metric)
 
-    def _runs(self, question: Question) -> Run:
-        """Clean and corrupt run, in one batch, and where gradients are to be taken."""
-        method, ids = self._request.method, self._prompts.ids
-        along_path = method is CircuitMethod.INTEGRATED_GRADIENTS
-        exact_only = method is CircuitMethod.ABLATION and not self._request.edges
-        if along_path or exact_only or method is CircuitMethod.DIRECT:
-            runs = record(self._model, ids, on_layer=self._on_layer)
-            self.metric = question.metric(runs.logits[0])
-            if along_path:
-                self._path = StraightPath(
-                    self._model, ids[:1], ids[1:], self.metric, self._request.steps, self._on_layer
-                )
-            return runs
-
-        def scalar(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, ""]:
-            self.metric = question.metric(logits[0].detach())
-            return slope(self.metric, logits[0])
-
-        both = differentiate(self._model, ids, scalar, rows=1, on_layer=self._on_layer)
-        self._path = [both.row(0)]
-        return both.run
-
-    def _on_layer(self, layer: int) -> None:
-        self._listener.progress("forward", layer + 1, self._model.architecture.n_layers)
-        self._listener.checkpoint()
-
-    def _replaced_by(self, reference: ReferenceMeans | None) -> Replacements | None:
-        shape, start = self._model.architecture, self._prompts.start
+    def _replaced_by(self, reference: ReferenceMeans | None, start: int) -> Replacements | None:
+        shape = self._model.architecture
         if self._request.method is CircuitMethod.DIRECT:
             return None
         match self._request.effective_ablation:

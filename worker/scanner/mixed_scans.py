@@ -21,7 +21,13 @@ from worker.scanner.calibration import Calibration
 from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
 from worker.scanner.prompts import token_ids
-from worker.scanner.shared_forward import AskedOf, Company, Outcome, read_forward
+from worker.scanner.shared_forward import (
+    AskedOf,
+    Company,
+    Outcome,
+    nobody_waits,
+    read_forward,
+)
 
 __all__ = ("Asked", "ReadingScan", "scan_together")
 
@@ -40,15 +46,11 @@ class Asked(NamedTuple):
     foil_id: int | None = None
 
 
-def _nobody_waits(_outcomes: Mapping[int, Outcome]) -> None:
-    """Whoever takes all outcomes together."""
-
-
 @torch.inference_mode()
 def scan_together(
     model: LoadedModel,
     asked: Sequence[Asked],
-    ready: Callable[[Mapping[int, Outcome]], None] = _nobody_waits,
+    ready: Callable[[Mapping[int, Outcome]], None] = nobody_waits,
 ) -> list[Outcome]:
     """What became of each scan: what it would give alone, to the last digits but one.
 

@@ -5,7 +5,7 @@ batch, a row a prompt, each scan by hooks of its own on rows of its own. Readers
 them may stand beside any other; a prompt that two of them ask about is one row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -28,6 +28,7 @@ __all__ = (
     "Outcome",
     "Reads",
     "RowsOf",
+    "nobody_waits",
     "outcome_of",
     "read_forward",
     "settled",
@@ -53,6 +54,10 @@ class AskedOf(NamedTuple):
 
 Outcome: TypeAlias = ScanOutput | Problem | Cancelled
 """What became of one scan among others: its tables, or what kept it from them alone."""
+
+
+def nobody_waits(_outcomes: Mapping[int, Outcome]) -> None:
+    """Whoever takes all outcomes together."""
 
 
 def outcome_of(work: Callable[[], ScanOutput]) -> Outcome:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bench.timing import prompt
 from neural_mri.contract.anomalies import AnomalyScan, Lens, Sublayers
+from neural_mri.contract.circuits import Ablation, CircuitMethod, CircuitScan, Granularity
 from neural_mri.contract.perturbations import (
     Amplify,
     Noise,
@@ -20,13 +21,15 @@ from neural_mri.contract.perturbations import (
     PerturbationScan,
     ZeroAblation,
 )
-from neural_mri.contract.problems import Conflict
+from neural_mri.contract.problems import Conflict, Unprocessable
+from neural_mri.contract.results import Provenance, provenance_of
 from neural_mri.contract.scans import ActivationScan
 from neural_mri.contract.tokens import Tokens
 from worker.scanner import shared_forward
 from worker.scanner.activations import scan_activations, scan_activations_together
 from worker.scanner.anomalies import scan_anomalies
-from worker.scanner.listening import Cancelled, Silent
+from worker.scanner.circuits import AskedCircuit, scan_circuits, scan_circuits_together
+from worker.scanner.listening import Cancelled, Listener, Silent
 from worker.scanner.loading import LoadedModel
 from worker.scanner.mixed_scans import Asked, scan_together
 from worker.scanner.perturbation import Perturbing, scan_perturbation, scan_perturbation_together
@@ -34,6 +37,8 @@ from worker.scanner.prompts import ScanOutput
 from worker.scanner.shared_forward import AskedOf, Company, RowsOf, settled
 
 N_TOKENS = 9
+MEASURED = frozenset({"share", "total"})
+"""Of edges, in what their table says of itself."""
 
 
 def prompts(model: LoadedModel, count: int) -> list[Tokens]:
@@ -43,13 +48,24 @@ def prompts(model: LoadedModel, count: int) -> list[Tokens]:
 def agree(found: ScanOutput, alone: ScanOutput) -> None:
     assert found.tables.keys() == alone.tables.keys()
     for name, table in alone.tables.items():
-        assert table.schema.equals(found.tables[name].schema, check_metadata=True)
+        assert table.schema.equals(found.tables[name].schema)
+        (said, measured), (of_mate, mates) = _said(table), _said(found.tables[name])
+        assert said == of_mate
+        assert measured == pytest.approx(mates, rel=1e-4)
         for column, mate in zip(table.columns, found.tables[name].columns, strict=True):
             if pa.types.is_floating(column.type) or pa.types.is_fixed_size_list(column.type):
                 expected, close = np.array(column.to_pylist()), np.array(mate.to_pylist())
                 np.testing.assert_allclose(close, expected, rtol=1e-4, atol=5e-5, err_msg=name)
             else:
                 assert column.equals(mate), name
+
+
+def _said(table: pa.Table) -> tuple[Provenance, dict[str, float]]:
+    """What a table says of itself, and numbers in it that were measured."""
+    said = provenance_of(table)
+    measured = {name: said.parameters[name] for name in MEASURED & said.parameters.keys()}
+    others = {name: said.parameters[name] for name in said.parameters.keys() - MEASURED}
+    return msgspec.structs.replace(said, parameters=others), measured
 
 
 FMRI = ActivationScan(prompt="x")
@@ -119,6 +135,79 @@ def test_what_is_done_to_some_rows_is_heard_of_by_no_other(tiny_model: LoadedMod
         agree(found, alone)
 
 
+def circuits(model: LoadedModel, listeners: Sequence[Listener] = ()) -> list[AskedCircuit]:
+    """By every way of asking that takes one gradient; some with a corrupt prompt."""
+    own, other = prompts(model, 4), prompt(model, N_TOKENS, seed=99)
+    fast = CircuitScan(prompt="x", ablation=Ablation.ZERO, exact=3, edges=6)
+    beside = CircuitScan(prompt="x", corrupt_prompt="y", include_first_token=True, exact=4)
+    estimate = CircuitMethod.ATTRIBUTION_PATCHING
+    blocks = CircuitScan(
+        prompt="x", corrupt_prompt="y", method=estimate, granularity=Granularity.BLOCKS
+    )
+    heard = [*listeners, *[Silent()] * (4 - len(listeners))]
+    return [
+        AskedCircuit(beside, AskedOf(own[0], heard[0], answer_id=7, foil_id=9), other),
+        AskedCircuit(fast, AskedOf(own[1], heard[1])),
+        AskedCircuit(blocks, AskedOf(own[2], heard[2], answer_id=3), own[3]),
+        AskedCircuit(fast, AskedOf(own[1], heard[3], answer_id=11, foil_id=2)),
+    ]
+
+
+def circuit_alone(model: LoadedModel, one: AskedCircuit) -> ScanOutput:
+    asked = one.asked
+    return scan_circuits(
+        model,
+        one.request,
+        asked.tokens,
+        one.corrupt,
+        asked.answer_id,
+        asked.foil_id,
+        Silent(),
+        None,
+    )
+
+
+def test_gradients_that_are_taken_together_are_what_each_takes_alone(
+    tiny_model: LoadedModel,
+) -> None:
+    """With and without corrupt prompts, differences and log-odds, and twice of one prompt."""
+    told: list[int] = []
+    asked = circuits(tiny_model)
+    found = scan_circuits_together(tiny_model, asked, told.extend)
+    for outcome, one in zip(found, asked, strict=True):
+        agree(settled(outcome), circuit_alone(tiny_model, one))
+    assert told == [2, 1, 3], "who has least to measure has it first, and the last is not early"
+
+
+def test_a_circuit_that_cannot_be_asked_or_is_stopped_costs_its_mates_nothing(
+    tiny_models: dict[str, LoadedModel],
+) -> None:
+    model = tiny_models["llama"]
+    asked = circuits(model, [Silent(), StopsAfterTheForward()])
+    same = asked[3].asked._replace(answer_id=11, foil_id=11)
+    short = prompt(model, N_TOKENS - 1, seed=5)
+    found = scan_circuits_together(
+        model,
+        [
+            *asked[:3],
+            asked[3]._replace(asked=same),
+            asked[0]._replace(corrupt=short),
+            asked[3]._replace(asked=same._replace(foil_id=10**6)),
+        ],
+    )
+    agree(settled(found[0]), circuit_alone(model, asked[0]))
+    agree(settled(found[2]), circuit_alone(model, asked[2]))
+    assert isinstance(found[1], Cancelled)
+    for outcome, said in zip(found[3:], ("both token", "as many", "1000000"), strict=True):
+        assert isinstance(outcome, Unprocessable)
+        assert said in outcome.detail
+    alone = [asked[3]._replace(asked=same)]
+    with pytest.raises(Unprocessable, match="both token"):
+        scan_circuits_together(model, alone)
+    with pytest.raises(Cancelled):
+        scan_circuits_together(model, circuits(model, [Stops()] * 4))
+
+
 def test_no_hook_is_left_behind(tiny_models: dict[str, LoadedModel]) -> None:
     model = tiny_models["llama"]
 
@@ -141,6 +230,18 @@ def test_no_hook_is_left_behind(tiny_models: dict[str, LoadedModel]) -> None:
 class Stops(Silent):
     def checkpoint(self) -> None:
         raise Cancelled
+
+
+class StopsAfterTheForward(Silent):
+    def __init__(self) -> None:
+        self._n_told = 0
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self._n_told = total - done
+
+    def checkpoint(self) -> None:
+        if self._n_told == 0:
+            raise Cancelled
 
 
 class StopsAtTheLens(Silent):
@@ -180,9 +281,12 @@ def test_a_question_that_none_can_answer_is_refused(tiny_models: dict[str, Loade
         )
 
 
-@pytest.mark.parametrize("canonical", [FMRI, FLAIR, PerturbationScan(prompt="x")])
+@pytest.mark.parametrize(
+    "canonical", [FMRI, FLAIR, PerturbationScan(prompt="x"), CircuitScan(prompt="x")]
+)
 def test_who_is_canonical_is_in_nobodys_company(
-    tiny_models: dict[str, LoadedModel], canonical: ActivationScan | AnomalyScan | PerturbationScan
+    tiny_models: dict[str, LoadedModel],
+    canonical: ActivationScan | AnomalyScan | PerturbationScan | CircuitScan,
 ) -> None:
     model = tiny_models["llama"]
     a, b = prompts(model, 2)
@@ -192,6 +296,10 @@ def test_who_is_canonical_is_in_nobodys_company(
         if isinstance(own, PerturbationScan):
             scan_perturbation_together(
                 model, [Perturbing(own, AskedOf(tokens, Silent()), {}) for tokens in (a, b)]
+            )
+        elif isinstance(own, CircuitScan):
+            scan_circuits_together(
+                model, [AskedCircuit(own, AskedOf(tokens, Silent())) for tokens in (a, b)]
             )
         else:
             scan_together(model, [Asked(own, tokens, Silent()) for tokens in (a, b)])
