@@ -6,7 +6,7 @@ never held at once.
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from functools import partial
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from neural_mri.backing import batches, jobs
 from neural_mri.backing.batches import Batch
 from neural_mri.backing.records import Job
 from neural_mri.backing.storage import Store
-from neural_mri.backing.stored import StoredResult, StoredTable, read_part, read_table
+from neural_mri.backing.stored import StoredResult, StoredTable, read_bytes, read_table
 from neural_mri.contract.archives import (
     Entry,
     canonical,
@@ -111,6 +111,7 @@ async def table_answer(services: Services, batch: Batch, name: str, after: int) 
     are, `UnknownTable` where none has the table, `Unprocessable` where two kinds of scan call different tables so.
     """
     wanted: list[tuple[int, StoredTable]] = []
+    held = _Held(services)
     lost: list[dict[str, Any]] = []
     seen: dict[str, None] = {}
     kinds = set()
@@ -125,6 +126,7 @@ async def table_answer(services: Services, batch: Batch, name: str, after: int) 
         seen |= dict.fromkeys(each.ref.name for each in result.tables)
         if (table := result.table(name)) is not None:
             wanted.append((found.line.line, table))
+            held.add(found.job, [table])
             kinds.add(table.ref.table)
     if not wanted:
         raise _no_table(name, list(seen), [each["line"] for each in lost])
@@ -148,7 +150,7 @@ async def table_answer(services: Services, batch: Batch, name: str, after: int) 
                 writer.write_table(table.cast(first.schema))
         yield _drained(sink)
 
-    return pieces_answer(pieces, ARROW_STREAM)
+    return pieces_answer(held.withdrawing(pieces), ARROW_STREAM)
 
 
 def _no_table(name: str, seen: list[str], lost: list[int]) -> Problem:
@@ -163,6 +165,40 @@ def _no_table(name: str, seen: list[str], lost: list[int]) -> Problem:
         + (", ".join(seen) or "there is none at all"),
         tables=seen,
     )
+
+
+class _Held:
+    """Whose results hold what an answer is made of.
+
+    In a bucket, bytes are seen to be damaged only as they are sent. That answer breaks off; the next one leaves
+    the result out, and says so.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._results: dict[str, list[str]] = {}
+
+    def add(self, job: Job, tables: Iterable[StoredTable]) -> None:
+        """A finished job's result, of which these are sent."""
+        for table in tables:
+            self._results.setdefault(table.path, []).append(job.manifest or "")
+
+    def withdrawing(
+        self, pieces: Callable[[], AsyncGenerator[bytes]]
+    ) -> Callable[[], AsyncGenerator[bytes]]:
+        """The same pieces; what turns out to be gone is computed again by the next scan."""
+
+        async def made() -> AsyncGenerator[bytes]:
+            try:
+                async with aclosing(pieces()) as given:
+                    async for piece in given:
+                        yield piece
+            except Gone as gone:
+                for result in self._results.get(gone.members.get("path", ""), ()):
+                    await self._services.sessions.write(jobs.withdraw_result, result)
+                raise
+
+        return made
 
 
 def _drained(sink: io.BytesIO) -> bytes:
@@ -194,6 +230,7 @@ async def archive_answer(services: Services, batch: Batch) -> ASGIApp:
     """
     lines: list[dict[str, Any]] = []
     entries: list[Entry] = []
+    held = _Held(services)
     async for found in _ended(services, batch, 0):
         said = msgspec.to_builtins(found.line)
         if found.job is not None and found.job.manifest is not None:
@@ -204,10 +241,12 @@ async def archive_answer(services: Services, batch: Batch) -> ASGIApp:
             else:
                 said["result"] = result_digest(result.body)
                 entries += _entries(services.store, result)
+                held.add(found.job, result.tables)
         lines.append(said)
     entries.append(plain_entry("lines.json", canonical(lines)))
     headers = {"content-disposition": f'attachment; filename="batch-{batch.id}.zip"'}
-    return pieces_answer(in_thread(write_archive(entries, name=batch.name)), ZIP, headers)
+    made = in_thread(write_archive(entries, name=batch.name))
+    return pieces_answer(held.withdrawing(made), ZIP, headers)
 
 
 def _entries(store: Store, result: StoredResult) -> Iterator[Entry]:
@@ -215,7 +254,7 @@ def _entries(store: Store, result: StoredResult) -> Iterator[Entry]:
     yield result_entry(result.body)
     for table in result.tables:
         # Not the opened result's own way: of ten thousand none is kept open.
-        read = partial(read_part, store, table, 0, table.ref.bytes)
+        read = partial(read_bytes, store, table)
         yield chunk_entry(table.ref.chunk, table.ref.bytes, read)
 
 

@@ -164,7 +164,7 @@ async def is_whole(services: Services, job: Job) -> bool:
 async def whole_result(services: Services, job: Job, table: str | None = None) -> StoredResult:
     """A job's result, all of it or that table seen to be there: on this machine by its hash, else by its size.
 
-    Raises as `manifest_of` does.
+    What was found wanting before is read whole, wherever it is. Raises as `manifest_of` does.
     """
 
     def seen(result: StoredResult) -> StoredResult:
@@ -176,6 +176,8 @@ async def whole_result(services: Services, job: Job, table: str | None = None) -
                 _check(_sha256(FilePart(path, each.start, each.end)), each.ref)
             elif not result.is_whole():
                 raise Missing(f"some bytes of job {job.id}'s result are missing")
+            elif not job.reusable:
+                result.bytes_of(each)
         return result
 
     return await reading(services, job, seen)

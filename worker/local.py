@@ -287,6 +287,7 @@ def _job(model: RegisteredModel, request: bytes, tokens: Tokens | None, operands
         deadline_seconds=0.0,
         cached=False,
         manifest=None,
+        reusable=True,
         problem=None,
         leader=None,
         traceparent=None,

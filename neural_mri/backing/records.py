@@ -104,6 +104,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     cached: bool
     manifest: str | None
     """Storage path of the result's manifest, once it has succeeded."""
+    reusable: bool
+    """Whether its result answers later scans: not once some of its bytes were found missing or damaged."""
     problem: ProblemDocument | None
     leader: UUID | None
     """The id under which the work is known that this job waits for, where it is not its own."""
@@ -140,6 +142,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             deadline_seconds=row.deadline_seconds,
             cached=row.cached,
             manifest=row.manifest,
+            reusable=row.reusable,
             problem=None if row.problem is None else _document.decode(row.problem),
             leader=row.leader,
             traceparent=row.traceparent,

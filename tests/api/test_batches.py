@@ -281,19 +281,31 @@ def test_results_are_the_same_in_one_file_each_or_table_by_table(
     assert answers() == packed
 
 
+@pytest.mark.parametrize(
+    ("params", "media_type"),
+    [({"table": "activations"}, ARROW_STREAM), ({}, "application/zip")],
+    ids=["a table first", "the archive first"],
+)
 @pytest.mark.parametrize("harm", ["lost", "flipped"])
 @pytest.mark.parametrize("form", ["packed", "by table"])
 def test_a_lost_result_is_left_out_and_the_others_are_not(
-    api: httpx.Client, world: World, form: str, harm: str
+    api: httpx.Client,
+    world: World,
+    form: str,
+    harm: str,
+    params: dict[str, str],
+    media_type: str,
 ) -> None:
-    if harm == "flipped" and world.settings.store_url:
-        pytest.skip("what is flipped in a bucket is seen when it is sent: the answer breaks off")
     batch = accepted(api, fmri("a"), fmri("a b c"), fmri("b"))
     done = [world.perform(world.claim(world.queue())) for _ in range(3)]
     if form == "by table":
         for job in done:
             world.unpack(job)
     world.harm(world.job(str(done[1].id)), "activations", harm)
+    if harm == "flipped" and world.settings.store_url:
+        # In a bucket it is seen as it is sent: too late to be left out of that answer.
+        with pytest.raises(httpx.RemoteProtocolError):
+            api.get(batch["links"]["results"], params=params, headers={"accept": media_type})
     for _ in range(2):
         answer = api.get(
             batch["links"]["results"],
