@@ -15,8 +15,8 @@ from api.dependencies import Services
 from api.results import kept_table_answer
 from api.session_contents import arriving, kept
 from api.session_files import entries_of
-from neural_mri.backing import sessions
-from neural_mri.backing.sessions import Opened
+from neural_mri.backing import session_revisions, sessions
+from neural_mri.backing.session_revisions import Opened
 from neural_mri.contract.archives import SESSION_FILE, write_archive
 from neural_mri.contract.problems import UnknownTable
 from neural_mri.contract.sessions import SessionDetail, SessionView
@@ -69,7 +69,7 @@ async def own_session(services: Services, session_id: UUID) -> SessionView:
     """The caller's session of that id. Raises `UnknownSession`, for another owner's as well."""
     view = await services.sessions.read(sessions.find, session_id)
     if view is None or view.owner != services.caller.user:
-        raise sessions.unknown(session_id)
+        raise session_revisions.unknown(session_id)
     return view
 
 
@@ -78,11 +78,11 @@ async def detail_of(
 ) -> SessionDetail:
     """A session, opened; scans that have arrived by now are in it."""
     waiting = await arriving(services, session_id)
-    opened = await services.sessions.read(sessions.opened, session_id, revision)
+    opened = await services.sessions.read(session_revisions.opened, session_id, revision)
     return SessionDetail(
         **msgspec.structs.asdict(opened.view),
         opened=opened.revision,
-        document=sessions.decode_document(opened.document),
+        document=session_revisions.decode_document(opened.document),
         arriving=waiting,
     )
 
@@ -103,7 +103,7 @@ async def archive_of(
     services: Services, opened: Opened, if_none_match: str | None, *, whole: bool
 ) -> ASGIApp:
     """A session's results, and its document where the whole is wanted. Raises `Gone`."""
-    document = sessions.decode_document(opened.document)
+    document = session_revisions.decode_document(opened.document)
     entries = await asyncio.to_thread(entries_of, services.store, document)
     etag = f'"{opened.revision}-{"session" if whole else "results"}"'
     headers = {"etag": etag, "content-disposition": _attachment(opened, whole=whole)}

@@ -17,9 +17,10 @@ from sqlalchemy.orm import Session
 
 from api.dependencies import Services
 from api.results import reading
-from neural_mri.backing import jobs, keys, sessions
+from neural_mri.backing import jobs, keys, session_arrivals, session_revisions, sessions
 from neural_mri.backing.records import Job
-from neural_mri.backing.sessions import Opened, Saved, Settled, Settling, Waiting
+from neural_mri.backing.session_arrivals import Settled, Settling, Waiting
+from neural_mri.backing.session_revisions import Opened, Saved
 from neural_mri.backing.storage import Damaged, NamedBytes, Store, put_together
 from neural_mri.backing.stored import StoredResult
 from neural_mri.contract.archives import result_digest
@@ -181,8 +182,8 @@ async def content_of(
 async def _known(services: Services, session_id: UUID | None) -> Mapping[str, SavedScan]:
     if session_id is None:
         return {}
-    opened = await services.sessions.read(sessions.opened, session_id)
-    document = sessions.decode_document(opened.document)
+    opened = await services.sessions.read(session_revisions.opened, session_id)
+    document = session_revisions.decode_document(opened.document)
     return {scan.result: scan for scan in document.scans}
 
 
@@ -226,7 +227,7 @@ async def add_scan(services: Services, session_id: UUID, job: Job, label: str) -
         await tell_saved(services, saved, author)
         return saved
     waiting = Waiting(session_id, job.id, author, label)
-    await services.sessions.write(sessions.add_arrival, waiting)
+    await services.sessions.write(session_arrivals.add, waiting)
     arrived = ScanArrived(job=job.id, author=author, label=label, state=job.state)
     await services.publisher.publish(session_id, arrived)
     return None
@@ -234,7 +235,7 @@ async def add_scan(services: Services, session_id: UUID, job: Job, label: str) -
 
 async def arriving(services: Services, session_id: UUID) -> tuple[Arrival, ...]:
     """Scans on their way, and where they stand; those that have arrived are added first."""
-    found = await services.sessions.read(_with_jobs, sessions.arrivals, session_id)
+    found = await services.sessions.read(_with_jobs, session_arrivals.of_session, session_id)
     seen = await settle(services, [each for each in found if each.has_arrived])
     left: list[Arrival] = []
     for waiting, job in found:
@@ -286,12 +287,14 @@ async def opened_at(services: Services, session_id: UUID, revision: str | None =
     """
     if revision is None:
         await arriving(services, session_id)
-    return await services.sessions.read(sessions.opened, session_id, revision)
+    return await services.sessions.read(session_revisions.opened, session_id, revision)
 
 
 async def settle_all(services: Services, owner: str) -> None:
     """Add the scans that have arrived to whichever sessions of an owner they were on their way to."""
-    await settle(services, await services.sessions.read(_with_jobs, sessions.arrived, owner))
+    await settle(
+        services, await services.sessions.read(_with_jobs, session_arrivals.arrived, owner)
+    )
 
 
 async def settle_job(services: Services, job: Job) -> None:
@@ -299,9 +302,9 @@ async def settle_job(services: Services, job: Job) -> None:
 
     Raises `Unavailable` where it cannot be read now.
     """
-    coming = await services.sessions.read(_with_jobs, sessions.awaiting, job.id)
+    coming = await services.sessions.read(_with_jobs, session_arrivals.awaiting, job.id)
     await settle(services, coming)
-    if coming and await services.sessions.read(_with_jobs, sessions.awaiting, job.id):
+    if coming and await services.sessions.read(_with_jobs, session_arrivals.awaiting, job.id):
         raise Unavailable(
             f"a session waits for the result of job {job.id}, which cannot be read now: try again",
             job=str(job.id),
@@ -344,7 +347,7 @@ async def settle(services: Services, arrived: Sequence[_Coming]) -> dict[UUID, A
             else:
                 wanted.append(Settling(waiting, None))
         if wanted:
-            settled = await services.sessions.write(sessions.settle_all, wanted)
+            settled = await services.sessions.write(session_arrivals.settle_all, wanted)
             seen |= await _tell_settled(services, some, wanted, settled)
     return seen
 

@@ -10,7 +10,7 @@ import msgspec
 
 from api.dependencies import Services
 from api.session_contents import Kept, kept, put_result
-from neural_mri.backing import keys, sessions
+from neural_mri.backing import keys, session_revisions, sessions
 from neural_mri.backing.sessions import Made
 from neural_mri.backing.storage import Missing, NamedBytes, Store
 from neural_mri.contract.archives import (
@@ -86,7 +86,7 @@ def _tables(archive: Archive, digest: str) -> Iterator[NamedBytes]:
 def _check(archive: Archive, body: bytes) -> None:
     """The document is one, and the file has the results that it names, and no others."""
     try:
-        document = sessions.decode_document(body)
+        document = session_revisions.decode_document(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidArchive(
             f"session.json cannot be read: {error}", entry="session.json"

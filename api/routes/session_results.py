@@ -27,7 +27,7 @@ from api.session_answers import (
 )
 from api.session_contents import opened_at
 from api.session_files import take_in
-from neural_mri.backing import sessions
+from neural_mri.backing import session_revisions, sessions
 from neural_mri.contract.archives import SESSION_FILE
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM
 from neural_mri.contract.sessions import SessionDetail, SessionDifference, UnknownRevision
@@ -157,6 +157,6 @@ async def compare_sessions(
     for wanted, at in ((session_id, revision), (other, other_revision)):
         await own_session(services, wanted)
         opened = await opened_at(services, wanted, at)
-        document = sessions.decode_document(opened.document)
+        document = session_revisions.decode_document(opened.document)
         sides.append(Revision(opened.revision, document))
     return await asyncio.to_thread(difference, services.store, *sides, strongest=strongest)

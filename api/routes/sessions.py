@@ -34,7 +34,7 @@ from api.session_contents import (
 )
 from api.session_streams import SessionFollowing
 from api.streams import MEDIA_TYPE, event_stream
-from neural_mri.backing import sessions
+from neural_mri.backing import session_revisions, sessions
 from neural_mri.backing.audit import Deed
 from neural_mri.backing.sessions import Made
 from neural_mri.contract.auth import AuditAction
@@ -112,7 +112,9 @@ async def create_session(
     """Make a session."""
     author = services.caller.user
     document = await content_of(services, data)
-    made = Made(author, data.name, sessions.encode_document(document), author, data.message)
+    made = Made(
+        author, data.name, session_revisions.encode_document(document), author, data.message
+    )
     view = await services.sessions.write(sessions.create, made)
     return await answered(services, view.id, status=201)
 

@@ -39,7 +39,7 @@ from api.session_answers import (
 from api.session_contents import add_scan, opened_at
 from api.session_streams import SessionFollowing
 from api.streams import MEDIA_TYPE, event_stream
-from neural_mri.backing import sessions, shares
+from neural_mri.backing import session_revisions, sessions, shares
 from neural_mri.backing.audit import Deed
 from neural_mri.contract.archives import SESSION_FILE, write_archive
 from neural_mri.contract.auth import AuditAction, MissingScope
@@ -186,7 +186,7 @@ async def _link(
 async def _redaction(services: Services, link: ShareView) -> Redaction:
     """The session as a redacted link shows it. Raises `Gone`."""
     opened = await opened_at(services, link.session)
-    document = sessions.decode_document(opened.document)
+    document = session_revisions.decode_document(opened.document)
     return await asyncio.to_thread(Redaction, services.store, services.pepper, link.id, document)
 
 
@@ -303,7 +303,7 @@ async def get_shared_table(
     if not link.redacted:
         media_type = preferred(accept, (ARROW_FILE, ARROW_STREAM))
         opened = await opened_at(services, link.session)
-        shown = {scan.result for scan in sessions.decode_document(opened.document).scans}
+        shown = {scan.result for scan in session_revisions.decode_document(opened.document).scans}
         if result not in shown:
             raise UnknownRevision(f"the session holds no result {result}", result=result)
         return await session_table(services, result, table, media_type)

@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import sessions
+from neural_mri.backing import session_revisions
 from neural_mri.backing.database import epoch
 from neural_mri.backing.records import AnyRow
 from neural_mri.backing.rows import SESSIONS, SHARES
@@ -45,7 +45,7 @@ def create(session: Session, pepper: bytes, session_id: UUID, wanted: NewShare) 
     run = session.connection().execute
     is_there = select(_session.id).where(_session.id == session_id).with_for_update(key_share=True)
     if run(is_there).one_or_none() is None:
-        raise sessions.unknown(session_id)  # deleted since the caller saw it
+        raise session_revisions.unknown(session_id)  # deleted since the caller saw it
     good = (
         select(func.count()).select_from(SHARES).where(_share.session_id == session_id, _is_good())
     )

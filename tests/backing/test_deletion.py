@@ -8,7 +8,17 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import batches, deletion, jobs, keys, leftovers, limits, stored
+from neural_mri.backing import (
+    batches,
+    deletion,
+    jobs,
+    keys,
+    leftovers,
+    limits,
+    session_arrivals,
+    session_revisions,
+    stored,
+)
 from neural_mri.backing import sessions as saved
 from neural_mri.backing.batches import Batch, Line, NewBatch
 from neural_mri.backing.database import Sessions
@@ -17,7 +27,8 @@ from neural_mri.backing.feeding import feed
 from neural_mri.backing.jobs import Job, Submission
 from neural_mri.backing.limits import Limits
 from neural_mri.backing.rows import BATCH_LINES, BATCHES, DISCARDS, JOBS
-from neural_mri.backing.sessions import Made, Waiting
+from neural_mri.backing.session_arrivals import Waiting
+from neural_mri.backing.sessions import Made
 from neural_mri.backing.storage import FolderStore
 from neural_mri.contract.batches import BatchState
 from neural_mri.contract.jobs import JobState, Lane
@@ -279,12 +290,12 @@ def test_one_that_a_session_waits_for_is_not_deleted_before_it_is_there(
 ) -> None:
     job = sessions.write(finished, submission())
     sessions.write(aged, 10)
-    document = saved.encode_document(SessionDocument())
+    document = session_revisions.encode_document(SessionDocument())
     view = sessions.write(saved.create, Made("ada", "s", document, "ada"))
-    sessions.write(saved.add_arrival, Waiting(view.id, job.id, "ada", ""))
+    sessions.write(session_arrivals.add, Waiting(view.id, job.id, "ada", ""))
     assert sessions.write(deletion.by_age, older_seconds=7 * DAY) == 0
-    [waiting] = sessions.read(saved.arrivals, view.id)
-    sessions.write(saved.settle, waiting, None)
+    [waiting] = sessions.read(session_arrivals.of_session, view.id)
+    sessions.write(session_arrivals.settle, waiting, None)
     assert sessions.write(deletion.by_age, older_seconds=7 * DAY) == 1
 
 

@@ -9,11 +9,13 @@ import msgspec
 import pytest
 from sqlalchemy import select, update
 
+from neural_mri.backing import session_arrivals, session_revisions, shares
 from neural_mri.backing import sessions as saved
-from neural_mri.backing import shares
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.rows import SESSION_ARRIVALS, SESSIONS, SHARES
-from neural_mri.backing.sessions import Made, Waiting, encode_document
+from neural_mri.backing.session_arrivals import Waiting
+from neural_mri.backing.session_revisions import encode_document
+from neural_mri.backing.sessions import Made
 from neural_mri.contract.problems import InvalidRequest, LimitReached
 from neural_mri.contract.scans import ScanKind
 from neural_mri.contract.sessions import (
@@ -78,8 +80,8 @@ def test_scans_added_at_once_are_all_there_in_one_chain(sessions: Sessions) -> N
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(add, range(12)))
-    opened = sessions.read(saved.opened, view.id)
-    document = saved.decode_document(opened.document)
+    opened = sessions.read(session_revisions.opened, view.id)
+    document = session_revisions.decode_document(opened.document)
     assert {each.result for each in document.scans} == {scan(n).result for n in range(12)}
     listed = sessions.read(saved.revisions, view.id, limit=5)
     while len(listed) < 13:
@@ -97,13 +99,13 @@ def test_every_revision_is_named_by_the_hash_of_its_bytes(sessions: Sessions) ->
     kept = msgspec.structs.replace(EMPTY, notes=(Note(text="a\0b"),))
     sessions.write(saved.save, view.id, kept, over=view.head, author="ada")
     for each in sessions.read(saved.revisions, view.id, limit=9):
-        opened = sessions.read(saved.opened, view.id, each.revision)
+        opened = sessions.read(session_revisions.opened, view.id, each.revision)
         assert hashlib.sha256(opened.document).hexdigest() == each.revision
     with pytest.raises(UnknownRevision):
-        sessions.read(saved.opened, view.id, "0" * 64)
+        sessions.read(session_revisions.opened, view.id, "0" * 64)
     # What an earlier revision held is still held, and goes with the session.
     assert sessions.read(saved.holds, view.id, scan(1).result)
-    fork = sessions.read(saved.opened, view.id, view.head)
+    fork = sessions.read(session_revisions.opened, view.id, view.head)
     sessions.write(saved.fork, fork, owner="bob", name=None, author="bob")
     assert sessions.read(saved.kept_results) == {scan(1).result}
     assert sessions.write(saved.delete_session, view.id)
@@ -157,13 +159,15 @@ def test_a_scan_on_its_way_is_waited_for_once(sessions: Sessions) -> None:
     view = made(sessions)
     waiting = Waiting(view.id, UUID(int=7), "ada", "mine")
     for _ in range(2):
-        sessions.write(saved.add_arrival, waiting)
-    assert sessions.read(saved.arrivals, view.id) == [waiting]
+        sessions.write(session_arrivals.add, waiting)
+    assert sessions.read(session_arrivals.of_session, view.id) == [waiting]
     with ThreadPoolExecutor(4) as pool:
-        settled = list(pool.map(lambda _: sessions.write(saved.settle, waiting, scan(1)), range(4)))
+        settled = list(
+            pool.map(lambda _: sessions.write(session_arrivals.settle, waiting, scan(1)), range(4))
+        )
     assert [each.is_ours for each in settled].count(True) == 1
-    assert sessions.read(saved.arrivals, view.id) == []
-    assert sessions.read(saved.opened, view.id).view.scans == 1
+    assert sessions.read(session_arrivals.of_session, view.id) == []
+    assert sessions.read(session_revisions.opened, view.id).view.scans == 1
 
 
 def test_scans_on_their_way_have_a_place_kept_for_them(
@@ -176,7 +180,7 @@ def test_scans_on_their_way_have_a_place_kept_for_them(
 
     def add(waiting: Waiting) -> bool:
         try:
-            sessions.write(saved.add_arrival, waiting)
+            sessions.write(session_arrivals.add, waiting)
         except LimitReached:
             return False
         return True
@@ -184,12 +188,12 @@ def test_scans_on_their_way_have_a_place_kept_for_them(
     with ThreadPoolExecutor(4) as pool:
         crowd = [Waiting(view.id, UUID(int=number), "bob", "") for number in range(11, 15)]
         assert sum(pool.map(add, crowd)) == 2, "of many at once none slips through"
-    [first, second] = sessions.read(saved.arrivals, view.id)
+    [first, second] = sessions.read(session_arrivals.of_session, view.id)
     assert add(first), "it is noted already"
     with pytest.raises(LimitReached, match="holds 1 scans, and 2 are on their way"):
         sessions.write(saved.append, view.id, scan(2), author="ada")
-    assert sessions.write(saved.settle, first, scan(2)).saved is not None
-    sessions.write(saved.settle, second, None)
+    assert sessions.write(session_arrivals.settle, first, scan(2)).saved is not None
+    sessions.write(session_arrivals.settle, second, None)
     assert [add(waiting) for waiting in coming] == [True, False]
 
 
@@ -199,23 +203,25 @@ def test_what_finds_no_place_in_the_end_says_why_for_a_day(
     monkeypatch.setattr(saved, "MOST_SCANS", 1)
     view = made(sessions)
     late, other = (Waiting(view.id, UUID(int=number), "ada", "late") for number in (7, 8))
-    sessions.write(saved.add_arrival, late)
-    head = sessions.read(saved.opened, view.id).view.head
+    sessions.write(session_arrivals.add, late)
+    head = sessions.read(session_revisions.opened, view.id).view.head
     full = msgspec.structs.replace(EMPTY, scans=(scan(1),))
     sessions.write(saved.save, view.id, full, over=head, author="ada")
-    settled = sessions.write(saved.settle, late, scan(2))
+    settled = sessions.write(session_arrivals.settle, late, scan(2))
     assert settled.problem is not None
     assert settled.problem["limit"] == 1
-    assert sessions.read(saved.arrivals, view.id) == [late._replace(problem=settled.problem)]
-    assert sessions.read(saved.arrived, "ada") == [], "it is seen to"
-    assert not sessions.write(saved.settle, late, scan(2)).is_ours
+    assert sessions.read(session_arrivals.of_session, view.id) == [
+        late._replace(problem=settled.problem)
+    ]
+    assert sessions.read(session_arrivals.arrived, "ada") == [], "it is seen to"
+    assert not sessions.write(session_arrivals.settle, late, scan(2)).is_ours
     with sessions.writing() as session:
         session.execute(update(SESSION_ARRIVALS).values(created_at=1.0))
-    assert sessions.read(saved.arrivals, view.id) == []
-    emptied = sessions.read(saved.opened, view.id).view.head
+    assert sessions.read(session_arrivals.of_session, view.id) == []
+    emptied = sessions.read(session_revisions.opened, view.id).view.head
     sessions.write(saved.save, view.id, EMPTY, over=emptied, author="ada")
-    sessions.write(saved.add_arrival, other)
-    sessions.write(saved.settle, other, None, {"detail": "gone"})
+    sessions.write(session_arrivals.add, other)
+    sessions.write(session_arrivals.settle, other, None, {"detail": "gone"})
     with sessions.reading() as session:
         kept = session.execute(select(SESSION_ARRIVALS.c.job_id)).scalars().all()
     assert kept == [other.job_id], "what is told no more is kept no longer"
@@ -225,13 +231,15 @@ def test_what_joins_after_all_is_told_as_refused_no_more(sessions: Sessions) -> 
     view = made(sessions)
     late, other = (Waiting(view.id, UUID(int=number), "ada", "") for number in (7, 8))
     for waiting in (late, other):
-        sessions.write(saved.add_arrival, waiting)
-        sessions.write(saved.settle, waiting, None, {"detail": "full"})
+        sessions.write(session_arrivals.add, waiting)
+        sessions.write(session_arrivals.settle, waiting, None, {"detail": "full"})
     sessions.write(saved.append, view.id, scan(1), author="ada", job_id=late.job_id)
-    assert [left.job_id for left in sessions.read(saved.arrivals, view.id)] == [other.job_id]
+    assert [left.job_id for left in sessions.read(session_arrivals.of_session, view.id)] == [
+        other.job_id
+    ]
     again = sessions.write(saved.append, view.id, scan(1), author="ada", job_id=other.job_id)
     assert not again.is_new
-    assert sessions.read(saved.arrivals, view.id) == []
+    assert sessions.read(session_arrivals.of_session, view.id) == []
 
 
 def test_a_save_over_whatever_is_there_is_one_whatever_has_arrived_meanwhile(
@@ -245,7 +253,9 @@ def test_a_save_over_whatever_is_there_is_one_whatever_has_arrived_meanwhile(
 
 
 def latest(sessions: Sessions, session_id: UUID) -> SessionDocument:
-    return saved.decode_document(sessions.read(saved.opened, session_id).document)
+    return session_revisions.decode_document(
+        sessions.read(session_revisions.opened, session_id).document
+    )
 
 
 def test_a_scan_that_has_come_meanwhile_stands_in_no_saves_way(sessions: Sessions) -> None:
