@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import delete
 
 from api import session_contents
-from neural_mri.backing import keys, sessions
+from neural_mri.backing import keys, session_arrivals, session_revisions, sessions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.records import Job
 from neural_mri.backing.rows import JOBS
@@ -618,7 +618,8 @@ def test_it_is_there_for_who_follows_a_link(
 def test_a_session_takes_no_more_scans_than_it_can_hold_and_can_be_opened_all_the_same(
     api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "MOST_SCANS", 2)
+    for room in (session_arrivals, session_revisions):
+        monkeypatch.setattr(room, "MOST_SCANS", 2)
     done = [scanned(api, world, f"a {n}") for n in range(2)]
     session = made(api)
     job = coming(api, world, session, "b")

@@ -173,7 +173,8 @@ def test_a_scan_on_its_way_is_waited_for_once(sessions: Sessions) -> None:
 def test_scans_on_their_way_have_a_place_kept_for_them(
     sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saved, "MOST_SCANS", 3)
+    for room in (session_arrivals, session_revisions):
+        monkeypatch.setattr(room, "MOST_SCANS", 3)
     view = made(sessions)
     sessions.write(saved.append, view.id, scan(1), author="ada")
     coming = [Waiting(view.id, UUID(int=number), "ada", "") for number in (7, 8)]
@@ -200,7 +201,8 @@ def test_scans_on_their_way_have_a_place_kept_for_them(
 def test_what_finds_no_place_in_the_end_says_why_for_a_day(
     sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saved, "MOST_SCANS", 1)
+    for room in (session_arrivals, session_revisions):
+        monkeypatch.setattr(room, "MOST_SCANS", 1)
     view = made(sessions)
     late, other = (Waiting(view.id, UUID(int=number), "ada", "late") for number in (7, 8))
     sessions.write(session_arrivals.add, late)
