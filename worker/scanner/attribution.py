@@ -106,6 +106,7 @@ def differentiate(
     rows: int | None = None,
     embeddings: Float[Tensor, "batch pos d_model"] | None = None,
     on_layer: Callable[[int], None] | None = None,
+    on_layer_back: Callable[[], None] | None = None,
 ) -> Differentiated:
     """Run the plain twin forward and back once.
 
@@ -117,12 +118,16 @@ def differentiate(
             little is done for them. All where None.
         embeddings: Token embeddings to read instead of the prompts' own.
         on_layer: Called after each block of the forward pass; may raise to stop.
+        on_layer_back: Called after each block of the backward pass; may raise to stop.
     """
     # The caller's thread may be in inference mode, where nothing can be differentiated.
     with torch.inference_mode(mode=False), torch.enable_grad():
         leaf = (embedded(model, ids) if embeddings is None else embeddings).clone().requires_grad_()
         with _sparsely_unembedding(model), _going_back_along(model, rows, of=len(ids)):
             run = record(model, ids, embeddings=leaf, on_layer=on_layer)
+        if on_layer_back is not None:
+            for resid_pre in run.resid_pre:
+                resid_pre.register_hook(lambda _gradient: on_layer_back())  # type: ignore[no-untyped-call]
         places = (run.z, run.attn, run.mlp, run.attn_reads, run.mlp_reads)
         wanted = [tensor for layers in places for tensor in layers]
         found = torch.autograd.grad(scalar(run.logits), [*wanted, run.resid_pre[0], run.final])
@@ -209,11 +214,12 @@ class StraightPath:
         metric: Metric,
         steps: int,
         on_layer: Callable[[int], None] | None = None,
+        on_layer_back: Callable[[], None] | None = None,
     ) -> None:
         self._model = model
         self._ids = clean_ids
         self._metric = metric
-        self._on_layer = on_layer
+        self._on_layer, self._on_layer_back = on_layer, on_layer_back
         with torch.inference_mode(mode=False), torch.no_grad():
             corrupt, clean = embedded(model, corrupt_ids), embedded(model, clean_ids)
             share = (torch.arange(steps, device=model.device) + 0.5) / steps
@@ -239,6 +245,7 @@ class StraightPath:
             lambda logits: slope(self._metric, logits).sum(),
             embeddings=points,
             on_layer=self._on_layer,
+            on_layer_back=self._on_layer_back,
         )
 
 

@@ -6,7 +6,7 @@ their metrics has in each row that row's own.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,14 +16,12 @@ from neural_mri.contract.circuits import CircuitMethod, CircuitScan
 from neural_mri.contract.problems import Problem
 from worker.scanner.attribution import Differentiated, StraightPath, differentiate, slope
 from worker.scanner.circuit_questions import Prompts, Question
+from worker.scanner.listening import Listener
 from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import Metric
 from worker.scanner.runs import Run, record
 
-__all__ = ("CircuitRuns", "OnLayer", "run_alone", "run_together")
-
-OnLayer: TypeAlias = Callable[[int], None]
-"""Called after each block of a forward; may raise to stop."""
+__all__ = ("CircuitRuns", "run_alone", "run_together")
 
 
 class CircuitRuns(NamedTuple):
@@ -41,32 +39,39 @@ def run_alone(
     request: CircuitScan,
     prompts: Prompts,
     question: Question,
-    on_layer: OnLayer,
+    listener: Listener,
 ) -> CircuitRuns:
-    """A scan's runs by whatever method. Raises `Unprocessable` where there is nothing to ask."""
+    """A scan's runs by whatever method.
+
+    Raises `Unprocessable` where there is nothing to ask, `Cancelled` when the listener stops it.
+    """
     method, ids = request.method, prompts.ids
     along_path = method is CircuitMethod.INTEGRATED_GRADIENTS
     exact_only = method is CircuitMethod.ABLATION and not request.edges
     if not (along_path or exact_only or method is CircuitMethod.DIRECT):
-        [found] = run_together(model, [(prompts, question)], on_layer)
+        [found] = run_together(model, [(prompts, question)], listener)
         if isinstance(found, Problem):
             raise found
         return found
+    on_layer = _telling(model, listener)
     runs = record(model, ids, on_layer=on_layer)
     metric = question.metric(runs.logits[0])
     path = None
     if along_path:
-        path = StraightPath(model, ids[:1], ids[1:], metric, request.steps, on_layer)
+        path = StraightPath(
+            model, ids[:1], ids[1:], metric, request.steps, on_layer, listener.checkpoint
+        )
     corrupt = runs.row(1) if len(ids) > 1 else None
     return CircuitRuns(runs.row(0), corrupt, metric, path)
 
 
 def run_together(
-    model: LoadedModel, asked: Sequence[tuple[Prompts, Question]], on_layer: OnLayer
+    model: LoadedModel, asked: Sequence[tuple[Prompts, Question]], listener: Listener
 ) -> list[CircuitRuns | Problem]:
     """Runs of scans by one gradient each, of prompts of one length, in one forward and one backward pass.
 
-    Gives in a scan's place why it cannot be asked. Raises it where none of them can.
+    Gives in a scan's place why it cannot be asked. Raises it where none of them can, and `Cancelled` when the
+    listener stops them.
     """
     metrics: list[Metric | Problem] = []
 
@@ -88,7 +93,14 @@ def run_together(
     # Gradients go back along the first rows alone: the clean ones.
     clean, corrupt = ([one.ids[at : at + 1] for one, _ in asked] for at in (0, 1))
     ids = torch.cat([*clean, *corrupt])
-    both = differentiate(model, ids, scalar, rows=len(asked), on_layer=on_layer)
+    both = differentiate(
+        model,
+        ids,
+        scalar,
+        rows=len(asked),
+        on_layer=_telling(model, listener),
+        on_layer_back=listener.checkpoint,
+    )
     found: list[CircuitRuns | Problem] = []
     at = len(asked)
     for row, (metric, of_corrupt) in enumerate(zip(metrics, corrupt, strict=True)):
@@ -100,6 +112,14 @@ def run_together(
             found.append(metric)
         at += len(of_corrupt)
     return found
+
+
+def _telling(model: LoadedModel, listener: Listener) -> Callable[[int], None]:
+    def on_layer(layer: int) -> None:
+        listener.progress("forward", layer + 1, model.architecture.n_layers)
+        listener.checkpoint()
+
+    return on_layer
 
 
 def _metric(question: Question, logits: Float[Tensor, " d_vocab"]) -> Metric | Problem:

@@ -24,7 +24,7 @@ from neural_mri.contract.tokens import Tokens
 from worker.scanner import circuit_tables as tables
 from worker.scanner.attribution import estimates, in_metric
 from worker.scanner.circuit_questions import Prompts, Question
-from worker.scanner.circuit_runs import CircuitRuns, OnLayer, run_alone, run_together
+from worker.scanner.circuit_runs import CircuitRuns, run_alone, run_together
 from worker.scanner.direct_attribution import DirectAttribution, direct_attribution
 from worker.scanner.edges import Edges, strongest_edges
 from worker.scanner.listening import Listener, Timed
@@ -75,7 +75,7 @@ def scan_circuits(
     prompts = Prompts.of(model, request, tokens, corrupt)
     question = Question.of(model, answer_id, foil_id)
     timed = Timed(listener)
-    runs = run_alone(model, request, prompts, question, _telling(model, timed))
+    runs = run_alone(model, request, prompts, question, timed)
     return _read_off(model, request, runs, prompts.start, reference, timed, 0.0)
 
 
@@ -114,9 +114,7 @@ def scan_circuits_together(
     if not asked:
         return [outcomes[index] for index in range(len(circuits))]
     timed = Timed(Company([circuits[index].asked.listener for index in asked]))
-    runs = dict(
-        zip(asked, run_together(model, [*asked.values()], _telling(model, timed)), strict=True)
-    )
+    runs = dict(zip(asked, run_together(model, [*asked.values()], timed), strict=True))
     seconds = timed.own_seconds / len(asked)
     for index in sorted(runs, key=lambda index: circuits[index].request.exact_at_most):
         found, one = runs.pop(index), circuits[index]
@@ -137,14 +135,6 @@ def _understood(model: LoadedModel, one: AskedCircuit) -> tuple[Prompts, Questio
     one.request.check(model.architecture)
     prompts = Prompts.of(model, one.request, one.asked.tokens, one.corrupt)
     return prompts, Question.of(model, one.asked.answer_id, one.asked.foil_id)
-
-
-def _telling(model: LoadedModel, listener: Listener) -> OnLayer:
-    def on_layer(layer: int) -> None:
-        listener.progress("forward", layer + 1, model.architecture.n_layers)
-        listener.checkpoint()
-
-    return on_layer
 
 
 def _read_off(

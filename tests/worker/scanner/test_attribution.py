@@ -18,7 +18,7 @@ from worker.scanner.attribution import (
     in_metric,
     slope,
 )
-from worker.scanner.listening import Silent
+from worker.scanner.listening import Cancelled, Silent
 from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import Metric
 from worker.scanner.replacements import Replacements
@@ -157,6 +157,30 @@ def test_a_batch_is_differentiated_row_by_row(tiny_model: LoadedModel) -> None:
         alone, found = at(tiny_model, ids=ids).gradients, both.row(row).gradients
         torch.testing.assert_close(found.z, alone.z, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found.embed, alone.embed, rtol=1e-3, atol=1e-4)
+
+
+def test_a_backward_pass_can_be_stopped_after_each_block(tiny_model: LoadedModel) -> None:
+    n_layers, asked = tiny_model.architecture.n_layers, 0
+
+    def stop_at(number: int) -> Differentiated:
+        def after_a_block() -> None:
+            nonlocal asked
+            asked += 1
+            if asked == number:
+                raise Cancelled
+
+        return differentiate(
+            tiny_model, IDS, lambda logits: slope(METRIC, logits).sum(), on_layer_back=after_a_block
+        )
+
+    expected = at(tiny_model).gradients
+    found = stop_at(0).gradients
+    assert asked == n_layers
+    assert all(map(torch.equal, found.z, expected.z))
+    asked = 0
+    with pytest.raises(Cancelled):
+        stop_at(1)
+    assert asked == 1, "nothing goes further back"
 
 
 def test_changes_of_log_odds_become_changes_of_a_log_probability() -> None:
