@@ -223,13 +223,13 @@ def _scanned(
 ) -> Iterator[tuple[_Wanted, Scanned]]:
     """Everything that is wanted, with what was measured; what can be done together stands together.
 
-    While one process calibrates, the others do what needs no calibration. Circuits come last: most of each is
-    its own, so that they are what keeps all processes busy to the end.
+    While one process calibrates, the others do what needs no calibration. Circuits come last, the shortest of
+    them at the very end: most of each is its own, so that they keep all processes busy until then.
     """
     early = [each for each in wanted if each.modality in _UNCALIBRATED]
     late = [each for each in wanted if each.modality not in _UNCALIBRATED]
     early.sort(key=lambda each: (each.modality != "T2", each.n_read))
-    late.sort(key=lambda each: (each.modality == "DTI", each.n_read))
+    late.sort(key=lambda each: (each.modality == "DTI", -each.n_read))
     calibrating = [_calibration(suite)] if any(map(_is_calibrated, late)) else []
     results = scans.scan([*calibrating, *(each.scan for each in early)])
     keys = [next(results).scan_key for _ in calibrating]
