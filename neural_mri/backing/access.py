@@ -130,6 +130,9 @@ def create_key(
     Raises `LimitReached` for somebody who has more than enough of them.
     """
     ensure_user(session, user)
+    # Who makes another for the same user meanwhile counts this one.
+    own = select(USERS.c.name).where(USERS.c.name == user).with_for_update(key_share=True)
+    session.connection().execute(own)
     good = select(func.count()).select_from(API_KEYS).where(_key.user == user, _is_good())
     if session.connection().execute(good).scalar_one() >= MOST_KEYS:
         raise LimitReached(

@@ -9,13 +9,14 @@ import msgspec
 import pytest
 from sqlalchemy import select, update
 
-from neural_mri.backing import session_arrivals, session_revisions, shares
+from neural_mri.backing import access, session_arrivals, session_revisions, shares
 from neural_mri.backing import sessions as saved
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.rows import SESSION_ARRIVALS, SESSIONS, SHARES
 from neural_mri.backing.session_arrivals import Waiting
 from neural_mri.backing.session_revisions import encode_document
 from neural_mri.backing.sessions import Made
+from neural_mri.contract.auth import Scope
 from neural_mri.contract.problems import InvalidRequest, LimitReached
 from neural_mri.contract.scans import ScanKind
 from neural_mri.contract.sessions import (
@@ -339,6 +340,28 @@ def test_nobody_has_sessions_or_links_without_end(
         sessions.write(shares.create, PEPPER, view.id, NewShare())
     sessions.write(shares.revoke, view.id, links[0].id)
     sessions.write(shares.create, PEPPER, view.id, NewShare())
+
+
+@pytest.mark.parametrize("what", ["links", "keys"])
+def test_of_many_made_at_once_none_is_one_too_many(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(shares, "MOST_SHARES", 2)
+    monkeypatch.setattr(access, "MOST_KEYS", 2)
+    view = made(sessions)
+
+    def make(_number: int) -> bool:
+        try:
+            if what == "links":
+                sessions.write(shares.create, PEPPER, view.id, NewShare())
+            else:
+                sessions.write(access.create_key, PEPPER, user="ada", scopes=(Scope.SCAN_READ,))
+        except LimitReached:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(make, range(12))) == 2
 
 
 def test_a_link_is_followed_while_it_is_good_by_who_has_its_token(sessions: Sessions) -> None:
