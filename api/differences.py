@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from api.session_contents import kept
+from api.session_contents import Kept, kept
 from neural_mri.backing.storage import Store
-from neural_mri.backing.stored import by_hash, read_table
+from neural_mri.backing.stored import StoredTable, read_table
 from neural_mri.contract.problems import Gone
 from neural_mri.contract.results import Manifest, TableRef, provenance_of
 from neural_mri.contract.scans import ScanKind
@@ -153,9 +153,7 @@ def _scan_difference(
         return told
     changed = msgspec.structs.replace(told, change=ScanChange.CHANGED, fields=_fields(old, new))
     try:
-        table = _measured(
-            store, kept(store, old.result).manifest, kept(store, new.result).manifest, strongest
-        )
+        table = _measured(store, kept(store, old.result), kept(store, new.result), strongest)
     except _Incomparable as reason:
         return msgspec.structs.replace(changed, incomparable=str(reason))
     except Gone as gone:
@@ -167,13 +165,13 @@ class _Incomparable(Exception):
     """Why two results have no numbers in common."""
 
 
-def _measured(store: Store, before: Manifest, after: Manifest, strongest: int) -> TableDifference:
-    first, second = _ref(before), _ref(after)
+def _measured(store: Store, before: Kept, after: Kept, strongest: int) -> TableDifference:
+    first, second = _ref(before.manifest), _ref(after.manifest)
     if (first.table, first.unit) != (second.table, second.unit):
         raise _Incomparable(
             f"one measured {first.table} in {first.unit}, the other {second.table} in {second.unit}"
         )
-    old, new = _read(store, first), _read(store, second)
+    old, new = _read(store, before.table(first)), _read(store, after.table(second))
     shared = [key for key in old.rows if key in new.rows]
     rows = [row for key in shared if (row := _row(key, old.rows[key], new.rows[key])) is not None]
     if not shared:
@@ -213,11 +211,11 @@ class _Values(NamedTuple):
     """Values by component and whatever else tells rows apart."""
 
 
-def _read(store: Store, ref: TableRef) -> _Values:
-    table = read_table(store, by_hash(ref))
+def _read(store: Store, stored: StoredTable) -> _Values:
+    table = read_table(store, stored)
     if "component" not in table.column_names:
-        raise _Incomparable(f"table {ref.table} is not of components")
-    column = "value" if "value" in table.column_names else _COLUMNS.get(ref.table)
+        raise _Incomparable(f"table {stored.ref.table} is not of components")
+    column = "value" if "value" in table.column_names else _COLUMNS.get(stored.ref.table)
     column = column or _first_number(table)
     told_apart = [name for name in _SUB_KEYS if name in table.column_names]
     keys = zip(

@@ -20,7 +20,7 @@ import pyarrow as pa
 from api.session_contents import Kept, kept
 from neural_mri.backing import shares
 from neural_mri.backing.storage import Store
-from neural_mri.backing.stored import by_hash, read_table
+from neural_mri.backing.stored import StoredTable, read_table
 from neural_mri.contract.archives import Entry, canonical, chunk_entry, result_entry
 from neural_mri.contract.perturbations import Perturbation
 from neural_mri.contract.results import Manifest, TableRef, provenance_of, stamp, to_ipc
@@ -91,7 +91,7 @@ class _Shown(NamedTuple):
     digest: str
     body: bytes
     manifest: Manifest
-    chunks: Mapping[str, TableRef]
+    chunks: Mapping[str, StoredTable]
     """The table behind each shown one, by the shown one's hash."""
 
 
@@ -160,7 +160,7 @@ class Redaction:
 
     def table(self, shown: _Shown, ref: TableRef) -> bytes:
         """A shown table's bytes."""
-        return to_ipc(self._table(read_table(self._store, by_hash(shown.chunks[ref.chunk]))))
+        return to_ipc(self._table(read_table(self._store, shown.chunks[ref.chunk])))
 
     def _scan(self, scan: SavedScan) -> SavedScan:
         return msgspec.structs.replace(
@@ -195,10 +195,11 @@ class Redaction:
             return known
         refs, chunks = [], {}
         for ref in whole.manifest.tables:
-            body = to_ipc(self._table(read_table(self._store, by_hash(ref))))
+            own = whole.table(ref)
+            body = to_ipc(self._table(read_table(self._store, own)))
             chunk = hashlib.sha256(body).hexdigest()
             refs.append(msgspec.structs.replace(ref, chunk=chunk, bytes=len(body)))
-            chunks[chunk] = ref
+            chunks[chunk] = own
         manifest = msgspec.structs.replace(
             whole.manifest,
             scan_key=self._pseudonym(whole.manifest.scan_key),

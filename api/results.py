@@ -24,7 +24,7 @@ from neural_mri.backing import jobs, stored
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Job
 from neural_mri.backing.storage import Damaged, Missing, Store
-from neural_mri.backing.stored import StoredResult, StoredTable, by_hash, open_result
+from neural_mri.backing.stored import StoredResult, StoredTable, open_result
 from neural_mri.contract.jobs import JobKind, JobView
 from neural_mri.contract.problems import Conflict, Gone, ResultNotReady, UnknownTable
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, Manifest, TableRef
@@ -228,10 +228,10 @@ async def table_answer(services: Services, job: Job, name: str | None, media_typ
 
 
 async def kept_table_answer(
-    store: Store, ref: TableRef, media_type: str, *, filename: str
+    store: Store, table: StoredTable, media_type: str, *, filename: str
 ) -> ASGIApp:
     """Answer with a table that a session keeps. Raises `Missing`, `Damaged`."""
-    table = by_hash(ref)
+    ref = table.ref
     fetch = partial(stored.read_part, store, table)
 
     async def remote(part: Extent | None) -> bytes:

@@ -135,14 +135,14 @@ def not_modified(headers: dict[str, str]) -> ASGIApp:
 
 async def session_table(services: Services, result: str, name: str, media_type: str) -> ASGIApp:
     """A kept result's table. Raises `UnknownTable`, `Gone`."""
-    manifest = (await asyncio.to_thread(kept, services.store, result)).manifest
-    ref = manifest.table(name)
-    if ref is None:
+    found = await asyncio.to_thread(kept, services.store, result)
+    manifest = found.manifest
+    if (ref := manifest.table(name)) is None:
         raise UnknownTable(
             f"the result {result} has no table {name!r}, but "
             + ", ".join(each.name for each in manifest.tables),
             tables=[each.name for each in manifest.tables],
         )
     return await kept_table_answer(
-        services.store, ref, media_type, filename=f"{result[:12]}.{ref.name}.arrow"
+        services.store, found.table(ref), media_type, filename=f"{result[:12]}.{ref.name}.arrow"
     )

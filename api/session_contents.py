@@ -6,7 +6,7 @@ computes.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -16,13 +16,20 @@ import msgspec
 from sqlalchemy.orm import Session
 
 from api.dependencies import Services
-from api.results import reading
-from neural_mri.backing import jobs, keys, session_arrivals, session_revisions, sessions
+from api.results import opened, reading
+from neural_mri.backing import (
+    jobs,
+    kept_results,
+    keys,
+    session_arrivals,
+    session_revisions,
+    sessions,
+)
 from neural_mri.backing.records import Job
 from neural_mri.backing.session_arrivals import Settled, Settling, Waiting
 from neural_mri.backing.session_revisions import Opened, Saved
-from neural_mri.backing.storage import Damaged, NamedBytes, Store, put_together
-from neural_mri.backing.stored import StoredResult
+from neural_mri.backing.storage import Damaged, Missing, NamedBytes, Store, put_together
+from neural_mri.backing.stored import StoredResult, StoredTable, by_itself
 from neural_mri.contract.archives import result_digest
 from neural_mri.contract.jobs import TERMINAL, JobKind, JobState
 from neural_mri.contract.problems import (
@@ -31,7 +38,7 @@ from neural_mri.contract.problems import (
     ResultNotReady,
     Unavailable,
 )
-from neural_mri.contract.results import Manifest
+from neural_mri.contract.results import Manifest, TableRef
 from neural_mri.contract.sessions import (
     Arrival,
     KeyImage,
@@ -73,9 +80,14 @@ class Kept(NamedTuple):
     """A result that a session keeps."""
 
     digest: str
+    path: str
     body: bytes
     """Of its manifest."""
     manifest: Manifest
+
+    def table(self, ref: TableRef) -> StoredTable:
+        """Where one of its tables is."""
+        return by_itself(self.path, ref)
 
 
 _manifest = msgspec.json.Decoder(Manifest)
@@ -84,30 +96,46 @@ _manifest = msgspec.json.Decoder(Manifest)
 def kept(store: Store, digest: str) -> Kept:
     """A kept result. Raises `Missing`, `Damaged`."""
     path = keys.kept_result_path(digest)
-    body = store.get(path)
+    try:
+        body = store.get(path)
+    except Missing:
+        path = keys.once_kept_result_path(digest)
+        body = store.get(path)
     if result_digest(body) != digest:
         raise Damaged(f"{path} holds bytes whose hash is {result_digest(body)}", path=path)
-    return Kept(digest, body, _manifest.decode(body))
+    return Kept(digest, path, body, _manifest.decode(body))
 
 
 async def saved_scan(services: Services, job: Job, label: str) -> SavedScan:
     """A job's result, kept from now on. Raises `ResultNotReady`, and `Gone` where bytes are missing."""
+    await services.sessions.write(kept_results.expect, [await _digest_of(services, job)])
+    return msgspec.structs.replace(await _kept_scan(services, job), label=label)
+
+
+async def _digest_of(services: Services, job: Job) -> str:
+    """What a job's result will be kept as. Raises `ResultNotReady`, `Gone`."""
+    return result_digest((await opened(services, job)).body)
+
+
+async def _kept_scan(services: Services, job: Job) -> SavedScan:
+    """A job's result, which was expected. Raises as `saved_scan` does."""
     found = await reading(services, job, partial(_keep, services.store), whole=True)
     if found is None:
         raise Gone(f"some bytes of job {job.id}'s result are missing: scan again", job=str(job.id))
-    return _saved(found, label, msgspec.json.decode(job.request))
+    return _saved(found, "", msgspec.json.decode(job.request))
 
 
 def _keep(store: Store, result: StoredResult) -> Kept | None:
     """Put a result where nothing but its content names it; None where bytes are missing. Raises `Damaged`."""
     if not result.is_whole():
         return None
-    kept = Kept(result_digest(result.body), result.body, result.manifest)
+    digest = result_digest(result.body)
+    path = keys.kept_result_path(digest)
+    kept = Kept(digest, path, result.body, result.manifest)
     for table in result.tables:
-        by_hash = keys.chunk_path(table.ref.chunk)
-        if table.path not in (result.path, by_hash):
-            store.copy(table.path, by_hash)
-    put_result(store, kept.digest, kept.body, _copied(result))
+        if table.path != result.path:
+            store.copy(table.path, kept.table(table.ref).path)
+    put_result(store, kept.digest, kept.body, _copied(result, kept))
     return kept
 
 
@@ -117,10 +145,10 @@ def put_result(store: Store, digest: str, body: bytes, tables: Iterable[NamedByt
     put_together(store, chain(tables, [NamedBytes(keys.kept_result_path(digest), body)]))
 
 
-def _copied(result: StoredResult) -> list[NamedBytes]:
+def _copied(result: StoredResult, kept: Kept) -> list[NamedBytes]:
     """Tables that go with the job's file. Raises `Damaged` before one is sent: a bucket has it at once."""
     return [
-        NamedBytes(keys.chunk_path(table.ref.chunk), result.bytes_of(table))
+        NamedBytes(kept.table(table.ref).path, result.bytes_of(table))
         for table in result.tables
         if table.path == result.path
     ]
@@ -369,12 +397,12 @@ async def _kept_of(
 
     away: list[Unavailable] = []
 
-    async def keep(job: Job) -> SavedScan | Gone | ResultNotReady | Unavailable:
+    async def tried(
+        work: Callable[[Job], Awaitable[T]], job: Job
+    ) -> T | Gone | ResultNotReady | Unavailable:
         async with turns:
-            if away:
-                return away[0]
             try:
-                return await saved_scan(services, job, "")
+                return away[0] if away else await work(job)
             except (Gone, ResultNotReady) as lost:
                 return lost
             except Unavailable as error:
@@ -382,8 +410,26 @@ async def _kept_of(
                 return error
 
     wanted = {job.id: job for _, job in some if job is not None and _has_result(job)}
-    kept = await asyncio.gather(*map(keep, wanted.values()))
-    return dict(zip(wanted, kept, strict=True))
+    digests = await asyncio.gather(
+        *(tried(partial(_digest_of, services), job) for job in wanted.values())
+    )
+    named = {
+        job.id: digest
+        for job, digest in zip(wanted.values(), digests, strict=True)
+        if isinstance(digest, str)
+    }
+    if named:
+        await services.sessions.write(kept_results.expect, named.values())
+    away.clear()  # these could be read
+    scans = await asyncio.gather(
+        *(tried(partial(_kept_scan, services), wanted[job_id]) for job_id in named)
+    )
+    why_not = {
+        job_id: reason
+        for job_id, reason in zip(wanted, digests, strict=True)
+        if not isinstance(reason, str)
+    }
+    return {**why_not, **dict(zip(named, scans, strict=True))}
 
 
 async def _tell_settled(

@@ -10,7 +10,7 @@ import msgspec
 
 from api.dependencies import Services
 from api.session_contents import Kept, kept, put_result
-from neural_mri.backing import keys, session_revisions, sessions
+from neural_mri.backing import kept_results, keys, session_revisions, sessions
 from neural_mri.backing.sessions import Made
 from neural_mri.backing.storage import Missing, NamedBytes, Store
 from neural_mri.contract.archives import (
@@ -23,7 +23,7 @@ from neural_mri.contract.archives import (
 )
 from neural_mri.contract.sessions import MOST_SCANS, Origin, SessionDocument, SessionView
 
-__all__ = ("entries_of", "take_in", "taken_in")
+__all__ = ("entries_of", "take_in")
 
 SPOOLED_BYTES = 8 << 20
 """A file up to so large is held in memory."""
@@ -44,7 +44,7 @@ def entries_of(store: Store, document: SessionDocument) -> list[Entry]:
 
 def _chunks(store: Store, found: Kept) -> Iterator[Entry]:
     for ref in found.manifest.tables:
-        path = keys.chunk_path(ref.chunk)
+        path = found.table(ref).path
         if store.size(path) != ref.bytes:
             raise Missing(f"the store has not all bytes of table {ref.name}", path=path)
         yield chunk_entry(ref.chunk, ref.bytes, partial(store.get, path))
@@ -55,16 +55,23 @@ async def take_in(services: Services, chunks: AsyncIterator[bytes]) -> SessionVi
     with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as file:
         async for chunk in chunks:
             await asyncio.to_thread(file.write, chunk)
-        made = await asyncio.to_thread(taken_in, services, file)
+        archive, body = await asyncio.to_thread(_opened, services, file)
+        await services.sessions.write(kept_results.expect, archive.results)
+        made = await asyncio.to_thread(_taken_in, services, archive, body)
     return await services.sessions.write(sessions.create, made)
 
 
-def taken_in(services: Services, file: IO[bytes]) -> Made:
-    """Keep a file's results, once each byte is seen to be what it is named for."""
+def _opened(services: Services, file: IO[bytes]) -> tuple[Archive, bytes]:
+    """A file, and the document in it, once it is seen that they go together."""
     file.seek(0)
     archive = open_archive(file, largest=services.settings.max_session_bytes)
     body = archive.document()
     _check(archive, body)
+    return archive, body
+
+
+def _taken_in(services: Services, archive: Archive, body: bytes) -> Made:
+    """Keep a file's results, once each byte is seen to be what it is named for."""
     for digest in archive.results:
         put_result(services.store, digest, archive.result(digest), _tables(archive, digest))
     return Made(
@@ -79,8 +86,9 @@ def taken_in(services: Services, file: IO[bytes]) -> Made:
 
 def _tables(archive: Archive, digest: str) -> Iterator[NamedBytes]:
     """A result's tables, each read when its turn comes."""
+    manifest = keys.kept_result_path(digest)
     for ref in archive.results[digest].tables:
-        yield NamedBytes(keys.chunk_path(ref.chunk), archive.chunk(ref.chunk))
+        yield NamedBytes(keys.table_path(manifest, ref.chunk), archive.chunk(ref.chunk))
 
 
 def _check(archive: Archive, body: bytes) -> None:

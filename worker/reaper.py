@@ -29,6 +29,7 @@ from neural_mri.backing import (
     deletion,
     feeding,
     jobs,
+    kept_results,
     keys,
     leftovers,
     limits,
@@ -101,7 +102,7 @@ class Reaper:
         """Tickets that each queue lacked in the last round."""
         self._expire_at = self._sweep_at = self._look_through_at = 0.0
         self._stop_at = self._feed_at = 0.0
-        self._delete_at = self._discard_at = 0.0
+        self._delete_at = self._discard_at = self._unkept_at = 0.0
         self._aged: Iterator[str] = iter(())
         """Results that are to be looked at."""
         self._away: set[str] = set()
@@ -129,6 +130,9 @@ class Reaper:
         if time.monotonic() >= self._discard_at:
             self._discard_at = time.monotonic() + DELETE_EVERY_SECONDS
             self._try("results of deleted jobs", self._take_discards)
+        if time.monotonic() >= self._unkept_at:
+            self._unkept_at = time.monotonic() + DELETE_EVERY_SECONDS
+            self._try("results of deleted sessions", self._take_unkept)
         self._try("leftovers", self._take_leftovers)
 
     def _try(self, what: str, work: Callable[[], None], *, times: float = 1.0) -> None:
@@ -282,6 +286,26 @@ class Reaper:
         if looked_at == deletion.MOST_DELETED and unneeded.discards:
             self._discard_at = 0.0
         self._count({"result:unneeded": len(unneeded.discards)})
+
+    def _take_unkept(self) -> None:
+        """Take away results that sessions kept and that none names any more."""
+
+        def take(session: Session) -> list[kept_results.Due]:
+            # Within the transaction: who comes to keep the same waits for it, and puts it there anew.
+            found = kept_results.due(session)
+            nobodys = [each.digest for each in found if not each.is_needed]
+            for path in stored.files_of(self._store, map(keys.kept_result_path, nobodys)):
+                self._beat(self._settings.reaper_hung_seconds)
+                self._store.delete(path)
+            for digest in nobodys:
+                self._store.delete(keys.once_kept_result_path(digest))
+            kept_results.settle(session, [each.digest for each in found])
+            return found
+
+        looked_at = self._sessions.write(take)
+        if len(looked_at) == kept_results.MOST_TAKEN:
+            self._unkept_at = 0.0
+        self._count({"result:unkept": sum(not each.is_needed for each in looked_at)})
 
     def _count(self, deleted: Mapping[str, int]) -> None:
         if not any(deleted.values()):

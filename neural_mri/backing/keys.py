@@ -23,6 +23,7 @@ __all__ = (
     "is_packed",
     "kept_result_path",
     "manifest_path",
+    "once_kept_result_path",
     "packed_path",
     "pieces_path",
     "placement_queue",
@@ -111,7 +112,7 @@ def pieces_path(job_id: UUID, attempt: int) -> str:
 
 def has_pieces(path: str) -> bool:
     """Whether a result's path is that of a manifest with its tables beside it."""
-    return path.startswith("pieces/")
+    return path.startswith(("pieces/", "saved/"))
 
 
 def manifest_path(job_id: UUID, attempt: int) -> str:
@@ -163,7 +164,12 @@ def attempt_of(path: str) -> Attempt | None:
 
 
 def kept_result_path(digest: str) -> str:
-    """A manifest that a session keeps, under its own hash: it outlives the job that wrote it."""
+    """A manifest that a session keeps, under its own hash, its tables beside it: it outlives the job that wrote it."""
+    return f"saved/{digest[:2]}/{digest}.json"
+
+
+def once_kept_result_path(digest: str) -> str:
+    """The same where its tables stand under their own hashes, among everybody's, as they once did."""
     return f"kept/{digest[:2]}/{digest}.json"
 
 

@@ -33,6 +33,7 @@ __all__ = (
     "DISCARDS",
     "IDEMPOTENCY_KEYS",
     "JOBS",
+    "KEPT_RESULTS",
     "LOGINS",
     "MODELS",
     "MODEL_COSTS",
@@ -45,6 +46,7 @@ __all__ = (
     "Base",
     "IdempotencyKeyRow",
     "JobRow",
+    "KeptResultRow",
     "LoginRow",
     "ModelCostRow",
     "ModelRow",
@@ -477,6 +479,16 @@ class SessionResultRow(Base):
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
 
 
+class KeptResultRow(Base):
+    """A result that sessions keep, to be looked at when it is due. Only `backing.kept_results` writes here."""
+
+    __tablename__ = "kept_results"
+    __table_args__ = (Index("ix_kept_results_due", "due"),)
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    due: Mapped[float]
+
+
 class SessionArrivalRow(Base):
     """A scan under way that joins a session once it has succeeded."""
 
@@ -529,6 +541,7 @@ BATCH_LINES = Base.metadata.tables["batch_lines"]
 SESSIONS = Base.metadata.tables["sessions"]
 SESSION_REVISIONS = Base.metadata.tables["session_revisions"]
 SESSION_RESULTS = Base.metadata.tables["session_results"]
+KEPT_RESULTS = Base.metadata.tables["kept_results"]
 SESSION_ARRIVALS = Base.metadata.tables["session_arrivals"]
 SHARES = Base.metadata.tables["shares"]
 """The same as tables: a statement over a mapped class costs several times what SQLite takes to run it."""

@@ -14,7 +14,7 @@ import msgspec
 from sqlalchemy import delete, func, insert, literal, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import session_arrivals
+from neural_mri.backing import kept_results, session_arrivals
 from neural_mri.backing.database import epoch
 from neural_mri.backing.records import AnyRow, new_id
 from neural_mri.backing.rows import (
@@ -65,7 +65,6 @@ __all__ = (
     "fork",
     "holds",
     "keeping",
-    "kept_results",
     "page",
     "revisions",
     "save",
@@ -247,6 +246,7 @@ def delete_session(session: Session, session_id: UUID) -> bool:
     """Forget a session, its revisions and its links; whether there was one."""
     with suppress(UnknownSession):
         locked(session, session_id)  # whoever adds to it just now does so before or not at all
+    kept_results.leave(session, session_id)
     for table in (SHARES, SESSION_ARRIVALS, SESSION_RESULTS, SESSION_REVISIONS):
         run(session, delete(table).where(table.c.session_id == session_id))
     gone = delete(SESSIONS).where(_session.id == session_id).returning(_session.id)
@@ -350,8 +350,3 @@ def keeping(session: Session, owner: str, result: str) -> list[UUID]:
         .order_by(_session.created_at, _session.id)
     )
     return list(run(session, wanted).scalars())
-
-
-def kept_results(session: Session) -> frozenset[str]:
-    """Every result that some session names: whoever sweeps the store leaves these and their tables."""
-    return frozenset(run(session, select(_result.digest).distinct()).scalars())

@@ -25,7 +25,7 @@ __all__ = (
     "HEAD_BYTES",
     "StoredResult",
     "StoredTable",
-    "by_hash",
+    "by_itself",
     "discard",
     "files_of",
     "is_whole",
@@ -63,9 +63,9 @@ class StoredTable(NamedTuple):
         return self.start + self.ref.bytes
 
 
-def by_hash(ref: TableRef) -> StoredTable:
-    """A table that stands under its own hash."""
-    return StoredTable(ref, keys.chunk_path(ref.chunk), 0)
+def by_itself(manifest: str, ref: TableRef) -> StoredTable:
+    """A table that is a file, by where the manifest that names it stands."""
+    return StoredTable(ref, keys.table_path(manifest, ref.chunk), 0)
 
 
 def pack(manifest: bytes, tables: Iterable[bytes]) -> bytes:
@@ -110,7 +110,7 @@ class StoredResult:
         self.tables = tuple(
             _packed(path, self._first, refs)
             if is_packed
-            else (StoredTable(ref, keys.table_path(path, ref.chunk), 0) for ref in refs)
+            else (by_itself(path, ref) for ref in refs)
         )
         """In the manifest's order."""
 

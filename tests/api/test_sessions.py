@@ -14,13 +14,13 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from api import session_contents
-from neural_mri.backing import keys, session_arrivals, session_revisions, sessions
+from neural_mri.backing import keys, session_arrivals, session_revisions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.records import Job
-from neural_mri.backing.rows import JOBS
+from neural_mri.backing.rows import JOBS, KEPT_RESULTS, SESSION_RESULTS
 from neural_mri.contract.archives import SESSION_FILE, Archive, canonical, open_archive
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.results import from_ipc
@@ -30,6 +30,7 @@ from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
 from tests.backing.stores import clear
 from tests.servers import empty, folder_only
+from worker.reaper import Reaper
 
 NOBODYS = "01a208e5-620a-7f6d-98da-3f510d18b436"
 
@@ -187,8 +188,6 @@ def test_a_session_outlives_the_jobs_and_everything_that_computes(
         assert opened == session
         assert results(api, opened) == whole
         assert len(asked) == 2
-        kept = lone_world.sessions.read(sessions.kept_results)
-        assert kept == {scan["result"] for scan in session.body["document"]["scans"]}
         # And it can still be saved, by who changes only what is said of the scans.
         assert read(save(api, session, view={"layer": 1})).body["revision"] == 2
 
@@ -236,8 +235,87 @@ def test_a_damaged_result_is_not_kept_in_any_part(
     assert refused.status_code == 410
     assert refused.json()["job"] == str(job.id)
     kept = keys.kept_result_path(hashlib.sha256(result.body).hexdigest())
-    chunks = [keys.chunk_path(each.ref.chunk) for each in result.tables]
-    assert not any(world.store.exists(path) for path in (kept, *chunks))
+    tables = [keys.table_path(kept, each.ref.chunk) for each in result.tables]
+    assert not any(world.store.exists(path) for path in (kept, *tables))
+
+
+def look_later(world: World) -> None:
+    """Have so much time pass that the reaper looks at everything that sessions may keep in vain, and let it."""
+    with world.sessions.writing() as database:
+        database.execute(update(KEPT_RESULTS).values(due=0.0))
+    Reaper(world.settings, world.sessions, world.redis, world.store).round()
+
+
+def files_of(world: World, session: Session) -> set[str]:
+    """Every file that a session's results are."""
+    found = set()
+    for scan in session.body["document"]["scans"]:
+        manifest = keys.kept_result_path(scan["result"])
+        found |= {manifest, *world.store.beginning(*_beside(manifest))}
+    return found
+
+
+def _beside(manifest: str) -> tuple[str, set[str]]:
+    folder, name = keys.beside(manifest)
+    return folder, {name}
+
+
+def test_what_a_session_keeps_goes_with_the_last_that_names_it(
+    api: httpx.Client, world: World
+) -> None:
+    shared, own = scanned(api, world, "h g f"), scanned(api, world, "g f h")
+    session, other = made(api, shared, own), made(api, shared)
+    file = api.get(f"{session.path}/export").content
+    everything, theirs = files_of(world, session), files_of(world, other)
+    assert theirs < everything
+    assert api.delete(session.path).status_code == 204
+    Reaper(world.settings, world.sessions, world.redis, world.store).round()
+    assert all(map(world.store.exists, everything)), "somebody may be reading it"
+    look_later(world)
+    assert {path for path in everything if world.store.exists(path)} == theirs
+    assert int(world.redis.hget(keys.DELETED, "result:unkept")) >= 1
+    assert results(api, other)
+    # What was exported is whole again.
+    taken = read(send_file(api, file), status=201)
+    assert (taken.revision, files_of(world, taken)) == (session.revision, everything)
+    look_later(world)
+    assert all(map(world.store.exists, everything))
+    assert results(api, taken).keys() >= results(api, other).keys()
+
+
+def test_what_was_kept_for_a_save_that_never_came_is_taken_away(
+    api: httpx.Client, world: World
+) -> None:
+    job = scanned(api, world, "h f g")
+    session = made(api, job)
+    everything = files_of(world, session)
+    with world.sessions.writing() as database:
+        database.execute(delete(SESSION_RESULTS))  # as if the save had been cut off before
+    look_later(world)
+    assert not any(map(world.store.exists, everything))
+    assert files_of(world, made(api, job)) == everything, "and it is kept anew when it is asked for"
+
+
+def test_what_was_kept_table_by_table_among_everybodys_is_read_as_it_was(
+    api: httpx.Client, world: World
+) -> None:
+    session = made(api, scanned(api, world, "f f g"), scanned(api, world, "g g f"))
+    whole = results(api, session)
+    for scan in session.body["document"]["scans"]:
+        manifest = keys.kept_result_path(scan["result"])
+        body = world.store.get(manifest)
+        for ref in msgspec.json.decode(body)["tables"]:
+            world.store.copy(keys.table_path(manifest, ref["chunk"]), keys.chunk_path(ref["chunk"]))
+            world.store.delete(keys.table_path(manifest, ref["chunk"]))
+        world.store.put(keys.once_kept_result_path(scan["result"]), body)
+        world.store.delete(manifest)
+    assert results(api, session) == whole
+    first, second = (scan["result"] for scan in session.body["document"]["scans"])
+    assert api.get(f"{session.path}/results/{first}/activations").status_code == 200
+    assert api.delete(session.path).status_code == 204
+    look_later(world)
+    gone = [keys.once_kept_result_path(digest) for digest in (first, second)]
+    assert not any(map(world.store.exists, gone))
 
 
 def test_a_table_of_a_session_can_be_had_alone_and_in_part(api: httpx.Client, world: World) -> None:
