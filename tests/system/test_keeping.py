@@ -155,7 +155,7 @@ def test_exported_wiped_and_imported_a_session_has_the_same_hashes(
             if table.name.startswith(("session", "shares", "batch", "jobs", "idempotency")):
                 session.execute(delete(table))
     sessions.close()
-    for folder in ("chunks/", "kept/", "manifests/", "packed/", "pieces/"):
+    for folder in ("chunks/", "kept/", "manifests/", "packed/", "pieces/", "saved/"):
         clear(storage.open_store(service.settings), folder)
     with broker.connect(service.settings) as redis:
         redis.flushall()
