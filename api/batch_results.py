@@ -176,12 +176,12 @@ class _Held:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._results: dict[str, list[str]] = {}
+        self._results: dict[str, set[str]] = {}
 
     def add(self, job: Job, tables: Iterable[StoredTable]) -> None:
         """A finished job's result, of which these are sent."""
         for table in tables:
-            self._results.setdefault(table.path, []).append(job.manifest or "")
+            self._results.setdefault(table.path, set()).add(job.manifest or "")
 
     def withdrawing(
         self, pieces: Callable[[], AsyncGenerator[bytes]]

@@ -130,7 +130,12 @@ def _same_model(old: SavedScan, new: SavedScan) -> bool:
 def _fields(old: SavedScan, new: SavedScan) -> dict[str, tuple[Any, Any]]:
     names = [*old.request, *(name for name in new.request if name not in old.request)]
     pairs = {name: (old.request.get(name), new.request.get(name)) for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    # A request of before it could be canonical is like one that is not.
+    return {
+        name: pair
+        for name, pair in pairs.items()
+        if pair[0] != pair[1] and (name != "canonical" or any(pair))
+    }
 
 
 def _scan_difference(

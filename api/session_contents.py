@@ -98,9 +98,12 @@ def kept(store: Store, digest: str) -> Kept:
     path = keys.kept_result_path(digest)
     try:
         body = store.get(path)
-    except Missing:
+    except Missing as missing:
         path = keys.once_kept_result_path(digest)
-        body = store.get(path)
+        try:
+            body = store.get(path)
+        except Missing:
+            raise missing from None
     if result_digest(body) != digest:
         raise Damaged(f"{path} holds bytes whose hash is {result_digest(body)}", path=path)
     return Kept(digest, path, body, _manifest.decode(body))
@@ -418,8 +421,10 @@ async def _kept_of(
         for job, digest in zip(wanted.values(), digests, strict=True)
         if isinstance(digest, str)
     }
-    if named:
+    try:
         await services.sessions.write(kept_results.expect, named.values())
+    except Unavailable as error:
+        return dict.fromkeys(wanted, error)
     away.clear()  # these could be read
     scans = await asyncio.gather(
         *(tried(partial(_kept_scan, services), wanted[job_id]) for job_id in named)

@@ -64,9 +64,20 @@ async def take_in(services: Services, chunks: AsyncIterator[bytes]) -> SessionVi
 def _opened(services: Services, file: IO[bytes]) -> tuple[Archive, bytes]:
     """A file, and the document in it, once it is seen that they go together."""
     file.seek(0)
-    archive = open_archive(file, largest=services.settings.max_session_bytes)
+    largest = services.settings.max_session_bytes
+    archive = open_archive(file, largest=largest)
     body = archive.document()
     _check(archive, body)
+    # Each result keeps tables of its own: a file in which many name one would grow.
+    size = sum(
+        sum({ref.chunk: ref.bytes for ref in manifest.tables}.values())
+        for manifest in archive.results.values()
+    )
+    if size > largest:
+        raise InvalidArchive(
+            f"the results of this file would take {size} bytes, a session's take {largest} at most",
+            entry="results",
+        )
     return archive, body
 
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from neural_mri.contract.anomalies import Lens, Sublayers
-from neural_mri.contract.circuits import CircuitMethod, Granularity
+from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
 from neural_mri.contract.components import Kind
 from neural_mri.contract.models import Architecture
 from neural_mri.contract.perturbations import Noise, PatchSite
@@ -55,8 +55,12 @@ def extent(scan: Scan, architecture: Architecture, n_tokens: int) -> Extent:
             components = architecture.n_layers * (
                 2 if scan.granularity is Granularity.BLOCKS else architecture.n_heads + 1
             )
+            # An MLP's own value is far from a mean or from nothing: then every one is measured.
+            resamples = scan.effective_ablation is Ablation.RESAMPLE
+            mlps = 1 if resamples else architecture.n_layers
+            measured = min(scan.exact + mlps, components) if scan.exact else 0
             forwards = {
-                CircuitMethod.FAST: 2 + min(scan.exact, components) / 10,
+                CircuitMethod.FAST: 2 + measured / 10,
                 CircuitMethod.ABLATION: 2 + components / 10,
                 CircuitMethod.ATTRIBUTION_PATCHING: 2.0,
                 CircuitMethod.INTEGRATED_GRADIENTS: 1.0 + scan.steps,

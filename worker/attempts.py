@@ -56,8 +56,6 @@ STORE_SECONDS = 60.0
 """How long a result may wait for a store that does not take it."""
 KNOWN_SECONDS = 1.0
 """How long a model that is asked for again counts as registered as it was."""
-MOST_WORK = 1.5
-"""Plain forwards of work that a pass takes for each job that it may: some mates read far more than others."""
 NO_MANIFESTS: Mapping[UUID, str] = MappingProxyType({})
 
 T = TypeVar("T")
@@ -156,6 +154,8 @@ class Attempts:
                 queue=queue,
                 owner=self._owner,
                 limit=self._settings.batch_jobs,
+                tokens=self._settings.batch_tokens,
+                forwards=self._settings.batch_forwards,
                 lease_seconds=self._settings.lease_seconds,
                 starts=True,
             )
@@ -189,7 +189,7 @@ class Attempts:
         limit = _Load(
             self._settings.batch_tokens,
             max(0, self._placing.left()),
-            MOST_WORK * self._settings.batch_jobs,
+            self._settings.batch_forwards,
         )
         together, load = list[Holding](), NOTHING
         for holding in held:

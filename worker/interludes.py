@@ -21,6 +21,7 @@ from neural_mri.backing.records import LANE_WEIGHTS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import Lane
 from neural_mri.contract.problems import Unavailable
+from neural_mri.contract.scans import Forward
 from worker.keeper import Holding
 from worker.residency import Residency
 from worker.scanner.listening import Silent
@@ -42,9 +43,14 @@ def _most_cost(together: Sequence[Job]) -> float:
     if not together or not all(job.tokens for job in together):
         # A load, a calibration: what reads no prompt does not say how long it takes.
         return math.inf
-    if len(together) > 1 and any(job.lane is Lane.INTERACTIVE for job in together):
+    costs = [job.estimated_cost for job in together]
+    if together[0].batch_key.startswith(Forward.DIFFERENTIATED):
+        # Measured one by one: another that is as long waits for the next pass.
+        most = SHORT * max(costs)
+    elif len(together) > 1 and any(job.lane is Lane.INTERACTIVE for job in together):
         return 0.0  # who comes meanwhile shares the next pass, which is cheaper for all
-    most = SHORT * sum(job.estimated_cost for job in together)
+    else:
+        most = SHORT * sum(costs)
     return most if most >= LEAST_COST else 0.0
 
 
@@ -100,6 +106,8 @@ class Interludes:
                 queue=queue,
                 owner=self._owner,
                 limit=self._settings.batch_jobs,
+                tokens=self._settings.batch_tokens,
+                forwards=self._settings.batch_forwards,
                 lease_seconds=self._settings.lease_seconds,
                 most_cost=self._most,
                 starts=True,

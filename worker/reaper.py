@@ -64,6 +64,8 @@ STOP_EVERY_SECONDS = 1.0
 """How often batches are looked at of which too many scans may have failed, or lines wait for room; after a round
 in which there was some, the next one looks again: few jobs may be all that one person may have, and end soon."""
 
+UNKEPT_SECONDS = 1.0
+"""For so long kept results are taken away at once: jobs that are lost wait no longer for that."""
 DELETE_EVERY_SECONDS = 60.0
 """How often jobs are looked for that are too old, and results that deleted ones have left; a round in which there
 was a full number of them is followed by the next one."""
@@ -288,24 +290,33 @@ class Reaper:
         self._count({"result:unneeded": len(unneeded.discards)})
 
     def _take_unkept(self) -> None:
-        """Take away results that sessions kept and that none names any more."""
+        """Take away results that sessions kept and that none names any more, for so long as others can wait."""
+        began, count = time.monotonic(), 0
+        try:
+            while time.monotonic() - began < UNKEPT_SECONDS:
+                if not (taken := self._sessions.write(kept_results.take, most=1)):
+                    return
+                self._take_kept(*taken)
+                self._sessions.write(kept_results.settle, taken)
+                count += 1
+            self._unkept_at = 0.0  # there may be more
+        finally:
+            self._count({"result:unkept": count})
 
-        def take(session: Session) -> list[kept_results.Due]:
-            # Within the transaction: who comes to keep the same waits for it, and puts it there anew.
-            found = kept_results.due(session)
-            nobodys = [each.digest for each in found if not each.is_needed]
-            for path in stored.files_of(self._store, map(keys.kept_result_path, nobodys)):
-                self._beat(self._settings.reaper_hung_seconds)
-                self._store.delete(path)
-            for digest in nobodys:
-                self._store.delete(keys.once_kept_result_path(digest))
-            kept_results.settle(session, [each.digest for each in found])
-            return found
+    def _take_kept(self, digest: str) -> None:
+        """Take away a kept result that nobody can keep meanwhile.
 
-        looked_at = self._sessions.write(take)
-        if len(looked_at) == kept_results.MOST_TAKEN:
-            self._unkept_at = 0.0
-        self._count({"result:unkept": sum(not each.is_needed for each in looked_at)})
+        Raises `Unavailable` where that takes so long that another may go on with it, and somebody keep it anew
+        after that.
+        """
+        began = time.monotonic()
+        self._beat(self._settings.reaper_hung_seconds)
+        found = list(stored.files_of(self._store, [keys.kept_result_path(digest)]))
+        for path in (*found, keys.once_kept_result_path(digest)):
+            self._beat(self._settings.reaper_hung_seconds)
+            if time.monotonic() - began > kept_results.TAKEN_SECONDS / 3:
+                raise Unavailable(f"to take {path} away has taken too long: it is begun anew later")
+            self._store.delete(path)
 
     def _count(self, deleted: Mapping[str, int]) -> None:
         if not any(deleted.values()):

@@ -140,8 +140,15 @@ def perform(
     early: dict[int, Performed] = {}
 
     def stand(some: Mapping[int, Outcome]) -> None:
-        seconds = shares.of_early(len(some))
-        these = {index: finished(index, outcome, seconds) for index, outcome in some.items()}
+        share = shares.of_early(len(some))
+        these = {}
+        for index, outcome in some.items():
+            seconds = share
+            if isinstance(outcome, ScanOutput) and outcome.forward_seconds > share:
+                # Measured for itself, while others stood by.
+                seconds = outcome.forward_seconds
+                shares.add(seconds - share)
+            these[index] = finished(index, outcome, seconds)
         early.update(these)
         with shares.set_aside():
             ready(these)
@@ -180,9 +187,13 @@ class _Shares:
         self._n_left -= count
         return seconds
 
+    def add(self, seconds: float) -> None:
+        """More was one's own than its share."""
+        self._given += seconds
+
     def of_last(self) -> float:
         """Of each of the others."""
-        return (self._computed() - self._given) / self._n_left
+        return max(0.0, self._computed() - self._given) / self._n_left
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ def upgrade() -> None:
         "kept_results",
         sa.Column("digest", sa.String(64), primary_key=True),
         sa.Column("due", sa.Double(), nullable=False),
+        sa.Column("taken_at", sa.Double(), nullable=True),
     )
     op.create_index("ix_kept_results_due", "kept_results", ["due"])
 

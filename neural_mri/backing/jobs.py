@@ -430,6 +430,10 @@ def queue_of_short(session: Session, queues: Sequence[str], most_cost: float) ->
     return found
 
 
+MOST_TOKENS, MOST_FORWARDS = 1 << 20, 1 << 10
+"""As many as any pass takes."""
+
+
 def claim(
     session: Session,
     *,
@@ -437,10 +441,15 @@ def claim(
     owner: LeaseOwner,
     limit: int,
     lease_seconds: float,
+    tokens: int = MOST_TOKENS,
+    forwards: int = MOST_FORWARDS,
     most_cost: float | None = None,
     starts: bool = False,
 ) -> list[Job]:
     """Take the queue's first job in fair order, and up to `limit` - 1 that may share its pass.
+
+    Of such as are as much work as the first, no more than make about one pass: so many `tokens`, and as much work
+    as so many plain `forwards` of its prompt.
 
     In fair order; empty when nothing waits. Two workers never get the same job. With `most_cost`, of the
     scans alone that somebody looks for and that are at most so much work. `starts` says that a scan which
@@ -452,6 +461,8 @@ def claim(
     parameters = {
         "name": queue,
         "most": limit,
+        "pass_tokens": tokens,
+        "pass_forwards": forwards,
         "holder": str(owner),
         "seconds": lease_seconds,
         "starts": starts,

@@ -487,6 +487,8 @@ class KeptResultRow(Base):
 
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     due: Mapped[float]
+    taken_at: Mapped[float | None]
+    """Since when it is being taken away."""
 
 
 class SessionArrivalRow(Base):

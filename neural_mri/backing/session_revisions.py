@@ -16,6 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from neural_mri.backing.database import epoch
+from neural_mri.backing.kept_results import check_kept
 from neural_mri.backing.records import AnyRow
 from neural_mri.backing.rows import SESSION_RESULTS, SESSION_REVISIONS, SESSIONS
 from neural_mri.contract.archives import canonical
@@ -229,11 +230,12 @@ class Revisions:
         self._kept |= dict.fromkeys((session_id, scan.result) for scan in document.scans)
 
     def write(self, session: Session) -> None:
-        """The sessions must be there."""
+        """The sessions must be there. Raises `Unavailable` where what they keep was taken away meanwhile."""
         run = session.connection().execute
         if self._rows:
             run(insert(SESSION_REVISIONS).values(created_at=epoch()), self._rows)
         if self._kept:
+            check_kept(session, {digest for _, digest in self._kept})
             is_postgresql = session.get_bind().dialect.name == "postgresql"
             insert_or = postgresql.insert if is_postgresql else sqlite.insert
             rows = [{"session_id": each, "digest": digest} for each, digest in sorted(self._kept)]

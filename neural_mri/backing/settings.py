@@ -156,6 +156,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """`console` for people, `json` for machines."""
 
     @property
+    def batch_forwards(self) -> int:
+        """As much work as a pass takes, in plain forwards: some mates read far more than others."""
+        return max(1, 3 * self.batch_jobs // 2)
+
+    @property
     def folder(self) -> Path:
         """The data folder, absolute."""
         return self.data_dir.expanduser().resolve()

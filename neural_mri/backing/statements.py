@@ -20,6 +20,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    cast,
     func,
     insert,
     literal,
@@ -234,10 +235,26 @@ def _state(state: JobState) -> ColumnElement[JobState]:
     return literal(state, type_=_job.state.type)
 
 
+def _least(one: Any, other: Any) -> ColumnElement[int]:
+    return case((one < other, one), else_=other)
+
+
+_TOKENS = case((_job.n_tokens > 1, _job.n_tokens), else_=1)
+_BY_TOKENS = bindparam("pass_tokens", type_=Integer) // _TOKENS
+# In sixteenths: both databases divide whole numbers alike.
+_COST = cast(_job.estimated_cost * 16, Integer)
+_BY_WORK = (
+    bindparam("pass_forwards", type_=Integer) * _TOKENS * 16 // case((_COST > 1, _COST), else_=1)
+)
+_OF_ONE_PASS = _least(_BY_TOKENS, _BY_WORK)
+_ROOM = _least(bindparam("most", type_=Integer), case((_OF_ONE_PASS > 1, _OF_ONE_PASS), else_=1))
+"""Jobs like the head that one pass takes, about: others are for whoever comes next. Parameters: most, pass_tokens, pass_forwards."""
+
+
 def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
     of_queue = and_(waiting, _job.queue == bindparam("name"))
     head = (
-        select(_job.id, _job.batch_key, _job.lane, _job.attempt)
+        select(_job.id, _job.batch_key, _job.lane, _job.attempt, _ROOM.label("room"))
         .where(of_queue)
         .order_by(*_FAIR_ORDER)
         .limit(1)
@@ -258,7 +275,7 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
             or_(is_head, lost_none),
         )
         .order_by(*_FAIR_ORDER)
-        .limit(bindparam("most", type_=Integer))
+        .limit(func.coalesce(select(head.c.room).scalar_subquery(), 0))
         .with_for_update(skip_locked=True)
         .cte("batch")
     )
@@ -283,7 +300,8 @@ def _claim(waiting: ColumnElement[bool]) -> UpdateBase:
 CLAIM = Prepared(_claim(_WAITING))
 """Takes the head of a queue and its mates: of the interactive lane alone where the head is of it.
 
-Parameters: name, most, holder, seconds, starts: whether a scan that comes alone is running when it comes.
+Parameters: name, most, pass_tokens, pass_forwards, holder, seconds, starts: whether a scan that comes alone is running when
+it comes.
 
 CTEs, because PostgreSQL may run a subquery with LIMIT and row locks more than once.
 """

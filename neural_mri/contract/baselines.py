@@ -22,7 +22,7 @@ __all__ = (
     "record_key",
 )
 
-MEASURES_VERSION = "2"
+MEASURES_VERSION = "3"
 """Raised with every change to how a diagnosis asks the scanner and reads its tables."""
 
 

@@ -77,18 +77,19 @@ class CircuitScan(TargetedScan, frozen=True, kw_only=True, tag="DTI", tag_field=
 
     @property
     def shared_forward(self) -> Forward | None:
-        """With others that take one gradient after their last token.
-
-        Exact ablation takes none, and a path of gradients is a batch of its own.
-        """
-        is_one = self.method in (CircuitMethod.FAST, CircuitMethod.ATTRIBUTION_PATCHING)
-        shares = is_one and self.target_token_idx == -1 and not self.canonical
+        """With others that take one gradient after their last token."""
+        shares = self.takes_one_gradient and self.target_token_idx == -1 and not self.canonical
         return Forward.DIFFERENTIATED if shares else None
 
     @property
     def n_rows(self) -> int:
         """The prompt and the corrupt one."""
         return 1 + len(self.other_prompts)
+
+    @property
+    def takes_one_gradient(self) -> bool:
+        """Exact ablation takes none, and a path of gradients is a batch of its own."""
+        return self.method in (CircuitMethod.FAST, CircuitMethod.ATTRIBUTION_PATCHING)
 
     @property
     def exact_at_most(self) -> int:

@@ -229,7 +229,8 @@ def _scanned(
     early = [each for each in wanted if each.modality in _UNCALIBRATED]
     late = [each for each in wanted if each.modality not in _UNCALIBRATED]
     early.sort(key=lambda each: (each.modality != "T2", each.n_read))
-    late.sort(key=lambda each: (each.modality == "DTI", -each.n_read))
+    # Of circuits, those first that are alone: between others they would keep these from sharing a forward.
+    late.sort(key=lambda each: (each.modality == "DTI", each.paired != 0, -each.n_read))
     calibrating = [_calibration(suite)] if any(map(_is_calibrated, late)) else []
     results = scans.scan([*calibrating, *(each.scan for each in early)])
     keys = [next(results).scan_key for _ in calibrating]

@@ -5,7 +5,9 @@ import io
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -16,14 +18,24 @@ import pyarrow as pa
 import pytest
 from sqlalchemy import delete, update
 
-from api import session_contents
+from api import session_contents, session_files
 from neural_mri.backing import keys, session_arrivals, session_revisions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.records import Job
 from neural_mri.backing.rows import JOBS, KEPT_RESULTS, SESSION_RESULTS
-from neural_mri.contract.archives import SESSION_FILE, Archive, canonical, open_archive
+from neural_mri.contract.archives import (
+    SESSION_FILE,
+    Archive,
+    InvalidArchive,
+    canonical,
+    chunk_entry,
+    open_archive,
+    result_entry,
+    write_archive,
+)
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.results import from_ipc
+from neural_mri.contract.sessions import SessionDocument
 from tests.api.keyed import keyed
 from tests.api.reading import follow
 from tests.api.specimens import PROMPT
@@ -382,6 +394,37 @@ def test_what_is_exported_and_taken_in_again_has_the_same_hashes(
         lone_world.register()
         again = api.post("/api/scan/activation", json={"prompt": PROMPT}).json()
         assert again["state"] == "queued", "what a file says answers no scan"
+
+
+def test_a_file_whose_results_would_take_more_than_a_session_may_is_refused(
+    api: httpx.Client, world: World
+) -> None:
+    """Many manifests that name one table: each would keep it for itself."""
+    session = made(api, scanned(api, world, "f h h"))
+    document = msgspec.json.decode(canonical(session.body["document"]), type=SessionDocument)
+    [scan] = document.scans
+    whole = archived(api, f"{session.path}/export")
+    bodies = [
+        canonical({**msgspec.json.decode(whole.result(scan.result)), "forward_seconds": number})
+        for number in range(40)
+    ]
+    scans = tuple(
+        msgspec.structs.replace(scan, result=hashlib.sha256(body).hexdigest()) for body in bodies
+    )
+    entries = [
+        *map(result_entry, bodies),
+        *(
+            chunk_entry(chunk, len(whole.chunk(chunk)), partial(whole.chunk, chunk))
+            for chunk in whole.chunks()
+        ),
+    ]
+    many = canonical(msgspec.structs.replace(document, parent=None, scans=scans))
+    file = io.BytesIO(b"".join(write_archive(entries, document=many)))
+    services: Any = SimpleNamespace(
+        settings=SimpleNamespace(max_session_bytes=2 * len(file.getvalue()))
+    )
+    with pytest.raises(InvalidArchive, match=r"would take \d+ bytes"):
+        session_files._opened(services, file)
 
 
 def send_file(api: httpx.Client, body: bytes) -> httpx.Response:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from sqlalchemy import select, update
 
-from neural_mri.backing import access, session_arrivals, session_revisions, shares
+from neural_mri.backing import access, kept_results, session_arrivals, session_revisions, shares
 from neural_mri.backing import sessions as saved
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.rows import SESSION_ARRIVALS, SESSIONS, SHARES
@@ -44,6 +44,12 @@ def scan(number: int, model: str = "tiny") -> SavedScan:
         revision="0" * 64,
         request={"prompt": f"The Eiffel Tower {number}"},
     )
+
+
+@pytest.fixture(autouse=True)
+def _kept(sessions: Sessions) -> None:
+    """What scans have measured is there to be named."""
+    sessions.write(kept_results.expect, [scan(number).result for number in range(1100)])
 
 
 def made(

@@ -168,7 +168,9 @@ def _requests(seed: int, count: int) -> Iterator[Asked]:
             body = {"prompt": prompt, "model": "tiny", "layers": [0]}
             yield Asked("/api/scan/attention", body, lane, regretted)
         elif kind < 0.95:
-            body = {"prompt": prompt, "model": "tiny", "method": "ablation", "ablation": "zero"}
+            method = chance.choice(("fast", "attribution_patching", "ablation"))
+            body = {"prompt": prompt, "model": "tiny", "method": method, "ablation": "zero"}
+            body |= {"exact": 3, "edges": 5, "canonical": chance.random() < 0.3}
             yield Asked("/api/scan/circuits", body, lane, regretted)
         elif kind < 0.97:
             body = {"model": "tiny"}

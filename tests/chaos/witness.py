@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 from uuid import UUID
 
+import msgspec
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
@@ -23,6 +24,7 @@ from neural_mri.backing.stored import open_result
 from neural_mri.contract.events import Ended, decode_event
 from neural_mri.contract.jobs import TERMINAL, TRANSITIONS, JobState
 from neural_mri.contract.problems import Gone
+from neural_mri.contract.scans import decode_scan
 
 __all__ = ("Move", "Witness")
 
@@ -195,7 +197,7 @@ class Witness:
                 yield f"{path}: was spoilt, and is read all the same"
             manifest = result.manifest
             tables = {ref.name: ref.chunk for ref in manifest.tables}
-            if manifest.request.get("canonical") is False:
+            if decode_scan(msgspec.json.encode(manifest.request)).shared_forward is not None:
                 continue  # whose company may show in the last digit
             if same.setdefault(manifest.scan_key, tables) != tables:
                 yield f"{path}: another attempt at the same scan has come to other numbers"

@@ -23,6 +23,7 @@ from neural_mri.backing import (
     deletion,
     feeding,
     jobs,
+    kept_results,
     keys,
     queue,
     storage,
@@ -32,11 +33,12 @@ from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.jobs import Job, LeaseOwner, Submission
-from neural_mri.backing.rows import BATCHES, DISCARDS, JOBS
+from neural_mri.backing.rows import BATCHES, DISCARDS, JOBS, KEPT_RESULTS
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import FolderStore, Store, StoreUnavailable
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState, Lane
+from neural_mri.contract.problems import Unavailable
 from tests.backing.stores import paths
 from tests.servers import (
     Template,
@@ -215,6 +217,40 @@ def test_jobs_older_than_they_are_kept_are_deleted_and_their_results_taken_away_
     assert not store.exists(old.manifest)
     assert store.exists(young.manifest)
     assert client.hgetall(keys.DELETED) == {b"job:age": b"1", b"result:unneeded": b"1"}
+
+
+def test_what_is_taken_away_for_too_long_is_left_to_another(
+    settings: Settings,
+    sessions: Sessions,
+    client: SyncRedis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It might be there anew by then."""
+    store, digests = storage.open_store(settings), [f"{number:064x}" for number in range(3)]
+    files = [keys.kept_result_path(digest) for digest in digests]
+    files += [keys.table_path(path, "ab" * 32) for path in files]
+    for path in files:
+        store.put(path, b"kept")
+    sessions.write(kept_results.expect, digests)
+
+    def pass_by(**columns: float) -> None:
+        with sessions.writing() as session:
+            session.execute(update(KEPT_RESULTS).values(**columns))
+
+    pass_by(due=0.0)
+    with monkeypatch.context() as slow:
+        slow.setattr(kept_results, "TAKEN_SECONDS", 0.0)
+        with structlog.testing.capture_logs() as logged:
+            Reaper(settings, sessions, client, store).round()
+    assert "taken too long" in str(logged)
+    assert all(map(store.exists, files))
+    with pytest.raises(Unavailable, match="being taken away"):
+        sessions.write(kept_results.expect, digests)
+    pass_by(taken_at=0.0)
+    Reaper(settings, sessions, client, store).round()
+    assert not any(map(store.exists, files))
+    assert client.hgetall(keys.DELETED) == {b"result:unkept": b"3"}
+    sessions.write(kept_results.expect, digests)
 
 
 def test_a_clock_that_is_put_forward_makes_no_job_old(

@@ -35,7 +35,7 @@ from neural_mri.contract.scans import (
 from neural_mri.contract.tokens import Operands, Span, Tokens
 from tests.worker.bench import Bench
 from worker import admission, keeper
-from worker.scanner import logit_lens
+from worker.scanner import circuits, logit_lens, sweep
 from worker.scanner.anomalies import AnomalyRows
 from worker.scanner.loading import LoadedModel
 
@@ -380,8 +380,57 @@ def test_a_pass_is_so_much_work_at_the_most(bench: Bench) -> None:
     for seed in range(5):
         submitted(bench, AT_ANSWER, prompt(seed), forwards=9.0)
     forwards = Forwards(bench)
-    assert bench.attempts().take(bench.queue) == 5
+    assert [bench.attempts().take(bench.queue) for _ in range(4)] == [2, 2, 1, 0], "of one claim"
     assert forwards.batches == [2, 2, 1]
+
+
+def sweeps(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> None:
+    """Something happens before each circuit is measured."""
+    measured = sweep.sweep
+
+    def swept(*arguments: Any) -> Any:
+        before()
+        return measured(*arguments)
+
+    monkeypatch.setattr(circuits, "sweep", swept)
+
+
+CIRCUIT = CircuitScan(model="tiny", prompt=PROMPT, ablation=Ablation.ZERO, exact=4, edges=0)
+
+
+def test_while_circuits_are_measured_one_by_one_a_short_scan_is_let_in(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, seen = holding_tiny, list[S]()
+    mine = [submitted(bench, CIRCUIT, prompt(seed), forwards=6.0) for seed in range(6)]
+    short = list[Job]()
+
+    def look() -> None:
+        if not short:
+            short.append(submitted(bench, FMRI, prompt(50), owner="bob"))
+        time.sleep(0.06)
+        seen.append(bench.now(short[0]).state)
+
+    sweeps(monkeypatch, look)
+    bench.settings = msgspec.structs.replace(bench.settings, batch_jobs=16)
+    assert bench.attempts().take(bench.queue) == 4, "no more than make one pass"
+    assert seen == [S.QUEUED, *[S.SUCCEEDED] * 3]
+    states = [bench.now(job).state for job in mine]
+    assert states == [*[S.SUCCEEDED] * 4, *[S.QUEUED] * 2]
+
+
+def test_each_circuit_of_a_pass_costs_what_it_took(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = holding_tiny
+    sweeps(monkeypatch, lambda: time.sleep(0.1))
+    together = [submitted(bench, CIRCUIT, prompt(seed)) for seed in range(5)]
+    assert bench.attempts().take(bench.queue) == 5
+    made = [stored.load_manifest(bench.store, bench.now(job).manifest or "") for job in together]
+    for each in made:
+        assert 0.1 < each.forward_seconds <= each.compute_seconds
+    # Whoever is last is given what was left: the pass's own beginning and end.
+    assert max(each.compute_seconds for each in made[:-1]) < 0.3
 
 
 def test_a_pass_takes_no_more_memory_than_there_is(

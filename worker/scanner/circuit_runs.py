@@ -70,8 +70,7 @@ def run_together(
 ) -> list[CircuitRuns | Problem]:
     """Runs of scans by one gradient each, of prompts of one length, in one forward and one backward pass.
 
-    Gives in a scan's place why it cannot be asked. Raises it where none of them can, and `Cancelled` when the
-    listener stops them.
+    Gives in a scan's place why it cannot be asked. Raises `Cancelled` when the listener stops them.
     """
     metrics: list[Metric | Problem] = []
 
@@ -87,20 +86,23 @@ def run_together(
             if isinstance(metric, Metric)
         ]
         if not slopes:
-            raise next(metric for metric in metrics if isinstance(metric, Problem))
+            raise _NothingAsked
         return torch.stack(slopes).sum()
 
     # Gradients go back along the first rows alone: the clean ones.
     clean, corrupt = ([one.ids[at : at + 1] for one, _ in asked] for at in (0, 1))
     ids = torch.cat([*clean, *corrupt])
-    both = differentiate(
-        model,
-        ids,
-        scalar,
-        rows=len(asked),
-        on_layer=_telling(model, listener),
-        on_layer_back=listener.checkpoint,
-    )
+    try:
+        both = differentiate(
+            model,
+            ids,
+            scalar,
+            rows=len(asked),
+            on_layer=_telling(model, listener),
+            on_layer_back=listener.checkpoint,
+        )
+    except _NothingAsked:
+        return [metric for metric in metrics if isinstance(metric, Problem)]
     found: list[CircuitRuns | Problem] = []
     at = len(asked)
     for row, (metric, of_corrupt) in enumerate(zip(metrics, corrupt, strict=True)):
@@ -112,6 +114,10 @@ def run_together(
             found.append(metric)
         at += len(of_corrupt)
     return found
+
+
+class _NothingAsked(Exception):
+    """None of the scans can be asked: there is nothing to go back from."""
 
 
 def _telling(model: LoadedModel, listener: Listener) -> Callable[[int], None]:

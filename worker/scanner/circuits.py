@@ -27,7 +27,7 @@ from worker.scanner.circuit_questions import Prompts, Question
 from worker.scanner.circuit_runs import CircuitRuns, run_alone, run_together
 from worker.scanner.direct_attribution import DirectAttribution, direct_attribution
 from worker.scanner.edges import Edges, strongest_edges
-from worker.scanner.listening import Listener, Timed
+from worker.scanner.listening import Cancelled, Listener, Timed
 from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import log_probability
 from worker.scanner.prompts import ScanOutput
@@ -76,7 +76,9 @@ def scan_circuits(
     question = Question.of(model, answer_id, foil_id)
     timed = Timed(listener)
     runs = run_alone(model, request, prompts, question, timed)
-    return _read_off(model, request, runs, prompts.start, reference, timed, 0.0)
+    circuit = _Circuit(model, request, runs, prompts.start, reference)
+    circuit.estimate(timed)
+    return _measured(circuit, timed, 0.0)
 
 
 class AskedCircuit(NamedTuple):
@@ -97,13 +99,15 @@ def scan_circuits_together(
 ) -> list[Outcome]:
     """What became of each scan: what it would give alone, to the last digits but one.
 
-    Their gradients are taken in one forward and backward pass, which goes on while anybody waits for it. Then
-    they are measured one after another, those first that have least to measure; `ready` is given each, by its
-    index, while others are still measured. Raises what concerns them all, and `Cancelled` when nobody waits
-    any more.
+    Their gradients are taken in one forward and backward pass, which goes on while anybody waits for it, and
+    everybody hears estimates. Then they are measured one after another, those first that have least to measure;
+    `ready` is given each, by its index, while others are still measured, and at once who has stopped. Raises what
+    concerns them all, and `Cancelled` when nobody waits any more.
     """
+    if any(not one.request.takes_one_gradient for one in circuits):
+        raise ValueError("a scan by another method than one gradient has its forward to itself")
     if len(circuits) > 1 and any(one.request.shared_forward is None for one in circuits):
-        raise ValueError("a canonical scan, or one of another method, has its forward to itself")
+        raise ValueError("a canonical scan has its forward to itself")
     outcomes: dict[int, Outcome] = {}
     asked: dict[int, tuple[Prompts, Question]] = {}
     for index, one in enumerate(circuits):
@@ -111,23 +115,55 @@ def scan_circuits_together(
             asked[index] = _understood(model, one)
         except Problem as problem:
             outcomes[index] = problem
-    if not asked:
-        return [outcomes[index] for index in range(len(circuits))]
+    begun = _begun_together(model, circuits, asked, outcomes) if asked else {}
+    for index in sorted(begun, key=lambda index: circuits[index].request.exact_at_most):
+        if index in outcomes:
+            continue
+        circuit, seconds = begun[index]
+        heard = Timed(circuits[index].asked.listener)
+        outcomes[index] = outcome_of(partial(_measured, circuit, heard, seconds))
+        known = {index: outcomes[index]}
+        for other in begun.keys() - outcomes.keys():
+            if (stopped := _stopped(circuits[other].asked.listener)) is not None:
+                known[other] = outcomes[other] = stopped
+        if begun.keys() - outcomes.keys():
+            ready(known)
+    return [outcomes[index] for index in range(len(circuits))]
+
+
+def _begun_together(
+    model: LoadedModel,
+    circuits: Sequence[AskedCircuit],
+    asked: Mapping[int, tuple[Prompts, Question]],
+    outcomes: dict[int, Outcome],
+) -> dict[int, tuple["_Circuit", float]]:
+    """Scans whose estimates are told, and each one's seconds so far; what became of others is put in `outcomes`."""
     timed = Timed(Company([circuits[index].asked.listener for index in asked]))
-    runs = dict(zip(asked, run_together(model, [*asked.values()], timed), strict=True))
-    seconds = timed.own_seconds / len(asked)
-    for index in sorted(runs, key=lambda index: circuits[index].request.exact_at_most):
-        found, one = runs.pop(index), circuits[index]
+    runs = run_together(model, [*asked.values()], timed)
+    share = timed.own_seconds / len(asked)
+    begun = {}
+    for index, found in zip(asked, runs, strict=True):
         if isinstance(found, Problem):
             outcomes[index] = found
             continue
-        start = asked[index][0].start
-        heard = Timed(one.asked.listener)
-        read = partial(_read_off, model, one.request, found, start, one.means, heard, seconds)
-        outcomes[index] = outcome_of(read)
-        if runs:
-            ready({index: outcomes[index]})
-    return [outcomes[index] for index in range(len(circuits))]
+        one, heard = circuits[index], Timed(circuits[index].asked.listener)
+        try:
+            heard.checkpoint()
+            circuit = _Circuit(model, one.request, found, asked[index][0].start, one.means)
+            circuit.estimate(heard)
+        except (Problem, Cancelled) as reason:
+            outcomes[index] = reason
+        else:
+            begun[index] = (circuit, share + heard.own_seconds)
+    return begun
+
+
+def _stopped(listener: Listener) -> Cancelled | None:
+    try:
+        listener.checkpoint()
+    except Cancelled as cancelled:
+        return cancelled
+    return None
 
 
 def _understood(model: LoadedModel, one: AskedCircuit) -> tuple[Prompts, Question]:
@@ -137,33 +173,10 @@ def _understood(model: LoadedModel, one: AskedCircuit) -> tuple[Prompts, Questio
     return prompts, Question.of(model, one.asked.answer_id, one.asked.foil_id)
 
 
-def _read_off(
-    model: LoadedModel,
-    request: CircuitScan,
-    runs: CircuitRuns,
-    start: int,
-    reference: ReferenceMeans | None,
-    timed: Timed,
-    seconds: float,
-) -> ScanOutput:
-    """A scan's tables, its runs made; `seconds` were its share of what others ran with it."""
+def _measured(circuit: "_Circuit", timed: Timed, seconds: float) -> ScanOutput:
+    """A scan's tables, its estimates told; `seconds` have been spent on it before."""
     timed.checkpoint()
-    circuit = _Circuit(model, request, runs, start, timed, reference)
-    effects = circuit.effects()
-    edges = circuit.edges()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    forward_seconds = seconds + timed.own_seconds
-    metric = runs.metric
-    made = {
-        "effects": tables.effects_table(metric, effects, **circuit.provenance()),
-        "metric": tables.metric_table(model, metric, circuit.measured()),
-    }
-    if edges is not None:
-        made["edges"] = tables.edges_table(
-            metric, effects.components, edges, **circuit.provenance()
-        )
-    return ScanOutput(made, forward_seconds)
+    return circuit.output(timed, lambda: seconds + timed.own_seconds)
 
 
 class _Circuit:
@@ -175,15 +188,31 @@ class _Circuit:
         request: CircuitScan,
         runs: CircuitRuns,
         start: int,
-        listener: Listener,
         reference: ReferenceMeans | None,
     ) -> None:
         self._model = model
         self._request = request
-        self._listener = listener
         self._clean, self._corrupt, self.metric, self._path = runs
         self._swept_by = ""
         self._replacements = self._replaced_by(reference, start)
+        self._components = _components(model.architecture, request.granularity)
+        self._estimate = _filled(len(self._components), (), torch.empty(0))
+
+    def output(self, listener: Listener, seconds: Callable[[], float]) -> ScanOutput:
+        """The tables; what is measured is told. `seconds` are asked for once everything is computed."""
+        effects, edges = self._effects(listener), self._edges(listener)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        taken = seconds()
+        made = {
+            "effects": tables.effects_table(self.metric, effects, **self._provenance()),
+            "metric": tables.metric_table(self._model, self.metric, self._measured()),
+        }
+        if edges is not None:
+            made["edges"] = tables.edges_table(
+                self.metric, effects.components, edges, **self._provenance()
+            )
+        return ScanOutput(made, taken)
 
     @cached_property
     def _direct(self) -> DirectAttribution:
@@ -209,17 +238,27 @@ class _Circuit:
             case Ablation.ZERO:
                 return Replacements.zero(self._clean, shape, start=start)
 
-    def effects(self) -> tables.Effects:
+    def estimate(self, listener: Listener) -> None:
+        """Take first-order estimates, and tell them; the method may take none."""
+        if self._path is None or self._replacements is None:
+            return
+        components = self._components
+        estimated = range(len(components) - 1)
+        first_order = estimates(components[:-1], self._clean, self._replacements, self._path)
+        values = in_metric(self.metric, self._clean.logits[0].cpu(), first_order)
+        self._tell(listener, estimated, values, exact=False)
+        self._estimate = _filled(len(components), estimated, values)
+
+    def _effects(self, listener: Listener) -> tables.Effects:
         """Everything the method says of every component."""
-        components = _components(self._model.architecture, self._request.granularity)
-        estimate = self._estimates(components)
-        measured = self._measured_effects(components, estimate)
+        components = self._components
+        measured = self._measured_effects(listener)
         exact = ~measured.isnan()
         return tables.Effects(
             components=components,
-            effect=torch.where(exact, measured, estimate),
+            effect=torch.where(exact, measured, self._estimate),
             exact=exact,
-            estimate=estimate,
+            estimate=self._estimate,
             direct=_filled(
                 len(components), range(len(components) - 1), self._direct_terms(components)
             ),
@@ -228,21 +267,10 @@ class _Circuit:
     def _direct_terms(self, components: Sequence[Component]) -> Float[Tensor, " component"]:
         return self._direct.of(components[:-1]).cpu()
 
-    def _estimates(self, components: Sequence[Component]) -> Float[Tensor, " component"]:
-        """First-order estimates, told as soon as they are known; NaN where the method takes none."""
-        if self._path is None or self._replacements is None:
-            return _filled(len(components), (), torch.empty(0))
-        estimated = range(len(components) - 1)
-        first_order = estimates(components[:-1], self._clean, self._replacements, self._path)
-        values = in_metric(self.metric, self._clean.logits[0].cpu(), first_order)
-        self._tell(components, estimated, values, exact=False)
-        return _filled(len(components), estimated, values)
-
-    def _measured_effects(
-        self, components: Sequence[Component], estimate: Float[Tensor, " component"]
-    ) -> Float[Tensor, " component"]:
+    def _measured_effects(self, listener: Listener) -> Float[Tensor, " component"]:
         """Exact effects of what the method measures, told when they are known; NaN for the others."""
-        chosen = self._chosen(components, estimate)
+        components = self._components
+        chosen = self._chosen(components, self._estimate)
         if self._replacements is None or not chosen:
             return _filled(len(components), (), torch.empty(0))
         swept = sweep(
@@ -251,10 +279,10 @@ class _Circuit:
             [components[index] for index in chosen],
             self._replacements,
             self.metric,
-            self._listener,
+            listener,
         )
         self._swept_by = swept.method
-        self._tell(components, chosen, swept.effects, exact=True)
+        self._tell(listener, chosen, swept.effects, exact=True)
         return _filled(len(components), chosen, swept.effects)
 
     def _chosen(
@@ -284,23 +312,23 @@ class _Circuit:
 
     def _tell(
         self,
-        components: Sequence[Component],
+        listener: Listener,
         indices: Sequence[int],
         values: Float[Tensor, " component"],
         *,
         exact: bool,
     ) -> None:
         strongest = values.abs().topk(min(MOST_TOLD, len(values))).indices.sort().values.tolist()
-        self._listener.effects(
+        listener.effects(
             EffectsFrame(
                 exact=exact,
-                components=tuple(str(components[indices[place]]) for place in strongest),
+                components=tuple(str(self._components[indices[place]]) for place in strongest),
                 effects=tuple(values[strongest].tolist()),
                 unit=self.metric.unit,
             )
         )
 
-    def edges(self) -> Edges | None:
+    def _edges(self, listener: Listener) -> Edges | None:
         """The strongest edges; None where none are asked for, or the method takes no gradients."""
         if self._path is None or self._replacements is None or not self._request.edges:
             return None
@@ -311,10 +339,10 @@ class _Circuit:
             self._replacements,
             self._request.granularity,
             self._request.edges,
-            self._listener,
+            listener,
         )
 
-    def measured(self) -> tables.Measured:
+    def _measured(self) -> tables.Measured:
         """What the two runs answer."""
 
         def answers(run: Run | None) -> tuple[float, float]:
@@ -335,7 +363,7 @@ class _Circuit:
             direct_biases=self._direct.biases.item(),
         )
 
-    def provenance(self) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, Any]:
         """How the numbers came about: the tables' `method` and its parameters."""
         request = self._request
         parameters: dict[str, Any] = {

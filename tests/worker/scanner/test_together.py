@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from bench.timing import prompt
 from neural_mri.contract.anomalies import AnomalyScan, Lens, Sublayers
 from neural_mri.contract.circuits import Ablation, CircuitMethod, CircuitScan, Granularity
+from neural_mri.contract.events import EffectsFrame
 from neural_mri.contract.perturbations import (
     Amplify,
     Noise,
@@ -179,6 +180,30 @@ def test_gradients_that_are_taken_together_are_what_each_takes_alone(
     assert told == [2, 1, 3], "who has least to measure has it first, and the last is not early"
 
 
+class Hears(Silent):
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def effects(self, frame: EffectsFrame) -> None:
+        self._log.append("measured" if frame.exact else "estimated")
+
+
+def test_everybody_has_a_first_picture_before_anything_is_measured(
+    tiny_models: dict[str, LoadedModel],
+) -> None:
+    log: list[str] = []
+    asked = circuits(tiny_models["llama"], [Hears(log)] * 4)
+    scan_circuits_together(tiny_models["llama"], asked)
+    assert log == ["estimated"] * 4 + ["measured"] * 3
+
+
+def test_another_method_is_not_taken_for_one_gradient(tiny_models: dict[str, LoadedModel]) -> None:
+    [one, *_] = circuits(tiny_models["llama"])
+    path = msgspec.structs.replace(one.request, method=CircuitMethod.INTEGRATED_GRADIENTS)
+    with pytest.raises(ValueError, match="another method"):
+        scan_circuits_together(tiny_models["llama"], [one._replace(request=path)])
+
+
 def test_a_circuit_that_cannot_be_asked_or_is_stopped_costs_its_mates_nothing(
     tiny_models: dict[str, LoadedModel],
 ) -> None:
@@ -201,9 +226,15 @@ def test_a_circuit_that_cannot_be_asked_or_is_stopped_costs_its_mates_nothing(
     for outcome, said in zip(found[3:], ("both token", "as many", "1000000"), strict=True):
         assert isinstance(outcome, Unprocessable)
         assert said in outcome.detail
-    alone = [asked[3]._replace(asked=same)]
-    with pytest.raises(Unprocessable, match="both token"):
-        scan_circuits_together(model, alone)
+    for token in (11, 12):
+        same = same._replace(answer_id=token, foil_id=token)
+        [none, too] = scan_circuits_together(
+            model,
+            [asked[3]._replace(asked=same), asked[3]._replace(asked=same._replace(foil_id=10**6))],
+        )
+        assert isinstance(none, Unprocessable)
+        assert f"both token {token}" in none.detail
+        assert isinstance(too, Unprocessable)
     with pytest.raises(Cancelled):
         scan_circuits_together(model, circuits(model, [Stops()] * 4))
 
