@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     ColumnElement,
     Double,
@@ -240,11 +241,11 @@ def _least(one: Any, other: Any) -> ColumnElement[int]:
 
 
 _TOKENS = case((_job.n_tokens > 1, _job.n_tokens), else_=1)
-_BY_TOKENS = bindparam("pass_tokens", type_=Integer) // _TOKENS
+_BY_TOKENS = bindparam("pass_tokens", type_=BigInteger) // _TOKENS
 # In sixteenths: both databases divide whole numbers alike.
-_COST = cast(_job.estimated_cost * 16, Integer)
+_COST = cast(_job.estimated_cost * 16, BigInteger)
 _BY_WORK = (
-    bindparam("pass_forwards", type_=Integer) * _TOKENS * 16 // case((_COST > 1, _COST), else_=1)
+    bindparam("pass_forwards", type_=BigInteger) * _TOKENS * 16 // case((_COST > 1, _COST), else_=1)
 )
 _OF_ONE_PASS = _least(_BY_TOKENS, _BY_WORK)
 _ROOM = _least(bindparam("most", type_=Integer), case((_OF_ONE_PASS > 1, _OF_ONE_PASS), else_=1))
