@@ -71,9 +71,8 @@ def scan_circuits(
         Problem: The request asks for what the model or the prompts do not have.
         Cancelled: The listener stopped it. The model is as it was, hooks and all.
     """
-    request.check(model.architecture)
-    prompts = Prompts.of(model, request, tokens, corrupt)
-    question = Question.of(model, answer_id, foil_id)
+    asked = AskedOf(tokens, listener, answer_id, foil_id)
+    prompts, question = _understood(model, AskedCircuit(request, asked, corrupt))
     timed = Timed(listener)
     runs = run_alone(model, request, prompts, question, timed)
     circuit = _Circuit(model, request, runs, prompts.start, reference)
@@ -192,7 +191,7 @@ class _Circuit:
     ) -> None:
         self._model = model
         self._request = request
-        self._clean, self._corrupt, self.metric, self._path = runs
+        self._clean, self._corrupt, self._metric, self._path = runs
         self._swept_by = ""
         self._replacements = self._replaced_by(reference, start)
         self._components = _components(model.architecture, request.granularity)
@@ -205,18 +204,18 @@ class _Circuit:
             torch.cuda.synchronize(self._model.device)
         taken = seconds()
         made = {
-            "effects": tables.effects_table(self.metric, effects, **self._provenance()),
-            "metric": tables.metric_table(self._model, self.metric, self._measured()),
+            "effects": tables.effects_table(self._metric, effects, **self._provenance()),
+            "metric": tables.metric_table(self._model, self._metric, self._measured()),
         }
         if edges is not None:
             made["edges"] = tables.edges_table(
-                self.metric, effects.components, edges, **self._provenance()
+                self._metric, effects.components, edges, **self._provenance()
             )
         return ScanOutput(made, taken)
 
     @cached_property
     def _direct(self) -> DirectAttribution:
-        return direct_attribution(self._model, self._clean, self.metric)
+        return direct_attribution(self._model, self._clean, self._metric)
 
     def _replaced_by(self, reference: ReferenceMeans | None, start: int) -> Replacements | None:
         shape = self._model.architecture
@@ -245,7 +244,7 @@ class _Circuit:
         components = self._components
         estimated = range(len(components) - 1)
         first_order = estimates(components[:-1], self._clean, self._replacements, self._path)
-        values = in_metric(self.metric, self._clean.logits[0].cpu(), first_order)
+        values = in_metric(self._metric, self._clean.logits[0].cpu(), first_order)
         self._tell(listener, estimated, values, exact=False)
         self._estimate = _filled(len(components), estimated, values)
 
@@ -278,7 +277,7 @@ class _Circuit:
             self._clean,
             [components[index] for index in chosen],
             self._replacements,
-            self.metric,
+            self._metric,
             listener,
         )
         self._swept_by = swept.method
@@ -324,7 +323,7 @@ class _Circuit:
                 exact=exact,
                 components=tuple(str(self._components[indices[place]]) for place in strongest),
                 effects=tuple(values[strongest].tolist()),
-                unit=self.metric.unit,
+                unit=self._metric.unit,
             )
         )
 
@@ -349,8 +348,8 @@ class _Circuit:
             if run is None:
                 return float("nan"), float("nan")
             logits = run.logits[0]
-            probability = log_probability(logits, self.metric.answer_id).exp()
-            return self.metric(logits).item(), probability.item()
+            probability = log_probability(logits, self._metric.answer_id).exp()
+            return self._metric(logits).item(), probability.item()
 
         (clean, probability_clean) = answers(self._clean)
         (corrupted, probability_corrupted) = answers(self._corrupt)
