@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from bench import bundled
 from neural_mri.client.local import LocalScans, LocalWorkers
+from neural_mri.contract.baselines import MEASURES_VERSION
 from neural_mri.contract.findings import Rule
 from neural_mri.contract.suites import Measure, Suite
 from neural_mri.diagnostics import Record, diagnose, load_suite, measure
@@ -76,18 +77,16 @@ class Runs:
     """Runs and what came of them, in a file where one is named."""
 
     def __init__(self, path: Path | None, suite: Suite) -> None:
-        """Raises ValueError where the file is of another suite."""
+        """Raises ValueError where the file is of another suite, or of numbers that are computed otherwise."""
         self._path = path
         self._known: dict[tuple[str, int], str] = {}
-        self._suite = suite.digest
+        self._of = {"suite": suite.digest, "measures": MEASURES_VERSION}
         if path is None or not path.exists():
             return
         for line in path.read_text().splitlines():
             run = msgspec.json.decode(line)
-            if run["suite"] != self._suite:
-                raise ValueError(
-                    f"{path} has runs of another suite, {run['suite']}: name a new file"
-                )
+            if (of := {name: run.get(name) for name in self._of}) != self._of:
+                raise ValueError(f"{path} has runs of {of}, not of {self._of}: name a new file")
             self._known[run["what"], run["number"]] = run["outcome"]
 
     def outcome(self, what: str, number: int, run: Callable[[], str]) -> str:
@@ -97,7 +96,7 @@ class Runs:
         started = time.perf_counter()
         outcome = run()
         seconds = round(time.perf_counter() - started, 1)
-        line = {"suite": self._suite, "what": what, "number": number, "outcome": outcome}
+        line = {**self._of, "what": what, "number": number, "outcome": outcome}
         print(f"{what}, {number + 1}: {outcome}, {seconds} s", flush=True)
         if self._path is not None:
             with self._path.open("ab") as file:

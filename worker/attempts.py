@@ -128,6 +128,7 @@ class Attempts:
         self._intake = intake
         self._placing = placing
         self._redis = redis
+        self._models_dir = settings.models_dir
         self._traces = Traces()
         self._known: dict[str, _Known] = {}
 
@@ -322,7 +323,7 @@ class Attempts:
                 self._residency.get(job.revision),
                 baseline=self._baseline(job),
                 calibrations=self._calibrations,
-                models_dir=self._settings.models_dir,
+                models_dir=self._models_dir,
                 listeners=[self._reporter(holding, interludes) for holding in holdings],
                 ready=ready,
                 lent_seconds=lambda: interludes.lent_seconds,

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import devices, growth, memory, page, placement, stimulation, weights
+from bench import devices, gates, growth, memory, page, placement, stimulation, weights
 from bench.timing import Row, median_seconds, prompt
+from neural_mri.diagnostics import load_suite
 from tests import models
 from worker.scanner.loading import LoadedModel
 
@@ -99,3 +100,22 @@ def test_the_page_holds_what_the_placement_simulation_finds() -> None:
     assert len(tables) == len(placement.KINDS)
     for table in tables:
         assert set(table.splitlines()) <= set(written.splitlines())
+
+
+def test_runs_that_were_written_down_are_not_run_again_unless_their_numbers_were_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, log = load_suite("quick"), tmp_path / "runs.jsonl"
+    assert gates.Runs(log, suite).outcome("whole run", 3, lambda: "false alarm") == "false alarm"
+
+    def again() -> str:
+        raise AssertionError("it was written down")
+
+    assert gates.Runs(log, suite).outcome("whole run", 3, again) == "false alarm"
+    assert gates.Runs(log, suite).outcome("whole run", 4, lambda: "quiet") == "quiet"
+    assert len(log.read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="name a new file"):
+        gates.Runs(log, load_suite("standard"))
+    monkeypatch.setattr(gates, "MEASURES_VERSION", "of tomorrow")
+    with pytest.raises(ValueError, match="of tomorrow"):
+        gates.Runs(log, suite)
