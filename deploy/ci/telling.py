@@ -6,6 +6,7 @@ Which request that is, and where, is read from the environment as GitHub and Git
 may write there. Reports of several names on one request are several comments.
 """
 
+import hashlib
 import os
 import re
 import sys
@@ -50,7 +51,9 @@ def place_of(environment: Mapping[str, str]) -> Place:
     """The request this job runs for. Raises `KeyError` that names what the environment lacks."""
     token = environment["NMRI_TOKEN"].strip()  # a header with a line's end is refused, and quoted
     if "CI_MERGE_REQUEST_IID" in environment:
-        project = f"{environment['CI_API_V4_URL']}/projects/{environment['CI_PROJECT_ID']}"
+        # A fork's pipeline is the fork's, but the request counts in the project that it is made to.
+        whose = environment.get("CI_MERGE_REQUEST_PROJECT_ID") or environment["CI_PROJECT_ID"]
+        project = f"{environment['CI_API_V4_URL']}/projects/{whose}"
         notes = f"{project}/merge_requests/{environment['CI_MERGE_REQUEST_IID']}/notes"
         who = f"{environment['CI_API_V4_URL']}/user"
         return Place(notes, notes, who, "PUT", {"PRIVATE-TOKEN": token})
@@ -67,6 +70,8 @@ def place_of(environment: Mapping[str, str]) -> Place:
 def tell(place: Place, report: str, name: str) -> None:
     """Write the comment, or write it anew."""
     named = re.sub(r"[^\w./]+", "_", name)
+    if named != name:  # what a mark cannot hold may be all that tells two names apart
+        named += f" {hashlib.sha256(name.encode()).hexdigest()[:8]}"
     mark = f"<!-- neural-mri {named} -->"
     shown = report if len(report) <= MOST_CHARACTERS else f"{report[:MOST_CHARACTERS]}\n\n…\n"
     body = {"body": f"{mark}\n{shown}"}

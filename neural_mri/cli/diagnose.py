@@ -1,6 +1,7 @@
 """`neural-mri diagnose` and `neural-mri report`: a checkpoint examined, gated, and told about."""
 
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from enum import IntEnum
@@ -123,6 +124,10 @@ def diagnose(
     except (typer.BadParameter, ClientError, Problem, OSError) as error:
         complain(getattr(error, "message", None) or str(error))
         raise typer.Exit(GateExit.NOT_RUN) from error
+    except Exception:  # noqa: BLE001 -- whatever it is, no gate has failed
+        # Python's own status for an error that nobody foresaw is 1, which says that a gate failed.
+        traceback.print_exc()
+        raise typer.Exit(GateExit.NOT_RUN) from None
     _print(diagnosis, Phrases(language), standard_output())
     if out is not None and not quiet:
         note(f"wrote {out / 'diagnosis.html'} and {len(FORMATS) - 1} more")
@@ -152,8 +157,11 @@ def report(
         text = render(_read(diagnosis), form, language)
         if out is None:
             sys.stdout.buffer.write(text.encode())
+            sys.stdout.flush()
         else:
             out.write_text(text, "utf-8")
+    except BrokenPipeError:
+        raise  # whoever read has enough: the interpreter's own way out says nothing
     except OSError as error:
         complain(f"{error.filename}: {error.strerror}")
         raise typer.Exit(ExitCode.USAGE) from error

@@ -207,7 +207,7 @@ def open_client(url: str | None) -> Client:
     try:
         return Client(url)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--url") from error
+        raise typer.BadParameter(str(error)) from error
 
 
 def open_access(url: str | None) -> Access:

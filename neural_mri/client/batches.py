@@ -26,6 +26,7 @@ from neural_mri.client.exchange import (
     pieces,
 )
 from neural_mri.client.progress import ShowProgress, both, shown
+from neural_mri.client.replacing import replacing
 from neural_mri.client.result import Result
 from neural_mri.client.watching import messages
 from neural_mri.contract.batches import (
@@ -256,8 +257,8 @@ class Batches:
             raise Damaged(f"table {name} of the batch cannot be read: {error}") from error
 
     def save(self, batch: BatchReference, path: Path) -> None:
-        """Write every manifest and table so far, and `lines.json`, into one zip."""
-        with path.open("wb") as file:
+        """Write every manifest and table so far, and `lines.json`, into one zip: whole, or not at all."""
+        with replacing(path) as file:
             self._exchange.download(
                 f"{_path(batch)}/results", file, headers={"Accept": "application/zip"}
             )

@@ -132,6 +132,12 @@ class ServiceScans:
                 while n_given + 1 in ended:
                     n_given += 1
                     yield self._measured(ended.pop(n_given))
+            if n_given < n_scans:
+                # Lines that never became jobs are told of by nothing.
+                state = batches.get(batch).state.value
+                raise ClientError(
+                    f"batch {batch.id} has ended, {state}, with {n_given} of {n_scans} scans measured"
+                )
         finally:
             if n_given < n_scans:
                 with suppress(ClientError):  # what ended it is what the caller must hear of

@@ -17,7 +17,8 @@ from uuid import UUID
 import msgspec
 
 from neural_mri.client.errors import Damaged, NotUnderstood
-from neural_mri.client.exchange import DEFAULT_URL, Exchange, FileBody, decoded, pieces
+from neural_mri.client.exchange import DEFAULT_URL, Exchange, FileBody, decoded
+from neural_mri.client.replacing import replacing
 from neural_mri.client.result import Result
 from neural_mri.client.watching import NO_HEADERS, messages
 from neural_mri.contract.archives import SESSION_FILE, Archive, InvalidArchive, open_archive
@@ -237,7 +238,8 @@ class Sessions:
     def open(self, session: SessionReference, *, revision: str | None = None) -> OpenedSession:
         """A session with every table in it, by two requests. No worker and no model need be there."""
         detail = self.get(session, revision=revision)
-        file = self._download(f"{_path(session)}/results", {"revision": detail.opened})
+        path = f"{_path(session)}/results"
+        file = _downloaded(self._exchange, path, query={"revision": detail.opened})
         return OpenedSession(self._exchange, file, detail.document, detail.name)
 
     def revisions(
@@ -307,10 +309,12 @@ class Sessions:
         return self._exchange.ask(SessionDifference, "GET", path, query=query)
 
     def export(self, session: SessionReference, path: Path, *, revision: str | None = None) -> None:
-        """Write the session into one file."""
+        """Write the session into one file: whole, or not at all."""
         query = {} if revision is None else {"revision": revision}
-        with self._download(f"{_path(session)}/export", query) as file, path.open("wb") as written:
-            written.writelines(pieces(file))
+        with replacing(path) as file:
+            self._exchange.download(
+                f"{_path(session)}/export", file, headers=NO_HEADERS, query=query
+            )
 
     def import_file(self, path: Path) -> SessionDetail:
         """Take in a session's file. Raises `Refused`, whose `members["entry"]` names what is wrong in it."""
@@ -390,9 +394,6 @@ class Sessions:
         body = msgspec.json.encode(changes)
         return self._exchange.ask(SessionView, "PATCH", _path(session), body=body)
 
-    def _download(self, path: str, query: Mapping[str, str]) -> IO[bytes]:
-        return _downloaded(self._exchange, path, query=query)
-
 
 class SharedSession:
     """A session as a link shows it. Raises as `Client` does."""
@@ -430,8 +431,8 @@ class SharedSession:
         )
 
     def export(self, path: Path) -> None:
-        """Write the session into one file, as far as the link shows it."""
-        with path.open("wb") as file:
+        """Write the session into one file, as far as the link shows it: whole, or not at all."""
+        with replacing(path) as file:
             self._exchange.download("/api/shared/export", file, headers=self._headers)
 
     def watch(self) -> Iterator[SessionEvent]:
@@ -448,7 +449,11 @@ def _downloaded(
 ) -> IO[bytes]:
     """An answer of any length, as a file."""
     file = tempfile.SpooledTemporaryFile(_SPOOLED)  # noqa: SIM115 -- it outlives this
-    exchange.download(path, file, headers=headers, query=query)
+    try:
+        exchange.download(path, file, headers=headers, query=query)
+    except BaseException:
+        file.close()
+        raise
     file.seek(0)
     return file
 

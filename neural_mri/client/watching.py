@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import NamedTuple, get_args
 from uuid import UUID
 
+import httpx
 import msgspec
 
 from neural_mri.client.errors import (
@@ -123,7 +124,8 @@ def messages(
 ) -> Iterator[Message]:
     """The messages of any stream, through broken connections, until the service says that it has ended.
 
-    Each connection asks with the query as it is by then. Raises as `follow` does.
+    Each connection asks with the query as it is by then. Raises as `follow` does, and `NotUnderstood` where the answer
+    is no stream of events.
     """
     patience = exchange.patience()
     last_id = ""
@@ -138,6 +140,7 @@ def messages(
             ) as response:
                 if response.status_code == HTTPStatus.NO_CONTENT:
                     return
+                _require_stream(response, path)
                 for chunk in response.iter_bytes():
                     for message in parser.feed(chunk):
                         patience.got_on()
@@ -180,11 +183,19 @@ def _messages(
         if response.status_code == HTTPStatus.NO_CONTENT:
             yield from _last_word(exchange, job_id, last_id, patience)
             return
+        _require_stream(response, path)
         for chunk in response.iter_bytes():
             for message in parser.feed(chunk):
                 patience.got_on()
                 yield message
             patience.heard(parser.retry_seconds)
+
+
+def _require_stream(response: httpx.Response, path: str) -> None:
+    """Whoever else answers, a proxy's page or another program, tells of no job, however often it is asked."""
+    found = response.headers.get("content-type", "nothing")
+    if not found.startswith("text/event-stream"):
+        raise NotUnderstood(f"{path} answers with {found}: expected a stream of events")
 
 
 def _last_word(

@@ -142,11 +142,12 @@ class CaseOutcome(msgspec.Struct, frozen=True, kw_only=True):
     licence: str
     asked: int
     set_aside: int
-    """Prompts that this tokenizer cannot be asked: answer and foil begin with one token."""
+    """Prompts that cannot be asked with this tokenizer (`diagnostics.measuring.ask`)."""
     score: Score
     chance: float
     baseline: Score | None = None
     change: Score | None = None
+    """What the score is more than the baseline's, in its unit."""
     p_value: float | None = None
     margin: Score | None = None
     """Mean log-probability of the answer over the foil's, nats."""

@@ -208,10 +208,11 @@ def _check(case: Case) -> None:
 
 def decode_suite(body: bytes | str, name: str) -> Suite:
     """A suite as it was written. Raises `InvalidRequest` that names `name` and the place."""
-    text = body.decode() if isinstance(body, bytes) else body
     try:
+        text = body.decode() if isinstance(body, bytes) else body
         read: Any = msgspec.toml.decode(text, type=Suite)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{name} is not a suite: {error}", suite=name) from error
+        what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is not a suite"
+        raise InvalidRequest(f"{name} {what}: {error}", suite=name) from error
     suite: Suite = read
     return suite

@@ -27,6 +27,9 @@ Doubles = npt.NDArray[np.float64]
 RESOLUTION = 2.0**-22
 """Two units in the last place of float32: below it nothing can be told apart, whatever the noise run says."""
 
+UNBOUNDED = 1e30
+"""The distance of a number from what is none: JSON has no word for infinity."""
+
 _COMPARED = (
     Quantity(Measure.NORMS, "l2_norm"),
     Quantity(Measure.ATTENTION, "entropy"),
@@ -126,17 +129,17 @@ def compare(
                 f"{record.suite_version} ({record.suite_digest[:12]}), not of {suite.name} "
                 f"{suite.version} ({suite.digest[:12]})"
             )
-    if not baseline.with_noise:
+    if not baseline.with_noise and set(suite.measures) != {Measure.WEIGHTS}:
         raise Unprocessable(
             f"the record of {baseline.subject.model} has no noise measured, so nothing can be told from "
             "rounding: measure it as a baseline"
         )
     tested = list(_tests(suite, candidate, baseline, profile))
-    adjusted = holm(np.concatenate([each.raw for each in tested])) if tested else np.empty(0)
-    ends = np.cumsum([len(each.raw) for each in tested])
+    adjusted = holm(np.concatenate([np.empty(0), *(each.raw for each in tested)]))
+    ends = np.cumsum([len(each.raw) for each in tested], dtype=np.intp)
     judged = tuple(
-        each._replace(adjusted=part)
-        for each, part in zip(tested, np.split(adjusted, ends[:-1]), strict=True)
+        each._replace(adjusted=adjusted[end - len(each.raw) : end])
+        for each, end in zip(tested, ends, strict=True)
     )
     weights, n_weights = _weights(candidate, baseline)
     return Comparison(
@@ -148,6 +151,8 @@ def _tests(
     suite: Suite, candidate: Record, baseline: Record, profile: str | None
 ) -> Iterator[Tested]:
     for quantity in _COMPARED:
+        if quantity.measure not in suite.measures:
+            continue  # one scan may measure more than was asked for
         here, there = _block(candidate, quantity), _block(baseline, quantity)
         again = _noise_pair(baseline, quantity)
         if here is None or there is None or again is None:
@@ -156,8 +161,8 @@ def _tests(
             raise Unprocessable(
                 f"{quantity.measure.value} of the two records are not of the same components and prompts"
             )
-        measured = _finite(_distances(quantity, here.rows(there.prompts), there.values))
-        noise = np.abs(_finite(_distances(quantity, again.second, again.first)))
+        measured = _distances(quantity, here.rows(there.prompts), there.values)
+        noise = np.abs(_distances(quantity, again.second, again.first))
         floor = _floor(quantity, there.values, baseline.subject.n_layers)
         scale = _scale(noise, floor) * suite.noise_margin
         # Each prompt's noise is judged by the others': a scale that knew it would call it small.
@@ -208,8 +213,21 @@ def _noise_pair(record: Record, quantity: Quantity) -> _Pair | None:
 def _distances(
     quantity: Quantity, here: npt.NDArray[np.float32], there: npt.NDArray[np.float32]
 ) -> Doubles:
-    """What lies between two readings, `[prompt, component]`, signed where that means something."""
+    """What lies between two readings, `[prompt, component]`, signed where that means something.
+
+    Two that are no number are the same; from a number to what is none there is no bound.
+    """
     a, b = here.astype(np.float64), there.astype(np.float64)
+    apart = (np.isnan(a) != np.isnan(b)) | (np.isinf(a) != np.isinf(b))
+    if quantity.name == "ranks":
+        apart = apart.any(1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        found = _differences(quantity, a, b)
+    finite = np.nan_to_num(found, nan=0.0, posinf=UNBOUNDED, neginf=-UNBOUNDED)
+    return np.where(apart, UNBOUNDED, finite)
+
+
+def _differences(quantity: Quantity, a: Doubles, b: Doubles) -> Doubles:
     if quantity.measure is Measure.NORMS:
         larger = np.maximum(np.abs(a), np.abs(b))
         found: Doubles = np.where(larger > 0, (a - b) / np.where(larger > 0, larger, 1.0), 0.0)
@@ -218,16 +236,11 @@ def _distances(
         ranked: Doubles = 1 - rank_correlation(a, b)[:, None]
         return ranked
     if quantity.measure is Measure.ATTRIBUTION:
-        size = np.sqrt((b * b).mean(1, keepdims=True))
+        size = np.sqrt(np.nan_to_num(b * b).mean(1, keepdims=True))
         scaled: Doubles = (a - b) / np.where(size > 0, size, 1.0)
         return scaled
     plain: Doubles = a - b
     return plain
-
-
-def _finite(values: Doubles) -> Doubles:
-    """NaN on both sides is no change; on one side it is one without bound."""
-    return np.nan_to_num(values, nan=0.0, posinf=1e30, neginf=-1e30)
 
 
 def _floor(quantity: Quantity, values: npt.NDArray[np.float32], n_layers: int) -> float:
@@ -261,7 +274,7 @@ def _names(quantity: Quantity, components: tuple[str, ...]) -> tuple[str, ...]:
 
 def _scores(suite: Suite, candidate: Record, baseline: Record) -> tuple[ScoreChange, ...]:
     found = []
-    for case in suite.cases:
+    for case in suite.cases if Measure.SCORES in suite.measures else ():
         after, before = rightly(case, candidate), rightly(case, baseline)
         if after is None or before is None:
             continue

@@ -206,7 +206,7 @@ def _silent_heads(record: Record) -> Iterator[Finding]:
         usual = np.median(norms, axis=1, keepdims=True)
         share = (norms / np.where(usual > 0, usual, 1.0)).max(0)
         for index, largest in zip(mine, share, strict=True):
-            if largest >= SILENT:
+            if not largest < SILENT:  # NaN is no silence
                 continue
             yield Finding(
                 rule=Rule.SILENT_HEAD,

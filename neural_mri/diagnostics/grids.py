@@ -37,15 +37,17 @@ def grids(suite: Suite, record: Record, comparison: Comparison | None) -> Iterat
             for case in suite.cases
             if (mine := block.of_case(case.id)).prompts
         ]
-        mean = np.concatenate(effects).mean(0)
+        with np.errstate(invalid="ignore"):  # infinity less infinity: a cell that is not known
+            mean = np.concatenate(effects).mean(0)
         yield _grid(
             "attribution", "of the prompt's largest effect", record, block.components, mean, ()
         )
 
 
 def _size(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Each prompt's largest effect, so that every prompt counts alike."""
-    largest = np.abs(values.astype(np.float64)).max(1, keepdims=True)
+    """Each prompt's largest finite effect, so that every prompt counts alike."""
+    known = np.where(np.isfinite(values), values, 0.0)
+    largest = np.abs(known.astype(np.float64)).max(1, keepdims=True)
     found: npt.NDArray[np.float64] = np.where(largest > 0, largest, 1.0)
     return found
 

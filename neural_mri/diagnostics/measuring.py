@@ -33,7 +33,7 @@ from neural_mri.diagnostics.reading import (
 )
 from neural_mri.diagnostics.records import Block, Quantity, Record
 
-__all__ = ("Asked", "Scanned", "Scans", "ask", "measure", "n_scans")
+__all__ = ("Aside", "Asked", "Scanned", "Scans", "ask", "measure", "n_scans")
 
 Advance = Callable[[int, int], None]
 """Called with scans done and scans in all."""
@@ -81,6 +81,13 @@ class Asked(NamedTuple):
     """Its tokens."""
 
 
+class Aside(NamedTuple):
+    """A prompt that a tokenizer cannot be asked."""
+
+    name: str
+    reason: str
+
+
 class _Wanted(NamedTuple):
     """A scan, and where its numbers belong."""
 
@@ -96,8 +103,13 @@ class _Wanted(NamedTuple):
     """Of a noise pair of attributions, which of the two it is."""
 
 
-def ask(suite: Suite, tokenize: Callable[[Sequence[str]], list[Tokens]]) -> list[Asked | str]:
-    """Every prompt of a suite, in order; where it cannot be asked, its name alone."""
+def ask(suite: Suite, tokenize: Callable[[Sequence[str]], list[Tokens]]) -> list[Asked | Aside]:
+    """Every prompt of a suite, in order.
+
+    What stands after a prompt is its next token, so one cannot be asked whose own tokens are others once the answer
+    or the foil follows, or where both begin with the same token. Nor one of a single token: there is no place but
+    the attention sink.
+    """
     named = [
         (f"{case.id}/{number}", item)
         for case in suite.cases
@@ -105,7 +117,7 @@ def ask(suite: Suite, tokenize: Callable[[Sequence[str]], list[Tokens]]) -> list
     ]
     texts = list(dict.fromkeys(text for _, item in named for text in _texts(item)))
     tokens = dict(zip(texts, tokenize(texts), strict=True))
-    return [_asked(name, item, tokens) or name for name, item in named]
+    return [_asked(name, item, tokens) for name, item in named]
 
 
 def _texts(item: Item) -> Iterator[str]:
@@ -118,16 +130,18 @@ def _texts(item: Item) -> Iterator[str]:
         yield item.corrupt
 
 
-def _asked(name: str, item: Item, tokens: Mapping[str, Tokens]) -> Asked | None:
+def _asked(name: str, item: Item, tokens: Mapping[str, Tokens]) -> Asked | Aside:
     prompt = tokens[item.prompt]
+    if len(prompt) < 2:
+        return Aside(name, f"{item.prompt!r} is {len(prompt)} token long, expected 2 or more")
     answer_id = _next(prompt, tokens[item.prompt + item.answer])
-    foil_id = None
-    if item.foil is not None:
-        foil_id = _next(prompt, tokens[item.prompt + item.foil])
-        if foil_id is None or foil_id == answer_id:
-            return None
-    if answer_id is None or len(prompt) < 2:
-        return None
+    foil_id = None if item.foil is None else _next(prompt, tokens[item.prompt + item.foil])
+    if answer_id is None or (foil_id is None and item.foil is not None):
+        after = item.answer if answer_id is None else item.foil
+        why = ": does the prompt end with a space?" if item.prompt != item.prompt.rstrip() else ""
+        return Aside(name, f"{item.prompt!r} is read as other tokens where {after!r} follows{why}")
+    if foil_id == answer_id:
+        return Aside(name, f"{item.answer!r} and {item.foil!r} begin with the same token")
     fits = item.corrupt is not None and len(tokens[item.corrupt]) == len(prompt)
     longer = item.prompt + SUFFIX
     return Asked(
@@ -182,9 +196,9 @@ def measure(
     everything = ask(suite, scans.tokenize)
     asked = [each for each in everything if isinstance(each, Asked)]
     if not asked:
+        [(name, reason), *_] = (each for each in everything if isinstance(each, Aside))
         raise Unprocessable(
-            f"suite {suite.name} has no prompt that {scans.subject.model} can be asked: answer and foil "
-            "begin with the same token in all of them"
+            f"suite {suite.name} has no prompt that {scans.subject.model} can be asked. The first is {name}: {reason}"
         )
     wanted = [
         each
@@ -212,7 +226,7 @@ def measure(
         suite_digest=suite.digest,
         blocks=gathered[0].blocks(prompts) if known is None else known.blocks,
         noise=noise,
-        set_aside=tuple(each for each in everything if isinstance(each, str)),
+        set_aside=tuple(each.name for each in everything if isinstance(each, Aside)),
         scan_keys=scan_keys,
         seconds=time.perf_counter() - started + (known.seconds if known is not None else 0.0),
     )

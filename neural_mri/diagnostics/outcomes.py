@@ -10,6 +10,8 @@ from neural_mri.contract.findings import Carrier, CaseOutcome, Score
 from neural_mri.contract.suites import Case, Expectation, Measure
 from neural_mri.diagnostics.records import Block, Record
 from neural_mri.diagnostics.statistics import (
+    Groups,
+    auroc_change_score,
     auroc_score,
     difference_score,
     mean_score,
@@ -124,15 +126,25 @@ def _score(case: Case, record: Record) -> Score:
 
 
 def _change(case: Case, record: Record, baseline: Record) -> Score | None:
-    """Mean change over prompts: of the share of right ones, or else of the margin in nats."""
+    """What the score is more than the baseline's, in its own unit, with the same prompts resampled in both."""
     after, before = rightly(case, record), rightly(case, baseline)
-    if after is not None and before is not None and len(after) == len(before):
+    if after is not None and before is not None:
+        if len(after) != len(before):
+            return None
         return mean_score(after.astype(np.float64) - before.astype(np.float64))
-    here, there = (_values(case, each, Measure.SCORES, "margin") for each in (record, baseline))
+    if case.expectation is Expectation.BALANCE:
+        of = Measure.SCORES, "margin"
+    else:
+        of = Measure.RISK, "support"
+    here, there = (_values(case, each, *of) for each in (record, baseline))
     if here is None or there is None or here.prompts != there.prompts:
         return None
-    change = here.values[:, 0] - there.values[:, 0]
-    return mean_score(change) if np.isfinite(change).any() else None
+    first, second = groups(case, here)
+    if case.expectation is Expectation.BALANCE:
+        change = here.values[:, 0] - there.values[:, 0]
+        return difference_score(change[first], change[second])
+    old, new = (Groups(each.values[second, 0], each.values[first, 0]) for each in (there, here))
+    return auroc_change_score(old, new)
 
 
 def _carriers(case: Case, block: Block) -> Sequence[Carrier]:

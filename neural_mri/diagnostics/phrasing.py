@@ -22,6 +22,8 @@ __all__ = ("Phrases", "Said", "is_boundless", "number")
 _BOUNDLESS = 1e20
 """Larger is infinite, as JSON has to write it."""
 
+_IN_PERCENT = ("share of prompts", "share of layers", "relative")
+
 
 class Said(NamedTuple):
     """A finding in words."""
@@ -100,19 +102,20 @@ class Phrases:
         """Of texts that come with a suite, the one in this language, or else any."""
         return texts.get(self.language) or next(iter(texts.values()), "")
 
+    def amount(self, value: float, unit: str) -> str:
+        """A number without its unit, for a sentence that has the unit in its words; shares in percent."""
+        return f"{number(100 * value)} %" if unit in _IN_PERCENT else number(value)
+
     def quantity(self, value: float, unit: str) -> str:
         """A number with its unit."""
-        if unit in ("share of prompts", "share of layers", "relative"):
-            shown = f"{number(100 * value)} %"
-            rest = "" if unit == "relative" else f" {self.unit(unit)}"
-            return shown + rest
-        return f"{number(value)} {self.unit(unit)}"
+        amount = self.amount(value, unit)
+        return amount if unit == "relative" else f"{amount} {self.unit(unit)}"
 
     def interval(self, interval: Interval | None, unit: str) -> str:
         """An interval's ends."""
         if interval is None:
             return "–"
-        if unit in ("share of prompts", "share of layers", "relative"):
+        if unit in _IN_PERCENT:
             return f"{number(100 * interval.low)} – {number(100 * interval.high)} %"
         return f"{number(interval.low)} – {number(interval.high)}"
 
@@ -120,8 +123,7 @@ class Phrases:
         """A score with its interval, where there is one."""
         if score is None or not score.n:
             return "–"
-        in_percent = unit in ("share of prompts", "share of layers")
-        shown = f"{number(100 * score.value)} %" if in_percent else number(score.value)
+        shown = self.amount(score.value, unit)
         if is_boundless(score.interval):
             return shown
         return f"{shown} ({self.interval(score.interval, unit)})"
@@ -140,6 +142,8 @@ class Phrases:
             "label": self.place(str(filled.get("label", "")), diagnosis),
             "case": titles.get(finding.case or "", finding.case or ""),
             "value": self.quantity(evidence.value, evidence.unit),
+            "amount": self.amount(evidence.value, evidence.unit),
+            "unit": self.unit(evidence.unit),
             "interval": self.interval(evidence.interval, evidence.unit),
             "component": evidence.component or "–",
             "layer": "–" if evidence.layer is None else evidence.layer,

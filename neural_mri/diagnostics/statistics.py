@@ -10,8 +10,10 @@ import numpy.typing as npt
 from neural_mri.contract.findings import Interval, Score
 
 __all__ = (
+    "Groups",
     "Tail",
     "auroc",
+    "auroc_change_score",
     "auroc_score",
     "difference_score",
     "holm",
@@ -137,6 +139,37 @@ def auroc_score(negative: Floats, positive: Floats, *, seed: int = 0) -> Score:
     ]
     low, high = _ends(np.array(drawn))
     return Score(value=value, interval=Interval(low, high), n=n, method="bootstrap")
+
+
+class Groups(NamedTuple):
+    """Values of two groups of prompts."""
+
+    negative: Floats
+    positive: Floats
+
+    def auroc(self, negative: npt.NDArray[np.intp], positive: npt.NDArray[np.intp]) -> float:
+        """Of those prompts alone, some of them more than once."""
+        return auroc(self.negative[negative], self.positive[positive])
+
+
+def auroc_change_score(before: Groups, after: Groups, *, seed: int = 0) -> Score:
+    """AUROC after less AUROC before, of the same prompts in one order: prompts are resampled, not readings."""
+    kept = [np.isfinite(a) & np.isfinite(b) for a, b in zip(before, after, strict=True)]
+    before, after = (
+        Groups(*(group[known] for group, known in zip(groups, kept, strict=True)))
+        for groups in (before, after)
+    )
+    sizes = [len(group) for group in after]
+    if not min(sizes):
+        return NOTHING
+    everybody = [np.arange(size) for size in sizes]
+    value = after.auroc(*everybody) - before.auroc(*everybody)
+    if min(sizes) < FEWEST:
+        return Score(value=value, interval=Interval(-1.0, 1.0), n=sum(sizes), method="none")
+    rng = np.random.default_rng(seed)
+    drawn = [[rng.integers(0, size, size) for size in sizes] for _ in range(RESAMPLES // 4)]
+    low, high = _ends(np.array([after.auroc(*each) - before.auroc(*each) for each in drawn]))
+    return Score(value=value, interval=Interval(low, high), n=sum(sizes), method="bootstrap")
 
 
 def _ends(drawn: Floats) -> tuple[float, float]:

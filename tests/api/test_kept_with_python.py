@@ -1,7 +1,9 @@
 """Sessions and batches as the Python client meets them: the real API, its worker played by hand."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -66,6 +68,31 @@ def test_a_batch_can_be_sent_from_a_file_and_stopped(
     assert (line.line, line.state) == (1, JobState.CANCELLED)
     outcomes = list(mri.batches.outcomes(batch))
     assert [outcome.result for outcome in outcomes] == [None, None]
+
+
+def test_what_cannot_be_fetched_replaces_no_file(mri: Client, world: World, tmp_path: Path) -> None:
+    made = mri.sessions.create("Eiffel", [scan(mri, world)])
+    link = mri.sessions.share(made)
+    shared = mri.sessions.shared(link.token)
+    mri.sessions.revoke(made, link.id)
+    there, named = tmp_path / "file", tmp_path / "link"
+    there.write_bytes(b"precious")
+    named.symlink_to(there)
+    refused: tuple[Callable[[], None], ...] = (
+        lambda: mri.batches.save(made.id, there),
+        lambda: mri.sessions.export(uuid4(), there),
+        lambda: shared.export(there),
+    )
+    for write in refused:
+        with pytest.raises(Refused):
+            write()
+        assert there.read_bytes() == b"precious"
+    mri.sessions.export(made, named)
+    assert named.is_symlink()
+    assert there.read_bytes().startswith(b"PK")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["file", "link"]
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none" / "file"))):
+        mri.sessions.export(made, tmp_path / "none" / "file")
 
 
 def test_a_session_opens_with_every_table_by_two_requests(mri: Client, world: World) -> None:

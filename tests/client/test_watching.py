@@ -72,6 +72,20 @@ def test_a_job_whose_stream_is_over_has_ended(wire: Wire, client: Client) -> Non
     assert only.state is JobState.SUCCEEDED
 
 
+def test_whoever_answers_with_no_stream_is_not_asked_for_ever(wire: Wire, client: Client) -> None:
+    job = client.submit(SCAN)
+    page = Answer(200, "text/html", b"<html>Sign in</html>")
+    for path in (f"/api/jobs/{job.id}/events", "/api/events", f"/api/batches/{job.id}/events"):
+        wire.answers["GET", path] = [page] * 5
+    for watched in (
+        client.watch(job),
+        client.watch_many([job]),
+        client.batches.watch(job.id),
+    ):
+        with pytest.raises(NotUnderstood, match="answers with text/html: expected a stream"):
+            list(watched)
+
+
 def test_a_service_in_trouble_is_asked_again(wire: Wire, client: Client) -> None:
     job = client.submit(SCAN)
     away = problem_answer(Unavailable("Redis does not answer"))

@@ -1,5 +1,6 @@
 """A pull or merge request is told once, and told anew by later runs."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def environment(kind: str, code_host: Host) -> dict[str, str]:
         }
     return {
         "CI_API_V4_URL": f"{code_host.url}/api/v4",
-        "CI_PROJECT_ID": "12",
+        "CI_PROJECT_ID": "34",  # a fork's
+        "CI_MERGE_REQUEST_PROJECT_ID": "12",
         "CI_MERGE_REQUEST_IID": "5",
         "NMRI_TOKEN": "secret",
     }
@@ -68,7 +70,7 @@ def test_later_runs_rewrite_what_the_first_said_and_nothing_that_others_said(
     assert [each["body"] for each in code_host.comments[100:]] == [
         "<!-- neural-mri quick -->\nnot ours",
         "<!-- neural-mri quick -->\n## second",
-        "<!-- neural-mri mine_b_ -->\n## other",
+        f"<!-- neural-mri mine_b_ {hashlib.sha256(b'mine --> <b>').hexdigest()[:8]} -->\n## other",
     ]
     assert code_host.comments[101]["user"] == ME
     assert code_host.asked == [("POST", place), (rewrite, f"{one or place}/102"), ("POST", place)]

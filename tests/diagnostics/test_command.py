@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+import typer
 import yaml
 
+from neural_mri.cli import diagnose as command
 from neural_mri.contract.suites import Suite
 from tests.deploy.hosts import Host, host
 from tests.diagnostics.making import as_toml, edited, saved
@@ -88,6 +90,7 @@ def test_a_gate_fails_and_passes_and_a_baseline_is_measured_once(world: World) -
     [
         (("--model", "nowhere"), "neither a folder of safetensors nor a model of the store"),
         ((), "--local needs --model"),
+        (("--model", "main", "--records", "tiny.toml/none"), "Not a directory"),
         (("--model", "main", "--baseline", "broken", "--profile", "loose"), "no profile 'loose'"),
     ],
 )
@@ -201,7 +204,7 @@ def test_the_github_action_runs_as_the_shell_steps_it_contains(
     assert "L1H0 is where the change begins" in (world.folder / "summary").read_text()
     assert (world.folder / "neural-mri-report" / "diagnosis.sarif").exists()
     (comment,) = code_host.comments
-    assert comment["body"].startswith("<!-- neural-mri tiny.toml_broken -->")
+    assert re.match(r"<!-- neural-mri tiny\.toml_broken [0-9a-f]{8} -->\n", comment["body"])
     assert "L1H0 is where the change begins" in comment["body"]
     assert code_host.tokens == {"Bearer secret"}
 
@@ -233,14 +236,12 @@ def test_gates_of_one_pull_request_keep_their_own_comments_artifacts_and_records
         ran = run_action(world, {**given, **wanted}, code_host)
         slugs.append(ran.outputs["gate"])
     assert slugs[:2] == [{"slug": "tiny.toml-main"}, {"slug": "tiny.toml-.-main"}]
-    (named,) = slugs[2].values()
-    assert re.fullmatch(r"nightly--[^,\s=]+-outcome-passed", named)
+    (slug,) = slugs[2].values()
+    assert re.fullmatch(r"nightly--[^,\s=]+-outcome-passed", slug)
     marks = [comment["body"].splitlines()[0] for comment in code_host.comments]
-    assert marks == [
-        "<!-- neural-mri tiny.toml_main -->",
-        "<!-- neural-mri tiny.toml_./main -->",
-        "<!-- neural-mri nightly_밤_outcome_passed -->",
-    ]
+    named = ("tiny.toml_main", "tiny.toml_./main", "nightly_밤_outcome_passed")
+    for mark, name in zip(marks, named, strict=True):
+        assert re.fullmatch(rf"<!-- neural-mri {re.escape(name)} [0-9a-f]{{8}} -->", mark)
     used = {
         step["uses"].partition("@")[0]: step["with"]
         for step in action["runs"]["steps"]
@@ -295,7 +296,9 @@ def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(
     assert ran(job["after_script"]).returncode == 0
     assert code_host.comments == [], "without a token nobody is told"
     assert ran(job["after_script"], NMRI_TOKEN="secret").returncode == 0
-    assert code_host.comments[0]["body"].startswith("<!-- neural-mri tiny.toml_main -->\n## 🟢")
+    assert re.match(
+        r"<!-- neural-mri tiny\.toml_main [0-9a-f]{8} -->\n## 🟢", code_host.comments[0]["body"]
+    )
     assert ran(job["after_script"], NMRI_TOKEN="secret", NMRI_NAME="other").returncode == 0
     assert code_host.comments[1]["body"].startswith("<!-- neural-mri other -->")
     assert "/" not in job["cache"]["key"]
@@ -306,3 +309,16 @@ def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(
     assert job["artifacts"]["paths"] == [variables["NMRI_OUT"]]
     assert job["cache"]["paths"] == [variables["NMRI_BASELINES"]]
     assert job["cache"]["when"] == job["artifacts"]["when"] == "always"
+
+
+def test_an_error_that_nobody_foresaw_is_no_gate_that_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("zip() argument 2 is shorter than argument 1")
+
+    monkeypatch.setattr(command, "diagnosed", broken)
+    with pytest.raises(typer.Exit) as left:
+        command.diagnose("quick", model="m", baseline="n")
+    assert left.value.exit_code == 2
+    assert "argument 2 is shorter" in capsys.readouterr().err

@@ -16,6 +16,8 @@ from neural_mri.contract.problems import InvalidRequest, Unprocessable
 from neural_mri.contract.scans import Scan, encode_scan
 from neural_mri.contract.suites import Measure, Suite
 from neural_mri.diagnostics import Record, Scanned, diagnose, measure
+from neural_mri.diagnostics.comparison import UNBOUNDED
+from neural_mri.diagnostics.measuring import Aside, ask
 from neural_mri.diagnostics.records import Block
 from tests.diagnostics.making import InProcess, Weights, edited, measured, saved, tiny_suite
 
@@ -202,3 +204,88 @@ def test_a_record_of_another_suite_or_without_noise_is_no_baseline(
     other = tiny_suite(prompts=9)
     with pytest.raises(Unprocessable, match="not of tiny"):
         diagnose(other, candidate, baseline)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_what_is_no_number_any_more_fails_its_gate_and_is_no_silent_head(
+    suite: Suite, baseline: Record, broken: float
+) -> None:
+    for measured_by, fails in (
+        (Measure.NORMS, Rule.CHANGED_AT),
+        (Measure.ATTRIBUTION, Rule.CHANGED_ATTRIBUTION),
+        (Measure.LENS, Rule.CHANGED_LENS),
+    ):
+        blocks = {
+            quantity: block._replace(values=block.values.copy())
+            for quantity, block in baseline.blocks.items()
+        }
+        for quantity, block in blocks.items():
+            if quantity.measure is measured_by:
+                block.values[3:5, 1] = broken
+        diagnosis = diagnose(suite, msgspec.structs.replace(baseline, blocks=blocks), baseline)
+        assert not diagnosis.passed
+        [found] = [each for each in diagnosis.findings if each.rule is fails]
+        assert found.evidence.value >= UNBOUNDED / 100
+        assert not [each for each in diagnosis.findings if each.rule is Rule.SILENT_HEAD]
+        same = msgspec.structs.replace(baseline, blocks=blocks)
+        assert not changes(diagnose(suite, same, same)), "what is none on both sides is the same"
+
+
+def test_a_measure_that_a_suite_leaves_out_fails_nobody_though_a_scan_has_it(
+    suite: Suite, candidate: Record, baseline: Record
+) -> None:
+    fewer = msgspec.structs.replace(suite, measures=(Measure.SCORES,))
+    records = [
+        msgspec.structs.replace(each, suite_digest=fewer.digest) for each in (candidate, baseline)
+    ]
+    diagnosis = diagnose(fewer, *records)
+    assert {gate.measure for gate in diagnosis.gates} <= {Measure.SCORES, Measure.WEIGHTS}
+    assert diagnosis.tests == 2
+
+
+def test_weights_alone_are_compared_without_noise(
+    suite: Suite, tiny_folder: Path, tmp_path: Path
+) -> None:
+    fewer = msgspec.structs.replace(suite, measures=(Measure.WEIGHTS,))
+    before = measured(fewer, tiny_folder, tmp_path / "store", with_noise=True)
+    folder = saved("llama", tmp_path / "other", seed=1)
+    after = measured(fewer, folder, tmp_path / "store")
+    assert not changes(diagnose(fewer, before, before))
+    diagnosis = diagnose(fewer, after, before)
+    assert changes(diagnosis) == [Rule.CHANGED_WEIGHTS]
+    assert diagnosis.tests == 0
+
+
+def test_the_change_of_a_case_is_what_its_score_changed_by(
+    suite: Suite, candidate: Record, baseline: Record
+) -> None:
+    for case in diagnose(suite, candidate, baseline).cases:
+        assert case.baseline is not None
+        assert case.change is not None
+        assert case.change.value == pytest.approx(case.score.value - case.baseline.value, abs=1e-6)
+        assert case.change.interval.low <= case.change.value <= case.change.interval.high
+
+
+def test_a_prompt_that_cannot_be_asked_says_why(suite: Suite, tiny_folder: Path) -> None:
+    scans = InProcess(tiny_folder, tiny_folder)
+    case = suite.cases[0]
+    item = case.items[0]
+
+    def refused(**changes: str) -> str:
+        changed = msgspec.structs.replace(item, **changes)
+        only = msgspec.structs.replace(case, items=(changed,))
+        [aside] = ask(msgspec.structs.replace(suite, cases=(only,)), scans.tokenize)
+        assert isinstance(aside, Aside)
+        assert aside.name == "preference/0"
+        return aside.reason
+
+    assert refused(foil=item.answer) == (
+        f"{item.answer!r} and {item.answer!r} begin with the same token"
+    )
+    assert refused(prompt="w4") == "'w4' is 1 token long, expected 2 or more"
+    read_on = refused(prompt="w4 w5 w", answer="6")
+    assert read_on == "'w4 w5 w' is read as other tokens where '6' follows"
+    short = tuple(msgspec.structs.replace(each, prompt="w4") for each in case.items)
+    none = msgspec.structs.replace(suite, cases=(msgspec.structs.replace(case, items=short),))
+    with pytest.raises(Unprocessable, match="The first is preference/0: 'w4' is 1 token long"):
+        measure(none, scans, with_noise=False)

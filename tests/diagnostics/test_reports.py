@@ -226,3 +226,23 @@ def test_a_form_that_is_none_is_refused(alone: Diagnosis) -> None:
 )
 def test_numbers_are_written_with_the_digits_that_count(value: float, shown: str) -> None:
     assert number(value) == shown
+
+
+@pytest.mark.parametrize("language", Language)
+def test_no_sentence_says_a_unit_twice(language: Language, failed: Diagnosis) -> None:
+    said = Phrases(language)
+    example = failed.findings[0]
+    for rule, unit, value in (
+        (Rule.SETTLES_LATE, "share of layers", 0.97),
+        (Rule.UNAWARE, "AUROC", 0.5),
+        (Rule.SILENT_HEAD, "of its layer's median head", 0.0),
+        (Rule.NONFINITE, "weights", 3.0),
+        (Rule.OUTLYING_TENSOR, "excess kurtosis", 123.0),
+    ):
+        evidence = msgspec.structs.replace(example.evidence, unit=unit, value=value)
+        numbers = {"label": "-", "name": "-", "changed": 1, "tested": 2}
+        finding = msgspec.structs.replace(example, rule=rule, evidence=evidence, numbers=numbers)
+        text = said.say(finding, failed).text
+        assert said.amount(value, unit) in text
+        assert text.count(said.unit(unit)) <= 1, text
+        assert said.quantity(value, unit) not in text or text.count(said.unit(unit)) == 1

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neural_mri.diagnostics.statistics import (
+    Groups,
     Tail,
     auroc,
+    auroc_change_score,
     auroc_score,
     difference_score,
     holm,
@@ -98,3 +100,16 @@ def test_a_tail_tells_how_rare_a_value_is_beyond_all_that_were_seen() -> None:
 def test_the_tail_of_silence_calls_nothing_impossible() -> None:
     assert (Tail.of(np.zeros(100)).p_values(np.array([0.0, 1.0])) == 1.0).all()
     assert 0 < Tail.of(np.array([])).p_values(np.array([1e6]))[0] < 1e-6
+
+
+def test_a_change_of_auroc_is_of_the_same_prompts_before_and_after() -> None:
+    draw = np.random.default_rng(3)
+    before = Groups(draw.standard_normal(30), draw.standard_normal(30))
+    after = Groups(before.negative - 1.5, before.positive)
+    change = auroc_change_score(before, after)
+    assert change.value == pytest.approx(auroc(*after) - auroc(*before))
+    assert 0 < change.interval.low < change.value < change.interval.high
+    same = auroc_change_score(before, Groups(before.negative * 3, before.positive * 3))
+    assert (same.value, same.interval.low, same.interval.high) == (0, 0, 0), "order is all it sees"
+    gone = Groups(np.full(30, np.nan), before.positive)
+    assert auroc_change_score(before, gone).n == 0

@@ -192,3 +192,11 @@ def test_a_case_is_never_there_twice() -> None:
             title=suite.title,
             cases=(suite.cases[0], suite.cases[0]),
         )
+
+
+@pytest.mark.parametrize("body", [SUITE.replace("One", "caf\xe9").encode("latin-1"), b"\xff\xfe"])
+def test_a_suite_that_is_not_utf_8_is_refused_by_name(body: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(body)
+    with pytest.raises(InvalidRequest, match=r"mine.toml is not UTF-8: .* byte 0x"):
+        load_suite(str(path))

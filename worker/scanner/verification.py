@@ -37,6 +37,18 @@ def verify(
     Every attention row sums to 1; what attention and MLP write adds up to what the block changed, by
     TransformerLens's hooks and by our own; and both twins predict the same.
     """
+    try:
+        _compare(plain, bridge, modules, architecture)
+    except _NoNumbers as reason:
+        raise UnsupportedModel(f"{reason}: {_whence(plain)}") from None
+
+
+def _compare(
+    plain: PreTrainedModel,
+    bridge: TransformerBridge,
+    modules: sites.PlainModules,
+    architecture: Architecture,
+) -> None:
     ids = torch.arange(_TOKENS, device=plain.device) * (architecture.d_vocab // _TOKENS)
     ids = ids.unsqueeze(0)
     family = type(plain).__name__
@@ -59,7 +71,22 @@ def verify(
     _require(logits, plain_logits, f"{family}: logits of the bridge")
 
 
+class _NoNumbers(Exception):
+    """What is compared is infinite or NaN."""
+
+
+def _whence(plain: PreTrainedModel) -> str:
+    """Why a model computes no numbers."""
+    broken = [name for name, weight in plain.named_parameters() if not weight.isfinite().all()]
+    if not broken:
+        return f"the weights are finite, and what is computed of them in {plain.dtype} is not"
+    more = f" and {len(broken) - 1} more" if broken[1:] else ""
+    return f"the checkpoint's weights are infinite or NaN in {broken[0]}{more}"
+
+
 def _require(found: Tensor, expected: Tensor, what: str) -> None:
+    if not (found.isfinite().all() and expected.isfinite().all()):
+        raise _NoNumbers(f"{what} are infinite or NaN")
     scale = expected.abs().max().item()
     worst = (found.float() - expected.float()).abs().max().item()
     if not worst <= _TOLERANCE[expected.dtype] * max(scale, 1.0):

@@ -112,6 +112,21 @@ def test_code_that_comes_with_a_model_is_never_run(folder: Path) -> None:
         loading.load(folder, Numerics())
 
 
+@pytest.mark.parametrize(
+    "tensor", ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.v_proj.weight"]
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_checkpoint_whose_weights_are_no_numbers_is_refused_by_their_name(
+    folder: Path, tensor: str, value: float
+) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[tensor][2, 3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=f"weights are infinite or NaN in {tensor}$"):
+        loading.load(folder, Numerics())
+
+
 def test_a_family_whose_parts_mean_something_else_is_refused(tmp_path: Path) -> None:
     # Granite scales what a sublayer writes on its way into the residual stream.
     shape: dict[str, Any] = {
