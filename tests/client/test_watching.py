@@ -7,10 +7,18 @@ from uuid import UUID, uuid4
 import msgspec
 import pytest
 
-from neural_mri.client import Client, JobCancelled, JobFailed, NotUnderstood, Refused, Unreachable
+from neural_mri.client import (
+    Client,
+    ClientError,
+    JobCancelled,
+    JobFailed,
+    NotUnderstood,
+    Refused,
+    Unreachable,
+)
 from neural_mri.client.diagnosing import ServiceScans
 from neural_mri.contract.auth import Usage
-from neural_mri.contract.batches import BatchCounts, BatchState, BatchView
+from neural_mri.contract.batches import BatchCounts, BatchEnded, BatchState, BatchView
 from neural_mri.contract.events import Ended, Event, Reset, StateChanged, event_name
 from neural_mri.contract.jobs import JobKind, JobState, Lane
 from neural_mri.contract.problems import Unavailable, UnknownJob
@@ -228,19 +236,24 @@ def test_an_end_that_is_told_again_is_no_second_end(wire: Wire, client: Client) 
     assert asked == [f"{first},{second}", str(second)], "the first may have been deleted by now"
 
 
+def batch_of(lines: int, state: BatchState) -> BatchView:
+    """None of its lines has become a job."""
+    return BatchView(
+        id=uuid4(),
+        state=state,
+        lane=Lane.BATCH,
+        lines=lines,
+        refused=0,
+        repeated=0,
+        counts=BatchCounts(),
+        created_at=datetime.now(UTC),
+    )
+
+
 def test_a_diagnosis_that_ends_says_why_though_its_batch_cannot_be_stopped(
     wire: Wire, client: Client
 ) -> None:
-    batch = BatchView(
-        id=uuid4(),
-        state=BatchState.RUNNING,
-        lane=Lane.BATCH,
-        lines=1,
-        refused=0,
-        repeated=0,
-        counts=BatchCounts(queued=1),
-        created_at=datetime.now(UTC),
-    )
+    batch = batch_of(1, BatchState.RUNNING)
     usage = Usage(user="ada", in_flight=0, max_jobs=None, seconds_today=0, daily_seconds=None)
     wire.answers["GET", "/api/usage"] = [json_answer(usage)]
     wire.answers["POST", "/api/batches"] = [json_answer(batch, 202)]
@@ -250,3 +263,16 @@ def test_a_diagnosis_that_ends_says_why_though_its_batch_cannot_be_stopped(
         list(ServiceScans(client, None).scan([SCAN]))
     assert refused.value.status == 401
     assert wire.paths("DELETE") == [f"/api/batches/{batch.id}"]
+
+
+def test_a_diagnosis_whose_batch_ends_before_its_scans_says_so(wire: Wire, client: Client) -> None:
+    batch = batch_of(3, BatchState.CANCELLED)
+    ended = BatchEnded(state=BatchState.CANCELLED, counts=batch.counts)
+    body = b"id: 1\nevent: ended\ndata: " + msgspec.json.encode(ended) + b"\n\n"
+    path = f"/api/batches/{batch.id}"
+    wire.answers["POST", "/api/batches"] = [json_answer(batch, 202)] * 2
+    wire.answers["GET", f"{path}/events"] = [Answer(200, "text/event-stream", body)]
+    wire.answers["GET", path] = [json_answer(batch)]
+    wire.answers["DELETE", path] = [json_answer(batch)]
+    with pytest.raises(ClientError, match=f"batch {batch.id} has ended, cancelled, with 0 of 3"):
+        list(ServiceScans(client, None).scan([SCAN] * 3))
