@@ -176,12 +176,13 @@ class _Held:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._results: dict[str, set[str]] = {}
+        self._results: dict[str, set[tuple[str | None, str]]] = {}
+        """Scan keys and results, by the path of what is sent."""
 
     def add(self, job: Job, tables: Iterable[StoredTable]) -> None:
         """A finished job's result, of which these are sent."""
         for table in tables:
-            self._results.setdefault(table.path, set()).add(job.manifest or "")
+            self._results.setdefault(table.path, set()).add((job.scan_key, job.manifest or ""))
 
     def withdrawing(
         self, pieces: Callable[[], AsyncGenerator[bytes]]
@@ -195,7 +196,7 @@ class _Held:
                         yield piece
             except Gone as gone:
                 for result in self._results.get(gone.members.get("path", ""), ()):
-                    await self._services.sessions.write(jobs.withdraw_result, result)
+                    await self._services.sessions.write(jobs.withdraw_result, *result)
                 raise
 
         return made

@@ -6,7 +6,8 @@ Everything that can be refused is refused before anything is recorded, by the li
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ __all__ = ("Options", "feed", "submit_batch")
 
 REPORTED = 100
 """Refused lines that an answer names; the others are only counted."""
+MOST_TOKENS = 8_000_000
+"""Of one batch's prompts: each is kept with its text and place, some twenty bytes a token."""
 CHUNK = 500
 """Lines recorded in one transaction: in between others have their turn."""
 TICKETS = 64
@@ -88,25 +91,49 @@ async def submit_batch(
     Raises `LinesInvalid`, `InvalidRequest`, `TooMany`, `IdempotencyKeyReused`.
     """
     read = await _read(services, request, options)
-    if read.invalid and (options.on_invalid is OnInvalid.REFUSE or not read.accepted):
-        raise _refusal(read.invalid, len(read.lines))
+    if read.invalid and (options.on_invalid is OnInvalid.REFUSE or not read.scan_keys):
+        raise _refusal(read.invalid, read.n_lines)
     view = await _record(services, read, options)
     return msgspec.structs.replace(view, invalid=tuple(read.invalid[:REPORTED]))
+
+
+class _Packed(NamedTuple):
+    """A line that is understood, its scan as it will be stored: as objects a token takes ten times the room."""
+
+    line: Line
+    submission: str | None = None
+
+    def unpacked(self) -> Line:
+        """The line with its scan."""
+        if self.submission is None:
+            return self.line
+        return self.line._replace(submission=feeding.read_kept(self.submission))
 
 
 class _Read:
     """The lines of a batch, understood."""
 
     def __init__(self, options: Options) -> None:
-        self.lines: list[Line] = []
         self.invalid: list[InvalidLine] = []
+        self._packed: list[_Packed] = []
         self._first_lines: dict[str, int] = {}
+        self._n_tokens = 0
         self._digest = hashlib.sha256(msgspec.json.encode(options[:-1]))
 
     @property
-    def accepted(self) -> list[Submission]:
+    def n_lines(self) -> int:
+        """All that were read, refused ones among them."""
+        return len(self._packed)
+
+    @property
+    def scan_keys(self) -> AbstractSet[str]:
         """The scans, each once."""
-        return [line.submission for line in self.lines if line.submission is not None]
+        return self._first_lines.keys()
+
+    def chunks(self) -> Iterator[list[Line]]:
+        """Lines in order, so many at a time as are recorded together."""
+        for start in range(0, len(self._packed), CHUNK):
+            yield [packed.unpacked() for packed in self._packed[start : start + CHUNK]]
 
     @property
     def digest(self) -> str:
@@ -118,16 +145,27 @@ class _Read:
         self._digest.update(b"%d:%b\n" % (line.number, line.body.strip()))
 
     def accept(self, number: int, submission: Submission) -> None:
-        """Take a line's scan, or note which earlier line has asked for it."""
+        """Take a line's scan, or note which earlier line has asked for it.
+
+        Raises `Unprocessable` where the batch's prompts have become too many tokens.
+        """
         first = self._first_lines.setdefault(str(submission.scan_key), number)
-        if first == number:
-            self.lines.append(Line(number, submission))
-        else:
-            self.lines.append(Line(number, repeats=first))
+        if first != number:
+            self._packed.append(_Packed(Line(number, repeats=first)))
+            return
+        self._n_tokens += submission.n_tokens
+        if self._n_tokens > MOST_TOKENS:
+            raise Unprocessable(
+                f"the batch's prompts up to line {number} have {self._n_tokens} tokens, {MOST_TOKENS} is as many as "
+                "those of one batch can have: send several",
+                line=number,
+                limit=MOST_TOKENS,
+            )
+        self._packed.append(_Packed(Line(number), feeding.kept(submission)))
 
     def refuse(self, number: int, problem: Problem) -> None:
         """Note why a line cannot be done."""
-        self.lines.append(Line(number, problem=problem.document()))
+        self._packed.append(_Packed(Line(number, problem=problem.document())))
         self.invalid.append(
             InvalidLine(
                 line=number,
@@ -142,7 +180,7 @@ class _Read:
 async def _read(services: Services, request: Request[Any, Any, Any], options: Options) -> _Read:
     read, remembering = _Read(options), _Remembering.of(services)
     async for line in _lines(services, request):
-        if len(read.lines) == MOST_LINES:
+        if read.n_lines == MOST_LINES:
             raise Unprocessable(
                 f"the batch has more than {MOST_LINES} scans, as many as one batch can have: send "
                 "several",
@@ -157,9 +195,9 @@ async def _read(services: Services, request: Request[Any, Any, Any], options: Op
             read.refuse(line.number, problem)
         else:
             read.accept(line.number, submission_of(services, prepared, options.lane))
-        if len(read.lines) % LINES_A_TURN == 0:
+        if read.n_lines % LINES_A_TURN == 0:
             await asyncio.sleep(0)
-    if not read.lines:
+    if not read.n_lines:
         raise InvalidRequest("the batch has no scan: expected a scan's request a line")
     return read
 
@@ -209,17 +247,17 @@ async def _record(services: Services, read: _Read, options: Options) -> BatchVie
 
     Sent again under its Idempotency-Key, it is filled where whoever recorded it first has died meanwhile.
     """
-    submissions = read.accepted
-    keys = {str(each.scan_key) for each in submissions}
-    known = await services.sessions.read(jobs.known_results, keys)
-    for path in await lost_results(services, set(known.values())):
-        await services.sessions.write(jobs.withdraw_result, path)
-        known = {key: manifest for key, manifest in known.items() if manifest != path}
+    known = await services.sessions.read(jobs.known_results, read.scan_keys)
+    lost = set(await lost_results(services, set(known.values())))
+    for key, path in tuple(known.items()):
+        if path in lost:
+            await services.sessions.write(jobs.withdraw_result, key, path)
+            del known[key]
     wanted = NewBatch(
         owner=services.caller.user,
         name=options.name,
         lane=options.lane,
-        lines=len(read.lines),
+        lines=read.n_lines,
         digest=read.digest,
         max_failures=options.max_failures,
         word=options.idempotency_key,
@@ -228,22 +266,21 @@ async def _record(services: Services, read: _Read, options: Options) -> BatchVie
         try:
             batch = await services.sessions.write(batches.begin, wanted)
             if not batch.is_filled:
-                await _fill(services, batch, read.lines)
-                stored = sum(each.scan_key in known for each in submissions)
-                services.metrics.accepted_batch(stored=stored, queued=len(submissions) - stored)
+                await _fill(services, batch, read)
+                queued = len(read.scan_keys) - len(known)
+                services.metrics.accepted_batch(stored=len(known), queued=queued)
                 await feed(services)
-                if stored:
+                if known:
                     await _feed_known(services, batch)
         except Undone:
             continue  # whoever had begun it has given it up: now it is ours to begin
         return await services.sessions.read(batches.view, batch._replace(is_filled=True))
 
 
-async def _fill(services: Services, batch: Batch, lines: Sequence[Line]) -> None:
+async def _fill(services: Services, batch: Batch, read: _Read) -> None:
     """Record the lines that are not yet. Raises `Undone`."""
     try:
-        for start in range(0, len(lines), CHUNK):
-            some = lines[start : start + CHUNK]
+        for some in read.chunks():
             await services.sessions.write(batches.fill, batch.id, some)
             crash_point("api.batch-chunk")
     except Undone:

@@ -336,7 +336,7 @@ async def _withdraw(services: Services, job: Job, gone: Gone) -> None:
     """See to it that the next scan computes again what is gone."""
     gone.members = {**gone.members, "job": str(job.id)}
     if job.manifest is not None:
-        await services.sessions.write(jobs.withdraw_result, job.manifest)
+        await services.sessions.write(jobs.withdraw_result, job.scan_key, job.manifest)
 
 
 def _arrow_stream(source: FilePart | bytes, ref: TableRef) -> ASGIApp:

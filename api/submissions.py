@@ -101,13 +101,15 @@ async def _submit(services: Services, submission: Submission, *, is_watched: boo
     limit = services.settings.max_queued_jobs
     submitted = await _recorded(services, submission, limit)
     job = submitted.job
-    if not submitted.is_new:
-        return job
+    # Also of a request that is sent again: what it was first answered with may have been found lost just then, and
+    # no room have been left to measure it anew.
     if job.cached and job.manifest is not None and not await is_whole(services, job):
-        await services.sessions.write(jobs.withdraw_result, job.manifest)
+        await services.sessions.write(jobs.withdraw_result, job.scan_key, job.manifest)
         job, _ = await services.sessions.write(
             jobs.submit_once, submission, max_queued=limit, usual=services.limits, is_anew=True
         )
+    elif not submitted.is_new:
+        return job
     crash_point("api.recorded")
     _told(job, services.metrics.accepted(job))
     services.announce(job, is_watched=is_watched)

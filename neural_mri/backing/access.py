@@ -47,6 +47,7 @@ __all__ = (
     "key_created",
     "keys_of",
     "load_pepper",
+    "lock_user",
     "login_identity",
     "open_login",
     "revoke_key",
@@ -115,6 +116,13 @@ def ensure_user(session: Session, name: str) -> None:
     session.connection().execute(known)
 
 
+def lock_user(session: Session, name: str) -> None:
+    """Know a user, and let nobody else do so until the transaction ends: what the user has can be counted."""
+    ensure_user(session, name)
+    own = select(USERS.c.name).where(USERS.c.name == name).with_for_update(key_share=True)
+    session.connection().execute(own)
+
+
 def create_key(
     session: Session,
     pepper: bytes,
@@ -129,10 +137,8 @@ def create_key(
 
     Raises `LimitReached` for somebody who has more than enough of them.
     """
-    ensure_user(session, user)
     # Who makes another for the same user meanwhile counts this one.
-    own = select(USERS.c.name).where(USERS.c.name == user).with_for_update(key_share=True)
-    session.connection().execute(own)
+    lock_user(session, user)
     good = select(func.count()).select_from(API_KEYS).where(_key.user == user, _is_good())
     if session.connection().execute(good).scalar_one() >= MOST_KEYS:
         raise LimitReached(

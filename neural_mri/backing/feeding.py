@@ -24,6 +24,7 @@ from sqlalchemy import Executable, Integer, bindparam, case, exists, func, selec
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import jobs, limits
+from neural_mri.backing.access import lock_user
 from neural_mri.backing.database import epoch
 from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.records import AnyRow, Submission
@@ -40,6 +41,7 @@ __all__ = (
     "feed_known",
     "kept",
     "owners_waiting",
+    "read_kept",
 )
 
 FED_SHARE = 0.75
@@ -127,14 +129,28 @@ def kept(submission: Submission) -> str:
     return msgspec.json.encode(submission).decode()
 
 
+def read_kept(body: str) -> Submission:
+    """The job to be that a line holds. Raises `msgspec.DecodeError` where another release has written it."""
+    return _submission.decode(body)
+
+
 def check_waiting(session: Session, owner: str, lines: int) -> None:
-    """Whether so many lines more may wait. Raises `TooMany`."""
-    counted = (
+    """Whether so many lines more may wait. Raises `TooMany`.
+
+    Whoever asks for the same owner meanwhile counts these: the owner's row is locked.
+    """
+    lock_user(session, owner)
+    recorded = (
         select(func.count())
         .select_from(BATCH_LINES.join(BATCHES, _batch.id == _line.batch_id))
-        .where(_batch.owner == owner, _batch.fed_at.is_(None), _IS_WAITING)
+        .where(_batch.owner == owner, _IS_UNFED, _IS_WAITING)
     )
-    waiting: int = session.connection().execute(counted).scalar_one()
+    # Lines of a batch that has begun are recorded some at a time.
+    to_come = select(func.coalesce(func.sum(_batch.lines), 0)).where(
+        _batch.owner == owner, _batch.filled_at.is_(None)
+    )
+    counts = [session.connection().execute(each).scalar_one() for each in (recorded, to_come)]
+    waiting = sum(map(int, counts))
     if waiting + lines > MOST_WAITING:
         raise TooMany(
             f"{waiting} lines of your batches wait for room, {MOST_WAITING} may: there is no room for "
@@ -249,7 +265,7 @@ def _waiting(
         rows = session.connection().execute(wanted, some).all()
         for row in rows:
             try:
-                submission = _submission.decode(row.wanted)
+                submission = read_kept(row.wanted)
                 submission.batch_key(row.job_id)  # reads the scan
             except msgspec.DecodeError as error:
                 unread[row.line] = str(error)

@@ -280,9 +280,10 @@ def add_cancelled(session: Session, promised: Mapping[UUID, Submission]) -> None
 
 def known_results(session: Session, keys: Iterable[str], *, hold: bool = False) -> dict[str, str]:
     """The manifests of the newest usable results of scan keys; if they are to be named, held by who names them."""
-    rows = _chunked(session, statements.KNOWN_RESULTS, keys)
+    dialect = session.get_bind().dialect.name
+    rows = _run(session, statements.known_results(dialect), {"keys": sorted(keys)})
     newest = {row.scan_key: row for row in rows}
-    if hold and session.get_bind().dialect.name == "postgresql":
+    if hold and dialect == "postgresql":
         ids = {row.id for row in newest.values()}
         held = {row.id for row in _chunked(session, statements.HOLD_JOBS, ids)}
         newest = {key: row for key, row in newest.items() if row.id in held}
@@ -379,9 +380,9 @@ def _turn(found: AnyRow, submission: Submission, max_queued: int) -> _Turn:
     return _Turn(start, start + submission.estimated_cost / LANE_WEIGHTS[submission.lane])
 
 
-def withdraw_result(session: Session, manifest: str) -> None:
-    """Answer no later job with this result: its bytes are missing or damaged."""
-    _run(session, statements.WITHDRAW_RESULT, {"path": manifest})
+def withdraw_result(session: Session, scan_key: str | None, manifest: str) -> None:
+    """Answer no later job of that scan with this result: its bytes are missing or damaged."""
+    _run(session, statements.WITHDRAW_RESULT, {"key": scan_key, "path": manifest})
 
 
 def get(session: Session, job_id: UUID) -> Job | None:

@@ -60,6 +60,12 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     """The span that asks for it, as W3C Trace Context writes it."""
 
     @property
+    def n_tokens(self) -> int:
+        """Of the prompt and of whatever else is read."""
+        read = [*self.operands.prompts.values(), *([] if self.tokens is None else [self.tokens])]
+        return sum(map(len, read))
+
+    @property
     def estimated_cost(self) -> float:
         """Forward-pass work in tokens; 1 for one forward where there is no prompt."""
         return self.forwards * max(1, len(self.tokens) if self.tokens else 1)

@@ -145,7 +145,8 @@ class JobRow(Base):
         Index("ix_jobs_usage", "owner", "finished_at"),
         Index("ix_jobs_pace", "queue", "finished_at"),
         Index("ix_jobs_recent", "owner", "created_at"),
-        Index("ix_jobs_scan_key", "scan_key"),
+        # The newest of a scan that is asked for again and again is found without the others.
+        Index("ix_jobs_results", "scan_key", "finished_at"),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)

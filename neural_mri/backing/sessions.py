@@ -15,6 +15,7 @@ from sqlalchemy import delete, func, insert, literal, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import kept_results, session_arrivals
+from neural_mri.backing.access import lock_user
 from neural_mri.backing.database import epoch
 from neural_mri.backing.records import AnyRow, new_id
 from neural_mri.backing.rows import (
@@ -93,6 +94,7 @@ class Made(NamedTuple):
 
 def create(session: Session, made: Made) -> SessionView:
     """Make a session of one revision. Raises `LimitReached` for who has more than enough of them."""
+    lock_user(session, made.owner)
     count = select(func.count()).select_from(SESSIONS).where(_session.owner == made.owner)
     if run(session, count).scalar_one() >= MOST_SESSIONS:
         raise LimitReached(

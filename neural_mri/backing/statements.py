@@ -11,12 +11,14 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     Boolean,
     ColumnElement,
     Double,
     Integer,
     Select,
+    String,
     UpdateBase,
     and_,
     bindparam,
@@ -57,14 +59,40 @@ ADD = insert(JOBS).values(created_at=epoch())
 ADD_FINISHED = insert(JOBS).values(created_at=epoch(), finished_at=epoch())
 """The same for many rows at once, none of which is read back."""
 
-_USABLE = and_(_job.state == JobState.SUCCEEDED, _job.manifest.is_not(None), _job.reusable)
 
-KNOWN_RESULTS = (
-    select(_job.scan_key, _job.manifest, _job.id)
-    .where(_job.scan_key.in_(bindparam("keys", expanding=True)), _USABLE)
-    # The newest last, so that it is the one that stays.
-    .order_by(_job.finished_at)
-)
+def _usable(job: Any) -> tuple[ColumnElement[bool], ...]:
+    """Whether a row's result answers later jobs."""
+    return job.state == JobState.SUCCEEDED, job.manifest.is_not(None), job.reusable
+
+
+_USABLE = and_(*_usable(_job))
+
+
+@cache
+def known_results(dialect: str) -> Select[Any]:
+    """The newest usable result of each of some keys: scan_key, manifest, id. Parameter: keys.
+
+    Key by key: one that is asked for every night has thousands of them.
+    """
+    if dialect == "postgresql":
+        array = bindparam("keys", type_=postgresql.ARRAY(String))
+        wanted = func.unnest(array).table_valued("value").render_derived()
+    else:
+        wanted = func.json_each(bindparam("keys", type_=JSON)).table_valued("value")
+    one = JOBS.alias("one").c
+    newest = (
+        select(one.id)
+        .where(one.scan_key == wanted.c.value, *_usable(one))
+        .order_by(one.finished_at.desc())
+        .limit(1)
+        .correlate(wanted)
+        .scalar_subquery()
+    )
+    return select(_job.scan_key, _job.manifest, _job.id).select_from(
+        wanted.join(JOBS, _job.id == newest)
+    )
+
+
 KEYS_UNDER_WAY = select(_job.scan_key).where(
     _job.scan_key.in_(bindparam("keys", expanding=True)), _UNFINISHED
 )
@@ -97,8 +125,12 @@ HOLD_JOBS = (
 )
 """The same of jobs by their ids. Parameter: keys."""
 
-WITHDRAW_RESULT = update(JOBS).where(_job.manifest == bindparam("path")).values(reusable=False)
-"""Parameter: path."""
+WITHDRAW_RESULT = (
+    update(JOBS)
+    .where(_job.scan_key == bindparam("key"), _job.manifest == bindparam("path"), _job.reusable)
+    .values(reusable=False)
+)
+"""Parameters: key, path."""
 
 _N_UNFINISHED = (
     select(func.count())

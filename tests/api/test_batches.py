@@ -374,6 +374,23 @@ def test_a_batch_is_cancelled_but_not_what_others_wait_for(api: httpx.Client, wo
     assert world.claim(world.queue()).id != other["id"], "a surplus ticket may come first"
 
 
+def test_a_batch_of_more_tokens_than_one_may_have_is_refused_by_the_line(
+    api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = [fmri("a b c"), fmri("a b c"), fmri("b c d")]  # the second is the first again
+
+    def n_tokens(prompt: str) -> int:
+        return len(api.post("/api/tokenize", json={"prompt": prompt}).json()["ids"])
+
+    enough = n_tokens("a b c") + n_tokens("b c d")
+    monkeypatch.setattr("api.batches.MOST_TOKENS", enough)
+    accepted(api, *read)
+    refused = send(api, *read, fmri("a"))
+    assert refused.status_code == 422
+    assert f"up to line 4 have {enough + n_tokens('a')} tokens" in refused.json()["detail"]
+    assert (refused.json()["line"], refused.json()["limit"]) == (4, enough)
+
+
 def test_the_same_batch_under_the_same_key_is_one_batch(api: httpx.Client, world: World) -> None:
     key = {"idempotency-key": "nightly-1"}
     first = send(api, fmri("a"), fmri("b"), headers=key)

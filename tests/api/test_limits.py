@@ -56,6 +56,27 @@ def test_beyond_the_limit_a_request_is_told_when_to_come_again(door: Door, world
         assert ask(ada, "once more").status_code == 202
 
 
+def test_a_key_that_met_a_lost_result_and_no_room_is_good_for_another_try(
+    door: Door, world: World
+) -> None:
+    with door.user(world, "ada") as ada, door.user(world, "bob") as bob:
+        ask(bob, "a")
+        done = world.perform(world.claim(world.queue()))
+        under_way = [ask(ada, f"a {n}").json()["id"] for n in range(3)]
+        world.harm(done, "activations")
+        word = {"idempotency-key": "nightly"}
+
+        def again() -> httpx.Response:
+            return ada.post("/api/scan/activation", json={"prompt": "a"}, headers=word)
+
+        assert again().status_code == 429
+        assert again().status_code == 429
+        assert ada.delete(f"/api/jobs/{under_way[0]}").status_code == 200
+        first = again()
+        assert (first.status_code, first.json()["state"]) == (202, "queued")
+        assert again().json()["id"] == first.json()["id"]
+
+
 def test_a_day_of_computing_is_refused_until_some_of_it_is_a_day_ago(
     door: Door, world: World
 ) -> None:

@@ -379,7 +379,26 @@ def test_one_may_not_have_lines_waiting_without_end(
         begun(sessions, 2)
     begun(sessions, 1)
     fed(sessions, batch_id)
-    begun(sessions, 4)
+    begun(sessions, 3)
+
+
+def test_lines_that_are_still_to_be_recorded_count_as_well_however_many_begin_at_once(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeding, "MOST_WAITING", 4)
+    begun(sessions, 3)
+    with pytest.raises(TooMany, match="3 lines of your batches wait for room, 4 may"):
+        begun(sessions, 2)
+
+    def begins(_: int) -> bool:
+        try:
+            sessions.write(batches.begin, NewBatch("bob", "b", Lane.BATCH, 2, "d" * 64))
+        except TooMany:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(begins, range(8))) == 2
 
 
 def test_a_batch_that_is_stopped_just_as_it_is_fed_runs_nothing(sessions: Sessions) -> None:

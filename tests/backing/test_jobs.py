@@ -1,16 +1,19 @@
+import json
 from uuid import uuid4
 
 import msgspec
 import pytest
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import jobs
+from neural_mri.backing import jobs, statements
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.jobs import Job, LeaseOwner
+from neural_mri.backing.rows import JOBS
 from neural_mri.contract.jobs import HELD, TERMINAL, TRANSITIONS, JobKind, JobState, JobView
 from neural_mri.contract.problems import TooMany, UnknownJob
-from tests.backing.making import ELSEWHERE, QUEUE, submission
+from tests.backing.making import ELSEWHERE, QUEUE, on_sqlite, submission
 
 S = JobState
 KEY = "a" * 64
@@ -302,11 +305,63 @@ def test_a_result_whose_bytes_are_lost_is_computed_anew(sessions: Sessions) -> N
     sessions.write(jobs.submit, submission(scan_key=KEY))
     sessions.write(run_to_the_end, sessions.write(claim_one), manifest="manifests/lost.json")
     sessions.write(jobs.submit, submission(scan_key=KEY))
-    sessions.write(jobs.withdraw_result, "manifests/lost.json")
+    sessions.write(jobs.withdraw_result, KEY, "manifests/lost.json")
     assert sessions.write(jobs.submit, submission(scan_key=KEY)).state is S.QUEUED
     sessions.write(run_to_the_end, sessions.write(claim_one), manifest="manifests/new.json")
     anew = sessions.write(jobs.submit, submission(scan_key=KEY))
     assert anew.manifest == "manifests/new.json"
+
+
+def test_of_a_scan_that_is_asked_for_again_and_again_the_newest_result_is_found_by_itself(
+    sessions: Sessions,
+) -> None:
+    other = "b" * 64
+    for key in (KEY, other):
+        sessions.write(jobs.submit, submission(scan_key=key))
+        sessions.write(run_to_the_end, sessions.write(claim_one), manifest=f"manifests/{key[0]}")
+    for _ in range(3):
+        sessions.write(jobs.submit, submission(scan_key=KEY))
+    with sessions.writing() as session:
+        newest = session.scalars(
+            select(JOBS.c.id).where(JOBS.c.scan_key == KEY).order_by(JOBS.c.finished_at, JOBS.c.id)
+        ).all()[-1]
+        session.execute(
+            update(JOBS)
+            .where(JOBS.c.id == newest)
+            .values(manifest="manifests/newest", finished_at=JOBS.c.finished_at + 1)
+        )
+    asked = {KEY, other, "c" * 64}
+    assert sessions.read(jobs.known_results, asked) == {
+        KEY: "manifests/newest",
+        other: "manifests/b",
+    }
+    sessions.write(jobs.withdraw_result, other, "manifests/newest")
+    assert sessions.read(jobs.known_results, {KEY}) == {KEY: "manifests/newest"}, (
+        "of its scan alone"
+    )
+    sessions.write(jobs.withdraw_result, KEY, "manifests/newest")
+    assert sessions.write(jobs.known_results, asked, hold=True)[KEY] == f"manifests/{KEY[0]}"
+    assert sessions.read(jobs.known_results, set()) == {}
+
+
+@on_sqlite
+def test_no_result_is_looked_for_among_all_of_its_scan(sessions: Sessions) -> None:
+    for statement, given in (
+        (statements.EXISTING_RESULT, {"key": KEY}),
+        (statements.known_results("sqlite"), {"keys": [KEY]}),
+        (statements.WITHDRAW_RESULT, {"key": KEY, "path": "x"}),
+    ):
+        with sessions.reading() as session:
+            compiled = statement.compile(session.connection().engine)
+            values = tuple(
+                json.dumps(value) if isinstance(value, list) else value
+                for value in compiled.construct_params(given).values()
+            )
+            plan = session.connection().exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}", values)
+            told = " / ".join(row.detail for row in plan)
+        assert "ix_jobs_results (scan_key=?" in told
+        assert "TEMP B-TREE" not in told
+        assert "SCAN jobs" not in told
 
 
 # Bounds and lists

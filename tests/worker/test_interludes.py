@@ -131,7 +131,7 @@ def chunks(bench: Bench, job: Job) -> dict[str, str]:
 
 def run_anew(bench: Bench, job: Job) -> None:
     """Answer no later job with this one's result."""
-    bench.sessions.write(jobs.withdraw_result, bench.now(job).manifest or "")
+    bench.sessions.write(jobs.withdraw_result, job.scan_key, bench.now(job).manifest or "")
 
 
 @pytest.mark.parametrize("name", LONG)
