@@ -12,7 +12,7 @@ from neural_mri.contract.scans import resolve_positions
 from neural_mri.contract.tokens import Tokens
 from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import Metric
-from worker.scanner.prompts import token_ids
+from worker.scanner.prompts import read_until, token_ids
 
 __all__ = ("Prompts", "Question", "paired_ids")
 
@@ -40,7 +40,7 @@ class Prompts(NamedTuple):
                 "nothing can be replaced: the next token after position 0 is asked about, and components "
                 "are replaced from position 1 on; set include_first_token, or ask about a later position"
             )
-        return cls(ids[:, : position + 1], start)
+        return cls(ids[:, : read_until(model, position, len(tokens))], start)
 
 
 def paired_ids(

@@ -20,7 +20,7 @@ from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import recovery
 from worker.scanner.patched_runs import PatchedRun, Runs, changes
 from worker.scanner.patching_tables import contrast_table, map_table, read_tokens_table
-from worker.scanner.prompts import ScanOutput
+from worker.scanner.prompts import ScanOutput, read_until
 from worker.scanner.runs import record
 
 __all__ = ("scan_patching",)
@@ -62,7 +62,7 @@ def scan_patching(
     shape = model.architecture
     request.check(shape)
     position = resolve_positions((request.target_token_idx,), len(tokens))[0]
-    ids = paired_ids(model, tokens, corrupt)[:, : position + 1]
+    ids = paired_ids(model, tokens, corrupt)[:, : read_until(model, position, len(tokens))]
     question = Question.of(model, answer_id, foil_id)
 
     def on_layer(layer: int) -> None:

@@ -1,6 +1,7 @@
 """What goes into a scan of a prompt, and what comes out of it."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -13,7 +14,7 @@ from neural_mri.contract.scan_keys import SCANNER_VERSION
 from neural_mri.contract.tokens import Tokens
 from worker.scanner.loading import LoadedModel
 
-__all__ = ("ScanOutput", "finished", "token_ids")
+__all__ = ("ScanOutput", "finished", "read_until", "token_ids")
 
 
 class ScanOutput(NamedTuple):
@@ -43,6 +44,41 @@ def token_ids(model: LoadedModel, tokens: Tokens) -> Int[Tensor, "batch pos"]:
             f"{shape.d_vocab - 1}"
         )
     return torch.tensor([tokens.ids], device=model.device)
+
+
+def read_until(model: LoadedModel, position: int, n_tokens: int) -> int:
+    """How many of a prompt's tokens are read to ask for the one after a position: what follows is not seen.
+
+    Raises `Unprocessable` where the model turns queries and keys by how long the whole prompt is, and a prompt that
+    ends there would be turned otherwise: `longrope` beyond the context that the model was first trained for, `dynamic`
+    (NTK) wherever that is exceeded (Hugging Face's `modeling_rope_utils`).
+    """
+    n_read = position + 1
+    for rope_type, longest in _turned_by_length(model):
+        if (
+            n_read < n_tokens
+            and n_tokens > longest
+            and (rope_type == "dynamic" or n_read <= longest)
+        ):
+            raise Unprocessable(
+                f"the token after position {position} of {n_tokens} is asked for, and beyond {longest} tokens this "
+                f"model's positions depend on how many there are ({rope_type} rotary embeddings): ask about the last "
+                "position, or send the prompt up to there",
+                n_tokens=n_tokens,
+            )
+    return n_read
+
+
+def _turned_by_length(model: LoadedModel) -> Iterator[tuple[str, int]]:
+    """Kinds of rotary embeddings that look at the prompt's length, and from which on."""
+    config = model.plain.config
+    found: Any = getattr(config, "rope_parameters", None) or {}
+    # Of a model whose layers differ in this, a mapping for each kind of layer.
+    for each in [found, *(part for part in found.values() if isinstance(part, Mapping))]:
+        rope_type = each.get("rope_type", "default")
+        if rope_type in ("longrope", "dynamic"):
+            known = each.get("original_max_position_embeddings") or config.max_position_embeddings
+            yield rope_type, int(known)
 
 
 def finished(

@@ -23,7 +23,7 @@ from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import Metric, log_probability
 from worker.scanner.patched_runs import PatchedRun, Runs, changes
 from worker.scanner.patching_tables import Spread, contrast_table, map_table, read_tokens_table
-from worker.scanner.prompts import ScanOutput, token_ids
+from worker.scanner.prompts import ScanOutput, read_until, token_ids
 from worker.scanner.runs import embedded, record
 
 __all__ = ("scan_tracing",)
@@ -62,7 +62,7 @@ def scan_tracing(
     request.check(shape)
     position = resolve_positions((request.target_token_idx,), len(tokens))[0]
     subject = request.subject_positions(tokens)
-    ids = token_ids(model, tokens)[:, : position + 1]
+    ids = token_ids(model, tokens)[:, : read_until(model, position, len(tokens))]
     question = Question.of(model, answer_id, foil_id)
 
     def on_layer(layer: int) -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from neural_mri.contract.circuits import CircuitScan
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.events import EffectsFrame
+from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import Conflict, Unprocessable
 from neural_mri.contract.results import provenance_of
 from neural_mri.contract.tokens import Tokens
@@ -330,3 +332,36 @@ def test_in_half_precision_effects_are_finite_and_near(
                 assert worst < _NEAR[dtype]
         assert "one pass" in provenance_of(found).parameters["sweep"]
     half.release()
+
+
+def test_a_prompt_is_not_cut_where_positions_depend_on_its_length(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "partial_rotary_factor": 1.0}
+    config = models.configuration("phi3")
+    assert isinstance(config, Phi3Config)
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+        **factors,
+    }
+    config.original_max_position_embeddings = 16
+    torch.manual_seed(0)
+    Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    model = loading.load(tmp_path, Numerics())
+
+    def asked(position: int, n_tokens: int) -> float:
+        tokens, corrupt = models.prompt(n_tokens), models.prompt(n_tokens, seed=5)
+        wanted: dict[str, Any] = {"target_token_idx": position, "exact": 0, "edges": 0}
+        found = scan(model, tokens=tokens, corrupt=corrupt, answer=7, foil=None, **wanted)
+        clean: float = found["metric"].to_pylist()[0]["clean"]
+        return clean
+
+    def whole(position: int, n_tokens: int) -> float:
+        with torch.inference_mode():
+            logits = model.plain(torch.tensor([models.prompt(n_tokens).ids])).logits[0, position]
+        return float(logits.log_softmax(-1)[7])
+
+    for position, n_tokens in ((11, 16), (19, 24), (11, 12), (23, 24)):
+        assert asked(position, n_tokens) == pytest.approx(whole(position, n_tokens), abs=1e-5)
+    with pytest.raises(Unprocessable, match=r"position 11 of 24 is asked for, and beyond 16"):
+        asked(11, 24)
