@@ -1,12 +1,13 @@
 """The content address of a scan: equal keys mean equal numbers.
 
 SHA-256 over canonical JSON (RFC 8785: keys sorted, no white space) of everything that changes a number:
-the kind, every parameter with its default, the *token ids* instead of the texts they came from, the
-digests of weights and tokenizer, the numerics and the scanner's version. Never the user, the lane or how
-the picture is shown.
+the kind, every parameter with its default, the *token ids* instead of the texts they came from (beside
+those that are not in normal form), the digests of weights and tokenizer, the numerics and the scanner's
+version. Never the user, the lane or how the picture is shown.
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,11 @@ def scan_key(
     if isinstance(scan, CircuitScan) and not scan.canonical:
         # Came later than the scan: what did not ask for it has the key that it always had.
         del parameters["canonical"]
-    if isinstance(scan, PromptScan) and not isinstance(scan, TracingScan):
+    if (
+        isinstance(scan, PromptScan)
+        and not isinstance(scan, TracingScan)
+        and _is_told_by_its_tokens(scan.prompt)
+    ):
         # Where a subject stands is read off the text itself.
         del parameters["prompt"]
     if "baseline" in parameters:
@@ -105,4 +110,16 @@ def _as_tokens(value: Any, operands: Operands) -> Any:
 def _ids(text: Any, operands: Operands) -> Any:
     if isinstance(text, list | tuple):
         return [_ids(one, operands) for one in text]
-    return list(operands.prompts[text].ids) if text in operands.prompts else text
+    if text not in operands.prompts:
+        return text
+    ids = list(operands.prompts[text].ids)
+    return ids if _is_told_by_its_tokens(text) else {"ids": ids, "text": text}
+
+
+def _is_told_by_its_tokens(text: str) -> bool:
+    """Whether no other text has the same tokens, places of characters included.
+
+    Many tokenizers compose what is not in Unicode's normal form C: it has the tokens of another text, of which each
+    stands elsewhere.
+    """
+    return unicodedata.is_normalized("NFC", text)

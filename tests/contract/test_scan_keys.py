@@ -1,5 +1,6 @@
 """Equal keys mean equal numbers, and other numbers mean another key."""
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -103,8 +104,18 @@ def test_tokens_stand_for_the_prompts_text_unless_a_subject_is_found_in_it(
 ) -> None:
     scan: Any = data.draw(next(drawn for name, drawn in SCANS.items() if name == _tag(kind)))
     other = msgspec.structs.replace(scan, prompt=prompt)
-    same = kind is not TracingScan or prompt == scan.prompt
+    told = [unicodedata.is_normalized("NFC", text) for text in (prompt, scan.prompt)]
+    same = prompt == scan.prompt or (kind is not TracingScan and all(told))
     assert (key(other) == key(scan)) == same
+
+
+def test_what_a_tokenizer_may_have_composed_is_no_other_texts_scan() -> None:
+    # Both have the tokens of "café" where the tokenizer composes (NFC), at other places.
+    composed, apart = "caf\u00e9 au lait", "cafe\u0301 au lait"
+    assert key(ActivationScan(prompt=composed)) != key(ActivationScan(prompt=apart))
+    scans = [PatchingScan(prompt="a", corrupt_prompt=text) for text in (composed, apart)]
+    read = Operands(prompts=dict.fromkeys((composed, apart), tokens(5, 6)))
+    assert key(scans[0], operands=read) != key(scans[1], operands=read)
 
 
 def _tag(kind: type[Any]) -> str:
@@ -320,6 +331,7 @@ def test_another_prompt_is_known_by_its_tokens(scan: Any, field: str) -> None:
     assert read("b", 5, 6) == read("B", 5, 6)
     assert read("b", 5, 6) != read("b", 5, 7)
     assert read("b", 5, 6) != read("b", 5)
+    assert read("e\u0301", 5, 6) != read("\u00e9", 5, 6) == read("b", 5, 6)
 
 
 def test_a_baseline_is_known_by_its_weights_not_by_its_name() -> None:
