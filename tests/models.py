@@ -2,7 +2,8 @@
 
 Small enough that a whole forward takes milliseconds, and irregular on purpose: grouped queries, a head
 width that is not d_model / n_heads, tied and untied embeddings, post-norms, parallel blocks, soft-caps,
-sliding windows, fused projections.
+sliding windows, fused projections. `FAMILIES` are those that every part of the scanner is tried on; `OTHERS`
+have one peculiarity each, which some part of it must know.
 """
 
 import copy
@@ -14,18 +15,23 @@ from typing import Any, NamedTuple
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CodeGenConfig,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from neural_mri.contract.tokens import Span, Tokens
@@ -34,6 +40,7 @@ __all__ = (
     "D_VOCAB",
     "FAMILIES",
     "NAMES",
+    "OTHERS",
     "ModuleNames",
     "build",
     "configuration",
@@ -112,10 +119,32 @@ _CONFIGURATIONS: Mapping[str, PretrainedConfig] = MappingProxyType(
 )
 FAMILIES = tuple(_CONFIGURATIONS)
 
+_GPT_SHAPE: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_OTHER_CONFIGURATIONS: Mapping[str, PretrainedConfig] = MappingProxyType(
+    {
+        # Parallel blocks whose sublayers share one norm.
+        "phi": PhiConfig(**_ungrouped(partial_rotary_factor=0.5)),
+        "gptj": GPTJConfig(**_GPT_SHAPE, rotary_dim=4),
+        "codegen": CodeGenConfig(**_GPT_SHAPE, n_ctx=64, rotary_dim=4),
+        "cohere": CohereConfig(**_SHAPE, logit_scale=0.25),
+        "stablelm": StableLmConfig(**_SHAPE, use_parallel_residual=True),
+    }
+)
+OTHERS = tuple(_OTHER_CONFIGURATIONS)
+
 
 def configuration(family: str) -> PretrainedConfig:
     """The family's configuration, a new one each time: models write their data type into theirs."""
-    return copy.deepcopy(_CONFIGURATIONS[family])
+    return copy.deepcopy({**_CONFIGURATIONS, **_OTHER_CONFIGURATIONS}[family])
 
 
 class ModuleNames(NamedTuple):
@@ -135,10 +164,16 @@ _POST_NORMED = _LLAMA_LIKE._replace(
 
 NAMES: Mapping[str, ModuleNames] = MappingProxyType(
     {
-        **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3"), _LLAMA_LIKE),
+        **dict.fromkeys(
+            ("llama", "qwen2", "qwen3", "mistral", "phi3", "cohere", "stablelm"), _LLAMA_LIKE
+        ),
         **dict.fromkeys(("gemma2", "gemma3", "olmo2"), _POST_NORMED),
         "gpt2": ModuleNames("transformer.h", "attn.c_proj", "mlp.c_proj"),
         "pythia": ModuleNames("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h"),
+        **dict.fromkeys(
+            ("gptj", "codegen"), ModuleNames("transformer.h", "attn.out_proj", "mlp.fc_out")
+        ),
+        "phi": ModuleNames("model.layers", "self_attn.dense", "mlp.fc2"),
     }
 )
 

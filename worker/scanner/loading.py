@@ -53,7 +53,9 @@ class LoadedModel:
         self.prefix = prefix
         """What the tokenizer puts before every prompt: a BOS, mostly, or nothing."""
         self.plain = plain
-        self.modules = sites.modules(plain, anatomy.paths)
+        self.modules = sites.modules(
+            plain, anatomy.paths, parallel_blocks=self.architecture.parallel_blocks
+        )
         self.output_maps = output_maps(self.modules, self.architecture, self.device)
         self.bridge = bridging.bridge(plain)
         for twin in (self.plain, self.bridge):

@@ -45,7 +45,7 @@ def look_inside(
 ) -> Inside:
     """Run the model; optionally with one head's z, or one neuron's activation, set to 0."""
     anatomy = topology.examine(model)
-    block = sites.modules(model, anatomy.paths).blocks[LAYER]
+    block = sites.modules(model, anatomy.paths, parallel_blocks=False).blocks[LAYER]
     seen: dict[str, Tensor] = {}
 
     def at_z(_module: object, inputs: tuple[Tensor]) -> tuple[Tensor]:
