@@ -22,9 +22,12 @@ from transformers import (
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     Olmo2Config,
+    OlmoConfig,
     Phi3Config,
     PhiConfig,
     PretrainedConfig,
@@ -137,6 +140,13 @@ _OTHER_CONFIGURATIONS: Mapping[str, PretrainedConfig] = MappingProxyType(
         "codegen": CodeGenConfig(**_GPT_SHAPE, n_ctx=64, rotary_dim=4),
         "cohere": CohereConfig(**_SHAPE, logit_scale=0.25),
         "stablelm": StableLmConfig(**_SHAPE, use_parallel_residual=True),
+        # Norms of their own: a gain of 1 + w, and no weights; values that are clipped in place.
+        "nemotron": NemotronConfig(**_SHAPE),
+        "olmo": OlmoConfig(**_SHAPE, clip_qkv=1.0),
+        # Scaled logits, as Cohere's are.
+        "granite": GraniteConfig(
+            **_SHAPE, residual_multiplier=1.0, embedding_multiplier=2.0, logits_scaling=4.0
+        ),
     }
 )
 OTHERS = tuple(_OTHER_CONFIGURATIONS)
@@ -167,6 +177,7 @@ NAMES: Mapping[str, ModuleNames] = MappingProxyType(
         **dict.fromkeys(
             ("llama", "qwen2", "qwen3", "mistral", "phi3", "cohere", "stablelm"), _LLAMA_LIKE
         ),
+        **dict.fromkeys(("nemotron", "olmo", "granite"), _LLAMA_LIKE),
         **dict.fromkeys(("gemma2", "gemma3", "olmo2"), _POST_NORMED),
         "gpt2": ModuleNames("transformer.h", "attn.c_proj", "mlp.c_proj"),
         "pythia": ModuleNames("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h"),

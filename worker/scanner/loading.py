@@ -36,6 +36,8 @@ class LoadedModel:
     """With TransformerLens's hook points, on the same tensors."""
     modules: sites.PlainModules
     output_maps: OutputMaps
+    logit_scale: float = 1.0
+    """What the model multiplies by what its unembedding reads, before a soft-cap; verified."""
 
     def __init__(
         self,
@@ -130,7 +132,9 @@ def load(folder: Path, numerics: Numerics, free_bytes: Sequence[int] = ()) -> Lo
         () if tokenizer is None else _prefix(tokenizer),
     )
     try:
-        verification.verify(model.plain, model.bridge, model.modules, model.architecture)
+        model.logit_scale = verification.verify(
+            model.plain, model.bridge, model.modules, model.architecture
+        )
     except UnsupportedModel:
         model.release()
         raise

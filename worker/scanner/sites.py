@@ -238,7 +238,7 @@ class PlainModules(NamedTuple):
     embed: nn.Module
     """Out: the token embedding, learned positions not included."""
     unembed: nn.Module
-    """Out: logits, before a soft-cap."""
+    """Out: logits, before they are scaled and soft-capped."""
 
 
 def modules(model: PreTrainedModel, names: ModulePaths, *, parallel_blocks: bool) -> PlainModules:

@@ -1,5 +1,6 @@
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import UnsupportedModel
 from tests import models
-from worker.scanner import loading
+from worker.scanner import loading, verification
 from worker.scanner.loading import LoadedModel
 
 
@@ -125,6 +126,25 @@ def test_a_family_whose_parts_mean_something_else_is_refused(tmp_path: Path) -> 
     GraniteForCausalLM(GraniteConfig(**shape, residual_multiplier=0.5)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=r"GraniteForCausalLM: .* of block 0 is off by"):
         loading.load(tmp_path, Numerics())
+
+
+def test_the_scale_of_logits_is_the_one_that_the_model_applies(
+    other_models: Callable[[str], LoadedModel], tiny_models: dict[str, LoadedModel]
+) -> None:
+    assert other_models("cohere").logit_scale == other_models("granite").logit_scale == 0.25
+    assert all(model.logit_scale == 1.0 for model in tiny_models.values())
+
+
+def test_logits_that_are_scaled_by_what_no_configuration_says_are_refused(
+    other_models: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = other_models("cohere")
+    for twin in (model.plain, model.bridge.original_model):
+        monkeypatch.setattr(twin, "logit_scale", 0.5)
+    with pytest.raises(
+        UnsupportedModel, match="CohereForCausalLM: what its unembedding reads is off by"
+    ):
+        verification.verify(model.plain, model.bridge, model.modules, model.architecture)
 
 
 def test_a_model_in_half_precision_is_verified_within_its_precision(folder: Path) -> None:
