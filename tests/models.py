@@ -20,11 +20,14 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     NemotronConfig,
     Olmo2Config,
     OlmoConfig,
@@ -143,6 +146,23 @@ _OTHER_CONFIGURATIONS: Mapping[str, PretrainedConfig] = MappingProxyType(
         # Norms of their own: a gain of 1 + w, and no weights; values that are clipped in place.
         "nemotron": NemotronConfig(**_SHAPE),
         "olmo": OlmoConfig(**_SHAPE, clip_qkv=1.0),
+        # Fused projections without biases; attention that asks its cache how long it is.
+        "mpt": MptConfig(vocab_size=D_VOCAB, d_model=32, n_heads=4, n_layers=3, max_seq_len=64),
+        # A last residual in the shape of what was embedded.
+        "gpt_bigcode": GPTBigCodeConfig(**_GPT_SHAPE, multi_query=True),
+        # Sliding windows in words of its own.
+        "gpt_neo": GPTNeoConfig(
+            vocab_size=D_VOCAB,
+            max_position_embeddings=64,
+            hidden_size=32,
+            num_layers=3,
+            attention_types=[[["global", "local", "global"], 1]],
+            num_heads=4,
+            intermediate_size=40,
+            window_size=4,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
         # Scaled logits, as Cohere's are.
         "granite": GraniteConfig(
             **_SHAPE, residual_multiplier=1.0, embedding_multiplier=2.0, logits_scaling=4.0
@@ -185,6 +205,9 @@ NAMES: Mapping[str, ModuleNames] = MappingProxyType(
             ("gptj", "codegen"), ModuleNames("transformer.h", "attn.out_proj", "mlp.fc_out")
         ),
         "phi": ModuleNames("model.layers", "self_attn.dense", "mlp.fc2"),
+        "mpt": ModuleNames("transformer.blocks", "attn.out_proj", "ffn.down_proj"),
+        "gpt_bigcode": ModuleNames("transformer.h", "attn.c_proj", "mlp.c_proj"),
+        "gpt_neo": ModuleNames("transformer.h", "attn.attention.out_proj", "mlp.c_proj"),
     }
 )
 
