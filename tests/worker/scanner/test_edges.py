@@ -26,6 +26,8 @@ OTHER = torch.tensor([models.prompt(6, seed=4).ids])
 METRIC = Metric(5, 9)
 ALL = 10_000
 SHARED_NORM = ("phi", "gptj", "codegen", "cohere", "stablelm")
+OTHERS = (*SHARED_NORM, "olmo", "mpt")
+"""And of families that clip queries, keys and values in place, and that ask their cache how long it is."""
 
 
 def at_clean(model: LoadedModel) -> Differentiated:
@@ -158,8 +160,8 @@ def test_an_edge_is_the_slope_of_patching_its_path(tiny_model: LoadedModel, fami
     assert_edges_are_slopes_of_paths(tiny_model, family)
 
 
-@pytest.mark.parametrize("name", SHARED_NORM)
-def test_an_edge_is_that_slope_where_attention_and_mlp_read_through_one_norm(
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_edge_is_that_slope_whatever_is_peculiar_to_the_family(
     other_models: Callable[[str], LoadedModel], name: str
 ) -> None:
     assert_edges_are_slopes_of_paths(other_models(name), name)
@@ -212,8 +214,8 @@ def test_the_edges_that_leave_a_component_sum_to_its_estimate(
 
 
 @pytest.mark.parametrize("granularity", list(Granularity))
-@pytest.mark.parametrize("name", SHARED_NORM)
-def test_they_sum_to_it_where_attention_and_mlp_read_through_one_norm(
+@pytest.mark.parametrize("name", OTHERS)
+def test_they_sum_to_it_whatever_is_peculiar_to_the_family(
     other_models: Callable[[str], LoadedModel], name: str, granularity: Granularity
 ) -> None:
     assert_leaving_edges_sum_to_estimates(other_models(name), name, granularity)
