@@ -48,6 +48,8 @@ class LoadedModel:
     ) -> None:
         spreading.gather(plain, plain.device)
         anatomy = topology.examine(plain)
+        # A part that belongs to no component is in no picture, and in nothing that is computed here.
+        topology.parameter_rows(plain, anatomy)
         self.architecture: Architecture = anatomy.architecture
         self.numerics = numerics
         self.vocabulary = vocabulary

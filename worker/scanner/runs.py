@@ -105,7 +105,7 @@ class Run(NamedTuple):
 
 
 class _KeepsKeysAndValues:
-    """Stands where a cache would, and keeps what passes."""
+    """Stands where a cache would, empty as it would be, and keeps what passes."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -113,6 +113,9 @@ class _KeepsKeysAndValues:
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = keys, values
         return keys, values
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
 
 
 class _Recorder:

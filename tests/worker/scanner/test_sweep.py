@@ -104,8 +104,8 @@ def test_it_measures_what_one_run_a_component_measures(
     torch.testing.assert_close(found.effects, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["phi", "gptj", "stablelm", "cohere"])
-def test_blocks_whose_sublayers_read_through_one_norm_are_swept_in_one_pass(
+@pytest.mark.parametrize("name", ["phi", "gptj", "stablelm", "cohere", "olmo", "mpt"])
+def test_blocks_are_swept_in_one_pass_whatever_is_peculiar_to_the_family(
     other_models: Callable[[str], LoadedModel], name: str
 ) -> None:
     model = other_models(name)
