@@ -4,14 +4,12 @@ Rows are residuals of one prompt from some position on. What lies before it is t
 it is not computed again: attention finds its keys and values in the recorded run.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from neural_mri.contract.components import Kind
 from worker.scanner.halving import portion
@@ -103,9 +101,9 @@ class Block(NamedTuple):
 
     def mlp(self, read: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """What the MLP writes when it reads the residual `read`."""
-        mlp, normed = self.modules.mlp, self.modules.mlp_norm(read)
-        found = mlp(normed, torch.zeros_like(normed)) if _adds_residual(type(mlp)) else mlp(normed)
-        written: Tensor = self.modules.mlp_post_norm(found)
+        modules, normed = self.modules, self.modules.mlp_norm(read)
+        added_to = (torch.zeros_like(normed),) if modules.mlp_adds_residual else ()
+        written: Tensor = modules.mlp_post_norm(modules.mlp(normed, *added_to))
         return written
 
     def advance(
@@ -132,12 +130,6 @@ class Block(NamedTuple):
         if rewrite is not None:
             rewrite(Kind.MLP, by_mlp)
         after += by_mlp
-
-
-@cache
-def _adds_residual(kind: type[nn.Module]) -> bool:
-    """Whether an MLP is given the residual as well, and gives it back with its write added (MPT)."""
-    return "residual" in inspect.signature(kind.forward).parameters
 
 
 def _after(value: Any, start: int) -> Any:

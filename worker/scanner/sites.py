@@ -5,6 +5,7 @@ from its description of the family (`bridging.adapter`); that the parts mean wha
 every model as it is loaded (`verification`).
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -227,6 +228,8 @@ class BlockModules(NamedTuple):
     mlp: nn.Module
     mlp_post_norm: nn.Module
     """Between the MLP and the residual stream; the identity where nothing is."""
+    mlp_adds_residual: bool
+    """Whether the MLP is given the residual as well, and gives it back with its write added (MPT)."""
 
 
 class PlainModules(NamedTuple):
@@ -249,6 +252,7 @@ def modules(model: PreTrainedModel, names: ModulePaths, *, parallel_blocks: bool
 
     def block(name: BlockPaths) -> BlockModules:
         shared = parallel_blocks and name.mlp_norm is None
+        mlp = model.get_submodule(name.mlp)
         return BlockModules(
             block=model.get_submodule(name.block),
             w_o=model.get_submodule(name.w_o),
@@ -259,8 +263,9 @@ def modules(model: PreTrainedModel, names: ModulePaths, *, parallel_blocks: bool
             attn=model.get_submodule(name.attn),
             attn_post_norm=norm(name.attn_post_norm),
             mlp_norm=norm(name.attn_norm if shared else name.mlp_norm),
-            mlp=model.get_submodule(name.mlp),
+            mlp=mlp,
             mlp_post_norm=norm(name.mlp_post_norm),
+            mlp_adds_residual="residual" in inspect.signature(type(mlp).forward).parameters,
         )
 
     return PlainModules(
