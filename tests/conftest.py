@@ -1,6 +1,6 @@
 """Models for every test that needs one. torch is imported by the fixtures, not by who asks for none."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,24 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, "LoadedMo
     for family in models.FAMILIES:
         folder = models.save(family, tmp_path_factory.mktemp(family))
         loaded[family] = loading.load(folder, loading.published_numerics(folder))
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def other_models(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> "Callable[[str], LoadedModel]":
+    """Gives a loaded model of one of the other families, tiny and random; each is loaded once."""
+    from functools import cache
+
+    from tests import models
+    from worker.scanner import loading
+
+    @cache
+    def loaded(family: str) -> "LoadedModel":
+        folder = models.save(family, tmp_path_factory.mktemp(family))
+        return loading.load(folder, loading.published_numerics(folder))
+
     return loaded
 
 

@@ -2,7 +2,8 @@
 
 Small enough that a whole forward takes milliseconds, and irregular on purpose: grouped queries, a head
 width that is not d_model / n_heads, tied and untied embeddings, post-norms, parallel blocks, soft-caps,
-sliding windows, fused projections.
+sliding windows, fused projections. `FAMILIES` are those that every part of the scanner is tried on; `OTHERS`
+have one peculiarity each, which some part of it must know.
 """
 
 import copy
@@ -14,18 +15,29 @@ from typing import Any, NamedTuple
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CodeGenConfig,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTBigCodeConfig,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
+    NemotronConfig,
     Olmo2Config,
+    OlmoConfig,
     Phi3Config,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from neural_mri.contract.tokens import Span, Tokens
@@ -34,6 +46,7 @@ __all__ = (
     "D_VOCAB",
     "FAMILIES",
     "NAMES",
+    "OTHERS",
     "ModuleNames",
     "build",
     "configuration",
@@ -112,10 +125,56 @@ _CONFIGURATIONS: Mapping[str, PretrainedConfig] = MappingProxyType(
 )
 FAMILIES = tuple(_CONFIGURATIONS)
 
+_GPT_SHAPE: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_OTHER_CONFIGURATIONS: Mapping[str, PretrainedConfig] = MappingProxyType(
+    {
+        # Parallel blocks whose sublayers share one norm.
+        "phi": PhiConfig(**_ungrouped(partial_rotary_factor=0.5)),
+        "gptj": GPTJConfig(**_GPT_SHAPE, rotary_dim=4),
+        "codegen": CodeGenConfig(**_GPT_SHAPE, n_ctx=64, rotary_dim=4),
+        "cohere": CohereConfig(**_SHAPE, logit_scale=0.25),
+        "stablelm": StableLmConfig(**_SHAPE, use_parallel_residual=True),
+        # Norms of their own: a gain of 1 + w, and no weights; values that are clipped in place.
+        "nemotron": NemotronConfig(**_SHAPE),
+        "olmo": OlmoConfig(**_SHAPE, clip_qkv=1.0),
+        # Fused projections without biases; attention that asks its cache how long it is.
+        "mpt": MptConfig(vocab_size=D_VOCAB, d_model=32, n_heads=4, n_layers=3, max_seq_len=64),
+        # A last residual in the shape of what was embedded.
+        "gpt_bigcode": GPTBigCodeConfig(**_GPT_SHAPE, multi_query=True),
+        # Sliding windows in words of its own.
+        "gpt_neo": GPTNeoConfig(
+            vocab_size=D_VOCAB,
+            max_position_embeddings=64,
+            hidden_size=32,
+            num_layers=3,
+            attention_types=[[["global", "local", "global"], 1]],
+            num_heads=4,
+            intermediate_size=40,
+            window_size=4,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        # Scaled logits, as Cohere's are.
+        "granite": GraniteConfig(
+            **_SHAPE, residual_multiplier=1.0, embedding_multiplier=2.0, logits_scaling=4.0
+        ),
+    }
+)
+OTHERS = tuple(_OTHER_CONFIGURATIONS)
+
 
 def configuration(family: str) -> PretrainedConfig:
     """The family's configuration, a new one each time: models write their data type into theirs."""
-    return copy.deepcopy(_CONFIGURATIONS[family])
+    return copy.deepcopy({**_CONFIGURATIONS, **_OTHER_CONFIGURATIONS}[family])
 
 
 class ModuleNames(NamedTuple):
@@ -135,10 +194,20 @@ _POST_NORMED = _LLAMA_LIKE._replace(
 
 NAMES: Mapping[str, ModuleNames] = MappingProxyType(
     {
-        **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3"), _LLAMA_LIKE),
+        **dict.fromkeys(
+            ("llama", "qwen2", "qwen3", "mistral", "phi3", "cohere", "stablelm"), _LLAMA_LIKE
+        ),
+        **dict.fromkeys(("nemotron", "olmo", "granite"), _LLAMA_LIKE),
         **dict.fromkeys(("gemma2", "gemma3", "olmo2"), _POST_NORMED),
         "gpt2": ModuleNames("transformer.h", "attn.c_proj", "mlp.c_proj"),
         "pythia": ModuleNames("gpt_neox.layers", "attention.dense", "mlp.dense_4h_to_h"),
+        **dict.fromkeys(
+            ("gptj", "codegen"), ModuleNames("transformer.h", "attn.out_proj", "mlp.fc_out")
+        ),
+        "phi": ModuleNames("model.layers", "self_attn.dense", "mlp.fc2"),
+        "mpt": ModuleNames("transformer.blocks", "attn.out_proj", "ffn.down_proj"),
+        "gpt_bigcode": ModuleNames("transformer.h", "attn.c_proj", "mlp.c_proj"),
+        "gpt_neo": ModuleNames("transformer.h", "attn.attention.out_proj", "mlp.c_proj"),
     }
 )
 

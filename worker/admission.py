@@ -35,7 +35,7 @@ from neural_mri.contract.scans import (
     resolve_positions,
 )
 from worker import metrics
-from worker.scanner.halving import halved
+from worker.scanner.halving import halved, ran_out
 
 __all__ = (
     "MOST_HALVINGS",
@@ -182,17 +182,6 @@ def _grid(maps: int, draws: int, sizes: _Sizes) -> int:
     """Two recorded runs, or one and its draws, and a row a cell that holds half of the positions."""
     cells = maps * draws * sizes.shape.n_layers * sizes.n_tokens
     return (1 + draws) * sizes.recorded + sizes.rows(cells // 2 + 1) + sizes.logits(8)
-
-
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory")
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # On the CPU torch says it in words only, and of an accelerator's own libraries.
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def has_lost_device(error: BaseException) -> bool:

@@ -30,7 +30,7 @@ NO_OPERANDS = Operands()
 ANSWERS = ("answer", "foil")
 """Fields of a `TargetedScan` that name one token each."""
 
-SCANNER_VERSION = "2"
+SCANNER_VERSION = "3"
 """Raised with every change that moves a number, in whatever digit."""
 
 

@@ -40,6 +40,9 @@ class _Prefix(NamedTuple):
             torch.cat([self.values.expand(n_rows, -1, -1, -1), values], dim=2),
         )
 
+    def get_seq_length(self, *_: Any) -> int:
+        return self.keys.shape[2]
+
 
 class Block(NamedTuple):
     """One block, ready to be run on rows."""
@@ -98,7 +101,9 @@ class Block(NamedTuple):
 
     def mlp(self, read: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """What the MLP writes when it reads the residual `read`."""
-        written: Tensor = self.modules.mlp_post_norm(self.modules.mlp(self.modules.mlp_norm(read)))
+        modules, normed = self.modules, self.modules.mlp_norm(read)
+        added_to = (torch.zeros_like(normed),) if modules.mlp_adds_residual else ()
+        written: Tensor = modules.mlp_post_norm(modules.mlp(normed, *added_to))
         return written
 
     def advance(

@@ -5,7 +5,8 @@ forward. So the model is kept twice, on the same tensors: plain for reading, bri
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import UnsupportedModel
+from worker.scanner.halving import ran_out
 
 __all__ = (
     "adapter",
@@ -29,6 +31,7 @@ __all__ = (
     "read_configuration",
     "refuse_incomplete",
     "skeleton",
+    "understood",
 )
 
 # Their signatures are written for readers, not for type checkers.
@@ -62,14 +65,26 @@ def skeleton(configuration: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+@contextmanager
+def understood(family: str) -> Iterator[None]:
+    """Raises `UnsupportedModel` where TransformerLens does not know a variant of the family.
+
+    It says so in many ways: by what it raises itself, or by shapes that do not fit.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if ran_out(error):
+            raise
+        raise UnsupportedModel(f"TransformerLens cannot bridge {family}: {error}") from error
+
+
 def adapter(model: PreTrainedModel) -> Any:
     """TransformerLens's description of the model's family: which module plays which part."""
     family = type(model).__name__
-    try:
+    with understood(family):
         settings = build_bridge_config_from_hf(model.config, family, family, torch.float32)
         return ArchitectureAdapterFactory.select_architecture_adapter(settings)
-    except ValueError as error:
-        raise UnsupportedModel(f"TransformerLens cannot bridge {family}: {error}") from error
 
 
 def plain_model(
@@ -108,11 +123,16 @@ def refuse_incomplete(name: str, report: Mapping[str, Any]) -> None:
 
 
 def bridge(plain: PreTrainedModel) -> TransformerBridge:
-    """A bridge over a twin of the model: modules of its own, the very same tensors."""
+    """A bridge over a twin of the model: modules of its own, the very same tensors.
+
+    Raises `UnsupportedModel` for a variant of a family that TransformerLens does not know.
+    """
     shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
     twin = copy.deepcopy(plain, shared)
     twin.set_attn_implementation("eager")
-    bridged = build_bridge_from_module(twin, type(twin).__name__, hf_config=twin.config)
+    family = type(twin).__name__
+    with understood(family):
+        bridged = build_bridge_from_module(twin, family, hf_config=twin.config)
     for parameter in bridged.parameters():
         # Fused projections are split into new parameters, which are born wanting gradients.
         parameter.requires_grad_(False)

@@ -18,6 +18,10 @@ from worker.scanner.runs import Run
 
 __all__ = ("DirectAttribution", "direct_attribution")
 
+_ALIKE = 0.1
+"""A norm that centres gives the same of a vector and of that vector moved by 1 everywhere; one that does not is
+off by its whole gain."""
+
 
 class DirectAttribution(NamedTuple):
     """The terms of a logit, or logit difference, in float32. They sum to it."""
@@ -53,7 +57,7 @@ class DirectAttribution(NamedTuple):
 
 
 class _Reader(NamedTuple):
-    """The final norm, its scale frozen, and the unembedding, as one direction and an offset."""
+    """The final norm, its scale frozen, and the unembedding as the model scales it: a direction and an offset."""
 
     direction: Float[Tensor, " d_model"]
     offset: Float[Tensor, ""]
@@ -61,7 +65,7 @@ class _Reader(NamedTuple):
 
 @torch.inference_mode()
 def direct_attribution(model: LoadedModel, clean: Run, metric: Metric) -> DirectAttribution:
-    """What each component adds to logit(answer) - logit(foil), before any soft-cap.
+    """What each component adds to logit(answer) - logit(foil), scaled as the model scales logits, before any soft-cap.
 
     Without a foil, to logit(answer) - mean logit: what all logits share changes no probability.
     """
@@ -100,20 +104,42 @@ def _reader(model: LoadedModel, clean: Run, metric: Metric) -> _Reader:
     offset = along.new_zeros(()) if bias is None else _contrast(bias, metric)
     read = clean.final[0, -1:]
     normed, residual = norm(read)[0].float(), read[0].float()
-    if isinstance(norm, nn.LayerNorm):
-        gain = norm.weight.float()
-        if norm.bias is not None:
-            offset = offset + norm.bias.float() @ along
-            normed = normed - norm.bias.float()
-        residual = residual - residual.mean()
-        direction = gain * along
-        direction = direction - direction.mean()
-    else:
-        # An RMS norm of ones gives its gain back, however the family writes it down (w, or 1 + w).
-        gain = norm(torch.ones_like(read[0])).float()
-        direction = gain * along
-    scale = torch.linalg.vector_norm(normed) / torch.linalg.vector_norm(gain * residual)
-    return _Reader(direction * scale, offset)
+    known = _affine(norm, read[0])
+    direction = known.gain * along
+    if known.bias is not None:
+        offset = offset + known.bias @ along
+        normed = normed - known.bias
+    if known.centres:
+        residual, direction = residual - residual.mean(), direction - direction.mean()
+    scale = torch.linalg.vector_norm(normed) / torch.linalg.vector_norm(known.gain * residual)
+    by = model.logit_scale
+    return _Reader(direction * (scale * by), offset * by)
+
+
+class _Affine(NamedTuple):
+    """What a norm does beside dividing by the size of what it reads."""
+
+    gain: Float[Tensor, " d_model"]
+    """Up to a factor that all coordinates share."""
+    bias: Float[Tensor, " d_model"] | None
+    centres: bool
+    """Whether it takes the mean away first."""
+
+
+def _affine(norm: nn.Module, like: Float[Tensor, " d_model"]) -> _Affine:
+    """Found by asking the norm: families write the same down as w or 1 + w, with a class of their own or PyTorch's."""
+    if type(norm) is nn.LayerNorm and norm.elementwise_affine:
+        own: Tensor | None = getattr(norm, "bias", None)
+        bias = None if own is None else own.float()
+        return _Affine(norm.weight.float(), bias, centres=True)
+    # Signs that alternate: of mean 0, so that centring leaves it, and of the same size everywhere.
+    probe = torch.ones_like(like)
+    probe[1::2] = -1
+    probe -= probe.mean()
+    there, back, moved = (norm(read).float() for read in (probe, -probe, probe + 1))
+    odd = (there - back) / 2
+    centres = (moved - there).abs().max() < _ALIKE * odd.abs().max()
+    return _Affine(odd / probe.float(), (there + back) / 2, bool(centres))
 
 
 def _contrast(unembedding: Tensor, metric: Metric) -> Tensor:

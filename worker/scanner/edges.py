@@ -32,6 +32,8 @@ __all__ = ("Edge", "Edges", "strongest_edges")
 
 _TARGETS_BYTES = 1 << 30
 """Gradients that are held together; more targets than that take another pass over the sources."""
+_CLIPPING = "clip_qkv"
+"""The setting of families whose attention clips what its maps give, in place (OLMo)."""
 
 
 class Edge(NamedTuple):
@@ -219,8 +221,10 @@ class _Finder:
         residual = at.run.resid_pre[layer][0, start:]
         gradient = at.gradients.z[layer][0, start:]
         heads = torch.arange(self._shape.n_heads, device=residual.device)
+        # What is clipped in place must lie apart row by row, and be computed so.
+        alike = getattr(self._model.plain.config, _CLIPPING, None) is None
         found = [
-            _through_heads(block, residual, gradient, some, self._shape.d_head)
+            _through_heads(block, residual, gradient, some, self._shape.d_head, alike=alike)
             for some in torch.split(heads, rows_at_once(self._model, len(residual)))
         ]
         return torch.cat(found)
@@ -250,10 +254,12 @@ def _through_heads(
     gradient: Float[Tensor, "pos heads_by_d_head"],
     heads: Tensor,
     d_head: int,
+    *,
+    alike: bool,
 ) -> Float[Tensor, "head pos d_model"]:
     with torch.enable_grad():
         reads = residual.repeat(len(heads), 1, 1).requires_grad_()
-        with linear_maps.computing(linear_maps.of(block.modules.attn), alike=True):
+        with linear_maps.computing(linear_maps.of(block.modules.attn), alike=alike):
             z = _mixed(block, reads)
         only = torch.zeros_like(z).view(*z.shape[:2], -1, d_head)
         own = torch.arange(len(heads), device=heads.device)

@@ -64,6 +64,8 @@ def _logits(
 ) -> Float[Tensor, "row d_vocab"]:
     modules, cap = model.modules, model.architecture.final_softcap
     logits: Tensor = modules.unembed(modules.final_norm(final))
+    if model.logit_scale != 1.0:
+        logits = logits * model.logit_scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

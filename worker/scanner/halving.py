@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-__all__ = ("Halving", "halved", "portion")
+import torch
+
+__all__ = ("Halving", "halved", "portion", "ran_out")
+
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory")
 
 
 class Halving:
@@ -31,6 +35,14 @@ def portion(n_bytes: int) -> int:
         return n_bytes
     halving.has_batches = True
     return max(1, n_bytes >> halving.times)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # On the CPU torch says it in words only, and of an accelerator's own libraries.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 @contextmanager

@@ -30,6 +30,8 @@ CLEAN = 0
 """The row that nothing is done to."""
 _MASK_DIMENSIONS = 4
 """[row, head, query, key]: nothing else that blocks are given has as many."""
+_OF_ONE_SHAPE = ("gpt_bigcode",)
+"""Families that give their last residual the shape of what was embedded: no row can join on the way."""
 
 
 class Edit(NamedTuple):
@@ -144,11 +146,20 @@ def forward(
     """
     if any(not CLEAN < edit.row < rows.total for edit in edits):
         raise ValueError(f"an edit names a row outside 1 to {rows.total - 1}")
+    if model.architecture.family in _OF_ONE_SHAPE:
+        rows = _from_the_start(rows)
     with _editing(model, rows, edits, on_layer):
         if readers is None:
             return _run(model, rows)
         with readers():
             return _run(model, rows)
+
+
+def _from_the_start(rows: Rows) -> Rows:
+    """The same rows, of which none joins later."""
+    joining = rows.joining
+    copied = [CLEAN] * rows.copies if joining is None else [copy.prompt for copy in joining]
+    return Rows(torch.cat([rows.prompts, rows.prompts[copied]]), copies=0)
 
 
 def _run(model: LoadedModel, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:

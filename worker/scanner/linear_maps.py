@@ -66,7 +66,7 @@ def linear(
         back_along: Rows of the first dimension, from the first, that gradients are taken for; those of the
             others are 0. All where None.
         alike: Whether what is read is the same in the whole first dimension, and differs in its gradients
-            alone.
+            alone. What is given then shares its memory along it, and may not be changed in place.
     """
     if torch.is_grad_enabled() and read.requires_grad:
         apply: Any = _Linear.apply

@@ -36,6 +36,8 @@ class LoadedModel:
     """With TransformerLens's hook points, on the same tensors."""
     modules: sites.PlainModules
     output_maps: OutputMaps
+    logit_scale: float = 1.0
+    """What the model multiplies by what its unembedding reads, before a soft-cap; verified."""
 
     def __init__(
         self,
@@ -46,6 +48,8 @@ class LoadedModel:
     ) -> None:
         spreading.gather(plain, plain.device)
         anatomy = topology.examine(plain)
+        # A part that belongs to no component is in no picture, and in nothing that is computed here.
+        topology.parameter_rows(plain, anatomy)
         self.architecture: Architecture = anatomy.architecture
         self.numerics = numerics
         self.vocabulary = vocabulary
@@ -53,7 +57,9 @@ class LoadedModel:
         self.prefix = prefix
         """What the tokenizer puts before every prompt: a BOS, mostly, or nothing."""
         self.plain = plain
-        self.modules = sites.modules(plain, anatomy.paths)
+        self.modules = sites.modules(
+            plain, anatomy.paths, parallel_blocks=self.architecture.parallel_blocks
+        )
         self.output_maps = output_maps(self.modules, self.architecture, self.device)
         self.bridge = bridging.bridge(plain)
         for twin in (self.plain, self.bridge):
@@ -128,7 +134,9 @@ def load(folder: Path, numerics: Numerics, free_bytes: Sequence[int] = ()) -> Lo
         () if tokenizer is None else _prefix(tokenizer),
     )
     try:
-        verification.verify(model.plain, model.bridge, model.modules, model.architecture)
+        model.logit_scale = verification.verify(
+            model.plain, model.bridge, model.modules, model.architecture
+        )
     except UnsupportedModel:
         model.release()
         raise

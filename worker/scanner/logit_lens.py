@@ -1,8 +1,8 @@
 """The logit lens: what the model would predict next if it stopped early.
 
-    lens(x) = softmax(softcap(W_U norm_f(A x + b)))
+    lens(x) = softmax(softcap(s W_U norm_f(A x + b)))
 
-with A = 1, b = 0 for the raw lens (nostalgebraist 2020) and a fitted map otherwise (`lens_maps`). The last
+with the factor s of families that scale their logits (Cohere, Granite), A = 1, b = 0 for the raw lens (nostalgebraist 2020) and a fitted map otherwise (`lens_maps`). The last
 residual read so is the model's own prediction.
 
 The unembedding is most of the work, and a fresh temporary as wide as a vocabulary costs as much again. So
@@ -84,7 +84,7 @@ def unembed(
     residuals: Float[Tensor, "*rows d_model"],
     out: Float[Tensor, "flat d_vocab"] | None = None,
 ) -> Float[Tensor, "flat d_vocab"]:
-    """Logits of residuals as the model reads its last one: final norm, unembedding, soft-cap.
+    """Logits of residuals as the model reads its last one: final norm, unembedding, scale, soft-cap.
 
     In the model's own type, as the model does it; `out` is written to where it is given.
     """
@@ -99,6 +99,8 @@ def unembed(
     bias = getattr(head, "bias", None)
     if bias is not None:
         logits += bias
+    if model.logit_scale != 1.0:
+        logits *= model.logit_scale
     cap = model.architecture.final_softcap
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 

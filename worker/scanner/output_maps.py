@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from neural_mri.contract.models import Architecture
+from neural_mri.contract.problems import UnsupportedModel
 from worker.scanner.measures import norm
 from worker.scanner.sites import BlockModules, PlainModules
 
@@ -75,7 +76,10 @@ class OutputMaps(NamedTuple):
 def output_maps(
     modules: PlainModules, architecture: Architecture, device: torch.device
 ) -> OutputMaps:
-    """The output maps of a loaded model whose activations are on that device."""
+    """The output maps of a loaded model whose activations are on that device.
+
+    Raises `UnsupportedModel` where heads are not as wide as the family says.
+    """
     with torch.inference_mode():
         w_o = tuple(_w_o(block, architecture) for block in modules.blocks)
         gains = [_gain(block) for block in modules.blocks]
@@ -86,6 +90,11 @@ def output_maps(
 
 def _w_o(block: BlockModules, shape: Architecture) -> Float[Tensor, "head d_head d_model"]:
     weight = block.w_o.get_parameter("weight")
+    if weight.numel() != shape.n_heads * shape.d_head * shape.d_model:
+        raise UnsupportedModel(
+            f"W_O of {shape.family} has {weight.numel()} weights: {shape.n_heads} heads of width "
+            f"{shape.d_head} would have {shape.n_heads * shape.d_head * shape.d_model}"
+        )
     # A Linear keeps [d_model, head x d_head]; GPT-2's Conv1D keeps the transpose.
     rows = weight.T if isinstance(block.w_o, nn.Linear) else weight
     return rows.view(shape.n_heads, shape.d_head, shape.d_model)

@@ -105,7 +105,7 @@ class Run(NamedTuple):
 
 
 class _KeepsKeysAndValues:
-    """Stands where a cache would, and keeps what passes."""
+    """Stands where a cache would, empty as it would be, and keeps what passes."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -113,6 +113,9 @@ class _KeepsKeysAndValues:
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = keys, values
         return keys, values
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
 
 
 class _Recorder:
@@ -137,7 +140,13 @@ class _Recorder:
             ("attn_reads", block.attn_norm, block.attn),
             ("mlp_reads", block.mlp_norm, block.mlp),
         ):
-            reads = sublayer if isinstance(norm, nn.Identity) else norm
+            normed = not isinstance(norm, nn.Identity)
+            if name == "mlp_reads" and normed and norm is block.attn_norm:
+                # Its branch must begin before the norm, which attention's has gone through by now.
+                branch = partial(self._branch_through, name, norm)
+                yield sublayer.register_forward_pre_hook(branch, with_kwargs=True)
+                continue
+            reads = norm if normed else sublayer
             yield reads.register_forward_pre_hook(partial(self._branch, name), with_kwargs=True)
         yield block.block.register_forward_hook(self._leave)
 
@@ -160,13 +169,25 @@ class _Recorder:
     def _branch(
         self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        read = args[0] if args else kwargs["hidden_states"]
+        return _given(args, kwargs, self._begin(name, args[0] if args else kwargs["hidden_states"]))
+
+    def _branch_through(
+        self,
+        name: str,
+        norm: nn.Module,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        branch = self._begin(name, self.values["resid_pre"][-1])
+        # Its `forward` alone: hooks on the norm are about what attention reads.
+        return _given(args, kwargs, norm.forward(branch))
+
+    def _begin(self, name: str, read: Tensor) -> Tensor:
         # The residual goes on past the sublayer; a view of it goes only there.
         branch = read.view_as(read)
         self.values[name].append(branch)
-        if args:
-            return (branch, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": branch}
+        return branch
 
     def _call_attention(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -177,6 +198,15 @@ class _Recorder:
         keeper = _KeepsKeysAndValues()
         self.calls.append((call, keeper))
         return args, kwargs if cache_argument is None else {**kwargs, cache_argument: keeper}
+
+
+def _given(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden_states: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module that is to read something else."""
+    if args:
+        return (hidden_states, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden_states}
 
 
 def _side_by_side(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

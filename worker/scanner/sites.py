@@ -5,6 +5,7 @@ from its description of the family (`bridging.adapter`); that the parts mean wha
 every model as it is loaded (`verification`).
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -222,10 +223,13 @@ class BlockModules(NamedTuple):
     attn_post_norm: nn.Module
     """Between attention and the residual stream; the identity where nothing is."""
     mlp_norm: nn.Module
-    """In: the residual that the MLP reads. The identity where the family has no such norm."""
+    """In: the residual that the MLP reads. The identity where the family has no such norm, and `attn_norm`
+    itself where both sublayers of a parallel block read what one norm gave (Phi-2, GPT-J)."""
     mlp: nn.Module
     mlp_post_norm: nn.Module
     """Between the MLP and the residual stream; the identity where nothing is."""
+    mlp_adds_residual: bool
+    """Whether the MLP is given the residual as well, and gives it back with its write added (MPT)."""
 
 
 class PlainModules(NamedTuple):
@@ -237,16 +241,18 @@ class PlainModules(NamedTuple):
     embed: nn.Module
     """Out: the token embedding, learned positions not included."""
     unembed: nn.Module
-    """Out: logits, before a soft-cap."""
+    """Out: logits, before they are scaled and soft-capped."""
 
 
-def modules(model: PreTrainedModel, names: ModulePaths) -> PlainModules:
+def modules(model: PreTrainedModel, names: ModulePaths, *, parallel_blocks: bool) -> PlainModules:
     """The modules themselves."""
 
     def norm(path: str | None) -> nn.Module:
         return nn.Identity() if path is None else model.get_submodule(path)
 
     def block(name: BlockPaths) -> BlockModules:
+        shared = parallel_blocks and name.mlp_norm is None
+        mlp = model.get_submodule(name.mlp)
         return BlockModules(
             block=model.get_submodule(name.block),
             w_o=model.get_submodule(name.w_o),
@@ -256,9 +262,10 @@ def modules(model: PreTrainedModel, names: ModulePaths) -> PlainModules:
             attn_norm=norm(name.attn_norm),
             attn=model.get_submodule(name.attn),
             attn_post_norm=norm(name.attn_post_norm),
-            mlp_norm=norm(name.mlp_norm),
-            mlp=model.get_submodule(name.mlp),
+            mlp_norm=norm(name.attn_norm if shared else name.mlp_norm),
+            mlp=mlp,
             mlp_post_norm=norm(name.mlp_post_norm),
+            mlp_adds_residual="residual" in inspect.signature(type(mlp).forward).parameters,
         )
 
     return PlainModules(

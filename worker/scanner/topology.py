@@ -88,11 +88,13 @@ def _cap(value: float) -> float | None:
 def _sliding_windows(
     configuration: PretrainedConfig, n_layers: int
 ) -> tuple[int | None, ...] | None:
-    window = getattr(configuration, "sliding_window", None)
+    # GPT-Neo has the same in words of its own.
+    kinds = getattr(configuration, "attention_layers", None)
+    window = getattr(configuration, "sliding_window" if kinds is None else "window_size", None)
     if window is None:
         return None
-    kinds = getattr(configuration, "layer_types", None) or ["sliding_attention"] * n_layers
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    kinds = kinds or getattr(configuration, "layer_types", None) or ["sliding_attention"] * n_layers
+    windows = tuple(window if kind in ("sliding_attention", "local") else None for kind in kinds)
     return windows if any(windows) else None
 
 
@@ -108,7 +110,10 @@ class ParameterRow(NamedTuple):
 
 
 def parameter_rows(model: PreTrainedModel, anatomy: Anatomy) -> list[ParameterRow]:
-    """Every parameter tensor under every name it has, in the model's order."""
+    """Every parameter tensor under every name it has, in the model's order.
+
+    Raises `UnsupportedModel` where one belongs to no component.
+    """
     first_name: dict[int, str] = {}
     rows = []
     for name, parameter in model.named_parameters(remove_duplicate=False):

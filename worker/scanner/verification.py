@@ -4,9 +4,12 @@ A family that TransformerLens maps wrongly, or that computes a block in another 
 here by name, instead of giving pictures of something else.
 """
 
-from typing import Any
+import numbers
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
@@ -31,14 +34,15 @@ def verify(
     bridge: TransformerBridge,
     modules: sites.PlainModules,
     architecture: Architecture,
-) -> None:
+) -> float:
     """Run both twins on a few tokens and compare. Raises `UnsupportedModel` with the first that fails.
 
     Every attention row sums to 1; what attention and MLP write adds up to what the block changed, by
-    TransformerLens's hooks and by our own; and both twins predict the same.
+    TransformerLens's hooks and by our own; both twins predict the same; and that is what the unembedding
+    reads of the last residual. Returns what the model multiplies that by (Cohere, Granite): 1 mostly.
     """
     try:
-        _compare(plain, bridge, modules, architecture)
+        return _compare(plain, bridge, modules, architecture)
     except _NoNumbers as reason:
         raise UnsupportedModel(f"{reason}: {_whence(plain)}") from None
 
@@ -48,7 +52,7 @@ def _compare(
     bridge: TransformerBridge,
     modules: sites.PlainModules,
     architecture: Architecture,
-) -> None:
+) -> float:
     ids = torch.arange(_TOKENS, device=plain.device) * (architecture.d_vocab // _TOKENS)
     ids = ids.unsqueeze(0)
     family = type(plain).__name__
@@ -65,10 +69,32 @@ def _compare(
             for kind in (Kind.RESID_PRE, Kind.ATTN, Kind.MLP, Kind.RESID_POST)
         )
         _require(before + attn + mlp, after, f"{family}: hooks of block {layer}")
-    seen, plain_logits = _plain_values(plain, ids, modules)
-    for layer, (before, attn, mlp, after) in enumerate(seen):
+    seen = _plain_values(plain, ids, modules)
+    for layer, (before, attn, mlp, after) in enumerate(seen.blocks):
         _require(before + attn + mlp, after, f"{family}: modules of block {layer}")
-    _require(logits, plain_logits, f"{family}: logits of the bridge")
+    _require(logits, seen.logits, f"{family}: logits of the bridge")
+    unscaled = modules.unembed(modules.final_norm(seen.final))
+    readings = {
+        scale: _capped(unscaled * scale, architecture.final_softcap)
+        for scale in _stated_scales(plain)
+    }
+    scale = min(readings, key=lambda by: (readings[by] - seen.logits).abs().max().item())
+    _require(readings[scale], seen.logits, f"{family}: what its unembedding reads")
+    return scale
+
+
+def _stated_scales(plain: PreTrainedModel) -> Iterator[float]:
+    """What a model may multiply its logits by: nothing, or what its configuration says."""
+    yield 1.0
+    by, over = (getattr(plain.config, name, None) for name in ("logit_scale", "logits_scaling"))
+    if isinstance(by, numbers.Real):
+        yield float(by)
+    if isinstance(over, numbers.Real) and over:
+        yield 1 / float(over)
+
+
+def _capped(logits: Float[Tensor, "*rows d_vocab"], cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class _NoNumbers(Exception):
@@ -120,11 +146,18 @@ def _bridge_values(
     return values, logits
 
 
-def _plain_values(
-    plain: PreTrainedModel, ids: Tensor, modules: sites.PlainModules
-) -> tuple[list[tuple[Tensor, Tensor, Tensor, Tensor]], Tensor]:
+class _PlainValues(NamedTuple):
+    blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    """What entered each block, what its attention and its MLP wrote, and what left it."""
+    final: Tensor
+    """What the final norm read."""
+    logits: Tensor
+
+
+def _plain_values(plain: PreTrainedModel, ids: Tensor, modules: sites.PlainModules) -> _PlainValues:
     writes: list[Tensor] = []
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    final: list[Tensor] = []
 
     def write(_module: Any, _args: Any, output: Any) -> None:
         writes.append(tensor_out(output))
@@ -134,9 +167,13 @@ def _plain_values(
         writes.clear()
         seen.append((tensor_in(args), first, second, tensor_out(output)))
 
+    def end(_module: Any, args: Any) -> None:
+        final.append(tensor_in(args))
+
     with hooked(
         *((part, write) for b in modules.blocks for part in (b.attn_write, b.mlp_write)),
         *((b.block, block) for b in modules.blocks),
+        before=[(modules.final_norm, end)],
     ):
         logits = plain(input_ids=ids, use_cache=False).logits
-    return seen, logits
+    return _PlainValues(seen, final[-1], logits)

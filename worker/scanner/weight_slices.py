@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -167,38 +168,52 @@ def _output_axis(model: PreTrainedModel, parameter: str) -> int:
 def _fused(model: PreTrainedModel, anatomy: Anatomy) -> dict[Kind, dict[str, Indices]]:
     """By sublayer, the outputs of its fused projection that belong to each role; empty where none is."""
     parts: Any = bridging.adapter(model).component_mapping["blocks"].submodules
-    block = anatomy.paths.blocks[0]
+    block, family = anatomy.paths.blocks[0], type(model).__name__
     fused: dict[Kind, dict[str, Indices]] = {}
     if hasattr(parts["attn"], "split_qkv_matrix"):
         attention = model.get_submodule(block.attn)
         _number_outputs(attention.get_submodule(parts["attn"].submodules["qkv"].name))
         fused[Kind.ATTN] = _take_apart(
-            parts["attn"].split_qkv_matrix, attention, ("W_Q", "W_K", "W_V")
+            parts["attn"].split_qkv_matrix, attention, ("W_Q", "W_K", "W_V"), family
         )
     if hasattr(parts["mlp"], "split_gate_up_matrix"):
         mlp = model.get_submodule(block.mlp)
         _number_outputs(mlp.get_submodule(parts["mlp"].fused_attr))
-        fused[Kind.MLP] = _take_apart(parts["mlp"].split_gate_up_matrix, mlp, ("W_gate", "W_in"))
+        fused[Kind.MLP] = _take_apart(
+            parts["mlp"].split_gate_up_matrix, mlp, ("W_gate", "W_in"), family
+        )
     return fused
 
 
 def _number_outputs(projection: nn.Module) -> None:
-    """Give a projection biases that count its outputs, and weights that take no memory."""
+    """Give a projection biases that count its outputs, and weights that do, in next to no memory."""
     shape = projection.get_parameter("weight").shape
-    n_outputs = shape[1 if isinstance(projection, Conv1D) else 0]
-    projection.weight = nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)
+    transposed = isinstance(projection, Conv1D)
+    n_outputs = shape[1 if transposed else 0]
+    # float32, exact up to 2^24: where a family takes weights apart it makes them whole.
+    numbers = torch.arange(n_outputs, dtype=torch.float32).unsqueeze(0 if transposed else 1)
+    projection.weight = nn.Parameter(numbers.expand(shape), requires_grad=False)
     projection.bias = nn.Parameter(
         torch.arange(n_outputs, dtype=torch.float64), requires_grad=False
     )
 
 
-def _take_apart(split: Any, module: nn.Module, roles: Sequence[str]) -> dict[str, Indices]:
-    with torch.device("meta"):  # the parts are wanted for their biases: make no weights for them
+def _take_apart(
+    split: Any, module: nn.Module, roles: Sequence[str], family: str
+) -> dict[str, Indices]:
+    # The parts are wanted for the numbers that they are given: make no weights for them.
+    with bridging.understood(family), torch.device("meta"):
         parts = split(module)
     return {
-        role: part.bias.detach().numpy().astype(np.intp)
+        role: _numbers(part).numpy().astype(np.intp)
         for role, part in zip(roles, parts, strict=True)
     }
+
+
+def _numbers(part: nn.Linear) -> Float[Tensor, " output"]:
+    """The numbers of a part's outputs. Some families' parts have no biases (MPT, CodeGen)."""
+    bias: Tensor | None = getattr(part, "bias", None)
+    return part.weight.detach()[:, 0] if bias is None else bias.detach()
 
 
 def _refuse_unmapped(mapped: WeightMap) -> None:

@@ -1,7 +1,7 @@
 """Edges on a tiny model of every family, against paths patched with hooks by hand."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -25,6 +25,9 @@ IDS = torch.tensor([models.prompt(6).ids])
 OTHER = torch.tensor([models.prompt(6, seed=4).ids])
 METRIC = Metric(5, 9)
 ALL = 10_000
+SHARED_NORM = ("phi", "gptj", "codegen", "cohere", "stablelm")
+OTHERS = (*SHARED_NORM, "olmo", "mpt")
+"""And of families that clip queries, keys and values in place, and that ask their cache how long it is."""
 
 
 def at_clean(model: LoadedModel) -> Differentiated:
@@ -62,6 +65,7 @@ class _Paths:
         self._modules = model.modules
         self.components = self._hand.components()
         self._clean = self._hand.values(IDS, self.components)
+        self._shares_norm = family in SHARED_NORM
 
     def write(self, source: Component, new: Replacements, share: float) -> Tensor:
         """What a share of the replacement changes of the source's write at every position."""
@@ -88,8 +92,11 @@ class _Paths:
             norm, sublayer = block.mlp_norm, block.mlp
         else:
             norm, sublayer = block.attn_norm, block.attn
-        reads = sublayer if isinstance(norm, nn.Identity) else norm
-        with self._reads(reads, added):
+        if target.kind is Kind.MLP and self._shares_norm:
+            reading = self._reads_through(norm, sublayer, added)
+        else:
+            reading = self._reads(sublayer if isinstance(norm, nn.Identity) else norm, added)
+        with reading:
             value = self._hand.values(IDS, [target])[target]
         return METRIC(self._hand.logits_without(IDS, target, value, start=0))
 
@@ -106,13 +113,29 @@ class _Paths:
         finally:
             handle.remove()
 
+    @contextmanager
+    def _reads_through(self, norm: nn.Module, mlp: nn.Module, added: Tensor) -> Iterator[None]:
+        """The MLP reads more, and attention does not, where both read what one norm gave."""
+        before: list[Tensor] = []
 
-def test_an_edge_is_the_slope_of_patching_its_path(tiny_model: LoadedModel, family: str) -> None:
-    clean = at_clean(tiny_model)
-    new = resampled(tiny_model, clean)
-    found = strengths(edges_of(tiny_model, clean, new))
-    paths, share = _Paths(tiny_model, family), 5e-3
-    last = tiny_model.architecture.n_layers - 1
+        def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            before.append(args[0])
+
+        def add(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (norm.forward(before[-1] + added), *args[1:])
+
+        with ExitStack() as stack:
+            stack.callback(norm.register_forward_pre_hook(keep).remove)
+            stack.callback(mlp.register_forward_pre_hook(add).remove)
+            yield
+
+
+def assert_edges_are_slopes_of_paths(model: LoadedModel, family: str) -> None:
+    clean = at_clean(model)
+    new = resampled(model, clean)
+    found = strengths(edges_of(model, clean, new))
+    paths, share = _Paths(model, family), 5e-3
+    last = model.architecture.n_layers - 1
     sources = [EMBED, Component.head(0, 1), Component(Kind.MLP, 0), Component.head(last, 2)]
     targets = [
         Component.head(1, 0),
@@ -131,6 +154,17 @@ def test_an_edge_is_the_slope_of_patching_its_path(tiny_model: LoadedModel, fami
         )
         slope_of_path = ((forth - back) / (2 * share)).item()
         assert found[source, target] == pytest.approx(slope_of_path, rel=0.03, abs=0.01 * largest)
+
+
+def test_an_edge_is_the_slope_of_patching_its_path(tiny_model: LoadedModel, family: str) -> None:
+    assert_edges_are_slopes_of_paths(tiny_model, family)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_edge_is_that_slope_whatever_is_peculiar_to_the_family(
+    other_models: Callable[[str], LoadedModel], name: str
+) -> None:
+    assert_edges_are_slopes_of_paths(other_models(name), name)
 
 
 def test_there_is_an_edge_wherever_one_component_writes_before_another_reads(
@@ -153,17 +187,16 @@ def test_there_is_an_edge_wherever_one_component_writes_before_another_reads(
     assert edges.share == pytest.approx(1)
 
 
-@pytest.mark.parametrize("granularity", list(Granularity))
-def test_the_edges_that_leave_a_component_sum_to_its_estimate(
-    tiny_model: LoadedModel, family: str, granularity: Granularity
+def assert_leaving_edges_sum_to_estimates(
+    model: LoadedModel, family: str, granularity: Granularity
 ) -> None:
-    clean = at_clean(tiny_model)
-    new = resampled(tiny_model, clean, start=0)
+    clean = at_clean(model)
+    new = resampled(model, clean, start=0)
     paths: list[Any] = [[clean]]
     if granularity is Granularity.BLOCKS or models.NAMES[family].attn_post_norm is None:
-        paths.append(StraightPath(tiny_model, IDS, OTHER, METRIC, steps=3))
+        paths.append(StraightPath(model, IDS, OTHER, METRIC, steps=3))
     for path in paths:
-        found = strengths(edges_of(tiny_model, clean, new, granularity=granularity, path=path))
+        found = strengths(edges_of(model, clean, new, granularity=granularity, path=path))
         sources = sorted({source for source, _ in found}, key=str)
         expected = estimates(sources, clean.run, new, path)
         leaving = torch.tensor(
@@ -171,6 +204,21 @@ def test_the_edges_that_leave_a_component_sum_to_its_estimate(
         )
         scale = expected.abs().max().item()
         torch.testing.assert_close(leaving, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_the_edges_that_leave_a_component_sum_to_its_estimate(
+    tiny_model: LoadedModel, family: str, granularity: Granularity
+) -> None:
+    assert_leaving_edges_sum_to_estimates(tiny_model, family, granularity)
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("name", OTHERS)
+def test_they_sum_to_it_whatever_is_peculiar_to_the_family(
+    other_models: Callable[[str], LoadedModel], name: str, granularity: Granularity
+) -> None:
+    assert_leaving_edges_sum_to_estimates(other_models(name), name, granularity)
 
 
 def test_the_strongest_are_told_first_with_the_share_that_they_carry(

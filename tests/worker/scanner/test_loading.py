@@ -1,18 +1,31 @@
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPTBigCodeConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PretrainedConfig,
+)
 
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import UnsupportedModel
 from tests import models
-from worker.scanner import loading
+from worker.scanner import bridging, loading, verification
 from worker.scanner.loading import LoadedModel
+
+# Its signature is written for readers, not for type checkers.
+_AutoModel: Any = AutoModelForCausalLM
 
 
 @pytest.fixture
@@ -140,6 +153,70 @@ def test_a_family_whose_parts_mean_something_else_is_refused(tmp_path: Path) -> 
     GraniteForCausalLM(GraniteConfig(**shape, residual_multiplier=0.5)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=r"GraniteForCausalLM: .* of block 0 is off by"):
         loading.load(tmp_path, Numerics())
+
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("configuration", "refusal"),
+    [
+        (PhiConfig(**_SHAPE, intermediate_size=40, qk_layernorm=True), "bridge PhiForCausalLM"),
+        (
+            FalconConfig(**_SHAPE, num_kv_heads=2, new_decoder_architecture=True),
+            "bridge FalconForCausalLM",
+        ),
+        (
+            GPTBigCodeConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, multi_query=False),
+            "bridge GPTBigCodeForCausalLM",
+        ),
+        (
+            BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4),
+            r"word_embeddings_layernorm\.weight belongs to no component",
+        ),
+    ],
+    ids=lambda given: getattr(given, "model_type", None),
+)
+def test_a_variant_that_cannot_be_scanned_is_refused_by_name(
+    configuration: PretrainedConfig, refusal: str, tmp_path: Path
+) -> None:
+    model: Any = _AutoModel.from_config(configuration)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=refusal):
+        loading.load(tmp_path, loading.published_numerics(tmp_path))
+
+
+def test_what_transformer_lens_lacks_memory_for_is_no_variant() -> None:
+    with pytest.raises(MemoryError), bridging.understood("AnyForCausalLM"):
+        raise MemoryError
+    with pytest.raises(torch.OutOfMemoryError), bridging.understood("AnyForCausalLM"):
+        raise torch.OutOfMemoryError
+    with pytest.raises(UnsupportedModel), bridging.understood("AnyForCausalLM"):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_the_scale_of_logits_is_the_one_that_the_model_applies(
+    other_models: Callable[[str], LoadedModel], tiny_models: dict[str, LoadedModel]
+) -> None:
+    assert other_models("cohere").logit_scale == other_models("granite").logit_scale == 0.25
+    assert all(model.logit_scale == 1.0 for model in tiny_models.values())
+
+
+def test_logits_that_are_scaled_by_what_no_configuration_says_are_refused(
+    other_models: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = other_models("cohere")
+    for twin in (model.plain, model.bridge.original_model):
+        monkeypatch.setattr(twin, "logit_scale", 0.5)
+    with pytest.raises(
+        UnsupportedModel, match="CohereForCausalLM: what its unembedding reads is off by"
+    ):
+        verification.verify(model.plain, model.bridge, model.modules, model.architecture)
 
 
 def test_a_model_in_half_precision_is_verified_within_its_precision(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The lens on a tiny model of every family, against the model's own predictions and plain formulas."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -44,6 +45,16 @@ def test_the_last_residual_through_the_lens_is_the_models_prediction(
     assert float(found.lens.js[-1].max()) < 1e-4
     torch.testing.assert_close(found.lens.top[-1], logits.argmax(-1))
     torch.testing.assert_close(found.lens.entropy[-1], entropy(logits), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cohere", "granite"])
+def test_the_lens_scales_logits_as_the_model_does(
+    other_models: Callable[[str], LoadedModel], name: str
+) -> None:
+    residuals, logits = run(other_models(name))
+    found = read(other_models(name), residuals)
+    torch.testing.assert_close(found.lens.entropy[-1], entropy(logits), rtol=0, atol=1e-4)
+    assert float(found.lens.kl[-1].max()) < 1e-4
 
 
 def test_a_soft_cap_bounds_the_lens_as_it_bounds_the_model(

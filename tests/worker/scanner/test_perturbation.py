@@ -28,7 +28,7 @@ from neural_mri.contract.problems import Conflict, Problem, UnknownComponent, Un
 from neural_mri.contract.scans import reporting_order
 from tests import models
 from worker.scanner.hooks import hooked, tensor_out
-from worker.scanner.interventions import Edit, Rows, forward, width
+from worker.scanner.interventions import Edit, Joining, Rows, forward, width
 from worker.scanner.listening import Cancelled, Silent
 from worker.scanner.loading import LoadedModel
 from worker.scanner.perturbation import scan_perturbation
@@ -83,6 +83,33 @@ def test_ablating_a_head_is_severing_it_from_the_residual_stream(tiny_model: Loa
         expected = plain_logits(tiny_model)
     close(ablated[1], expected)
     close(ablated[0], plain_logits(tiny_model))
+
+
+def test_rows_are_there_from_the_start_where_none_can_join(
+    other_models: Callable[[str], LoadedModel],
+) -> None:
+    model = other_models("gpt_bigcode")
+    other = torch.tensor([models.prompt(7, seed=4).ids])
+    rows = Rows(torch.cat([IDS, other]), copies=2, joining=(Joining(1, 1), Joining(0, 2)))
+    places = Component.head(1, 2), Component(Kind.MLP, 2)
+    edits = [
+        every_position(place, scale=0.0)._replace(row=row) for row, place in enumerate(places, 2)
+    ]
+    with torch.inference_mode():
+        found = forward(model, rows, edits)
+    close(found[0], plain_logits(model))
+    close(found[1], plain_logits(model, other))
+    for row, ids, place in zip((2, 3), (other, IDS), places, strict=True):
+        with edited_by_hand(model, place, torch.zeros_like):
+            close(found[row], plain_logits(model, ids))
+    done = (ZeroAblation(component="embed"), ZeroAblation(component="blocks.1.attn.head_2"))
+    (row,) = perturbed(model, *done)["comparison"].to_pylist()
+    with ExitStack() as stack:
+        for address in ("embed", "blocks.1.attn.head_2"):
+            component = Component.parse(address)
+            stack.enter_context(edited_by_hand(model, component, torch.zeros_like))
+        after = plain_logits(model)[-1]
+    assert row["logit_after"] == pytest.approx(after[row["answer_id"]].item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("part", ["attn", "mlp"])

@@ -1,6 +1,6 @@
 """The exact sweep on a tiny model of every family, against one run a component with hooks by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -101,6 +101,18 @@ def test_it_measures_what_one_run_a_component_measures(
     expected = one_by_one(tiny_model, family, IDS, ablation, components, start=start)
     assert found.method != WHOLE
     assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found.effects, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["phi", "gptj", "stablelm", "cohere", "olmo", "mpt"])
+def test_blocks_are_swept_in_one_pass_whatever_is_peculiar_to_the_family(
+    other_models: Callable[[str], LoadedModel], name: str
+) -> None:
+    model = other_models(name)
+    components = ByHand(model, name).components()
+    found = swept(model, IDS, "resample", components, start=1)
+    expected = one_by_one(model, name, IDS, "resample", components, start=1)
+    assert found.method != WHOLE
     torch.testing.assert_close(found.effects, expected, rtol=0, atol=1e-4)
 
 

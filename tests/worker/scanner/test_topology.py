@@ -111,6 +111,8 @@ def test_the_architecture_is_read_off_the_model() -> None:
     assert shapes["gemma2"].final_softcap == 30.0
     assert shapes["gemma3"].sliding_windows == (4, None, 4)
     assert shapes["mistral"].sliding_windows == (5, 5, 5)
+    neo = topology.architecture(models.configuration("gpt_neo"))
+    assert neo.sliding_windows == (None, 4, None)
     assert shapes["qwen3"].d_head == 10
     assert {shape.d_mlp for name, shape in shapes.items() if name != "gpt2"} == {40}
 

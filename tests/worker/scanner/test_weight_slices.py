@@ -45,7 +45,7 @@ def look_inside(
 ) -> Inside:
     """Run the model; optionally with one head's z, or one neuron's activation, set to 0."""
     anatomy = topology.examine(model)
-    block = sites.modules(model, anatomy.paths).blocks[LAYER]
+    block = sites.modules(model, anatomy.paths, parallel_blocks=False).blocks[LAYER]
     seen: dict[str, Tensor] = {}
 
     def at_z(_module: object, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -121,6 +121,22 @@ def test_without_its_lines_of_w_v_a_group_of_heads_moves_nothing(family: str) ->
     assert before[:, group].abs().max() > 0
     assert after[:, group].abs().max() == 0
     torch.testing.assert_close(after[:, others], before[:, others], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mpt", "codegen"])
+def test_a_projection_that_is_taken_apart_without_biases_is_understood(name: str) -> None:
+    mapped, model = map_of(name), eager(name)
+    parts = [lines_of_head(mapped, role) for role in ("W_Q", "W_K", "W_V")]
+    assert len({lines.parameter for lines in parts}) == 1
+    assert len({number for lines in parts for number in lines.numbers}) == 3 * 8
+    before = look_inside(model)
+    scale(model, parts[2], 0)
+    after = look_inside(model)
+    others = [head for head in range(mapped.architecture.n_heads) if head != HEAD]
+    assert after.z[:, HEAD].abs().max() == 0
+    torch.testing.assert_close(after.z[:, others], before.z[:, others], rtol=0, atol=1e-6)
+    scale(model, parts[0], 0)
+    assert not torch.allclose(look_inside(model).patterns[HEAD], before.patterns[HEAD], atol=1e-3)
 
 
 @pytest.mark.parametrize("role", ["W_Q", "W_K"])
