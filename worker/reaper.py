@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -107,6 +107,8 @@ class Reaper:
         self._delete_at = self._discard_at = self._unkept_at = 0.0
         self._aged: Iterator[str] = iter(())
         """Results that are to be looked at."""
+        self._copies: Iterator[list[str]] = iter(())
+        """Copies of calibrations that are to be taken away, a folder's at a time."""
         self._away: set[str] = set()
         """What did not answer in the last round; said once."""
 
@@ -243,21 +245,28 @@ class Reaper:
         if time.monotonic() >= self._look_through_at:
             self._look_through_at = time.monotonic() + LOOK_THROUGH_EVERY_SECONDS
             self._aged = leftovers.aged_results(self._store, ABANDONED_SECONDS)
+            self._copies = leftovers.aged_calibrations(self._store, ABANDONED_SECONDS)
         try:
             self._take_some()
         except Unavailable:
             self._look_through_at = self._sweep_at
-            self._aged = iter(())
+            self._aged, self._copies = iter(()), iter(())
             raise
 
     def _take_some(self) -> None:
         if some := list(islice(self._aged, MOST_RESULTS)):
             found = self._sessions.read(leftovers.left_over, some)
-            for path in found:
-                self._beat(self._settings.reaper_hung_seconds)
-                self._store.delete(path)
+            self._take_away(found)
             if found:
                 log.info("results_left_over_removed", count=len(found))
+        if copies := next(self._copies, []):
+            self._take_away(copies)
+            log.info("copies_of_calibrations_removed", count=len(copies))
+
+    def _take_away(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            self._beat(self._settings.reaper_hung_seconds)
+            self._store.delete(path)
 
     def _delete_old(self) -> None:
         """Delete some of the batches and jobs that ended too long ago, if anything is ever too old."""
@@ -280,9 +289,7 @@ class Reaper:
             return len(found), deletion.unneeded(session, found)
 
         looked_at, unneeded = self._sessions.read(look)
-        for path in stored.files_of(self._store, unneeded.results):
-            self._beat(self._settings.reaper_hung_seconds)
-            self._store.delete(path)
+        self._take_away(stored.files_of(self._store, unneeded.results))
         if unneeded.discards:
             self._sessions.write(deletion.settle, unneeded.discards)
         if looked_at == deletion.MOST_DELETED and unneeded.discards:

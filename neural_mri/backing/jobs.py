@@ -60,6 +60,7 @@ __all__ = (
     "reckon",
     "renew",
     "request_cancel",
+    "result_of",
     "submit",
     "submit_many",
     "submit_once",
@@ -287,6 +288,11 @@ def known_results(session: Session, keys: Iterable[str], *, hold: bool = False) 
         held = {row.id for row in _chunked(session, statements.HOLD_JOBS, ids)}
         newest = {key: row for key, row in newest.items() if row.id in held}
     return {key: row.manifest for key, row in newest.items()}
+
+
+def result_of(session: Session, scan_key: str) -> str | None:
+    """The manifest of a scan key's newest usable result, while a job names one."""
+    return known_results(session, [scan_key]).get(scan_key)
 
 
 def _is_held(session: Session, submission: Submission, manifest: str | None) -> bool:

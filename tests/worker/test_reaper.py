@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -38,7 +39,10 @@ from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import FolderStore, Store, StoreUnavailable
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState, Lane
+from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import Unavailable
+from neural_mri.contract.results import Manifest
+from neural_mri.contract.scans import ScanKind
 from tests.backing.stores import paths
 from tests.servers import (
     Template,
@@ -388,6 +392,42 @@ def test_however_many_results_there_are_a_round_looks_at_some(
         reaper.round()
         left.append(len(paths(store)))
     assert left == [3, 1, 0, 0]
+
+
+def calibration(texts: list[str]) -> Manifest:
+    """What a calibration's file says."""
+    return Manifest(
+        scan_key="a" * 64,
+        kind=ScanKind.CALIBRATION,
+        model="tiny",
+        revision="b" * 64,
+        numerics=Numerics(),
+        scanner_version="1",
+        request={"texts": texts},
+        tables=(),
+        created_at=datetime.now(UTC),
+        forward_seconds=0.0,
+        compute_seconds=0.0,
+        memory_bytes=0,
+    )
+
+
+def test_copies_of_calibrations_on_somebodys_texts_are_taken_away_and_models_own_stay(
+    reaper: Reaper, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.reaper.ABANDONED_SECONDS", AT_ONCE)
+    monkeypatch.setattr(keys, "CALIBRATIONS", ("calibrations/0a", "calibrations/0b"))
+    store = storage.open_store(settings)
+    own, theirs, damaged = (
+        keys.calibration_path(f"{begins}{'0' * 62}") for begins in ("0a", "0b", "0a0b")
+    )
+    for path, texts in ((own, []), (theirs, ["a secret"])):
+        store.put(path, msgspec.json.encode(calibration(texts)))
+    store.put(damaged, b"{")
+    reaper.round()
+    assert paths(store) == [own, theirs], "a folder a round"
+    reaper.round()
+    assert paths(store) == [own]
 
 
 @folder_only
