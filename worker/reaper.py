@@ -73,6 +73,8 @@ FORGOTTEN_SECONDS = 60.0
 """How long an attempt that no round sees any more is remembered: no transaction holds a row for so long."""
 SET_SECONDS = 3600.0
 """A clock that differs so much from how it went before was set."""
+STALLED_SECONDS = 5.0
+"""So long what the time is may be on its way from a database that is busy."""
 
 SWEEP_TIMES = 15.0
 """So many times as long as anything else a sweep may take: a folder may hold millions of files."""
@@ -99,7 +101,9 @@ class Reaper:
         self._store = store
         self._publisher = Publisher(redis, settings)
         self._watched = _Watched()
-        self._clock = _Clock()
+        self._clock = _Clock(SET_SECONDS, limits.DAY_SECONDS)
+        self._waits = _Clock.of_waits(settings.queued_seconds)
+        self._fillings = _Clock.of_waits(batches.LONGEST_FILLING.total_seconds())
         self._missing: dict[str, int] = {}
         """Tickets that each queue lacked in the last round."""
         self._expire_at = self._sweep_at = self._look_through_at = 0.0
@@ -162,12 +166,7 @@ class Reaper:
                 jobs.reap, max_attempts=self._settings.max_attempts, watched_seconds=seconds_of
             )
         if time.monotonic() >= self._expire_at:
-            late = self._sessions.write(jobs.expire, waiting_seconds=self._settings.queued_seconds)
-            if len(late) < jobs.MOST_EXPIRED:  # else there are more, for the next round
-                self._expire_at = time.monotonic() + EXPIRE_EVERY_SECONDS
-            moved += late
-            if undone := self._sessions.write(batches.undo_unfilled):
-                log.warning("half_recorded_batches_undone", count=undone)
+            moved += self._expire()
         if moved:
             crash_point("reaper.taken-back")
         for job in moved:
@@ -178,6 +177,18 @@ class Reaper:
         back = Counter(job.queue for job in moved if job.state is JobState.QUEUED)
         for queue, count in back.items():
             send_tickets(self._redis, queue, min(count, MOST_TICKETS))
+
+    def _expire(self) -> list[Job]:
+        """End what has waited for too long; the jobs as they then stand."""
+        now = self._sessions.look(deletion.clock)
+        late = []
+        if self._waits.goes_on(now):
+            late = self._sessions.write(jobs.expire, waiting_seconds=self._settings.queued_seconds)
+        if len(late) < jobs.MOST_EXPIRED:  # else there are more, for the next round
+            self._expire_at = time.monotonic() + EXPIRE_EVERY_SECONDS
+        if self._fillings.goes_on(now) and (undone := self._sessions.write(batches.undo_unfilled)):
+            log.warning("half_recorded_batches_undone", count=undone)
+        return late
 
     def _see_to_batches(self) -> None:
         if time.monotonic() >= self._stop_at:
@@ -397,20 +408,37 @@ class _Sight(NamedTuple):
 class _Clock:
     """Whether a clock goes on as it went. One that is put forward makes all jobs old, and what is deleted is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, set_seconds: float, held_seconds: float) -> None:
+        self._set_seconds = set_seconds
+        """What differs by more was set."""
+        self._held_seconds = held_seconds
+        """After so long a clock that was set is what the time is."""
         self._began: float | None = None
         """What it was when this machine started, as it goes."""
         self._set_at: float | None = None
 
+    @classmethod
+    def of_waits(cls, seconds: float) -> Self:
+        """One by which something may wait for so long.
+
+        What has waited by a clock that was put forward has done so by every clock, once it was seen to wait as long again.
+        """
+        set_seconds = max(STALLED_SECONDS, min(SET_SECONDS, seconds / 10))
+        return cls(set_seconds, min(seconds, limits.DAY_SECONDS))
+
     def goes_on(self, now: float) -> bool:
-        """Whether it does; once it was set, from when it is set right again, or a day later."""
+        """Whether it does; once it was set, from when it is set right again, or some time later."""
         uptime = _uptime()
         began = now - uptime
-        if self._began is not None and abs(began - self._began) > SET_SECONDS:
+        if self._began is not None and abs(began - self._began) > self._set_seconds:
             if self._set_at is None:
                 self._set_at = uptime
-                log.error("clock_was_set", seconds=round(began - self._began))
-            if uptime - self._set_at < limits.DAY_SECONDS:
+                log.error(
+                    "clock_was_set",
+                    seconds=round(began - self._began),
+                    held_seconds=self._held_seconds,
+                )
+            if uptime - self._set_at < self._held_seconds:
                 return False
         self._began, self._set_at = began, None
         return True

@@ -545,7 +545,7 @@ def advance(
     if moved is None:
         return None
     if attempt is not None or moved.leader is None:  # else it only followed
-        _settle(session, moved)
+        _settle(session, moved, was_held=attempt is not None)
     leads_itself = moved.state is JobState.QUEUED
     return msgspec.structs.replace(moved, id=job_id, leader=None if leads_itself else moved.leader)
 
@@ -562,7 +562,7 @@ def made(
     return moved and msgspec.structs.replace(moved, id=job_id)
 
 
-def _settle(session: Session, job: Job) -> None:
+def _settle(session: Session, job: Job, *, was_held: bool) -> None:
     """See to the followers of a job that does not go on as it was."""
     match job.state:
         case JobState.SUCCEEDED | JobState.QUARANTINED:
@@ -572,7 +572,7 @@ def _settle(session: Session, job: Job) -> None:
         case JobState.QUEUED if job.leader is not None:
             following.give_back(session, job.id, job.leader)
         case JobState.FAILED | JobState.CANCELLED | JobState.EXPIRED:
-            following.promote(session, job.source)
+            following.promote(session, job, was_held=was_held)
 
 
 def _move(
@@ -686,7 +686,10 @@ def _after_loss(row: AnyRow, *, is_late: bool, max_attempts: int) -> _Fate:
 
 
 def expire(session: Session, *, waiting_seconds: float) -> list[Job]:
-    """End up to `MOST_EXPIRED` jobs that no worker took for `waiting_seconds`; the jobs as they then stand."""
+    """End up to `MOST_EXPIRED` jobs that no worker took for `waiting_seconds`; the jobs as they then stand.
+
+    One whose worker was lost has waited since it came back, one that followed what failed since it leads.
+    """
     problem = WaitedTooLong(
         f"no worker took the job within {waiting_seconds:.0f} s: is one running that holds its model?"
     )

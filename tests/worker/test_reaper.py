@@ -44,6 +44,7 @@ from neural_mri.contract.problems import Unavailable
 from neural_mri.contract.results import Manifest
 from neural_mri.contract.scans import ScanKind
 from tests.backing.stores import paths
+from tests.chaos.clock import Clock, may_step
 from tests.servers import (
     Template,
     Valkey,
@@ -57,6 +58,8 @@ from worker.reaper import ABANDONED_SECONDS, MOST_TICKETS, SWEEP_TIMES, Ending, 
 
 QUEUE = "scan.0123456789abcdef"
 DEAD = LeaseOwner.here()._replace(start_ticks=1)
+QUICK = "from worker import reaper; reaper.EXPIRE_EVERY_SECONDS = 0.1; reaper.main()"
+"""A reaper that looks for what has waited too long at every turn."""
 AT_ONCE = -60.0
 """For `ABANDONED_SECONDS`: what has just been written has stood for long enough."""
 
@@ -554,6 +557,60 @@ def test_a_clock_that_is_put_forward_makes_no_attempt_late_and_one_that_is_late_
         return state(sessions, job.id) is JobState.EXPIRED
 
     assert eventually(is_expired)
+
+
+def test_a_clock_that_is_put_forward_makes_nobody_wait_too_long_and_half_no_batch(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    waits, fills = settings.queued_seconds, batches.LONGEST_FILLING.total_seconds()
+    reaper = Reaper(settings, sessions, client, storage.open_store(settings))
+
+    def round_anew() -> None:
+        reaper._expire_at = 0.0
+        reaper.round()
+
+    [job] = submit(sessions)
+    half = sessions.write(batches.begin, NewBatch("ada", "", Lane.BATCH, 2, "0" * 64))
+    forward = waits + 60.0
+    for clock in (reaper._waits, reaper._fillings):
+        assert clock.goes_on(sessions.read(deletion.clock) - forward)
+    with sessions.writing() as session:
+        for table in (JOBS, BATCHES):
+            session.execute(update(table).values(created_at=table.c.created_at - forward))
+    round_anew()
+    assert state(sessions, job.id) is JobState.QUEUED
+    assert sessions.read(batches.find, half.id) is not None
+    assert reaper._fillings._set_at is not None
+    reaper._fillings._set_at -= fills
+    round_anew()
+    assert state(sessions, job.id) is JobState.QUEUED
+    assert sessions.read(batches.find, half.id) is None, "it has waited by every clock"
+    assert reaper._waits._set_at is not None
+    reaper._waits._set_at -= waits
+    round_anew()
+    assert state(sessions, job.id) is JobState.EXPIRED
+
+
+@sqlite_only
+@pytest.mark.skipif(not may_step(), reason="no C compiler, or no Linux")
+def test_the_process_gives_no_job_up_for_a_clock_that_is_put_forward(
+    settings: Settings, sessions: Sessions, client: SyncRedis, tmp_path: Path
+) -> None:
+    clock = Clock(tmp_path / "clock")
+    [job] = submit(sessions)
+    environment = {**os.environ, **settings.environment(), **clock.environment}
+    with subprocess.Popen(
+        [sys.executable, "-c", QUICK], env=environment, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert eventually(lambda: queue.waiting_tickets(client, QUEUE) == 1)
+        clock.set(settings.queued_seconds + 60.0)
+        [late] = submit(sessions)
+        assert eventually(lambda: queue.waiting_tickets(client, QUEUE) == 2)
+        time.sleep(0.5)
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate(timeout=10)
+    assert "clock_was_set" in said
+    assert state(sessions, job.id) is state(sessions, late.id) is JobState.QUEUED
 
 
 def test_however_many_waited_too_long_a_transaction_ends_some_of_them(
