@@ -63,6 +63,8 @@ MOST_RESULTS = 1000
 STOP_EVERY_SECONDS = 1.0
 """How often batches are looked at of which too many scans may have failed, or lines wait for room; after a round
 in which there was some, the next one looks again: few jobs may be all that one person may have, and end soon."""
+LOOK_SHARE = 20.0
+"""So many times as long as it took to look at those batches, nobody does so again: they may have a hundred thousand lines."""
 
 UNKEPT_SECONDS = 1.0
 """For so long kept results are taken away at once: jobs that are lost wait no longer for that."""
@@ -192,15 +194,23 @@ class Reaper:
 
     def _see_to_batches(self) -> None:
         if time.monotonic() >= self._stop_at:
-            self._stop_at = time.monotonic() + STOP_EVERY_SECONDS
-            for asked in self._sessions.write(batches.stop_failing):
-                self._beat(self._settings.reaper_hung_seconds)
-                if asked.moved:
-                    self._publisher.announce(asked.job)
-                elif asked.job.state not in TERMINAL:
-                    self._publisher.flag_cancel(asked.job.source)
+            began = time.monotonic()
+            self._settle_batches()
+            ended = time.monotonic()
+            self._stop_at = ended + max(STOP_EVERY_SECONDS, LOOK_SHARE * (ended - began))
         if time.monotonic() >= self._feed_at and not self._feed_all():
             self._feed_at = time.monotonic() + STOP_EVERY_SECONDS
+
+    def _settle_batches(self) -> None:
+        """Stop the batches of which too many scans have failed. Nothing is written where none changes."""
+        if not (among := self._sessions.read(batches.to_settle)):
+            return
+        for asked in self._sessions.write(batches.stop_failing, among):
+            self._beat(self._settings.reaper_hung_seconds)
+            if asked.moved:
+                self._publisher.announce(asked.job)
+            elif asked.job.state not in TERMINAL:
+                self._publisher.flag_cancel(asked.job.source)
 
     def _feed_all(self) -> int:
         """Have lines of everybody's batches become jobs, where there is room by now; how many they were.

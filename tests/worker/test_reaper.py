@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -812,6 +813,32 @@ def test_a_batch_of_which_too_many_scans_fail_is_stopped_with_nobody_watching(
     states = [state(sessions, job).value for job in made.values() if job is not None]
     assert states == ["failed", "claimed", "cancelled", "cancelled"]
     assert client.exists(keys.cancel_flag(held.id)), "what runs is asked to stop"
+
+
+@sqlite_only
+def test_nobody_waits_for_the_reaper_to_look_at_batches_that_go_on(
+    settings: Settings, client: SyncRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.01)
+    with (
+        closing(database.sessions(settings)) as sessions,
+        closing(database.sessions(settings)) as w,
+    ):
+        wanted = NewBatch("ada", "", Lane.BATCH, 1, "0" * 64, max_failures=1)
+        batch = sessions.write(batches.begin, wanted)
+        sessions.write(batches.fill, batch.id, [Line(1, scan_of("ada", 1))])
+        sessions.write(feeding.feed, "ada", max_queued=9)
+        reaper = Reaper(settings, sessions, client, storage.open_store(settings))
+        with w.writing():
+            reaper._settle_batches()
+        failing = claim(sessions, LeaseOwner.here())
+        sessions.write(jobs.advance, failing.id, JobState.FAILED, attempt=1, problem={"detail": ""})
+        with w.writing(), pytest.raises(Unavailable):
+            reaper._settle_batches()
+        reaper._settle_batches()
+        found = sessions.read(batches.find, batch.id)
+        assert found is not None
+        assert found.stopped_by == batches.FAILED
 
 
 def test_half_a_batch_is_forgotten_in_the_end(sessions: Sessions, reaper: Reaper) -> None:
