@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -18,8 +18,8 @@ import pyarrow as pa
 import pytest
 from sqlalchemy import delete, update
 
-from api import session_contents, session_files
-from neural_mri.backing import keys, session_arrivals, session_revisions
+from api import session_contents, session_files, session_streams
+from neural_mri.backing import keys, session_arrivals, session_revisions, sessions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.records import Job
 from neural_mri.backing.rows import JOBS, KEPT_RESULTS, SESSION_RESULTS
@@ -37,7 +37,7 @@ from neural_mri.contract.jobs import JobState
 from neural_mri.contract.results import from_ipc
 from neural_mri.contract.sessions import SessionDocument
 from tests.api.keyed import keyed
-from tests.api.reading import follow
+from tests.api.reading import Unanswered, follow
 from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
 from tests.backing.stores import clear
@@ -592,6 +592,24 @@ def test_a_scan_under_way_arrives_before_everybodys_eyes(api: httpx.Client, worl
         api.delete(session.path)
         assert next(stream).name == "closed"
         assert list(stream) == []
+
+
+@pytest.mark.parametrize("module", [sessions, session_arrivals], ids=lambda each: each.__name__)
+def test_a_reader_of_its_events_outlives_a_database_that_does_not_answer(
+    api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    session = made(api)
+    question = "find" if module is sessions else "of_session"
+    monkeypatch.setattr(session_streams, "LOOK_SECONDS", 0.1)
+    with follow(api, f"{session.path}/events") as stream:
+        assert next(stream).name == "saved"
+        away = Unanswered(monkeypatch, module, question)
+        assert away.passes()
+        read(save(api, session, view={"layer": 3}))
+        assert next(stream).data["number"] == 2
+        world.redis.flushall()
+        api.delete(session.path)
+        assert next(stream).name == "closed"
 
 
 def test_a_scan_that_fails_on_its_way_is_told_of_and_forgotten(

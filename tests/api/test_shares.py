@@ -11,15 +11,16 @@ import pytest
 from sqlalchemy import text, update
 
 from api.redaction import redacted_table
+from neural_mri.backing import shares
 from neural_mri.backing.rows import SHARES
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.archives import open_archive
 from neural_mri.contract.results import SCHEMAS, from_ipc, provenance_of
 from neural_mri.contract.tables import TableSchema
 from tests.api.keyed import Door, keyed
-from tests.api.reading import Stream
+from tests.api.reading import Stream, Unanswered
 from tests.api.specimens import PROMPT, filled
-from tests.api.test_sessions import made, read, scanned
+from tests.api.test_sessions import made, read, save, scanned
 from tests.api.world import World
 
 
@@ -79,6 +80,21 @@ def test_a_link_opens_a_session_to_who_has_no_key(
         (kept,) = database.execute(text("SELECT digest FROM shares")).scalars()
     assert recorded[-1] == "session_shared"
     assert link["token"] not in kept
+
+
+def test_a_links_reader_is_not_shut_out_by_a_database_that_does_not_answer(
+    ada: httpx.Client, guest: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = made(ada)
+    link = shared(ada, session.path)
+    with guest.stream("GET", "/api/shared/events", headers=by(link)) as response:
+        stream = Stream(response)
+        assert next(stream).name == "saved"
+        assert Unanswered(monkeypatch, shares, "followed").passes()
+        read(save(ada, session, view={"layer": 3}))
+        assert next(stream).data["number"] == 2
+        ada.delete(f"{session.path}/shares/{link['id']}")
+        assert list(stream) == []
 
 
 def test_a_link_ends_when_it_is_revoked_or_over(
