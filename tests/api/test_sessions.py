@@ -498,6 +498,51 @@ def test_a_file_is_refused_by_the_name_of_what_is_wrong_in_it(
     assert send_file(api, body).status_code == 201
 
 
+def deep(levels: int) -> Any:
+    """Objects and lists in one another."""
+    value: Any = "within"
+    for level in range(levels):
+        value = {"in": value} if level % 2 else [value]
+    return {"in": value}
+
+
+def test_what_is_nested_too_deeply_is_refused_where_it_is_saved_and_where_it_is_taken_in(
+    api: httpx.Client, world: World
+) -> None:
+    session = read(save(api, made(api, scanned(api, world)), view=deep(63)))
+    whole = archived(api, f"{session.path}/export")
+    entries = [
+        *(result_entry(whole.result(digest)) for digest in whole.results),
+        *(
+            chunk_entry(chunk, len(whole.chunk(chunk)), partial(whole.chunk, chunk))
+            for chunk in whole.chunks()
+        ),
+    ]
+    kept = msgspec.json.decode(whole.document())
+
+    def taken_in(**changes: Any) -> httpx.Response:
+        document = canonical(msgspec.convert(kept | changes, SessionDocument))
+        return send_file(api, b"".join(write_archive(entries, document=document)))
+
+    assert taken_in().status_code == 201
+    [scan] = kept["scans"]
+    for where, content in (
+        ("view", {"view": deep(499)}),
+        ("key_images[1].view", {"key_images": [{"view": deep(63)}, {"view": deep(499)}]}),
+    ):
+        for answer in (save(api, session, **content), taken_in(**content)):
+            problem = answer.json()
+            assert answer.status_code == 422, problem
+            assert problem["type"] == "urn:neural-mri:problem:nested-too-deeply"
+            assert problem["detail"].startswith(f"{where} is nested 500 levels deep: expected 64")
+            assert (problem["depth"], problem["limit"]) == (500, 64)
+    answer = taken_in(scans=[scan | {"request": deep(64)}])
+    assert (answer.status_code, answer.json()["depth"]) == (422, 65)
+    bottomless = b'{"view":' + b"[" * 5000 + b"]" * 5000 + b"}"
+    answer = send_file(api, b"".join(write_archive([], document=bottomless)))
+    assert (answer.status_code, answer.json()["entry"]) == (422, "session.json")
+
+
 def test_a_file_over_the_bound_is_not_read(shared_settings: Any, world: World) -> None:
     bounded = msgspec.structs.replace(shared_settings, max_session_bytes=20_000)
     with serving(bounded) as api:
