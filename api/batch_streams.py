@@ -1,7 +1,7 @@
 """A batch's events over HTTP: how far it has come, each line as its scan ends, and one end.
 
 The database is asked, a few times a second for as long as somebody reads: it is the truth, and ten thousand
-jobs' streams would be ten thousand keys in Redis. An event's id is the moment it tells of. Moments of
+jobs' streams would be ten thousand keys in Redis. Where it does not answer it is asked again. An event's id is the moment it tells of. Moments of
 transactions that ran side by side are seen out of order, so the last seconds are looked at again each time,
 and a reader that comes back may be told again of some lines.
 """
@@ -24,6 +24,7 @@ from neural_mri.contract.batches import (
     BatchView,
     LineEnded,
 )
+from neural_mri.contract.problems import Unavailable
 
 __all__ = ("END", "BatchFollowing", "block", "parse_cursor")
 
@@ -63,14 +64,17 @@ class BatchFollowing:
         spoke = time.monotonic()
         while not self._services.hub.closing:
             # First where it stands, then what has ended: at the end no line is left out.
-            view = await self._look()
-            async for chunk in self._news():
+            try:
+                view = await self._look()
+                async for chunk in self._news():
+                    yield chunk
+                    spoke = time.monotonic()
+            except Unavailable:
+                view = None
+            if view is not None and (chunk := self._standing(view)):
                 yield chunk
                 spoke = time.monotonic()
-            if chunk := self._standing(view):
-                yield chunk
-                spoke = time.monotonic()
-            if view.state is not BatchState.RUNNING:
+            if view is not None and view.state is not BatchState.RUNNING:
                 return
             if time.monotonic() - spoke >= heartbeat:
                 yield b":\n\n"

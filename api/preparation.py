@@ -10,7 +10,7 @@ import msgspec
 
 from api.dependencies import Services
 from api.sizes import extent
-from neural_mri.backing import keys
+from neural_mri.backing import jobs
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.stored import load_manifest
 from neural_mri.contract.anomalies import Lens
@@ -24,6 +24,7 @@ from neural_mri.contract.problems import (
     Unprocessable,
     UnsupportedModel,
 )
+from neural_mri.contract.results import Manifest
 from neural_mri.contract.scan_keys import ANSWERS, calibration_key, scan_key
 from neural_mri.contract.scans import (
     ActivationScan,
@@ -35,6 +36,7 @@ from neural_mri.contract.scans import (
     PerturbationScan,
     PromptScan,
     Scan,
+    ScanKind,
     TargetedScan,
     TracingScan,
     WeightScan,
@@ -228,16 +230,13 @@ async def _fitted_lenses(
     services: Services, model: RegisteredModel, wanted: str
 ) -> tuple[Lens, ...]:
     """Raises `Unprocessable` where there is no such calibration of the model."""
-    try:
-        manifest = await asyncio.to_thread(
-            load_manifest, services.store, keys.calibration_path(wanted)
-        )
-    except Gone as gone:
+    manifest = await _calibration(services, wanted)
+    if manifest is None or manifest.kind is not ScanKind.CALIBRATION:
         raise Unprocessable(
             f"there is no calibration {wanted}: POST /api/model/calibrate, wait, and give its job's "
             "scan_key",
             calibration=wanted,
-        ) from gone
+        )
     if manifest.revision != model.revision:
         raise Unprocessable(
             f"calibration {wanted} is of {manifest.model}'s weights, not of {model.name}'s: expected one "
@@ -245,6 +244,17 @@ async def _fitted_lenses(
             calibration=wanted,
         )
     return tuple(Lens(lens) for lens in manifest.request["lenses"])
+
+
+async def _calibration(services: Services, wanted: str) -> Manifest | None:
+    """What a scan key's job has measured, for as long as a job names it."""
+    path = await services.sessions.look(jobs.result_of, wanted)
+    if path is None:
+        return None
+    try:
+        return await asyncio.to_thread(load_manifest, services.store, path)
+    except Gone:
+        return None
 
 
 async def _baseline_revision(

@@ -24,7 +24,13 @@ from neural_mri.backing.stored import StoredTable, read_table
 from neural_mri.contract.archives import Entry, canonical, chunk_entry, result_entry
 from neural_mri.contract.perturbations import Perturbation
 from neural_mri.contract.results import Manifest, TableRef, provenance_of, stamp, to_ipc
-from neural_mri.contract.sessions import KeyImage, Note, SavedScan, SessionDocument
+from neural_mri.contract.sessions import (
+    MOST_DEPTH,
+    KeyImage,
+    Note,
+    SavedScan,
+    SessionDocument,
+)
 
 __all__ = ("REDACTED", "Redaction", "redacted_table")
 
@@ -72,15 +78,20 @@ class _Secrets:
         is_secret = len(text) > 1 and any(folded in secret for secret in self._texts)
         return text if is_plain and not is_secret else REDACTED
 
-    def state(self, value: Any) -> Any:
-        """A viewer's state, its texts taken out."""
+    def state(self, value: Any, levels: int = MOST_DEPTH) -> Any:
+        """A viewer's state, its texts taken out, and what an earlier release kept below so many levels."""
         match value:
             case str():
                 return self.identifier(value)
+            case dict() | list() | tuple() if not levels:
+                return REDACTED
             case dict():
-                return {self.identifier(name): self.state(inner) for name, inner in value.items()}
+                return {
+                    self.identifier(name): self.state(inner, levels - 1)
+                    for name, inner in value.items()
+                }
             case list() | tuple():
-                return [self.state(inner) for inner in value]
+                return [self.state(inner, levels - 1) for inner in value]
             case _:
                 return value
 
@@ -249,33 +260,37 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
-def _plain(parameters: Any) -> Any:
-    """What a table says of its making, texts left out that are no words of ours."""
+def _plain(parameters: Any, levels: int = MOST_DEPTH) -> Any:
+    """What a table says of its making, texts left out that are no words of ours, and what is nested deeper."""
     match parameters:
         case str():
             return parameters if _IDENTIFIER.fullmatch(parameters) else REDACTED
+        case dict() | list() | tuple() if not levels:
+            return REDACTED
         case dict():
             return {
-                name: _plain(inner)
+                name: _plain(inner, levels - 1)
                 for name, inner in parameters.items()
                 if name not in _REQUEST_TEXTS
             }
         case list() | tuple():
-            return [_plain(inner) for inner in parameters]
+            return [_plain(inner, levels - 1) for inner in parameters]
         case _:
             return parameters
 
 
-def _request(value: Any) -> Any:
-    """A request, what somebody wrote taken out."""
+def _request(value: Any, levels: int = MOST_DEPTH) -> Any:
+    """A request, what somebody wrote taken out, and what is nested deeper than any of ours."""
     match value:
+        case dict() | list() | tuple() if not levels:
+            return REDACTED
         case dict():
             return {
-                name: _hidden(inner) if name in _REQUEST_TEXTS else _request(inner)
+                name: _hidden(inner) if name in _REQUEST_TEXTS else _request(inner, levels - 1)
                 for name, inner in value.items()
             }
         case list() | tuple():
-            return [_request(inner) for inner in value]
+            return [_request(inner, levels - 1) for inner in value]
         case _:
             return value
 
@@ -290,14 +305,15 @@ def _hidden(value: Any) -> Any:
             return REDACTED
 
 
-def _secret_texts(value: Any, *, secret: bool = False) -> Iterator[str]:
-    """What somebody wrote in a request."""
+def _secret_texts(value: Any, *, secret: bool = False, levels: int = MOST_DEPTH) -> Iterator[str]:
+    """What somebody wrote in a request, as far down as it is shown."""
     match value:
         case str() if secret:
             yield value
-        case dict():
+        case dict() if levels:
             for name, inner in value.items():
-                yield from _secret_texts(inner, secret=secret or name in _REQUEST_TEXTS)
-        case list() | tuple():
+                is_secret = secret or name in _REQUEST_TEXTS
+                yield from _secret_texts(inner, secret=is_secret, levels=levels - 1)
+        case list() | tuple() if levels:
             for inner in value:
-                yield from _secret_texts(inner, secret=secret)
+                yield from _secret_texts(inner, secret=secret, levels=levels - 1)

@@ -50,6 +50,7 @@ from neural_mri.contract.sessions import (
     SessionDocument,
     SessionEvent,
     SessionSaved,
+    check_views,
 )
 
 __all__ = (
@@ -179,8 +180,10 @@ async def content_of(
 ) -> SessionDocument:
     """The document of what somebody wants kept.
 
-    Raises `NoSuchScan` for what the session does not have, `UnknownJob`, `ResultNotReady` and `Gone`.
+    Raises `NoSuchScan` for what the session does not have, `NestedTooDeeply`, `UnknownJob`, `ResultNotReady` and
+    `Gone`.
     """
+    check_views(wanted)
     known = await _known(services, session_id)
     scans: dict[str, SavedScan] = {}
     named: dict[str, str] = {}

@@ -21,7 +21,14 @@ from neural_mri.contract.archives import (
     open_archive,
     result_entry,
 )
-from neural_mri.contract.sessions import MOST_SCANS, Origin, SessionDocument, SessionView
+from neural_mri.contract.sessions import (
+    MOST_SCANS,
+    Origin,
+    SessionDocument,
+    SessionView,
+    check_depth,
+    check_views,
+)
 
 __all__ = ("entries_of", "take_in")
 
@@ -51,7 +58,10 @@ def _chunks(store: Store, found: Kept) -> Iterator[Entry]:
 
 
 async def take_in(services: Services, chunks: AsyncIterator[bytes]) -> SessionView:
-    """The session that a file holds, as the caller's own. Raises `InvalidArchive`, naming what is wrong."""
+    """The session that a file holds, as the caller's own.
+
+    Raises `InvalidArchive` and `NestedTooDeeply`, naming what is wrong.
+    """
     with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as file:
         async for chunk in chunks:
             await asyncio.to_thread(file.write, chunk)
@@ -106,7 +116,7 @@ def _check(archive: Archive, body: bytes) -> None:
     """The document is one, and the file has the results that it names, and no others."""
     try:
         document = session_revisions.decode_document(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArchive(
             f"session.json cannot be read: {error}", entry="session.json"
         ) from error
@@ -120,6 +130,11 @@ def _check(archive: Archive, body: bytes) -> None:
             f"session.json has {len(document.scans)} scans, a session has {MOST_SCANS} at most",
             entry="session.json",
         )
+    check_views(document)
+    for scan in document.scans:
+        check_depth(f"the request of {scan.result} in session.json", scan.request)
+    for digest, manifest in archive.results.items():
+        check_depth(f"the request in results/{digest}.json", manifest.request)
     named = [scan.result for scan in document.scans]
     _refuse_unlike("results/{}.json", sorted(set(named) - archive.results.keys()), "missing")
     _refuse_unlike(

@@ -17,6 +17,7 @@ from api.hub import PAGE, START, Frame, Listener, Position
 from api.session_contents import arriving
 from neural_mri.backing import sessions
 from neural_mri.backing.broker import AWAY
+from neural_mri.contract.problems import Unavailable
 from neural_mri.contract.sessions import (
     Arrival,
     ScanArrived,
@@ -64,6 +65,8 @@ class SessionFollowing:
         """The one that the database named last."""
         self._states: dict[UUID, Arrival] = {}
         """Scans on their way, as the reader was last told of them."""
+        self._is_blind = False
+        """Whether the database did not answer when it was last asked."""
         self._has_closed = False
 
     async def chunks(self) -> AsyncGenerator[bytes]:
@@ -101,7 +104,7 @@ class SessionFollowing:
         """How long until the next look at the database."""
         is_overdue = self._seen not in ("", self._head)
         is_coming = any(arrival.problem is None for arrival in self._states.values())
-        is_busy = is_coming or is_overdue or not self._hub.is_connected
+        is_busy = is_coming or is_overdue or self._is_blind or not self._hub.is_connected
         return ARRIVING_SECONDS if is_busy else LOOK_SECONDS
 
     async def _missed(self) -> list[bytes]:
@@ -129,12 +132,16 @@ class SessionFollowing:
         return told
 
     async def _look(self) -> bytes:
-        """Where the session stands, where that is news."""
+        """Where the session stands, where that is news and can be told."""
+        self._is_blind = False
         try:
             arrivals = await arriving(self._services, self._session_id)
             view = await self._services.sessions.read(sessions.find, self._session_id)
         except UnknownSession:
             view = None
+        except Unavailable:
+            self._is_blind = True
+            return b""
         if view is None:
             return self._told(SessionClosed())
         told = self._told(_saved(view)) if self._is_untold(view.head) else b""

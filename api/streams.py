@@ -27,6 +27,7 @@ from neural_mri.backing.events import change_of
 from neural_mri.backing.records import Job
 from neural_mri.contract.events import Queued, Reset
 from neural_mri.contract.jobs import TERMINAL, JobState, QueuePlace
+from neural_mri.contract.problems import Unavailable
 
 __all__ = ("MEDIA_TYPE", "Following", "event_stream", "no_content", "parse_cursors")
 
@@ -34,7 +35,7 @@ MEDIA_TYPE = "text/event-stream"
 
 RETRY_MILLISECONDS = 500
 AWAY_SECONDS = 1.0
-"""How often a stream is tried again that could not be read."""
+"""How often a stream is tried again that could not be read, or whose job could not be looked at."""
 STALL_SECONDS = 30.0
 """A reader that takes nothing for so long is cut; it may resume."""
 PLACE_SECONDS = 1.0
@@ -140,7 +141,10 @@ class Following:
         self._place_at = time.monotonic() + PLACE_SECONDS
         parts = []
         for job_id in self._places.keys() & self._open:
-            place = await self._services.outlook.place(self._jobs[job_id])
+            try:
+                place = await self._services.outlook.place(self._jobs[job_id])
+            except Unavailable:  # where it stands is told when somebody can look
+                break
             if place is not None and place != self._places[job_id]:
                 self._places[job_id] = place
                 queued = Queued(
@@ -178,7 +182,11 @@ class Following:
                     else:
                         frames.append(_retold(frame, job_id))
         for job_id in turned:
-            frames += await self._look(job_id)
+            try:
+                frames += await self._look(job_id)
+            except Unavailable:
+                # What it turned to is read from its streams, and looked at, once that can be done.
+                self._behind.add(job_id)
         return frames
 
     async def _look(self, job_id: UUID) -> list[Frame]:
@@ -204,7 +212,7 @@ class Following:
                     async for frames in self._missed(job_id):
                         if chunk := self._take(frames):
                             yield chunk
-                except AWAY:
+                except (Unavailable, *AWAY):
                     return
                 if self._jobs[job_id].source == source:
                     self._behind.discard(job_id)

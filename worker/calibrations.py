@@ -1,8 +1,9 @@
 """Calibrations of the models that this process holds: measured once, stored, read by whoever needs them.
 
-A calibration's manifest stands in the store under its scan key, so any worker finds what any other has
-measured; the store may lose it, and then it is measured again, to the same digits. Used by the task
-thread alone.
+A model's own stands in the store under its scan key, so any worker finds what any other has measured; the
+store may lose it, and then it is measured again, to the same digits. One that a job has measured is the job's
+result, and is found for as long as a job names it: with the last of them somebody's texts are gone. Used by the
+task thread alone.
 """
 
 import time
@@ -18,9 +19,9 @@ import torch
 
 from neural_mri.backing import keys
 from neural_mri.backing.saving import save_result
-from neural_mri.backing.storage import Store, StoreUnavailable
+from neural_mri.backing.storage import Store
 from neural_mri.backing.stored import open_result
-from neural_mri.contract.problems import Conflict, Gone, Problem
+from neural_mri.contract.problems import Conflict, Gone, Problem, Unavailable
 from neural_mri.contract.results import Manifest, signed
 from neural_mri.contract.scan_keys import SCANNER_VERSION, calibration_key
 from neural_mri.contract.scans import CalibrationScan, ScanKind
@@ -35,7 +36,7 @@ KEPT = 4
 """Calibrations kept in memory; one takes some matrices of d_model x d_model."""
 STORE_PAUSE_SECONDS = 0.5
 STORE_SECONDS = 60.0
-"""How long a scan waits for a store that is away, as it would for one that does not take its result."""
+"""How long a scan waits for a store or a database that is away, as it would for one that does not take its result."""
 
 T = TypeVar("T")
 
@@ -52,8 +53,13 @@ class _Kept(NamedTuple):
 class Calibrations:
     """Where scans get what they are read against."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, result_of: Callable[[str], str | None] | None = None) -> None:
+        """`result_of` says where the result of a calibration job stands, by its scan key, while one names it.
+
+        Without it there are no jobs: what they would have measured stands where the models' own do.
+        """
         self._store = store
+        self._result_of = result_of
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
     def prepare(self, resident: Resident, listener: Listener) -> None:
@@ -69,8 +75,7 @@ class Calibrations:
     def of(self, resident: Resident, wanted: str | None, listener: Listener) -> Calibration:
         """The calibration of that scan key, or the model's own, which is measured where it is missing.
 
-        Raises `Conflict` where the store no longer has the one that was asked for, and what `calibrate`
-        raises.
+        Raises `Conflict` where the one that was asked for is there no more, and what `calibrate` raises.
         """
         return self._found(resident, wanted, listener, patience_seconds=STORE_SECONDS)
 
@@ -87,11 +92,14 @@ class Calibrations:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key].calibration
-        found = _awaited(lambda: self._stored(key, resident), listener, patience_seconds)
+        is_own = key == own
+        found = _awaited(
+            lambda: self._stored(key, resident, is_own=is_own), listener, patience_seconds
+        )
         if found is None:
-            if key != own:
+            if not is_own:
                 raise Conflict(
-                    f"the store has lost calibration {key}: calibrate the model with those texts again"
+                    f"calibration {key} was deleted or is lost: calibrate the model with those texts again"
                 )
             found = self._measured(key, resident, listener, patience_seconds)
         self._kept[key] = _Kept(resident.registered.revision, found)
@@ -104,15 +112,26 @@ class Calibrations:
         for key in [key for key, kept in self._kept.items() if kept.revision == revision]:
             del self._kept[key]
 
-    def save(self, manifest: Manifest, tables: Mapping[str, pa.Table]) -> None:
-        """Store what a calibration scan has measured, for scans that name its key."""
+    def measured(self, manifest: Manifest, tables: Mapping[str, pa.Table]) -> None:
+        """See to it that scans which name a calibration scan's key find what it has measured."""
+        if self._result_of is None:
+            self._save(manifest, tables)
+
+    def _save(self, manifest: Manifest, tables: Mapping[str, pa.Table]) -> None:
         save_result(self._store, keys.calibration_path(manifest.scan_key), manifest, tables)
 
-    def _stored(self, key: str, resident: Resident) -> Calibration | None:
+    def _stored(self, key: str, resident: Resident, *, is_own: bool) -> Calibration | None:
+        path: str | None = keys.calibration_path(key)
+        if self._result_of is not None and not is_own:
+            path = self._result_of(key)
+        if path is None:
+            return None
         try:
-            result = open_result(self._store, keys.calibration_path(key))
+            result = open_result(self._store, path, whole=True)
             tables = {table.ref.name: result.read(table) for table in result.tables}
         except Gone:
+            return None
+        if result.manifest.kind is not ScanKind.CALIBRATION:
             return None
         if result.manifest.revision != resident.registered.revision:
             raise Conflict(
@@ -144,7 +163,7 @@ class Calibrations:
             memory_bytes=resident.memory_bytes,
         )
         tables = signed(measured.to_tables(), manifest)
-        _awaited(lambda: self.save(manifest, tables), listener, patience_seconds)
+        _awaited(lambda: self._save(manifest, tables), listener, patience_seconds)
         log.info(
             "model_calibrated", model=resident.registered.name, key=key, seconds=round(seconds, 2)
         )
@@ -152,12 +171,12 @@ class Calibrations:
 
 
 def _awaited(work: Callable[[], T], listener: Listener, patience_seconds: float) -> T:
-    """What the store answers, if it does so in time; who is asked to stop waits no longer."""
+    """What store and database answer, if they do so in time; who is asked to stop waits no longer."""
     give_up_at = time.monotonic() + patience_seconds
     while True:
         try:
             return work()
-        except StoreUnavailable as error:
+        except Unavailable as error:
             if time.monotonic() > give_up_at:
                 raise
             log.warning("store_awaited", error=str(error))

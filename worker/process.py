@@ -8,7 +8,7 @@ import time
 import torch
 
 from neural_mri import __version__
-from neural_mri.backing import broker, database, events, queue, storage
+from neural_mri.backing import broker, database, events, jobs, queue, storage
 from neural_mri.backing.jobs import LeaseOwner
 from neural_mri.backing.settings import Settings
 from worker import metrics
@@ -34,7 +34,7 @@ def run(settings: Settings, life: Life) -> int:
     owner = LeaseOwner.here()
     sessions = database.sessions(settings)
     store = storage.open_store(settings)
-    calibrations = Calibrations(store)
+    calibrations = Calibrations(store, lambda key: sessions.look(jobs.result_of, key))
     residency = Residency(settings, sessions, calibrations)
     memory = Memory(settings, residency.device)
     intake = CeleryIntake()

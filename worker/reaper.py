@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -63,6 +63,8 @@ MOST_RESULTS = 1000
 STOP_EVERY_SECONDS = 1.0
 """How often batches are looked at of which too many scans may have failed, or lines wait for room; after a round
 in which there was some, the next one looks again: few jobs may be all that one person may have, and end soon."""
+LOOK_SHARE = 20.0
+"""So many times as long as it took to look at those batches, nobody does so again: they may have a hundred thousand lines."""
 
 UNKEPT_SECONDS = 1.0
 """For so long kept results are taken away at once: jobs that are lost wait no longer for that."""
@@ -73,6 +75,8 @@ FORGOTTEN_SECONDS = 60.0
 """How long an attempt that no round sees any more is remembered: no transaction holds a row for so long."""
 SET_SECONDS = 3600.0
 """A clock that differs so much from how it went before was set."""
+STALLED_SECONDS = 5.0
+"""So long what the time is may be on its way from a database that is busy."""
 
 SWEEP_TIMES = 15.0
 """So many times as long as anything else a sweep may take: a folder may hold millions of files."""
@@ -99,7 +103,9 @@ class Reaper:
         self._store = store
         self._publisher = Publisher(redis, settings)
         self._watched = _Watched()
-        self._clock = _Clock()
+        self._clock = _Clock(SET_SECONDS, limits.DAY_SECONDS)
+        self._waits = _Clock.of_waits(settings.queued_seconds)
+        self._fillings = _Clock.of_waits(batches.LONGEST_FILLING.total_seconds())
         self._missing: dict[str, int] = {}
         """Tickets that each queue lacked in the last round."""
         self._expire_at = self._sweep_at = self._look_through_at = 0.0
@@ -107,6 +113,8 @@ class Reaper:
         self._delete_at = self._discard_at = self._unkept_at = 0.0
         self._aged: Iterator[str] = iter(())
         """Results that are to be looked at."""
+        self._copies: Iterator[list[str]] = iter(())
+        """Copies of calibrations that are to be taken away, a folder's at a time."""
         self._away: set[str] = set()
         """What did not answer in the last round; said once."""
 
@@ -160,12 +168,7 @@ class Reaper:
                 jobs.reap, max_attempts=self._settings.max_attempts, watched_seconds=seconds_of
             )
         if time.monotonic() >= self._expire_at:
-            late = self._sessions.write(jobs.expire, waiting_seconds=self._settings.queued_seconds)
-            if len(late) < jobs.MOST_EXPIRED:  # else there are more, for the next round
-                self._expire_at = time.monotonic() + EXPIRE_EVERY_SECONDS
-            moved += late
-            if undone := self._sessions.write(batches.undo_unfilled):
-                log.warning("half_recorded_batches_undone", count=undone)
+            moved += self._expire()
         if moved:
             crash_point("reaper.taken-back")
         for job in moved:
@@ -177,17 +180,37 @@ class Reaper:
         for queue, count in back.items():
             send_tickets(self._redis, queue, min(count, MOST_TICKETS))
 
+    def _expire(self) -> list[Job]:
+        """End what has waited for too long; the jobs as they then stand."""
+        now = self._sessions.look(deletion.clock)
+        late = []
+        if self._waits.goes_on(now):
+            late = self._sessions.write(jobs.expire, waiting_seconds=self._settings.queued_seconds)
+        if len(late) < jobs.MOST_EXPIRED:  # else there are more, for the next round
+            self._expire_at = time.monotonic() + EXPIRE_EVERY_SECONDS
+        if self._fillings.goes_on(now) and (undone := self._sessions.write(batches.undo_unfilled)):
+            log.warning("half_recorded_batches_undone", count=undone)
+        return late
+
     def _see_to_batches(self) -> None:
         if time.monotonic() >= self._stop_at:
-            self._stop_at = time.monotonic() + STOP_EVERY_SECONDS
-            for asked in self._sessions.write(batches.stop_failing):
-                self._beat(self._settings.reaper_hung_seconds)
-                if asked.moved:
-                    self._publisher.announce(asked.job)
-                elif asked.job.state not in TERMINAL:
-                    self._publisher.flag_cancel(asked.job.source)
+            began = time.monotonic()
+            self._settle_batches()
+            ended = time.monotonic()
+            self._stop_at = ended + max(STOP_EVERY_SECONDS, LOOK_SHARE * (ended - began))
         if time.monotonic() >= self._feed_at and not self._feed_all():
             self._feed_at = time.monotonic() + STOP_EVERY_SECONDS
+
+    def _settle_batches(self) -> None:
+        """Stop the batches of which too many scans have failed. Nothing is written where none changes."""
+        if not (among := self._sessions.read(batches.to_settle)):
+            return
+        for asked in self._sessions.write(batches.stop_failing, among):
+            self._beat(self._settings.reaper_hung_seconds)
+            if asked.moved:
+                self._publisher.announce(asked.job)
+            elif asked.job.state not in TERMINAL:
+                self._publisher.flag_cancel(asked.job.source)
 
     def _feed_all(self) -> int:
         """Have lines of everybody's batches become jobs, where there is room by now; how many they were.
@@ -243,21 +266,28 @@ class Reaper:
         if time.monotonic() >= self._look_through_at:
             self._look_through_at = time.monotonic() + LOOK_THROUGH_EVERY_SECONDS
             self._aged = leftovers.aged_results(self._store, ABANDONED_SECONDS)
+            self._copies = leftovers.aged_calibrations(self._store, ABANDONED_SECONDS)
         try:
             self._take_some()
         except Unavailable:
             self._look_through_at = self._sweep_at
-            self._aged = iter(())
+            self._aged, self._copies = iter(()), iter(())
             raise
 
     def _take_some(self) -> None:
         if some := list(islice(self._aged, MOST_RESULTS)):
             found = self._sessions.read(leftovers.left_over, some)
-            for path in found:
-                self._beat(self._settings.reaper_hung_seconds)
-                self._store.delete(path)
+            self._take_away(found)
             if found:
                 log.info("results_left_over_removed", count=len(found))
+        if copies := next(self._copies, []):
+            self._take_away(copies)
+            log.info("copies_of_calibrations_removed", count=len(copies))
+
+    def _take_away(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            self._beat(self._settings.reaper_hung_seconds)
+            self._store.delete(path)
 
     def _delete_old(self) -> None:
         """Delete some of the batches and jobs that ended too long ago, if anything is ever too old."""
@@ -280,9 +310,7 @@ class Reaper:
             return len(found), deletion.unneeded(session, found)
 
         looked_at, unneeded = self._sessions.read(look)
-        for path in stored.files_of(self._store, unneeded.results):
-            self._beat(self._settings.reaper_hung_seconds)
-            self._store.delete(path)
+        self._take_away(stored.files_of(self._store, unneeded.results))
         if unneeded.discards:
             self._sessions.write(deletion.settle, unneeded.discards)
         if looked_at == deletion.MOST_DELETED and unneeded.discards:
@@ -390,20 +418,37 @@ class _Sight(NamedTuple):
 class _Clock:
     """Whether a clock goes on as it went. One that is put forward makes all jobs old, and what is deleted is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, set_seconds: float, held_seconds: float) -> None:
+        self._set_seconds = set_seconds
+        """What differs by more was set."""
+        self._held_seconds = held_seconds
+        """After so long a clock that was set is what the time is."""
         self._began: float | None = None
         """What it was when this machine started, as it goes."""
         self._set_at: float | None = None
 
+    @classmethod
+    def of_waits(cls, seconds: float) -> Self:
+        """One by which something may wait for so long.
+
+        What has waited by a clock that was put forward has done so by every clock, once it was seen to wait as long again.
+        """
+        set_seconds = max(STALLED_SECONDS, min(SET_SECONDS, seconds / 10))
+        return cls(set_seconds, min(seconds, limits.DAY_SECONDS))
+
     def goes_on(self, now: float) -> bool:
-        """Whether it does; once it was set, from when it is set right again, or a day later."""
+        """Whether it does; once it was set, from when it is set right again, or some time later."""
         uptime = _uptime()
         began = now - uptime
-        if self._began is not None and abs(began - self._began) > SET_SECONDS:
+        if self._began is not None and abs(began - self._began) > self._set_seconds:
             if self._set_at is None:
                 self._set_at = uptime
-                log.error("clock_was_set", seconds=round(began - self._began))
-            if uptime - self._set_at < limits.DAY_SECONDS:
+                log.error(
+                    "clock_was_set",
+                    seconds=round(began - self._began),
+                    held_seconds=self._held_seconds,
+                )
+            if uptime - self._set_at < self._held_seconds:
                 return False
         self._began, self._set_at = began, None
         return True

@@ -323,7 +323,7 @@ def _finished(
     )
     tables = signed(output.tables, manifest)
     if manifest.kind is ScanKind.CALIBRATION:
-        calibrations.save(manifest, tables)
+        calibrations.measured(manifest, tables)
     return Scanned(manifest, tables)
 
 

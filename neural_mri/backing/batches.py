@@ -9,13 +9,26 @@ Once all are recorded they become jobs as there is room (`feeding`). A batch tha
 nobody; where nobody goes on with it, it is undone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import ColumnElement, bindparam, case, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    and_,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -47,6 +60,7 @@ __all__ = (
     "recent",
     "stop",
     "stop_failing",
+    "to_settle",
     "undo_unfilled",
     "view",
 )
@@ -65,6 +79,8 @@ CALLER, FAILED = "caller", "failures"
 """Who stops a batch."""
 
 _state = _job.state
+_OF_BATCH = and_(_line.batch_id == bindparam("batch"), _line.repeats.is_(None))
+_ITS_JOBS = BATCH_LINES.join(JOBS, _job.id == _line.job_id)
 _COUNTS = (
     select(
         func.count(case((_state == JobState.QUEUED, 1))).label("queued"),
@@ -74,9 +90,27 @@ _COUNTS = (
         func.count(case((_state == JobState.CANCELLED, 1))).label("cancelled"),
         func.count(case((_job.cached, 1))).label("cached"),
     )
-    .select_from(BATCH_LINES.join(JOBS, _job.id == _line.job_id))
-    .where(_line.batch_id == bindparam("batch"), _line.repeats.is_(None))
+    .select_from(_ITS_JOBS)
+    .where(_OF_BATCH)
 )
+_FAILED = select(func.count()).select_from(
+    select(_job.id)
+    .select_from(_ITS_JOBS)
+    .where(_OF_BATCH, _state.in_(FAILURES))
+    .limit(bindparam("most", type_=Integer))
+    .subquery()
+)
+"""How many scans have failed, as far as it matters. Parameters: batch, most."""
+_UNDER_WAY = select(
+    or_(
+        exists().where(_OF_BATCH, _line.wanted.is_not(None)),
+        select(_job.id)
+        .select_from(_ITS_JOBS)
+        .where(_OF_BATCH, _job.finished_at.is_(None))
+        .exists(),
+    )
+)
+"""Whether a line waits, or a scan has not ended. Parameter: batch."""
 _REPORT = select(
     func.count().label("recorded"),
     func.count(case((_line.job_id.is_(None), _line.problem))).label("refused"),
@@ -429,18 +463,48 @@ def cancel_held(session: Session, batch_id: UUID) -> list[Cancellation]:
     ]
 
 
-def stop_failing(session: Session) -> list[Cancellation]:
-    """Stop the batches of which too many scans have failed; what became of those that had begun."""
-    run = session.connection().execute
+def to_settle(session: Session) -> list[UUID]:
+    """Bounded batches of which too many scans have failed, or all have ended, and that do not say so yet.
+
+    For a transaction that only reads: a batch has ten thousand lines, and meanwhile nobody writes to SQLite.
+    """
     bounded = select(*_batch).where(
         _batch.max_failures.is_not(None), _batch.stopped_at.is_(None), _batch.ended_at.is_(None)
     )
+    found = [Batch.of_row(row) for row in session.connection().execute(bounded).all()]
+    return [
+        batch.id for batch in found if _is_failing(session, batch) or _has_ended(session, batch)
+    ]
+
+
+def stop_failing(session: Session, among: Collection[UUID] | None = None) -> list[Cancellation]:
+    """Stop the batches of which too many scans have failed; what became of those that had begun.
+
+    Of all bounded ones, or of those that `to_settle` has found.
+    """
     asked = []
-    for row in run(bounded).all():
-        seen = view(session, Batch.of_row(row))
-        if seen.counts.failed >= row.max_failures:
-            stop(session, row.id, by=FAILED)
-            asked += cancel_held(session, row.id)
-        elif seen.state is not BatchState.RUNNING:
-            run(update(BATCHES).where(_batch.id == row.id).values(ended_at=epoch()))
+    for batch_id in sorted(to_settle(session) if among is None else among):
+        batch = _locked(session, batch_id)
+        if batch is None or batch.stopped_by is not None:
+            continue
+        if _is_failing(session, batch):
+            stop(session, batch.id, by=FAILED)
+            asked += cancel_held(session, batch.id)
+        elif _has_ended(session, batch):
+            ended = update(BATCHES).where(_batch.id == batch.id).values(ended_at=epoch())
+            session.connection().execute(ended)
     return asked
+
+
+def _is_failing(session: Session, batch: Batch) -> bool:
+    """Whether as many scans as may have failed; where there is no bound none may be too many."""
+    if batch.max_failures is None:
+        return False
+    bounds = {"batch": batch.id, "most": batch.max_failures}
+    failed: int = session.connection().execute(_FAILED, bounds).scalar_one()
+    return failed >= batch.max_failures
+
+
+def _has_ended(session: Session, batch: Batch) -> bool:
+    is_under_way = session.connection().execute(_UNDER_WAY, {"batch": batch.id}).scalar_one()
+    return not is_under_way and (batch.is_filled or _recorded(session, batch.id) == batch.lines)

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
+    Boolean,
     Double,
     UpdateBase,
     Uuid,
     and_,
     bindparam,
+    case,
     func,
     or_,
     select,
@@ -47,6 +49,7 @@ __all__ = (
 )
 
 _job = JOBS.c
+_ended = JOBS.alias("ended").c
 _UNFINISHED = _job.finished_at.is_(None)
 _HELD = _job.lease_owner.is_not(None)
 _FOLLOWS = and_(_job.leader == bindparam("work"), _UNFINISHED, ~_HELD)
@@ -125,6 +128,12 @@ _LEAD = (
     .where(_job.id == bindparam("job_id"))
     .values(
         leader=None,
+        waiting_since=case(
+            (bindparam("anew", type_=Boolean), epoch()),
+            else_=select(_ended.waiting_since)
+            .where(_ended.id == bindparam("before"))
+            .scalar_subquery(),
+        ),
         virtual_start=bindparam("start"),
         virtual_finish=bindparam("finish"),
     )
@@ -217,12 +226,13 @@ def give_back(session: Session, job_id: UUID, work: UUID) -> None:
     _run(session, _FOLLOW_ANOTHER, work=work, job_id=job_id)
 
 
-def promote(session: Session, work: UUID) -> None:
-    """Let the first follower take a turn of its own, and the others follow it.
+def promote(session: Session, ended: Job, *, was_held: bool) -> None:
+    """Let the first follower of a job that has ended take a turn of its own, and the others follow it.
 
     It starts where it would have, had it not followed, or where its owner's last job of that lane ends by
-    now.
+    now. It waits from now on, but where nobody held the job for as long as that had waited.
     """
+    work = ended.source
     row = _run(session, _FIRST, work=work).one_or_none()
     if row is None:
         return
@@ -232,7 +242,8 @@ def promote(session: Session, work: UUID) -> None:
     ).scalar()
     start = first.virtual_start if finish is None else max(first.virtual_start, finish)
     cost = first.estimated_cost / LANE_WEIGHTS[first.lane]
-    _run(session, _LEAD, job_id=first.id, start=start, finish=start + cost)
+    turn = {"start": start, "finish": start + cost}
+    _run(session, _LEAD, job_id=first.id, **turn, anew=was_held, before=ended.id)
     _run(session, _FOLLOW_ANOTHER, work=work, job_id=first.id)
 
 

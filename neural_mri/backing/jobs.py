@@ -60,6 +60,7 @@ __all__ = (
     "reckon",
     "renew",
     "request_cancel",
+    "result_of",
     "submit",
     "submit_many",
     "submit_once",
@@ -288,6 +289,11 @@ def known_results(session: Session, keys: Iterable[str], *, hold: bool = False) 
         held = {row.id for row in _chunked(session, statements.HOLD_JOBS, ids)}
         newest = {key: row for key, row in newest.items() if row.id in held}
     return {key: row.manifest for key, row in newest.items()}
+
+
+def result_of(session: Session, scan_key: str) -> str | None:
+    """The manifest of a scan key's newest usable result, while a job names one."""
+    return known_results(session, [scan_key]).get(scan_key)
 
 
 def _is_held(session: Session, submission: Submission, manifest: str | None) -> bool:
@@ -540,7 +546,7 @@ def advance(
     if moved is None:
         return None
     if attempt is not None or moved.leader is None:  # else it only followed
-        _settle(session, moved)
+        _settle(session, moved, was_held=attempt is not None)
     leads_itself = moved.state is JobState.QUEUED
     return msgspec.structs.replace(moved, id=job_id, leader=None if leads_itself else moved.leader)
 
@@ -557,7 +563,7 @@ def made(
     return moved and msgspec.structs.replace(moved, id=job_id)
 
 
-def _settle(session: Session, job: Job) -> None:
+def _settle(session: Session, job: Job, *, was_held: bool) -> None:
     """See to the followers of a job that does not go on as it was."""
     match job.state:
         case JobState.SUCCEEDED | JobState.QUARANTINED:
@@ -567,7 +573,7 @@ def _settle(session: Session, job: Job) -> None:
         case JobState.QUEUED if job.leader is not None:
             following.give_back(session, job.id, job.leader)
         case JobState.FAILED | JobState.CANCELLED | JobState.EXPIRED:
-            following.promote(session, job.source)
+            following.promote(session, job, was_held=was_held)
 
 
 def _move(
@@ -681,7 +687,10 @@ def _after_loss(row: AnyRow, *, is_late: bool, max_attempts: int) -> _Fate:
 
 
 def expire(session: Session, *, waiting_seconds: float) -> list[Job]:
-    """End up to `MOST_EXPIRED` jobs that no worker took for `waiting_seconds`; the jobs as they then stand."""
+    """End up to `MOST_EXPIRED` jobs that no worker took for `waiting_seconds`; the jobs as they then stand.
+
+    One whose worker was lost has waited since it came back, one that followed what failed since it leads.
+    """
     problem = WaitedTooLong(
         f"no worker took the job within {waiting_seconds:.0f} s: is one running that holds its model?"
     )

@@ -6,6 +6,7 @@ from uuid import UUID
 
 __all__ = (
     "ATTEMPTS",
+    "CALIBRATIONS",
     "CONTROL_QUEUE",
     "CPU_QUEUE",
     "DELETED",
@@ -51,6 +52,9 @@ WORKERS = "workers"
 
 ATTEMPTS = ("packed", "pieces", "manifests")
 """Folders of what single attempts have measured."""
+
+CALIBRATIONS = tuple(f"calibrations/{number:02x}" for number in range(256))
+"""Folders of calibrations, by how their scan keys begin."""
 
 _TABLE = re.compile(r"(pieces/[0-9a-f-]{36}\.[0-9]+)\.[0-9a-f]{64}\.arrow")
 
@@ -174,7 +178,7 @@ def once_kept_result_path(digest: str) -> str:
 
 
 def calibration_path(scan_key: str) -> str:
-    """The manifest of a calibration, under its scan key: whoever needs it finds it there."""
+    """The manifest of a model's own calibration, under its scan key: whoever needs it finds it there."""
     return f"calibrations/{scan_key[:2]}/{scan_key}.json"
 
 

@@ -5,6 +5,9 @@ the job names the same in the same transaction, and who finds the result later f
 names it. So once an attempt holds nothing, what no row names is left over. Of a job that this database does not
 know, nothing is: the store may be another's as well, or the database older than the store. What becomes of a
 result whose job is deleted says `deletion`.
+
+Earlier releases stored a calibration on somebody's texts twice, as its job's result and among models' own. That copy
+nobody reads any more.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,12 +19,19 @@ from uuid import UUID
 from sqlalchemy import bindparam, or_, select
 from sqlalchemy.orm import Session
 
-from neural_mri.backing import keys
+from neural_mri.backing import keys, stored
 from neural_mri.backing.keys import Attempt
 from neural_mri.backing.rows import JOBS
-from neural_mri.backing.storage import Store
+from neural_mri.backing.storage import Damaged, Missing, Store
 
-__all__ = ("Works", "aged_results", "is_nobodys", "left_over", "works")
+__all__ = (
+    "Works",
+    "aged_calibrations",
+    "aged_results",
+    "is_nobodys",
+    "left_over",
+    "works",
+)
 
 _job = JOBS.c
 _OF_WORKS = select(
@@ -62,6 +72,22 @@ class Works(NamedTuple):
 def aged_results(store: Store, older_seconds: float) -> Iterator[str]:
     """Files of attempts' results that have stood for so long; looked for as they are asked for."""
     return chain.from_iterable(store.aged(folder, older_seconds) for folder in keys.ATTEMPTS)
+
+
+def aged_calibrations(store: Store, older_seconds: float) -> Iterator[list[str]]:
+    """Copies of calibrations on somebody's texts that have stood for so long, a folder's at a time."""
+    for folder in keys.CALIBRATIONS:
+        yield [path for path in store.aged(folder, older_seconds) if _has_texts(store, path)]
+
+
+def _has_texts(store: Store, path: str) -> bool:
+    """Whether a calibration is on texts that somebody gave, or may be: a model's own is measured again."""
+    try:
+        return bool(stored.load_manifest(store, path).request.get("texts"))
+    except Missing:
+        return False
+    except Damaged:
+        return True
 
 
 def left_over(session: Session, paths: Sequence[str]) -> list[str]:

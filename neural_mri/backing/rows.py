@@ -190,6 +190,8 @@ class JobRow(Base):
     traceparent: Mapped[str | None] = mapped_column(String(55))
     """The span that asked for it, as W3C Trace Context writes it."""
     created_at: Mapped[float]
+    waiting_since: Mapped[float | None]
+    """Since when it has waited for a turn of its own, if not since it was made: it came back, or followed another."""
     started_at: Mapped[float | None]
     """When the latest attempt was claimed."""
     claim_share: Mapped[float | None]

@@ -358,7 +358,8 @@ def move(to: JobState, *, is_held: bool) -> Prepared:
     values: dict[str, Any] = {"state": to}
     if to is JobState.QUEUED:
         allowed += [~_job.cancel_requested]
-        values |= {"claim_share": 0.0}  # it may end as it waits, and to wait costs nothing
+        # It may end as it waits, and to wait costs nothing.
+        values |= {"claim_share": 0.0, "waiting_since": epoch()}
     if to not in HELD:
         values |= {"lease_owner": None, "lease_until": None}
     if to in TERMINAL:
@@ -457,7 +458,12 @@ LEASES = (
 
 WAITING_TOO_LONG = (
     select(_job.id)
-    .where(_WAITING, _job.created_at < epoch() - bindparam("seconds", type_=Double))
+    .where(
+        _WAITING,
+        # Who has come to follow one that came back took over what that had waited, and was not there for all of it.
+        case((_job.waiting_since > _job.created_at, _job.waiting_since), else_=_job.created_at)
+        < epoch() - bindparam("seconds", type_=Double),
+    )
     .limit(bindparam("most", type_=Integer))
     .with_for_update(skip_locked=True)
 )

@@ -276,7 +276,7 @@ def _read_manifest(file: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo]) -> 
         raise InvalidArchive("the file has no manifest.json", entry=MANIFEST)
     try:
         manifest = msgspec.json.decode(_small(file, infos[MANIFEST]), type=ArchiveManifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArchive(f"manifest.json cannot be read: {error}", entry=MANIFEST) from error
     if manifest.version > VERSION:
         raise InvalidArchive(
@@ -346,7 +346,7 @@ def _small(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 def _manifest_of(file: zipfile.ZipFile, name: str) -> Manifest:
     try:
         return msgspec.json.decode(_small(file, file.getinfo(name)), type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArchive(f"{name} is no result's manifest: {error}", entry=name) from error
 
 
@@ -368,7 +368,7 @@ def _check_tables(archive: Archive) -> None:
             raise InvalidArchive(f"{entry} is no result's table", entry=entry)
         try:
             table = provenance_of(from_ipc(archive.chunk(chunk))).table
-        except (pa.ArrowInvalid, ValueError, OSError, KeyError) as error:
+        except (pa.ArrowInvalid, ValueError, OSError, KeyError, RecursionError) as error:
             raise InvalidArchive(f"{entry} cannot be read: {error}", entry=entry) from error
         if table != named[chunk]:
             raise InvalidArchive(

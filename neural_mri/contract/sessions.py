@@ -22,11 +22,13 @@ from neural_mri.contract.scan_base import Address
 from neural_mri.contract.scans import ScanKind
 
 __all__ = (
+    "MOST_DEPTH",
     "MOST_SCANS",
     "Arrival",
     "ComponentDifference",
     "CreatedShare",
     "KeyImage",
+    "NestedTooDeeply",
     "NewScan",
     "NewSession",
     "NewShare",
@@ -59,11 +61,16 @@ __all__ = (
     "UnknownRevision",
     "UnknownSession",
     "UnknownShare",
+    "check_depth",
+    "check_views",
     "decode_session_event",
+    "depth_of",
 )
 
 MOST_SCANS = 1000
 MOST_NOTES = 1000
+MOST_DEPTH = 64
+"""Levels of objects and lists in what is kept in somebody's own words: who shows it goes down all of them."""
 
 ScanName = Annotated[
     str,
@@ -100,6 +107,10 @@ class PreconditionRequired(Problem):
 
 class NoSuchScan(Unprocessable):
     """The session names a scan that it does not have."""
+
+
+class NestedTooDeeply(Unprocessable):
+    """What is to be kept is nested too deeply."""
 
 
 class ScanReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -221,6 +232,37 @@ class SessionDocument(msgspec.Struct, frozen=True, kw_only=True):
     notes: Notes = ()
     key_images: KeyImages = ()
     view: dict[str, Any] = {}
+
+
+def depth_of(value: object) -> int:
+    """How many levels of objects and lists a value of JSON has: 0 for a number, 1 for `{}`."""
+    depth, level = 0, [value]
+    while nested := [each for each in level if isinstance(each, dict | list | tuple)]:
+        depth += 1
+        level = [
+            inner
+            for each in nested
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return depth
+
+
+def check_depth(where: str, value: object) -> None:
+    """Raises `NestedTooDeeply`, which says where, beyond `MOST_DEPTH`."""
+    if (depth := depth_of(value)) > MOST_DEPTH:
+        raise NestedTooDeeply(
+            f"{where} is nested {depth} levels deep: expected {MOST_DEPTH} at most",
+            where=where,
+            depth=depth,
+            limit=MOST_DEPTH,
+        )
+
+
+def check_views(content: SessionContent | SessionDocument) -> None:
+    """See that no view is nested too deeply. Raises as `check_depth` does."""
+    check_depth("view", content.view)
+    for index, image in enumerate(content.key_images):
+        check_depth(f"key_images[{index}].view", image.view)
 
 
 class Origin(StrEnum):

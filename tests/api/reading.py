@@ -1,13 +1,18 @@
 """Event streams as a reader meets them."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import httpx
 import msgspec
+import pytest
 
-__all__ = ("Message", "follow", "read_all")
+from neural_mri.contract.problems import Unavailable
+
+__all__ = ("Message", "Unanswered", "follow", "read_all")
 
 
 class Message(NamedTuple):
@@ -56,6 +61,32 @@ def follow(api: httpx.Client, path: str, last_id: str | None = None) -> Iterator
     with api.stream("GET", path, headers=headers) as response:
         assert response.status_code == 200, response.read()
         yield Stream(response)
+
+
+class Unanswered:
+    """A question to the database that is not answered so often, asked by the API beside the test."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, times: int = 2
+    ) -> None:
+        """Twice, since what is asked in passing is asked again in a thread at once."""
+        self.left = times
+        work = getattr(module, name)
+
+        def asked(*given: Any, **named: Any) -> Any:
+            if self.left:
+                self.left -= 1
+                raise Unavailable("the database does not answer now")
+            return work(*given, **named)
+
+        monkeypatch.setattr(module, name, asked)
+
+    def passes(self) -> bool:
+        """Whether it was asked for so often, within some seconds."""
+        until = time.monotonic() + 10
+        while self.left and time.monotonic() < until:
+            time.sleep(0.02)
+        return not self.left
 
 
 def read_all(api: httpx.Client, path: str, last_id: str | None = None) -> list[Message]:

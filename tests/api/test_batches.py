@@ -22,7 +22,7 @@ from neural_mri.contract.jobs import JobState, Lane
 from neural_mri.contract.problems import Unavailable
 from neural_mri.contract.results import ARROW_STREAM
 from tests.api.keyed import Door, keyed
-from tests.api.reading import follow, read_all
+from tests.api.reading import Unanswered, follow, read_all
 from tests.api.specimens import PROMPT
 from tests.api.world import World
 
@@ -208,6 +208,24 @@ def test_its_events_tell_of_every_line_and_of_one_end(api: httpx.Client, world: 
     assert api.get(batch["links"]["events"], headers=again).status_code == 204
     late = read_all(api, batch["links"]["events"], told[1].id)
     assert {m.data["line"] for m in late if m.name == "line"} >= {2, 4}
+
+
+@pytest.mark.parametrize("question", ["find", "view", "ended_since"])
+def test_a_reader_of_its_events_outlives_a_database_that_does_not_answer(
+    api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch, question: str
+) -> None:
+    batch = accepted(api, fmri("a"), fmri("b"))
+    with follow(api, batch["links"]["events"]) as stream:
+        assert next(stream).name == "progress"
+        assert Unanswered(monkeypatch, batches, question).passes()
+        world.perform(world.claim(world.queue()))
+        told = [next(stream)]
+        away = Unanswered(monkeypatch, batches, question)
+        world.perform(world.claim(world.queue()))
+        told += list(stream)
+    assert away.left == 0
+    assert [message.data["line"] for message in told if message.name == "line"] == [1, 2]
+    assert [message.name for message in told].count("ended") == 1
 
 
 def test_results_are_there_as_soon_as_they_are(api: httpx.Client, world: World) -> None:

@@ -23,7 +23,7 @@ from neural_mri.contract.events import Artifact
 from neural_mri.contract.jobs import JobState
 from tests.api.conftest import settings_in
 from tests.api.keyed import Door, keyed
-from tests.api.reading import Message, follow, read_all
+from tests.api.reading import Message, Unanswered, follow, read_all
 from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
 from tests.servers import Template, Valkey
@@ -99,6 +99,21 @@ def heard_to_the_end(api: httpx.Client, path: str, world: World, job: Job) -> li
         world.frame(job, 1)
         finished(world, job)
         return heard + list(stream)
+
+
+def test_who_follows_hears_the_end_from_a_database_that_was_away_when_it_came(
+    pair: Pair, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = begun(world)
+    world.frame(job, 0)
+    with follow(pair.bob, f"/api/jobs/{pair.second}/events") as stream:
+        heard = [next(stream) for _ in range(4)]
+        away = Unanswered(monkeypatch, jobs, "get", times=3)
+        finished(world, job)
+        heard += list(stream)
+    assert (heard[-1].name, heard[-1].data["state"], away.left) == ("ended", "succeeded", 0)
+    assert names(heard).count("ended") == 1
+    assert names(heard).count("artifact") == 1
 
 
 def test_who_follows_sees_the_work_where_it_stands(pair: Pair, world: World) -> None:

@@ -199,6 +199,27 @@ def test_a_calibration_is_named_by_its_jobs_scan_key(api: httpx.Client, world: W
     assert "is of tiny's weights, not of other's" in problem["detail"]
 
 
+def test_a_calibration_whose_last_job_was_deleted_is_there_no_more(
+    api: httpx.Client, world: World
+) -> None:
+    texts = {"texts": [PROMPT, SHORT], "n_tokens": 256}
+    first, other = (api.post("/api/model/calibrate", json=texts).json() for _ in range(2))
+    world.perform(world.claim(world.queue()))
+    against = {**TOWER, "calibration": first["scan_key"]}
+    assert api.delete(f"/api/jobs/{first['id']}/record").status_code == 200
+    assert api.post("/api/scan/anomaly", json=against).status_code == 202, "one still names it"
+    assert api.delete(f"/api/jobs/{other['id']}/record").status_code == 200
+    problem = refused(api, "/api/scan/anomaly", against)
+    assert f"there is no calibration {first['scan_key']}" in problem["detail"]
+
+
+def test_a_scan_key_of_another_kind_is_no_calibration(api: httpx.Client, world: World) -> None:
+    key = api.post("/api/scan/activation", json=TOWER).json()["scan_key"]
+    world.perform(world.claim(world.queue()))
+    problem = refused(api, "/api/scan/anomaly", {**TOWER, "calibration": key})
+    assert f"there is no calibration {key}" in problem["detail"]
+
+
 def test_a_models_own_calibration_needs_no_measuring_first(api: httpx.Client) -> None:
     own = api.post("/api/model/calibrate", json={}).json()["scan_key"]
     assert api.post("/api/scan/anomaly", json={**TOWER, "calibration": own}).status_code == 202

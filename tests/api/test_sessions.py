@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -18,8 +18,8 @@ import pyarrow as pa
 import pytest
 from sqlalchemy import delete, update
 
-from api import session_contents, session_files
-from neural_mri.backing import keys, session_arrivals, session_revisions
+from api import session_contents, session_files, session_streams
+from neural_mri.backing import keys, session_arrivals, session_revisions, sessions
 from neural_mri.backing.events import parse_entries
 from neural_mri.backing.records import Job
 from neural_mri.backing.rows import JOBS, KEPT_RESULTS, SESSION_RESULTS
@@ -37,7 +37,7 @@ from neural_mri.contract.jobs import JobState
 from neural_mri.contract.results import from_ipc
 from neural_mri.contract.sessions import SessionDocument
 from tests.api.keyed import keyed
-from tests.api.reading import follow
+from tests.api.reading import Unanswered, follow
 from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
 from tests.backing.stores import clear
@@ -498,6 +498,51 @@ def test_a_file_is_refused_by_the_name_of_what_is_wrong_in_it(
     assert send_file(api, body).status_code == 201
 
 
+def deep(levels: int) -> Any:
+    """Objects and lists in one another."""
+    value: Any = "within"
+    for level in range(levels):
+        value = {"in": value} if level % 2 else [value]
+    return {"in": value}
+
+
+def test_what_is_nested_too_deeply_is_refused_where_it_is_saved_and_where_it_is_taken_in(
+    api: httpx.Client, world: World
+) -> None:
+    session = read(save(api, made(api, scanned(api, world)), view=deep(63)))
+    whole = archived(api, f"{session.path}/export")
+    entries = [
+        *(result_entry(whole.result(digest)) for digest in whole.results),
+        *(
+            chunk_entry(chunk, len(whole.chunk(chunk)), partial(whole.chunk, chunk))
+            for chunk in whole.chunks()
+        ),
+    ]
+    kept = msgspec.json.decode(whole.document())
+
+    def taken_in(**changes: Any) -> httpx.Response:
+        document = canonical(msgspec.convert(kept | changes, SessionDocument))
+        return send_file(api, b"".join(write_archive(entries, document=document)))
+
+    assert taken_in().status_code == 201
+    [scan] = kept["scans"]
+    for where, content in (
+        ("view", {"view": deep(499)}),
+        ("key_images[1].view", {"key_images": [{"view": deep(63)}, {"view": deep(499)}]}),
+    ):
+        for answer in (save(api, session, **content), taken_in(**content)):
+            problem = answer.json()
+            assert answer.status_code == 422, problem
+            assert problem["type"] == "urn:neural-mri:problem:nested-too-deeply"
+            assert problem["detail"].startswith(f"{where} is nested 500 levels deep: expected 64")
+            assert (problem["depth"], problem["limit"]) == (500, 64)
+    answer = taken_in(scans=[scan | {"request": deep(64)}])
+    assert (answer.status_code, answer.json()["depth"]) == (422, 65)
+    bottomless = b'{"view":' + b"[" * 5000 + b"]" * 5000 + b"}"
+    answer = send_file(api, b"".join(write_archive([], document=bottomless)))
+    assert (answer.status_code, answer.json()["entry"]) == (422, "session.json")
+
+
 def test_a_file_over_the_bound_is_not_read(shared_settings: Any, world: World) -> None:
     bounded = msgspec.structs.replace(shared_settings, max_session_bytes=20_000)
     with serving(bounded) as api:
@@ -592,6 +637,24 @@ def test_a_scan_under_way_arrives_before_everybodys_eyes(api: httpx.Client, worl
         api.delete(session.path)
         assert next(stream).name == "closed"
         assert list(stream) == []
+
+
+@pytest.mark.parametrize("module", [sessions, session_arrivals], ids=lambda each: each.__name__)
+def test_a_reader_of_its_events_outlives_a_database_that_does_not_answer(
+    api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    session = made(api)
+    question = "find" if module is sessions else "of_session"
+    monkeypatch.setattr(session_streams, "LOOK_SECONDS", 0.1)
+    with follow(api, f"{session.path}/events") as stream:
+        assert next(stream).name == "saved"
+        away = Unanswered(monkeypatch, module, question)
+        assert away.passes()
+        read(save(api, session, view={"layer": 3}))
+        assert next(stream).data["number"] == 2
+        world.redis.flushall()
+        api.delete(session.path)
+        assert next(stream).name == "closed"
 
 
 def test_a_scan_that_fails_on_its_way_is_told_of_and_forgotten(

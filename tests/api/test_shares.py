@@ -10,16 +10,18 @@ import msgspec
 import pytest
 from sqlalchemy import text, update
 
-from api.redaction import redacted_table
-from neural_mri.backing.rows import SHARES
+from api.redaction import REDACTED, redacted_table
+from neural_mri.backing import session_revisions, shares
+from neural_mri.backing.rows import SESSION_REVISIONS, SHARES
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.archives import open_archive
 from neural_mri.contract.results import SCHEMAS, from_ipc, provenance_of
+from neural_mri.contract.sessions import MOST_DEPTH, SessionDocument, depth_of
 from neural_mri.contract.tables import TableSchema
 from tests.api.keyed import Door, keyed
-from tests.api.reading import Stream
+from tests.api.reading import Stream, Unanswered
 from tests.api.specimens import PROMPT, filled
-from tests.api.test_sessions import made, read, scanned
+from tests.api.test_sessions import deep, made, read, save, scanned
 from tests.api.world import World
 
 
@@ -79,6 +81,21 @@ def test_a_link_opens_a_session_to_who_has_no_key(
         (kept,) = database.execute(text("SELECT digest FROM shares")).scalars()
     assert recorded[-1] == "session_shared"
     assert link["token"] not in kept
+
+
+def test_a_links_reader_is_not_shut_out_by_a_database_that_does_not_answer(
+    ada: httpx.Client, guest: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = made(ada)
+    link = shared(ada, session.path)
+    with guest.stream("GET", "/api/shared/events", headers=by(link)) as response:
+        stream = Stream(response)
+        assert next(stream).name == "saved"
+        assert Unanswered(monkeypatch, shares, "followed").passes()
+        read(save(ada, session, view={"layer": 3}))
+        assert next(stream).data["number"] == 2
+        ada.delete(f"{session.path}/shares/{link['id']}")
+        assert list(stream) == []
 
 
 def test_a_link_ends_when_it_is_revoked_or_over(
@@ -214,6 +231,22 @@ def test_a_redacted_link_gives_no_word_of_a_prompt_away(
         assert (told.data["revision"], told.data["name"]) == ("", "")
     refused = ada.post(f"{session.path}/shares", json={"redact": True, "access": "fork"})
     assert refused.status_code == 400
+
+
+def test_a_view_that_an_earlier_release_kept_is_shown_as_deep_as_one_may_be(
+    ada: httpx.Client, guest: httpx.Client, world: World
+) -> None:
+    session = made(ada)
+    link = shared(ada, session.path, redact=True)
+    document = msgspec.structs.replace(SessionDocument(), view={"in": deep(498)})
+    with world.sessions.writing() as database:
+        body = session_revisions.encode_document(document).decode()
+        database.execute(update(SESSION_REVISIONS).values(document=body))
+    opened = guest.get("/api/shared", headers=by(link))
+    assert opened.status_code == 200, opened.text
+    view = opened.json()["document"]["view"]
+    assert depth_of(view) == MOST_DEPTH
+    assert REDACTED in str(view)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))

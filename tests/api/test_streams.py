@@ -12,11 +12,11 @@ import msgspec
 import pytest
 
 from api import hub
-from neural_mri.backing import jobs, keys
+from neural_mri.backing import jobs, keys, outlook
 from neural_mri.backing.records import Job
 from neural_mri.contract.events import Ended, Reset, StateChanged, decode_event
 from neural_mri.contract.jobs import JobState
-from tests.api.reading import Message, follow, read_all
+from tests.api.reading import Message, Unanswered, follow, read_all
 from tests.api.specimens import PROMPT
 from tests.api.world import World, serving
 
@@ -183,6 +183,37 @@ def test_a_reader_at_work_is_told_when_its_stream_vanishes(api: httpx.Client, wo
         assert next(stream).data["token_idx"] == 7
         world.move(job, JobState.FAILED)
         assert names(list(stream)) == ["ended"]
+
+
+def test_a_reader_outlives_a_database_that_does_not_say_where_its_job_stands(
+    api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = started(api, world)
+    with follow(api, f"/api/jobs/{job.id}/events") as stream:
+        assert names([next(stream) for _ in range(3)]) == ["state"] * 3
+        away = Unanswered(monkeypatch, jobs, "get", times=4)
+        world.redis.flushall()
+        reset = next(stream)
+        assert (reset.name, reset.data["state"], away.left) == ("reset", "running", 0)
+        world.move(job, JobState.FAILED)
+        assert names(list(stream)) == ["ended"]
+
+
+def test_a_reader_who_waits_outlives_a_database_that_does_not_tell_of_the_queue(
+    api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = scan(api, "a")
+    path = f"/api/jobs/{scan(api, 'b')}/events"
+    away = Unanswered(monkeypatch, outlook, "line")
+    with follow(api, path) as stream:
+        told = [next(stream), next(stream)]
+        assert (names(told), told[1].data["position"]) == (["state", "queue"], 2)
+        assert away.left == 0
+        away.left = 1
+        assert api.delete(f"/api/jobs/{first}").status_code == 200
+        assert (next(stream).data["position"], away.left) == (1, 0)
+        world.move(world.claim(world.queue()), JobState.FAILED)
+        assert names(list(stream))[-1] == "ended"
 
 
 def test_an_end_that_no_stream_tells_of_is_heard_all_the_same(

@@ -34,7 +34,7 @@ from neural_mri.contract.events import ActivationFrame, FrameLayer
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.models import Architecture, ModelState, Numerics
 from neural_mri.contract.results import Manifest, signed
-from neural_mri.contract.scans import ScanKind, decode_scan, kind_of
+from neural_mri.contract.scans import decode_scan, kind_of
 from tests.api.specimens import TINY, tables_of, tiny_tokenizer
 from tests.backing.stores import overwrite
 from tests.servers import Valkey, empty
@@ -228,8 +228,6 @@ class World:
             memory_bytes=5000,
         )
         tables = signed(tables_of(scan, job.n_tokens), manifest)
-        if manifest.kind is ScanKind.CALIBRATION:
-            save_result(self.store, keys.calibration_path(manifest.scan_key), manifest, tables)
         saved = save_result(
             self.store,
             keys.pieces_path(job.id, job.attempt),

@@ -10,7 +10,7 @@ from sqlalchemy import update
 
 from neural_mri.backing import batches, feeding, jobs
 from neural_mri.backing.batches import Line, NewBatch, Undone
-from neural_mri.backing.database import Sessions
+from neural_mri.backing.database import Sessions, epoch
 from neural_mri.backing.limits import NO_LIMITS, Limits
 from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS
 from neural_mri.contract.batches import BatchState, BatchView
@@ -107,6 +107,38 @@ def test_who_follows_just_then_is_not_left_behind(sessions: Sessions) -> None:
 
 REFUSED = {"type": "about:blank", "title": "No", "status": 422, "detail": "no"}
 THREE = [Line(number, submission(scan_key=key(number))) for number in (1, 2, 3)]
+
+
+def test_a_bounded_batch_is_written_to_once_it_ends_or_too_many_fail(sessions: Sessions) -> None:
+    boundless = filled(sessions, [Line(1, submission(scan_key=key(9)))])
+    lines = [*THREE, Line(4, submission(scan_key=key(1))), Line(5, problem=REFUSED)]
+    failing, ending = (begun(sessions, 5, max_failures=2) for _ in range(2))
+    for batch_id in (failing, ending):
+        sessions.write(batches.fill, batch_id, lines[:2])
+        assert sessions.read(batches.to_settle) == [], "not all lines are there"
+        sessions.write(batches.fill, batch_id, lines[2:])
+    made = fed(sessions, failing)
+    fed(sessions, boundless)
+
+    def ended(number: int, to: JobState) -> None:
+        with sessions.writing() as session:
+            where = JOBS.c.id == made[number]
+            session.execute(update(JOBS).where(where).values(state=to, finished_at=epoch()))
+
+    ended(1, JobState.FAILED)
+    assert sessions.read(batches.to_settle) == []
+    ended(2, JobState.CANCELLED)
+    ended(3, JobState.EXPIRED)
+    assert sessions.read(batches.to_settle) == [failing], "the other's follow, and wait again"
+    assert sessions.write(batches.stop_failing, [ending, failing]) == []
+    assert sessions.read(batches.to_settle) == []
+    assert standing(sessions, failing).counts.failed == 2
+    with sessions.writing() as session:
+        session.execute(update(JOBS).values(state=JobState.CANCELLED, finished_at=epoch()))
+    assert sessions.read(batches.to_settle) == [ending]
+    sessions.write(batches.stop_failing, [ending])
+    assert sessions.read(batches.to_settle) == []
+    assert standing(sessions, ending).state is BatchState.ENDED
 
 
 def test_a_batch_that_is_not_filled_has_not_ended_and_nothing_of_it_runs(

@@ -8,11 +8,13 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from neural_mri.backing import following, jobs
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.jobs import Job, LeaseOwner
+from neural_mri.backing.rows import JOBS
 from neural_mri.contract.jobs import TERMINAL, JobState, Lane
 from tests.backing.making import ELSEWHERE, QUEUE, submission
 
@@ -200,6 +202,37 @@ def test_following_is_not_given_up_before_what_is_followed(sessions: Sessions) -
 
 
 # Fairness
+
+
+def made_earlier(session: Session, seconds: float) -> None:
+    earlier = {name: JOBS.c[name] - seconds for name in ("created_at", "waiting_since")}
+    session.connection().execute(update(JOBS).values(earlier))
+
+
+def test_who_leads_after_one_that_failed_waits_from_then_on(sessions: Sessions) -> None:
+    first, second = sessions.write(equal, "ada", "bob")
+    sessions.write(made_earlier, 55.0)
+    sessions.write(claim)
+    sessions.write(made_earlier, 55.0)
+    sessions.write(jobs.advance, first.id, S.FAILED, attempt=1, problem=PROBLEM)
+    assert sessions.write(jobs.expire, waiting_seconds=60.0) == []
+    sessions.write(made_earlier, 65.0)
+    assert [job.id for job in sessions.write(jobs.expire, waiting_seconds=60.0)] == [second.id]
+
+
+def test_who_leads_after_one_that_nobody_took_has_waited_as_long(sessions: Sessions) -> None:
+    """Else many who asked for the same would be told one after another."""
+    [first] = sessions.write(equal, "ada")
+    sessions.write(claim, seconds=-1.0)
+    sessions.write(jobs.reap, max_attempts=3)
+    sessions.write(made_earlier, 55.0)
+    second, third = sessions.write(equal, "bob", "cyd")
+    sessions.write(made_earlier, 10.0)
+    assert [job.id for job in sessions.write(jobs.expire, waiting_seconds=60.0)] == [first.id]
+    assert sessions.write(jobs.expire, waiting_seconds=60.0) == [], "they came later"
+    sessions.write(made_earlier, 55.0)
+    for late in (second, third):
+        assert [job.id for job in sessions.write(jobs.expire, waiting_seconds=60.0)] == [late.id]
 
 
 def owners(session: Session, count: int) -> list[str]:

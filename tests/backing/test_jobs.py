@@ -274,6 +274,28 @@ def test_a_job_nobody_takes_is_given_up_in_the_end(sessions: Sessions) -> None:
     assert "no worker took the job" in expired.problem["detail"]
 
 
+def made_earlier(session: Session, seconds: float) -> None:
+    """Have everything that has happened to jobs have happened so long ago."""
+    earlier = {
+        name: JOBS.c[name] - seconds for name in ("created_at", "waiting_since", "started_at")
+    }
+    session.connection().execute(update(JOBS).values(earlier))
+
+
+def test_a_job_whose_worker_was_lost_waits_anew(sessions: Sessions) -> None:
+    job = sessions.write(jobs.submit, submission())
+    sessions.write(made_earlier, 55.0)
+    sessions.write(claim_one, seconds=-1.0)
+    sessions.write(made_earlier, 300.0)
+    [back] = sessions.write(jobs.reap, max_attempts=3)
+    assert back.state is S.QUEUED
+    sessions.write(made_earlier, 55.0)
+    assert sessions.write(jobs.expire, waiting_seconds=60.0) == []
+    sessions.write(made_earlier, 10.0)
+    [expired] = sessions.write(jobs.expire, waiting_seconds=60.0)
+    assert (expired.id, expired.attempt) == (job.id, 1)
+
+
 # Cached results
 
 

@@ -102,7 +102,7 @@ class Bench:
         self.tiny = tiny
         self.queue = keys.scan_queue(tiny.revision)
         self.store: Store = storage.open_store(settings)
-        self.calibrations = Calibrations(self.store)
+        self.calibrations = Calibrations(self.store, lambda key: sessions.look(jobs.result_of, key))
         self.residency = Residency(settings, sessions, self.calibrations)
         self.intake = Queues()
         self.outbox = Outbox(Publisher(redis, settings))

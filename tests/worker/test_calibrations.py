@@ -11,7 +11,7 @@ from neural_mri.backing.database import Sessions
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import NamedBytes, Store, StoreUnavailable, Writing
-from neural_mri.contract.problems import Conflict
+from neural_mri.contract.problems import Conflict, Unavailable
 from neural_mri.contract.scan_keys import calibration_key
 from worker import calibrations as module
 from worker.calibrations import Calibrations
@@ -89,8 +89,35 @@ def test_what_the_store_has_lost_is_measured_again_to_the_same_digits(
 def test_one_that_was_asked_for_by_its_key_and_is_lost_is_refused(
     resident: Resident, store: Store
 ) -> None:
-    with pytest.raises(Conflict, match="lost calibration ffff"):
-        Calibrations(store).of(resident, "f" * 64, Silent())
+    for calibrations in (Calibrations(store), Calibrations(store, lambda _key: None)):
+        with pytest.raises(Conflict, match="f was deleted or is lost"):
+            calibrations.of(resident, "f" * 64, Silent())
+
+
+def test_one_that_a_job_has_measured_is_found_where_its_result_stands_and_nowhere_else(
+    resident: Resident, store: Store
+) -> None:
+    own = keys.calibration_path(own_key(resident))
+    found = Calibrations(store, lambda _key: own).of(resident, "e" * 64, Silent())
+    assert same(found, Calibrations(store).of(resident, None, Silent()))
+    store.put(keys.calibration_path("e" * 64), store.get(own))
+    with pytest.raises(Conflict, match="was deleted or is lost"):
+        Calibrations(store, lambda _key: None).of(resident, "e" * 64, Silent())
+
+
+def test_a_database_that_is_away_for_a_moment_costs_no_scan(
+    resident: Resident, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STORE_PAUSE_SECONDS", 0.01)
+    refusals = [Unavailable("away")]
+
+    def result_of(_key: str) -> str:
+        if refusals:
+            raise refusals.pop()
+        return keys.calibration_path(own_key(resident))
+
+    found = Calibrations(store, result_of).of(resident, "e" * 64, Silent())
+    assert same(found, Calibrations(store).of(resident, None, Silent()))
 
 
 def test_one_of_other_weights_is_refused(resident: Resident, store: Store) -> None:

@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -38,8 +40,12 @@ from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import FolderStore, Store, StoreUnavailable
 from neural_mri.contract.events import Ended, Event, StateChanged, decode_event
 from neural_mri.contract.jobs import JobKind, JobState, Lane
+from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import Unavailable
+from neural_mri.contract.results import Manifest
+from neural_mri.contract.scans import ScanKind
 from tests.backing.stores import paths
+from tests.chaos.clock import Clock, may_step
 from tests.servers import (
     Template,
     Valkey,
@@ -53,6 +59,8 @@ from worker.reaper import ABANDONED_SECONDS, MOST_TICKETS, SWEEP_TIMES, Ending, 
 
 QUEUE = "scan.0123456789abcdef"
 DEAD = LeaseOwner.here()._replace(start_ticks=1)
+QUICK = "from worker import reaper; reaper.EXPIRE_EVERY_SECONDS = 0.1; reaper.main()"
+"""A reaper that looks for what has waited too long at every turn."""
 AT_ONCE = -60.0
 """For `ABANDONED_SECONDS`: what has just been written has stood for long enough."""
 
@@ -390,6 +398,42 @@ def test_however_many_results_there_are_a_round_looks_at_some(
     assert left == [3, 1, 0, 0]
 
 
+def calibration(texts: list[str]) -> Manifest:
+    """What a calibration's file says."""
+    return Manifest(
+        scan_key="a" * 64,
+        kind=ScanKind.CALIBRATION,
+        model="tiny",
+        revision="b" * 64,
+        numerics=Numerics(),
+        scanner_version="1",
+        request={"texts": texts},
+        tables=(),
+        created_at=datetime.now(UTC),
+        forward_seconds=0.0,
+        compute_seconds=0.0,
+        memory_bytes=0,
+    )
+
+
+def test_copies_of_calibrations_on_somebodys_texts_are_taken_away_and_models_own_stay(
+    reaper: Reaper, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.reaper.ABANDONED_SECONDS", AT_ONCE)
+    monkeypatch.setattr(keys, "CALIBRATIONS", ("calibrations/0a", "calibrations/0b"))
+    store = storage.open_store(settings)
+    own, theirs, damaged = (
+        keys.calibration_path(f"{begins}{'0' * 62}") for begins in ("0a", "0b", "0a0b")
+    )
+    for path, texts in ((own, []), (theirs, ["a secret"])):
+        store.put(path, msgspec.json.encode(calibration(texts)))
+    store.put(damaged, b"{")
+    reaper.round()
+    assert paths(store) == [own, theirs], "a folder a round"
+    reaper.round()
+    assert paths(store) == [own]
+
+
 @folder_only
 def test_results_that_cannot_be_looked_through_are_with_the_next_sweep(
     reaper: Reaper, settings: Settings, sessions: Sessions
@@ -514,6 +558,60 @@ def test_a_clock_that_is_put_forward_makes_no_attempt_late_and_one_that_is_late_
         return state(sessions, job.id) is JobState.EXPIRED
 
     assert eventually(is_expired)
+
+
+def test_a_clock_that_is_put_forward_makes_nobody_wait_too_long_and_half_no_batch(
+    settings: Settings, sessions: Sessions, client: SyncRedis
+) -> None:
+    waits, fills = settings.queued_seconds, batches.LONGEST_FILLING.total_seconds()
+    reaper = Reaper(settings, sessions, client, storage.open_store(settings))
+
+    def round_anew() -> None:
+        reaper._expire_at = 0.0
+        reaper.round()
+
+    [job] = submit(sessions)
+    half = sessions.write(batches.begin, NewBatch("ada", "", Lane.BATCH, 2, "0" * 64))
+    forward = waits + 60.0
+    for clock in (reaper._waits, reaper._fillings):
+        assert clock.goes_on(sessions.read(deletion.clock) - forward)
+    with sessions.writing() as session:
+        for table in (JOBS, BATCHES):
+            session.execute(update(table).values(created_at=table.c.created_at - forward))
+    round_anew()
+    assert state(sessions, job.id) is JobState.QUEUED
+    assert sessions.read(batches.find, half.id) is not None
+    assert reaper._fillings._set_at is not None
+    reaper._fillings._set_at -= fills
+    round_anew()
+    assert state(sessions, job.id) is JobState.QUEUED
+    assert sessions.read(batches.find, half.id) is None, "it has waited by every clock"
+    assert reaper._waits._set_at is not None
+    reaper._waits._set_at -= waits
+    round_anew()
+    assert state(sessions, job.id) is JobState.EXPIRED
+
+
+@sqlite_only
+@pytest.mark.skipif(not may_step(), reason="no C compiler, or no Linux")
+def test_the_process_gives_no_job_up_for_a_clock_that_is_put_forward(
+    settings: Settings, sessions: Sessions, client: SyncRedis, tmp_path: Path
+) -> None:
+    clock = Clock(tmp_path / "clock")
+    [job] = submit(sessions)
+    environment = {**os.environ, **settings.environment(), **clock.environment}
+    with subprocess.Popen(
+        [sys.executable, "-c", QUICK], env=environment, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert eventually(lambda: queue.waiting_tickets(client, QUEUE) == 1)
+        clock.set(settings.queued_seconds + 60.0)
+        [late] = submit(sessions)
+        assert eventually(lambda: queue.waiting_tickets(client, QUEUE) == 2)
+        time.sleep(0.5)
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate(timeout=10)
+    assert "clock_was_set" in said
+    assert state(sessions, job.id) is state(sessions, late.id) is JobState.QUEUED
 
 
 def test_however_many_waited_too_long_a_transaction_ends_some_of_them(
@@ -715,6 +813,32 @@ def test_a_batch_of_which_too_many_scans_fail_is_stopped_with_nobody_watching(
     states = [state(sessions, job).value for job in made.values() if job is not None]
     assert states == ["failed", "claimed", "cancelled", "cancelled"]
     assert client.exists(keys.cancel_flag(held.id)), "what runs is asked to stop"
+
+
+@sqlite_only
+def test_nobody_waits_for_the_reaper_to_look_at_batches_that_go_on(
+    settings: Settings, client: SyncRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_SECONDS", 0.01)
+    with (
+        closing(database.sessions(settings)) as sessions,
+        closing(database.sessions(settings)) as w,
+    ):
+        wanted = NewBatch("ada", "", Lane.BATCH, 1, "0" * 64, max_failures=1)
+        batch = sessions.write(batches.begin, wanted)
+        sessions.write(batches.fill, batch.id, [Line(1, scan_of("ada", 1))])
+        sessions.write(feeding.feed, "ada", max_queued=9)
+        reaper = Reaper(settings, sessions, client, storage.open_store(settings))
+        with w.writing():
+            reaper._settle_batches()
+        failing = claim(sessions, LeaseOwner.here())
+        sessions.write(jobs.advance, failing.id, JobState.FAILED, attempt=1, problem={"detail": ""})
+        with w.writing(), pytest.raises(Unavailable):
+            reaper._settle_batches()
+        reaper._settle_batches()
+        found = sessions.read(batches.find, batch.id)
+        assert found is not None
+        assert found.stopped_by == batches.FAILED
 
 
 def test_half_a_batch_is_forgotten_in_the_end(sessions: Sessions, reaper: Reaper) -> None:

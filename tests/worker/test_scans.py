@@ -7,9 +7,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from sqlalchemy import update
 
-from neural_mri.backing import jobs, keys, stored
+from neural_mri.backing import deletion, jobs, keys, stored
 from neural_mri.backing.jobs import Job
+from neural_mri.backing.rows import DISCARDS
 from neural_mri.contract.circuits import Ablation, CircuitMethod
 from neural_mri.contract.events import ActivationFrame
 from neural_mri.contract.jobs import JobState
@@ -31,7 +33,9 @@ from neural_mri.contract.scans import (
     kind_of,
 )
 from neural_mri.contract.tokens import Operands, Span, Tokens
+from tests.backing.stores import paths
 from tests.worker.bench import Bench
+from worker.reaper import Reaper
 
 OTHER = Tokens(
     ids=(9, 4, 8, 6, 7, 5),
@@ -105,6 +109,20 @@ def test_weights_are_compared_with_a_baselines(holding_tiny: Bench) -> None:
     assert max(difference["relative"].to_pylist()) == 0.0
 
 
+def ablated_against(bench: Bench, key: str | None, **asked: Any) -> Job:
+    """A scan that is read against a calibration, once it has ended."""
+    scan = CircuitScan(
+        model="tiny",
+        prompt=PROMPT,
+        method=CircuitMethod.ABLATION,
+        ablation=Ablation.MEAN,
+        calibration=key,
+    )
+    job = bench.submit(scan, **asked)
+    bench.attempts().take(job.queue)
+    return bench.now(job)
+
+
 def test_a_scan_can_be_read_against_a_calibration_of_its_own(holding_tiny: Bench) -> None:
     calibrating = CalibrationScan(model="tiny", n_tokens=512, seed=7)
     fitted = holding_tiny.submit(calibrating)
@@ -112,20 +130,43 @@ def test_a_scan_can_be_read_against_a_calibration_of_its_own(holding_tiny: Bench
     assert holding_tiny.now(fitted).state is JobState.SUCCEEDED
     values = []
     for key in (None, fitted.scan_key):
-        scan = CircuitScan(
-            model="tiny",
-            prompt=PROMPT,
-            method=CircuitMethod.ABLATION,
-            ablation=Ablation.MEAN,
-            calibration=key,
-        )
-        job = holding_tiny.submit(scan)
-        holding_tiny.attempts().take(job.queue)
-        done = holding_tiny.now(job)
+        done = ablated_against(holding_tiny, key)
         assert done.problem is None
         effects = stored.read_tables(holding_tiny.store, done.manifest or "")["effects"]
         values.append(effects["effect"].to_pylist())
     assert values[0] != values[1], "means of other text are other means"
+
+
+def test_a_calibration_on_texts_goes_with_its_job_and_what_was_read_against_it_stays(
+    holding_tiny: Bench,
+) -> None:
+    bench, others = holding_tiny, paths(holding_tiny.store)
+    texts = tuple(f"a secret of theirs, number {number}" for number in range(60))
+    fitting = CalibrationScan(model="tiny", texts=texts, n_tokens=512)
+
+    def calibrated() -> Job:
+        fitted = bench.submit(fitting, operands=_operands(fitting))
+        bench.attempts().take(fitted.queue)
+        bench.calibrations.forget(bench.tiny.revision)
+        return bench.now(fitted)
+
+    fitted = calibrated()
+    assert fitted.state is JobState.SUCCEEDED
+    read = ablated_against(bench, fitted.scan_key)
+    assert read.problem is None
+    bench.sessions.write(deletion.delete_job, fitted.id)
+    bench.calibrations.forget(bench.tiny.revision)
+    with bench.sessions.writing() as session:
+        session.execute(update(DISCARDS).values(deleted_at=0.0))
+    Reaper(bench.settings, bench.sessions, bench.redis, bench.store).round()
+    assert set(paths(bench.store)) - set(others) == {read.manifest}
+    assert stored.read_tables(bench.store, read.manifest or "")["effects"].num_rows
+    late = ablated_against(bench, fitted.scan_key, n_tokens=5)
+    assert late.problem is not None
+    assert f"calibration {fitted.scan_key} was deleted or is lost" in late.problem["detail"]
+    anew = calibrated()
+    assert (anew.scan_key, anew.cached) == (fitted.scan_key, False)
+    assert ablated_against(bench, anew.scan_key, n_tokens=5).problem is None
 
 
 def test_numbers_of_other_operands_than_the_keys_are_never_made(holding_tiny: Bench) -> None:
