@@ -35,6 +35,7 @@ from neural_mri.contract.scans import (
     resolve_positions,
 )
 from worker import metrics
+from worker.scanner.attribution import steps_at_once
 from worker.scanner.halving import halved
 
 __all__ = (
@@ -175,7 +176,12 @@ def _circuits(scan: CircuitScan, sizes: _Sizes) -> int:
     )
     runs = (1 + len(scan.other_prompts)) * sizes.recorded
     components = shape.n_layers * (shape.n_heads + 1)
-    return runs + 2 * has_graph * sizes.graph + sizes.rows(components) + sizes.logits(8)
+    gradients = 2 * has_graph * sizes.graph
+    if scan.method is CircuitMethod.INTEGRATED_GRADIENTS:
+        points = min(scan.steps, steps_at_once(sizes.n_tokens))
+        path = sizes.of(points * sizes.n_tokens)
+        gradients = max(gradients, path.recorded + path.graph)
+    return runs + gradients + sizes.rows(components) + sizes.logits(8)
 
 
 def _grid(maps: int, draws: int, sizes: _Sizes) -> int:
