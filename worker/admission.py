@@ -16,6 +16,7 @@ from typing import TypeVar
 import structlog
 import torch
 
+from neural_mri.contract.anomalies import Lens
 from neural_mri.contract.circuits import CircuitMethod
 from neural_mri.contract.models import Architecture
 from neural_mri.contract.problems import Problem
@@ -37,6 +38,7 @@ from neural_mri.contract.scans import (
 from worker import metrics
 from worker.scanner.attribution import steps_at_once
 from worker.scanner.halving import halved
+from worker.scanner.sampling import TEXT_TOKENS
 
 __all__ = (
     "MOST_HALVINGS",
@@ -53,6 +55,9 @@ FLOAT_BYTES = 4
 SWEEP_BYTES = 1 << 30
 """Rows that a sweep, or a grid of patches, holds at once at the most (`sweep`, `patched_runs`)."""
 CALIBRATION_TOKENS = 512
+"""Of a reference text, read at once (`calibrating`)."""
+QUANTILE_TOKENS = 8192
+"""Of a reference text, whose norms are kept at the most (`calibrating`)."""
 MARGIN = 1.5
 
 T = TypeVar("T")
@@ -108,6 +113,12 @@ class _Sizes:
         return 2 * (self.shape.n_layers + 1) * self.n_tokens * self.shape.d_model * self._item
 
     @property
+    def keys_and_values(self) -> int:
+        """What attention keeps of every token, in every layer, while a text is written."""
+        a_layer = 2 * self.shape.n_kv_heads * self.shape.d_head
+        return self.shape.n_layers * self.n_tokens * a_layer * self._item
+
+    @property
     def pattern(self) -> int:
         """Attention scores of one layer."""
         return self.shape.n_heads * self.n_tokens**2 * self._item
@@ -146,9 +157,7 @@ def _needed(scan: Scan, sizes: _Sizes) -> int:
         case TracingScan():
             return _grid(len(scan.kinds), scan.draws, sizes)
         case CalibrationScan():
-            text = sizes.of(CALIBRATION_TOKENS)
-            lenses = 6 * shape.n_layers * shape.d_model**2 * FLOAT_BYTES
-            return text.recorded + text.logits(CALIBRATION_TOKENS) + lenses
+            return _calibration(scan, sizes)
         case StructuralScan() | WeightScan():
             return 0  # of the weight files, tensor by tensor
 
@@ -182,6 +191,26 @@ def _circuits(scan: CircuitScan, sizes: _Sizes) -> int:
         path = sizes.of(points * sizes.n_tokens)
         gradients = max(gradients, path.recorded + path.graph)
     return runs + gradients + sizes.rows(components) + sizes.logits(8)
+
+
+def _calibration(scan: CalibrationScan, sizes: _Sizes) -> int:
+    """A batch of the text as it is read; what is kept of the text; and where it is sampled, all of it at once."""
+    shape, batch = sizes.shape, sizes.of(CALIBRATION_TOKENS)
+    lenses = 6 * shape.n_layers * shape.d_model**2 * FLOAT_BYTES
+    if Lens.RIDGE in scan.lenses:
+        lenses *= 2
+    reading = batch.recorded + batch.logits(CALIBRATION_TOKENS) + lenses
+    # The values themselves, sorted, and where they stood.
+    norms = 5 * sizes.of(min(scan.n_tokens, QUANTILE_TOKENS)).nodes
+    # As they were read, side by side, and as the lenses have them.
+    ordinary = 4 * sizes.of(min(scan.n_ordinary, scan.n_tokens // 4)).residuals
+    sampling = 0
+    if not scan.texts:
+        texts = sizes.of(max(1, scan.n_tokens // min(TEXT_TOKENS, shape.n_ctx)))
+        # The model's, then two of float64: a distribution and its sums.
+        logits = texts.logits(texts.n_tokens) + 2 * 8 * texts.n_tokens * shape.d_vocab
+        sampling = sizes.of(scan.n_tokens).keys_and_values + texts.forward + logits
+    return max(sampling, reading) + norms + ordinary
 
 
 def _grid(maps: int, draws: int, sizes: _Sizes) -> int:

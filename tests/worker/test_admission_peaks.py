@@ -23,6 +23,7 @@ from neural_mri.contract.models import Numerics
 from neural_mri.contract.perturbations import *
 from tests.models import prompt
 from worker.admission import estimate, give_back
+from worker.scanner.calibrating import calibrate
 from worker.scanner.circuits import scan_circuits
 from worker.scanner.listening import Silent
 from worker.scanner.loading import LoadedModel
@@ -42,6 +43,12 @@ def path(n_tokens, steps):
     scan = CircuitScan(**paired, method=CircuitMethod.INTEGRATED_GRADIENTS, steps=steps, edges=0)
     tokens = prompt(n_tokens), prompt(n_tokens, seed=5)
     return scan, lambda: scan_circuits(model, scan, *tokens, 7, 9, Silent(), None)
+
+
+def text(n_tokens, n_ordinary):
+    # A quarter of the text, without the texts' first tokens, has ordinary values.
+    scan = CalibrationScan(n_tokens=4 * n_ordinary, n_ordinary=n_ordinary)
+    return scan, lambda: calibrate(model, scan, Silent())
 
 
 def highest():
@@ -86,6 +93,7 @@ def peak(name: str, n_tokens: int, size: int, warming: int) -> Peak:
     ("name", "n_tokens", "size", "warming"),
     [
         pytest.param("path", 64, 64, 1, id="integrated gradients of 64 steps"),
+        pytest.param("text", 0, 2048, 64, id="a calibration of 8192 tokens"),
     ],
 )
 def test_an_estimate_is_above_what_a_scan_takes_and_below_thrice_that(
