@@ -10,6 +10,7 @@ fails alone when there is nothing left to make smaller.
 import ctypes
 import gc
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,7 +19,16 @@ import torch
 
 from neural_mri.contract.anomalies import Lens
 from neural_mri.contract.circuits import CircuitMethod
+from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.models import Architecture
+from neural_mri.contract.perturbations import (
+    Inject,
+    InjectMode,
+    MeanAblation,
+    Noise,
+    PatchSite,
+    Perturbation,
+)
 from neural_mri.contract.problems import Problem
 from neural_mri.contract.scans import (
     ActivationScan,
@@ -38,6 +48,7 @@ from neural_mri.contract.scans import (
 from worker import metrics
 from worker.scanner.attribution import steps_at_once
 from worker.scanner.halving import halved
+from worker.scanner.interventions import width
 from worker.scanner.sampling import TEXT_TOKENS
 
 __all__ = (
@@ -58,6 +69,8 @@ CALIBRATION_TOKENS = 512
 """Of a reference text, read at once (`calibrating`)."""
 QUANTILE_TOKENS = 8192
 """Of a reference text, whose norms are kept at the most (`calibrating`)."""
+ENTRY_NUMBERS = 16
+"""Of an edit at one position, beside vectors: its row, its place, its factor, its source (`interventions`)."""
 MARGIN = 1.5
 
 T = TypeVar("T")
@@ -149,11 +162,13 @@ def _needed(scan: Scan, sizes: _Sizes) -> int:
         case AnomalyScan():
             return sizes.forward + 2 * sizes.residuals + sizes.logits(3 * _asked(scan, n_tokens))
         case PerturbationScan():
-            return scan.n_rows * (sizes.forward + 3 * sizes.logits(n_tokens)) + 4 * sizes.nodes
+            rows = scan.n_rows * (sizes.forward + 3 * sizes.logits(n_tokens))
+            return rows + 4 * sizes.nodes + _operands(scan, sizes)
         case CircuitScan():
             return _circuits(scan, sizes)
         case PatchingScan():
-            return _grid(len(scan.sites), 1, sizes)
+            maps = sum(shape.n_heads if site is PatchSite.HEAD else 1 for site in scan.sites)
+            return _grid(maps, 1, sizes)
         case TracingScan():
             return _grid(len(scan.kinds), scan.draws, sizes)
         case CalibrationScan():
@@ -211,6 +226,33 @@ def _calibration(scan: CalibrationScan, sizes: _Sizes) -> int:
         logits = texts.logits(texts.n_tokens) + 2 * 8 * texts.n_tokens * shape.d_vocab
         sampling = sizes.of(scan.n_tokens).keys_and_values + texts.forward + logits
     return max(sampling, reading) + norms + ordinary
+
+
+def _operands(scan: PerturbationScan, sizes: _Sizes) -> int:
+    """What is put into components, for each draw and position, from before the forward until it has ended.
+
+    Where one of those at a place draws noise, or adds a vector, the round that it is in has as much for all.
+    """
+    at_place: defaultdict[tuple[int | None, Kind], list[Perturbation]] = defaultdict(list)
+    for perturbation in scan.perturbations:
+        component = Component.parse(perturbation.component)
+        at_place[component.layer, _edited(component.kind, perturbation)].append(perturbation)
+    numbers = 0
+    for (_, kind), here in at_place.items():
+        positions = [len(resolve_positions(one.token_positions, sizes.n_tokens)) for one in here]
+        noises = [isinstance(one, Noise) for one in here]
+        stacks = any(noises) + any(isinstance(one, Inject | MeanAblation) for one in here)
+        vectors = sum(
+            count * (stacks + noise) for count, noise in zip(positions, noises, strict=True)
+        )
+        numbers += vectors * width(kind, sizes.shape) + sum(positions) * ENTRY_NUMBERS
+    return scan.n_draws * numbers * FLOAT_BYTES
+
+
+def _edited(kind: Kind, perturbation: Perturbation) -> Kind:
+    """Where it is done: what is added to a head's output is added to its layer's."""
+    is_added = isinstance(perturbation, Inject) and perturbation.mode is InjectMode.ADD
+    return Kind.ATTN if kind is Kind.HEAD and is_added else kind
 
 
 def _grid(maps: int, draws: int, sizes: _Sizes) -> int:

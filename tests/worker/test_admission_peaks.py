@@ -20,13 +20,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from neural_mri.contract.anomalies import CalibrationScan
 from neural_mri.contract.circuits import CircuitMethod, CircuitScan
 from neural_mri.contract.models import Numerics
-from neural_mri.contract.perturbations import *
+from neural_mri.contract.perturbations import Noise, PatchingScan, PatchSite, PerturbationScan
 from tests.models import prompt
 from worker.admission import estimate, give_back
 from worker.scanner.calibrating import calibrate
 from worker.scanner.circuits import scan_circuits
 from worker.scanner.listening import Silent
 from worker.scanner.loading import LoadedModel
+from worker.scanner.patching import scan_patching
+from worker.scanner.perturbation import scan_perturbation
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -43,6 +45,19 @@ def path(n_tokens, steps):
     scan = CircuitScan(**paired, method=CircuitMethod.INTEGRATED_GRADIENTS, steps=steps, edges=0)
     tokens = prompt(n_tokens), prompt(n_tokens, seed=5)
     return scan, lambda: scan_circuits(model, scan, *tokens, 7, 9, Silent(), None)
+
+
+def heads(n_tokens, _size):
+    scan = PatchingScan(**paired, sites=(PatchSite.HEAD,))
+    tokens = prompt(n_tokens), prompt(n_tokens, seed=5)
+    return scan, lambda: scan_patching(model, scan, *tokens, Silent(), answer_id=7, foil_id=9)
+
+
+def noise(n_tokens, count):
+    scan = PerturbationScan(**asked, perturbed_scan=False, perturbations=[
+        Noise(component=f"blocks.{number % 4}.mlp", draws=32, seed=number) for number in range(count)
+    ])
+    return scan, lambda: scan_perturbation(model, scan, prompt(n_tokens), Silent(), sources={})
 
 
 def text(n_tokens, n_ordinary):
@@ -93,6 +108,8 @@ def peak(name: str, n_tokens: int, size: int, warming: int) -> Peak:
     ("name", "n_tokens", "size", "warming"),
     [
         pytest.param("path", 64, 64, 1, id="integrated gradients of 64 steps"),
+        pytest.param("heads", 64, 0, 0, id="patches of every head"),
+        pytest.param("noise", 64, 32, 1, id="noise of 32 perturbations"),
         pytest.param("text", 0, 2048, 64, id="a calibration of 8192 tokens"),
     ],
 )
