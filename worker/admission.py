@@ -1,10 +1,11 @@
 """Whether a scan fits into memory, before it runs and when it turns out not to.
 
 The estimate counts what a scan holds at once, from shapes alone, beside the model: what one block makes in
-passing, what is recorded of every layer, logits, attention patterns, and the rows of a sweep. It is meant to be
-above what a scan takes and below thrice that. A scan that could not fit with every other model gone is refused
-with both numbers. What runs out of memory all the same runs again in smaller batches (`scanner.halving`), and
-fails alone when there is nothing left to make smaller.
+passing, what is recorded of every layer, logits, attention patterns, the rows of a sweep, the points of a path,
+what perturbations put in, and a text that is sampled. It is meant to be above what a scan takes and below thrice
+that. A scan that could not fit with every other model gone is refused with both numbers. What runs out of memory
+all the same runs again in smaller batches (`scanner.halving`), and fails alone when there is nothing left to make
+smaller.
 """
 
 import ctypes

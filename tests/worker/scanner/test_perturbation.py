@@ -395,7 +395,7 @@ def test_what_is_added_to_a_head_is_changed_by_what_is_done_to_the_head_later(
         changes = [(attn, change) for change in added]
         return metric_by_hand(tiny_model, everywhere, *by_head, *changes)
 
-    expected = {
+    expected: dict[tuple[Perturbation, ...], float] = {
         (add, change, again): by_hand(
             at((2,), 1, vector), at((4,), 1, scale * vector), at((5,), 1, 3 * scale * vector)
         ),
