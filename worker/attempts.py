@@ -632,7 +632,7 @@ def _diagnosis(error: Exception) -> Problem:
         metrics.OUT_OF_MEMORY.labels("failed").inc()
         log.warning("out_of_memory", error=str(error))
         return OutOfMemory(
-            "the worker's memory does not hold this scan: send a shorter prompt, or fewer layers"
+            "the worker's memory does not hold this scan: send a shorter prompt, or ask for less"
         )
     incident = secrets.token_hex(4)
     log.error("attempt_failed", incident=incident, exc_info=error)

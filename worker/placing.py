@@ -249,7 +249,7 @@ class Placing:
             if n_bytes > total - stays:
                 raise OutOfMemory(
                     f"this scan takes about {shown(n_bytes)} beside its model, and this worker has "
-                    f"{shown(max(0, total - stays))} for it: send a shorter prompt, or fewer layers",
+                    f"{shown(max(0, total - stays))} for it: send a shorter prompt, or ask for less",
                     estimated_bytes=n_bytes,
                     budget_bytes=max(0, total - stays),
                 )

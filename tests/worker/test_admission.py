@@ -54,6 +54,18 @@ def test_what_reads_files_needs_no_memory_worth_a_word() -> None:
     assert estimate(CalibrationScan(), TINY, n_tokens=0, itemsize=4) > 0
 
 
+def test_a_calibration_needs_room_for_the_text_it_samples_and_the_values_it_keeps() -> None:
+    def needed(n_tokens: int, *, n_ordinary: int = 128, texts: tuple[str, ...] = ()) -> int:
+        scan = CalibrationScan(n_tokens=n_tokens, n_ordinary=n_ordinary, texts=texts)
+        return estimate(scan, TINY, n_tokens=0, itemsize=4)
+
+    a_token = 4 * 2 * TINY.n_layers * TINY.n_kv_heads * TINY.d_head
+    assert needed(1_000_000) > needed(16_384) + 983_616 * a_token
+    a_position = 4 * (2 * TINY.n_layers + 1) * TINY.d_model
+    assert needed(16_384, n_ordinary=4096) > needed(16_384) + 3968 * a_position
+    assert needed(1_000_000, texts=("given",)) == needed(16_384, texts=("given",))
+
+
 def test_bytes_are_said_in_words() -> None:
     assert [shown(n) for n in (900, 1536, 3 << 20, 5 << 29)] == [
         "900 bytes",

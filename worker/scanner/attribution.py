@@ -17,12 +17,21 @@ from torch.nn.functional import logsigmoid
 
 from neural_mri.contract.components import Component, Kind
 from worker.scanner import linear_maps
+from worker.scanner.halving import portion
 from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import Metric
 from worker.scanner.replacements import Replacements
 from worker.scanner.runs import Run, embedded, record
 
-__all__ = ("Differentiated", "StraightPath", "differentiate", "estimates", "in_metric", "slope")
+__all__ = (
+    "Differentiated",
+    "StraightPath",
+    "differentiate",
+    "estimates",
+    "in_metric",
+    "slope",
+    "steps_at_once",
+)
 
 _LARGE_MAP = 1 << 19
 """Weights of a linear map whose gradient is worth a function of its own."""
@@ -199,6 +208,11 @@ def _sparsely_unembedding(model: LoadedModel) -> Iterator[None]:
         handle.remove()
 
 
+def steps_at_once(n_tokens: int) -> int:
+    """Points of a path that are differentiated together, for prompts of so many tokens; at least one."""
+    return max(1, portion(_PATH_TOKENS) // n_tokens)
+
+
 class StraightPath:
     """The clean prompt's embeddings, mixed with more and more of the corrupt ones'.
 
@@ -224,7 +238,7 @@ class StraightPath:
             corrupt, clean = embedded(model, corrupt_ids), embedded(model, clean_ids)
             share = (torch.arange(steps, device=model.device) + 0.5) / steps
             points = corrupt + share.to(clean.dtype)[:, None, None] * (clean - corrupt)
-        self._parts = torch.split(points, max(1, _PATH_TOKENS // clean_ids.shape[1]))
+        self._parts = torch.split(points, steps_at_once(clean_ids.shape[1]))
         self._kept: Differentiated | None = None
 
     def __len__(self) -> int:
@@ -274,6 +288,7 @@ def estimates(
             for kind, of_kind in layers.items()
         ]
         summed = summed + torch.cat(found).cpu()
+        del part, found  # or they would be held while the next part is differentiated
     n_heads = clean.z[0].shape[-1] // replacements.d_head
     rows: dict[Component, int] = {}
     for kind, of_kind in layers.items():

@@ -82,7 +82,7 @@ class _Point(NamedTuple):
 
 
 _PARTS = {
-    Kind.EMBED: "embed",
+    Kind.EMBED: "resid_pre",
     Kind.RESID_PRE: "resid_pre",
     Kind.HEAD: "z",
     Kind.ATTN: "attn",
@@ -122,6 +122,9 @@ class _Noise(NamedTuple):
     value: Float[Tensor, "n width"]
 
 
+_Plan = dict[_Point, list[_Round]]
+
+
 def width(kind: Kind, shape: Architecture) -> int:
     """Numbers in a component's value where it is edited: a head's before W_O, one for a neuron."""
     return {Kind.HEAD: shape.d_head, Kind.NEURON: 1}.get(kind, shape.d_model)
@@ -133,6 +136,7 @@ def forward(
     edits: Sequence[Edit],
     readers: Callable[[], Any] | None = None,
     on_layer: Callable[[int], None] | None = None,
+    checkpoint: Callable[[], None] | None = None,
 ) -> Float[Tensor, "row pos d_vocab"]:
     """Logits of every row of one pass. The model is as it was afterwards, whatever happened.
 
@@ -143,12 +147,13 @@ def forward(
         readers: Opens a context of reading hooks, called once the editing hooks are in place, so that
             they see edited values.
         on_layer: Called after each block; may raise to stop.
+        checkpoint: Called while edits are put in order, before the model runs; may raise to stop.
     """
     if any(not CLEAN < edit.row < rows.total for edit in edits):
         raise ValueError(f"an edit names a row outside 1 to {rows.total - 1}")
     if model.architecture.family in _OF_ONE_SHAPE:
         rows = _from_the_start(rows)
-    with _editing(model, rows, edits, on_layer):
+    with _editing(model, rows, _compile(edits, model, checkpoint), _joining(rows, edits), on_layer):
         if readers is None:
             return _run(model, rows)
         with readers():
@@ -180,11 +185,10 @@ def first_layer(edits: Sequence[Edit]) -> int:
 def _editing(
     model: LoadedModel,
     rows: Rows,
-    edits: Sequence[Edit],
+    plan: _Plan,
+    joining: dict[int, list[int]],
     on_layer: Callable[[int], None] | None,
 ) -> Iterator[None]:
-    plan = _compile(edits, model)
-    joining = _joining(rows, edits)
     handles: list[Any] = []
     try:
         edited = {point.layer for point in plan}
@@ -233,9 +237,6 @@ def _after(on_layer: Callable[[int], None], layer: int, *_: Any) -> None:
     on_layer(layer)
 
 
-_Plan = dict[_Point, list[_Round]]
-
-
 class _Block:
     """The editing hooks of one block."""
 
@@ -250,7 +251,7 @@ class _Block:
     def hooks(self, copied: Sequence[int]) -> Iterator[Any]:
         """Register what is needed here; copies of these rows join at the block's entry."""
         parts, modules = self._rounds, self._modules
-        if copied or parts.keys() & {"embed", "resid_pre", "resid_mid"}:
+        if copied or parts.keys() & {"resid_pre", "resid_mid"}:
             yield modules.block.register_forward_pre_hook(partial(self._enter, list(copied)))
         if "z" in parts:
             yield modules.w_o.register_forward_pre_hook(self._edit_z)
@@ -269,7 +270,7 @@ class _Block:
         value = tensor_in(args)
         if copied:
             value = torch.cat([value, value[copied]])
-        value = self._apply("resid_pre", self._apply("embed", value))
+        value = self._apply("resid_pre", value)
         if "resid_mid" in self._rounds:
             self._before = value
         return (value, *args[1:])
@@ -331,39 +332,72 @@ def _own_size(
     return own.unsqueeze(-1)
 
 
-def _compile(edits: Sequence[Edit], model: LoadedModel) -> _Plan:
-    """The rounds of each point: an edit joins the first round after the last that it meets."""
-    rounds: defaultdict[_Point, list[list[Edit]]] = defaultdict(list)
+def _compile(
+    edits: Sequence[Edit], model: LoadedModel, checkpoint: Callable[[], None] | None
+) -> _Plan:
+    """The rounds of each point, in the order of the edits."""
+    at_point: defaultdict[_Point, list[Edit]] = defaultdict(list)
+    for edit, point in zip(edits, _points(edits), strict=True):
+        at_point[point].append(edit)
+    plan: _Plan = {}
+    for point, here in at_point.items():
+        plan[point] = []
+        for group in _groups(here):
+            if checkpoint is not None:
+                checkpoint()
+            plan[point].append(_round(group, model))
+    return plan
+
+
+def _points(edits: Sequence[Edit]) -> list[_Point]:
+    """Where each edit is made.
+
+    What leaves a block is what enters the next: an edit of the latter that an edit of the former follows is
+    made where the former is, or it would come after it.
+    """
+    points = []
+    leaving = set[tuple[int, int]]()
+    for edit in reversed(edits):
+        layer, kind = edit.component.layer or 0, edit.component.kind
+        if kind is Kind.RESID_POST:
+            leaving.add((edit.row, layer))
+        if kind is Kind.RESID_PRE and (edit.row, layer - 1) in leaving:
+            layer, kind = layer - 1, Kind.RESID_POST
+        points.append(_Point(layer, _PARTS[kind]))
+    return points[::-1]
+
+
+def _groups(edits: Sequence[Edit]) -> list[list[Edit]]:
+    """Edits at one point: each joins the first round after all that change an entry it changes or reads."""
+    groups: list[list[Edit]] = []
+    # Of each row and index within the component, the last round that changes a position.
+    last: defaultdict[tuple[int, int | None], dict[int, int]] = defaultdict(dict)
     for edit in edits:
-        point = _Point(edit.component.layer or 0, _PARTS[edit.component.kind])
-        at_point = rounds[point]
-        after = max((i for i, others in enumerate(at_point) if _meets(edit, others)), default=-1)
-        if after + 1 == len(at_point):
-            at_point.append([])
-        at_point[after + 1].append(edit)
-    return {point: [_round(group, model) for group in groups] for point, groups in rounds.items()}
-
-
-def _meets(edit: Edit, others: Sequence[Edit]) -> bool:
-    """Whether the edit changes, or reads, an entry that one of the others changes."""
-    touched = set(edit.positions)
-    return any(
-        other.row in (edit.row, edit.source_row)
-        and other.component.index == edit.component.index
-        and touched & set(other.positions)
-        for other in others
-    )
+        index = edit.component.index
+        changed = last[edit.row, index]
+        met = [changed]
+        if edit.source_row is not None:
+            met.append(last[edit.source_row, index])
+        after = 1 + max((rounds.get(at, -1) for rounds in met for at in edit.positions), default=-1)
+        changed.update(dict.fromkeys(edit.positions, after))
+        if after == len(groups):
+            groups.append([])
+        groups[after].append(edit)
+    return groups
 
 
 def _round(edits: Sequence[Edit], model: LoadedModel) -> _Round:
     device, dtype = model.device, model.plain.dtype
     numbers = width(edits[0].component.kind, model.architecture)
 
-    def indices(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=device)
+    counts = torch.tensor([len(edit.positions) for edit in edits])
+
+    def indices(values: Sequence[int]) -> Int[Tensor, " n"]:
+        return torch.tensor(values).repeat_interleave(counts).to(device)
 
     def column(values: Sequence[float]) -> Float[Tensor, "n 1"]:
-        return torch.tensor(values, device=device, dtype=dtype).unsqueeze(-1)
+        of_each = torch.tensor(values, dtype=dtype).repeat_interleave(counts)
+        return of_each.to(device).unsqueeze(-1)
 
     def stacked(given: Sequence[Tensor | None]) -> Float[Tensor, "n width"] | None:
         if all(one is None for one in given):
@@ -377,25 +411,26 @@ def _round(edits: Sequence[Edit], model: LoadedModel) -> _Round:
             ]
         )
 
-    entries = [(edit, position) for edit in edits for position in edit.positions]
-    rows = indices([edit.row for edit, _ in entries])
-    place: tuple[Tensor, ...] = (indices([position for _, position in entries]),)
+    rows = indices([edit.row for edit in edits])
+    place: tuple[Tensor, ...] = (
+        torch.tensor([at for edit in edits for at in edit.positions], device=device),
+    )
     if edits[0].component.index is not None:
-        place = (*place, indices([edit.component.index or 0 for edit, _ in entries]))
+        place = (*place, indices([edit.component.index or 0 for edit in edits]))
     source = None
     if any(edit.source_row is not None for edit in edits):
         source = _Source(
-            (indices([edit.source_row or CLEAN for edit, _ in entries]), *place),
-            column([float(edit.source_row is not None) for edit, _ in entries]),
+            (indices([edit.source_row or CLEAN for edit in edits]), *place),
+            column([float(edit.source_row is not None) for edit in edits]),
         )
     noise = None
     if (drawn := stacked([edit.noise for edit in edits])) is not None:
-        clean = sorted({edit.clean_row for edit, _ in entries})
-        own = indices([clean.index(edit.clean_row) for edit, _ in entries])
-        noise = _Noise(indices(clean), own, drawn)
+        clean = sorted({edit.clean_row for edit in edits})
+        own = indices([clean.index(edit.clean_row) for edit in edits])
+        noise = _Noise(torch.tensor(clean, device=device), own, drawn)
     return _Round(
         where=(rows, *place),
-        scale=column([edit.scale for edit, _ in entries]),
+        scale=column([edit.scale for edit in edits]),
         offset=stacked([edit.offset for edit in edits]),
         source=source,
         noise=noise,

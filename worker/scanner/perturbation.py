@@ -1,7 +1,7 @@
 """Stimulation: a prompt read clean and perturbed, as rows of one batch, and what that changed."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import log
@@ -106,12 +106,12 @@ def scan_perturbation_together(
     for one in perturbing:
         one.request.check(model.architecture)
     n_tokens, n_layers = len(perturbing[0].asked.tokens), model.architecture.n_layers
-    plan = _Plan.of(model, perturbing)
+    company = Company([one.asked.listener for one in perturbing])
+    plan = _Plan.of(model, perturbing, company.checkpoint)
     shown = [at for at, one in enumerate(perturbing) if one.request.perturbed_scan]
     reading = None
     if shown:
         reading = _PairReading(model, n_tokens, [plan.pairs[at] for at in shown])
-    company = Company([one.asked.listener for one in perturbing])
 
     def on_layer(layer: int) -> None:
         company.progress("forward", layer + 1, n_layers)
@@ -124,6 +124,7 @@ def scan_perturbation_together(
         plan.edits,
         readers=None if reading is None else reading.listening,
         on_layer=on_layer,
+        checkpoint=company.checkpoint,
     )
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
@@ -152,10 +153,16 @@ class _Plan(NamedTuple):
     edits: tuple[Edit, ...]
 
     @classmethod
-    def of(cls, model: LoadedModel, perturbing: Sequence[Perturbing]) -> "_Plan":
+    def of(
+        cls,
+        model: LoadedModel,
+        perturbing: Sequence[Perturbing],
+        checkpoint: Callable[[], None],
+    ) -> "_Plan":
         """Clean prompts, each once, then what patches are taken from, then perturbed rows as they join.
 
-        Raises `Problem` for an operand that does not fit.
+        `checkpoint` is called for each perturbation, and may raise to stop. Raises `Problem` for an operand
+        that does not fit.
         """
         row_of: dict[tuple[int, ...], int] = {}
         for one in perturbing:
@@ -165,7 +172,7 @@ class _Plan(NamedTuple):
         clean = [row_of[one.asked.tokens.ids] for one in perturbing]
         edits_of: list[list[Edit]] = []
         for one, row in zip(perturbing, clean, strict=True):
-            edits_of.append(_edits(model, one, clean=row, first_source=len(prompts)))
+            edits_of.append(_edits(model, one, checkpoint, clean=row, first_source=len(prompts)))
             prompts += _source_rows(model, one)
         first_edit = [first_layer(edits) for edits in edits_of]
         joining, edits, pairs = list[Joining](), list[Edit](), dict[int, _Pair]()
@@ -197,19 +204,54 @@ def _source_rows(model: LoadedModel, one: Perturbing) -> Iterator[Int[Tensor, "o
         yield token_ids(model, source)
 
 
-def _edits(model: LoadedModel, one: Perturbing, *, clean: int, first_source: int) -> list[Edit]:
+def _edits(
+    model: LoadedModel,
+    one: Perturbing,
+    checkpoint: Callable[[], None],
+    *,
+    clean: int,
+    first_source: int,
+) -> list[Edit]:
     """What is done to each draw: their rows counted from the first."""
     source_rows = {
         text: first_source + index for index, text in enumerate(one.request.other_prompts)
     }
     n_tokens = len(one.asked.tokens)
-    return [
-        _edit(model, perturbation, order, draw, n_tokens, source_rows, one.means)._replace(
-            clean_row=clean
+    edits_of: list[list[Edit]] = []
+    for order, perturbation in enumerate(one.request.perturbations):
+        checkpoint()
+        edits_of.append(
+            [
+                _edit(model, perturbation, order, draw, n_tokens, source_rows, one.means)._replace(
+                    clean_row=clean
+                )
+                for draw in range(one.request.n_draws)
+            ]
         )
-        for order, perturbation in enumerate(one.request.perturbations)
-        for draw in range(one.request.n_draws)
-    ]
+    _follow_heads(one.request.perturbations, edits_of, n_tokens)
+    return [edit for edits in edits_of for edit in edits]
+
+
+def _follow_heads(
+    perturbations: Sequence[Perturbation], edits_of: list[list[Edit]], n_tokens: int
+) -> None:
+    """Have what is added to a head's output scaled as that head's later edits scale it.
+
+    They change its value before W_O, where the sum can no longer be met. W_O is linear: a head's value scaled is
+    its output scaled.
+    """
+    later: dict[Component, Float[Tensor, "pos 1"]] = {}
+    for order in reversed(range(len(perturbations))):
+        head = Component.parse(perturbations[order].component)
+        if head.kind is not Kind.HEAD:
+            continue
+        edits, at = edits_of[order], list(edits_of[order][0].positions)
+        if edits[0].component == head:
+            scale = later.setdefault(head, torch.ones(n_tokens, 1))
+            scale[at] *= edits[0].scale
+        elif head in later and edits[0].offset is not None:
+            offset = edits[0].offset * later[head][at]
+            edits_of[order] = [edit._replace(offset=offset) for edit in edits]
 
 
 def _edit(

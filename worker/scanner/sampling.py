@@ -30,9 +30,16 @@ def sampled_text(
     Each begins with `prefix`, what the tokenizer puts before every prompt. Without one, the model is
     given its own start token to begin with, which is then left out, as it is of prompts.
 
-    Raises `Cancelled` when the listener stops it.
+    Raises:
+        Unprocessable: The prefix has an id that the model does not have.
+        Cancelled: The listener stopped it.
     """
     start = list(prefix) or [_start_token(model)]
+    if not all(0 <= token_id < model.architecture.d_vocab for token_id in start):
+        raise Unprocessable(
+            f"the tokenizer begins prompts with token ids {start}: expected 0 to "
+            f"{model.architecture.d_vocab - 1}"
+        )
     length = _text_length(model) - len(prefix)
     n_texts = max(1, n_tokens // (length + len(prefix)))
     generator = torch.Generator().manual_seed(seed)
@@ -77,9 +84,12 @@ def _text_length(model: LoadedModel) -> int:
 
 
 def _start_token(model: LoadedModel) -> int:
+    """The configuration's token to begin with, or end with, where the model has it; else its first."""
     config = model.plain.config
     known = (config.bos_token_id, config.eos_token_id)
-    return next((token for token in known if isinstance(token, int)), 0)
+    # Configurations name tokens that were never given a row: to read one ends a GPU's process.
+    ids = range(model.architecture.d_vocab)
+    return next((token for token in known if isinstance(token, int) and token in ids), 0)
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Int[Tensor, "text 1"]:

@@ -18,6 +18,7 @@ from worker.scanner.attribution import (
     in_metric,
     slope,
 )
+from worker.scanner.halving import halved
 from worker.scanner.listening import Cancelled, Silent
 from worker.scanner.loading import LoadedModel
 from worker.scanner.metrics import Metric
@@ -140,6 +141,27 @@ def test_a_path_averages_gradients_between_the_two_prompts(
     for path in (at_once, in_parts):
         found = estimates(components, clean.run, new, path)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_path_is_differentiated_in_smaller_parts_where_memory_ran_out(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components = [node for node in tiny_model.architecture.nodes() if str(node) != "unembed"]
+    with torch.no_grad():
+        other = record(tiny_model, OTHER)
+    clean = at(tiny_model)
+    new = Replacements.resample(other, clean.run, tiny_model.architecture, start=1)
+    monkeypatch.setattr(attribution, "_PATH_TOKENS", 4 * IDS.shape[1])
+    found, parts = [], []
+    for times in range(4):
+        with halved(times) as batches:
+            path = StraightPath(tiny_model, IDS, OTHER, METRIC, steps=4)
+            found.append(estimates(components, clean.run, new, path))
+            parts.append(len(path))
+        assert batches.has_batches
+    assert parts == [1, 2, 4, 4]
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_leave_the_model_frozen_and_as_it_was(tiny_model: LoadedModel) -> None:

@@ -163,6 +163,25 @@ def test_sampled_text_begins_with_what_the_tokenizer_puts_first(tiny_model: Load
     assert len({tuple(text) for text in bare.tolist()}) == len(bare)
 
 
+@pytest.mark.parametrize(
+    ("named", "begins"),
+    [((5, 6), 5), ((models.D_VOCAB, 6), 6), ((None, -1), 0), ((models.D_VOCAB, 1 << 20), 0)],
+)
+def test_sampling_begins_with_a_token_that_the_model_has(
+    tiny_models: dict[str, LoadedModel],
+    monkeypatch: pytest.MonkeyPatch,
+    named: tuple[int | None, int],
+    begins: int,
+) -> None:
+    model = tiny_models["llama"]
+    for name, token in zip(("bos_token_id", "eos_token_id"), named, strict=True):
+        monkeypatch.setattr(model.plain.config, name, token)
+    found = sampled_text(model, 512, seed=0, prefix=(), listener=Silent())
+    given = sampled_text(model, 512, seed=0, prefix=(begins,), listener=Silent())
+    length = min(found.shape[1], given.shape[1] - 1)
+    assert torch.equal(found[:, :length], given[:, 1 : 1 + length])
+
+
 def test_sampling_follows_the_models_own_probabilities(tiny_models: dict[str, LoadedModel]) -> None:
     model = tiny_models["llama"]
     texts = sampled_text(model, 64 * 500, seed=0, prefix=(1,), listener=Silent())
@@ -170,6 +189,14 @@ def test_sampling_follows_the_models_own_probabilities(tiny_models: dict[str, Lo
         expected = model.plain(input_ids=torch.tensor([[1]])).logits[0, -1].softmax(-1)
     found = torch.bincount(texts[:, 1], minlength=models.D_VOCAB) / len(texts)
     assert float((found - expected).abs().max()) < 0.08
+
+
+def test_a_prefix_that_the_model_does_not_have_is_refused(
+    tiny_models: dict[str, LoadedModel],
+) -> None:
+    for token in (models.D_VOCAB, -1):
+        with pytest.raises(Unprocessable, match="begins prompts"):
+            sampled_text(tiny_models["llama"], 512, seed=0, prefix=(1, token), listener=Silent())
 
 
 def test_given_texts_are_cut_to_one_length(tiny_model: LoadedModel) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from neural_mri.contract.components import Component, Kind
@@ -27,6 +29,7 @@ from neural_mri.contract.perturbations import (
 from neural_mri.contract.problems import Conflict, Problem, UnknownComponent, Unprocessable
 from neural_mri.contract.scans import reporting_order
 from tests import models
+from worker.scanner import interventions
 from worker.scanner.hooks import hooked, tensor_out
 from worker.scanner.interventions import Edit, Joining, Rows, forward, width
 from worker.scanner.listening import Cancelled, Silent
@@ -176,7 +179,7 @@ def edited_by_hand(model: LoadedModel, component: Component, change: Change) -> 
         handle.remove()
 
 
-def at(positions: tuple[int, ...], scale: float, added: float = 0.0) -> Change:
+def at(positions: tuple[int, ...], scale: float, added: float | Tensor = 0.0) -> Change:
     def change(value: Tensor) -> Tensor:
         changed = value.clone()
         changed[:, positions] = value[:, positions] * scale + added
@@ -357,6 +360,150 @@ def test_edits_that_meet_are_applied_in_their_order(tiny_model: LoadedModel) -> 
     close(edited_logits(tiny_model, add, double)[1], edited_logits(tiny_model, together)[1])
     other_way = every_position(place, scale=2.0, offset=ones)
     close(edited_logits(tiny_model, double, add)[1], edited_logits(tiny_model, other_way)[1])
+
+
+def ramp(n: int) -> Tensor:
+    """A vector that no norm takes away."""
+    return torch.linspace(-1, 1, n)
+
+
+def metric_after(model: LoadedModel, *perturbations: Perturbation) -> float:
+    comparison = perturbed(model, *perturbations, answer_id=7, foil_id=9)["comparison"]
+    value: float = comparison["metric_after"][0].as_py()
+    return value
+
+
+def metric_by_hand(model: LoadedModel, *changes: tuple[Component, Change]) -> float:
+    with ExitStack() as hooks:
+        for component, change in changes:
+            hooks.enter_context(edited_by_hand(model, component, change))
+        logits = plain_logits(model)[-1]
+    return (logits[7] - logits[9]).item()
+
+
+ONE_TENSOR = (
+    (Component(Kind.EMBED), Component(Kind.RESID_PRE, 0)),
+    (Component(Kind.RESID_POST, 0), Component(Kind.RESID_PRE, 1)),
+)
+
+
+@pytest.mark.parametrize("places", ONE_TENSOR, ids=str)
+def test_two_names_of_one_tensor_are_changed_in_their_order(
+    tiny_model: LoadedModel, places: tuple[Component, Component]
+) -> None:
+    vector, positions = ramp(tiny_model.architecture.d_model), (2, 5)
+    values = tuple(vector.tolist())
+    for first, second in (places, places[::-1]):
+        add = Inject(component=str(first), values=values, token_positions=positions)
+        scaled = Amplify(component=str(second), factor=-2.0, token_positions=(1, 5))
+
+        def added_then_scaled(value: Tensor) -> Tensor:
+            return at((1, 5), -2.0)(at(positions, 1.0, vector)(value))
+
+        found = metric_after(tiny_model, add, scaled)
+        expected = metric_by_hand(tiny_model, (places[0], added_then_scaled))
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 2.5])
+def test_what_is_added_to_a_head_is_changed_by_what_is_done_to_the_head_later(
+    tiny_model: LoadedModel, scale: float
+) -> None:
+    head, attn = Component.head(1, 2), Component(Kind.ATTN, 1)
+    vector = ramp(tiny_model.architecture.d_model)
+    add = Inject(component=str(head), values=tuple(vector.tolist()), token_positions=(2, 4, 5))
+    change = Amplify(component=str(head), factor=scale, token_positions=(1, 4, 5))
+    other = Amplify(component=str(Component.head(1, 1)), factor=3.0)
+    again = Amplify(component=str(head), factor=3.0, token_positions=(5,))
+
+    def by_hand(*added: Change) -> float:
+        by_head = [(head, at((1, 4, 5), scale)), (head, at((5,), 3.0))]
+        everywhere = (Component.head(1, 1), at(tuple(range(len(TOKENS))), 3.0))
+        changes = [(attn, change) for change in added]
+        return metric_by_hand(tiny_model, everywhere, *by_head, *changes)
+
+    expected: dict[tuple[Perturbation, ...], float] = {
+        (add, change, again): by_hand(
+            at((2,), 1, vector), at((4,), 1, scale * vector), at((5,), 1, 3 * scale * vector)
+        ),
+        (change, add, again): by_hand(at((2, 4), 1, vector), at((5,), 1, 3 * vector)),
+        (change, again, add): by_hand(at((2, 4, 5), 1, vector)),
+    }
+    for order, value in expected.items():
+        found = metric_after(tiny_model, other, *order)
+        assert found == pytest.approx(value, rel=1e-4, abs=1e-4)
+
+
+def test_a_head_that_is_replaced_or_ablated_keeps_nothing_that_was_added_before(
+    tiny_model: LoadedModel,
+) -> None:
+    head, shape = str(Component.head(0, 1)), tiny_model.architecture
+    add = Inject(component=head, values=tuple(ramp(shape.d_model).tolist()))
+    replace = Inject(component=head, values=(0.25,) * shape.d_head, mode=InjectMode.REPLACE)
+    for change in (replace, ZeroAblation(component=head)):
+        alone = metric_after(tiny_model, change)
+        assert metric_after(tiny_model, add, change) == pytest.approx(alone, rel=1e-5)
+        assert abs(metric_after(tiny_model, change, add) - alone) > 1e-3
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(2, 4),
+            st.integers(0, 1),
+            st.lists(st.integers(0, 3), unique=True).map(tuple),
+            st.none() | st.integers(0, 4),
+        ),
+        max_size=12,
+    )
+)
+def test_an_edit_joins_the_first_round_after_those_it_meets(
+    drawn: list[tuple[int, int, tuple[int, ...], int | None]],
+) -> None:
+    edits = [
+        Edit(row, Component.head(0, head), positions, source_row=source)
+        for row, head, positions, source in drawn
+    ]
+
+    def meets(edit: Edit, earlier: Edit) -> bool:
+        return (
+            earlier.row in (edit.row, edit.source_row)
+            and earlier.component.index == edit.component.index
+            and bool(set(edit.positions) & set(earlier.positions))
+        )
+
+    round_of: list[int] = []
+    for number, edit in enumerate(edits):
+        met = [round_of[at] for at in range(number) if meets(edit, edits[at])]
+        round_of.append(max(met, default=-1) + 1)
+    expected = [
+        [edit for edit, at in zip(edits, round_of, strict=True) if at == number]
+        for number in range(max(round_of, default=-1) + 1)
+    ]
+    assert interventions._groups(edits) == expected
+
+
+def test_a_perturbation_can_be_stopped_before_the_model_runs(tiny_model: LoadedModel) -> None:
+    doubled = [Amplify(component="blocks.0.mlp", factor=2.0)] * 5
+
+    class Stopping(Silent):
+        asked = 0
+
+        def progress(self, stage: str, done: int, total: int) -> None:
+            raise AssertionError("a block was computed")
+
+        def checkpoint(self) -> None:
+            self.asked += 1
+            if self.asked == stop_at:
+                raise Cancelled
+
+    request = PerturbationScan(prompt="x", perturbations=tuple(doubled))
+    # As they are read one by one, and as what each leaves is put behind the one before.
+    for stop_at in (1, 5, 6, 10):
+        listener = Stopping()
+        with pytest.raises(Cancelled):
+            scan_perturbation(tiny_model, request, TOKENS, listener, sources={})
+        assert listener.asked == stop_at
 
 
 @torch.inference_mode()
