@@ -206,7 +206,8 @@ def _redrawn(record: Record, seed: int) -> Record:
 def _noisy(block: Block, noise: npt.NDArray[np.float32], draw: np.random.Generator) -> Block:
     rows = draw.integers(0, len(noise), len(block.prompts))
     signs = draw.choice([-1.0, 1.0], (len(rows), 1)).astype(np.float32)
-    return block._replace(values=block.values + signs * noise[rows])
+    # Of a prompt without a foil there is no margin, and no noise of it that another could have had.
+    return block._replace(values=block.values + signs * np.nan_to_num(noise[rows]))
 
 
 def _size(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
