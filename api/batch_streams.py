@@ -1,9 +1,9 @@
 """A batch's events over HTTP: how far it has come, each line as its scan ends, and one end.
 
 The database is asked, a few times a second for as long as somebody reads: it is the truth, and ten thousand
-jobs' streams would be ten thousand keys in Redis. Where it does not answer it is asked again. An event's id is the moment it tells of. Moments of
-transactions that ran side by side are seen out of order, so the last seconds are looked at again each time,
-and a reader that comes back may be told again of some lines.
+jobs' streams would be ten thousand keys in Redis. Where it does not answer it is asked again. An event's id
+is the moment it tells of. Moments of transactions that ran side by side are seen out of order, so the last
+seconds are looked at again each time, and a reader that comes back may be told again of some lines.
 """
 
 import asyncio

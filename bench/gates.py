@@ -3,7 +3,8 @@
 On the bundled model. Whole runs ask in another order each, so that other prompts share their forwards, every fourth by
 one process of two threads and not by two of one. A fault is planted in a copy of the weight file, measured by a process
 of its own as any checkpoint is, and taken out again. The copy has biases, all zero, which changes no number: so a
-bias can be edited as well. What takes hours can go on where it stopped: `--log FILE` keeps every run.
+bias can be edited as well. What takes hours can go on where it stopped: `--log FILE` keeps every run, and
+`docs/measured` has those that the documentation counts.
 """
 
 import argparse

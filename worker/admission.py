@@ -58,7 +58,6 @@ __all__ = (
     "estimate",
     "halving",
     "has_lost_device",
-    "ran_out",
     "shown",
 )
 

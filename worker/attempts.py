@@ -36,7 +36,7 @@ from neural_mri.contract.problems import ModelBusy, Problem, ProblemDocument, Un
 from neural_mri.contract.results import TableRef
 from neural_mri.contract.scans import decode_scan
 from worker import admission, metrics, scans
-from worker.admission import OutOfMemory, halving, has_lost_device, ran_out
+from worker.admission import OutOfMemory, halving, has_lost_device
 from worker.calibrations import Calibrations
 from worker.intake import Intake
 from worker.interludes import Interludes, Lending
@@ -44,6 +44,7 @@ from worker.keeper import Holding, Keeper, LeaseLost
 from worker.placing import Placing
 from worker.reporter import Outbox, Reporter
 from worker.residency import Residency
+from worker.scanner.halving import ran_out
 from worker.scanner.listening import Cancelled
 from worker.scans import Performed, Scanned
 from worker.traces import Traces

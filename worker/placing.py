@@ -32,12 +32,13 @@ from neural_mri.contract.jobs import JobState
 from neural_mri.contract.models import ModelState
 from neural_mri.contract.problems import Problem, Unavailable, UnknownModel
 from worker import metrics
-from worker.admission import OutOfMemory, give_back, ran_out, shown
+from worker.admission import OutOfMemory, give_back, shown
 from worker.intake import Intake
 from worker.memory import Memory
 from worker.reporter import Outbox
 from worker.residency import Residency
 from worker.resident import Resident
+from worker.scanner.halving import ran_out
 from worker.scanner.listening import Listener, Silent, Timed
 
 __all__ = ("LoadsKillWorkers", "Placing")

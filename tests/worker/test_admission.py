@@ -23,8 +23,8 @@ from neural_mri.contract.scans import (
 )
 from tests.api.specimens import TINY
 from worker import admission
-from worker.admission import MOST_HALVINGS, estimate, halving, ran_out, shown
-from worker.scanner.halving import halved, portion
+from worker.admission import MOST_HALVINGS, estimate, halving, shown
+from worker.scanner.halving import halved, portion, ran_out
 
 ROOT = Path(__file__).parents[2]
 SCANS: tuple[Scan, ...] = (
@@ -152,6 +152,7 @@ from tests.models import prompt
 from worker import admission, metrics
 from worker.scanner import logit_lens
 from worker.scanner.anomalies import scan_anomalies
+from worker.scanner.halving import ran_out
 from worker.scanner.listening import Silent
 from worker.scanner.loading import LoadedModel
 
@@ -181,7 +182,7 @@ def within(room_bytes, halvings):
     try:
         return float(np.nanmax(np.abs(admission.halving(read) - expected)))
     except Exception as error:
-        assert admission.ran_out(error), repr(error)
+        assert ran_out(error), repr(error)
         return None
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

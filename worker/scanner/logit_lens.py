@@ -2,8 +2,9 @@
 
     lens(x) = softmax(softcap(s W_U norm_f(A x + b)))
 
-with the factor s of families that scale their logits (Cohere, Granite), A = 1, b = 0 for the raw lens (nostalgebraist 2020) and a fitted map otherwise (`lens_maps`). The last
-residual read so is the model's own prediction.
+with A = 1, b = 0 for the raw lens (nostalgebraist 2020) and a fitted map otherwise (`lens_maps`), and s = 1
+but for families that scale their logits (Cohere, Granite). The last residual read so is the model's own
+prediction.
 
 The unembedding is most of the work, and a fresh temporary as wide as a vocabulary costs as much again. So
 places and positions are read together, chunk by chunk, in two buffers that are made once: one that keeps
