@@ -5,7 +5,8 @@ one Last-Event-ID resumes them all. A stream ends when each of its jobs has ende
 
 A job that follows an equal one is told of by that one's events, as if they were its own; but its end is
 its own, and stands after every event. Where it goes on without the other, its reader is told where it
-stands (`reset`) and hears its own events from there.
+stands (`reset`) and hears its own events from there. Of one that is deleted before its end was read
+nothing more is told.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ from neural_mri.backing.events import change_of
 from neural_mri.backing.records import Job
 from neural_mri.contract.events import Queued, Reset
 from neural_mri.contract.jobs import TERMINAL, JobState, QueuePlace
-from neural_mri.contract.problems import Unavailable
+from neural_mri.contract.problems import Unavailable, UnknownJob
 
 __all__ = ("MEDIA_TYPE", "Following", "event_stream", "no_content", "parse_cursors")
 
@@ -187,6 +188,8 @@ class Following:
             except Unavailable:
                 # What it turned to is read from its streams, and looked at, once that can be done.
                 self._behind.add(job_id)
+            except UnknownJob:
+                self._leave_out(job_id)
         return frames
 
     async def _look(self, job_id: UUID) -> list[Frame]:
@@ -214,6 +217,8 @@ class Following:
                             yield chunk
                 except (Unavailable, *AWAY):
                     return
+                except UnknownJob:
+                    self._leave_out(job_id)
                 if self._jobs[job_id].source == source:
                     self._behind.discard(job_id)
 
@@ -260,7 +265,15 @@ class Following:
                 return
             after = frames[-1].position
 
+    def _leave_out(self, job_id: UUID) -> None:
+        """Tell no more of a job that has been deleted: of its mates there is more to tell."""
+        self._open.discard(job_id)
+        self._behind.discard(job_id)
+        self._vanished.discard(job_id)
+        self._places.pop(job_id, None)
+
     async def _reset(self, job_id: UUID) -> Frame:
+        """Where the job stands now. Raises `UnknownJob` once it has been deleted."""
         job = await self._services.job(job_id)
         self._jobs[job_id] = job
         self._join(job)

@@ -185,6 +185,27 @@ def test_a_reader_at_work_is_told_when_its_stream_vanishes(api: httpx.Client, wo
         assert names(list(stream)) == ["ended"]
 
 
+def test_a_job_that_is_deleted_takes_none_along_that_share_its_stream(
+    api: httpx.Client, world: World
+) -> None:
+    deleted = started(api, world, "a")
+    stays = started(api, world, "b")
+    with follow(api, f"/api/events?jobs={deleted.id},{stays.id}") as stream:
+        assert names([next(stream) for _ in range(6)]) == ["state"] * 6
+        # Of its end nothing is heard before it is gone, and its events with it.
+        world.sessions.write(
+            jobs.advance, deleted.id, JobState.FAILED, attempt=deleted.attempt, problem=None
+        )
+        assert api.delete(f"/api/jobs/{deleted.id}/record").status_code == 200
+        world.redis.flushall()
+        reset = next(stream)
+        assert (reset.name, reset.data["job"]) == ("reset", str(stays.id))
+        world.frame(stays, 7)
+        assert next(stream).data["token_idx"] == 7
+        world.move(stays, JobState.FAILED)
+        assert [(m.name, m.data["job"]) for m in stream] == [("ended", str(stays.id))]
+
+
 def test_a_reader_outlives_a_database_that_does_not_say_where_its_job_stands(
     api: httpx.Client, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

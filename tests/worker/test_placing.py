@@ -390,7 +390,9 @@ def test_a_worker_wakes_itself_when_something_waits_for_a_model(
         assert not awaited(lambda: bench.redis.llen(bench.placing.queue) > 0, 1.5)
         ask(bench, registered["b"])
         assert awaited(lambda: bench.redis.llen(bench.placing.queue) == 1)
-        assert bench.redis.ttl(bench.placing.queue) > 0
+        assert awaited(lambda: bench.redis.ttl(bench.placing.queue) > 0), (
+            "the queue of one that dies goes"
+        )
         time.sleep(1.5)
         assert bench.redis.llen(bench.placing.queue) == 1, "one ticket is enough"
 
