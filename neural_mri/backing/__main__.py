@@ -12,7 +12,7 @@ log = structlog.get_logger("neural_mri.backing")
 
 
 def main() -> int:
-    """Exit status: 0 once the schema is the newest, 1 when that could not be done now."""
+    """Exit status: 0 once the schema is the newest or a later one, 1 when that could not be done now."""
     try:
         settings = load_settings()
     except InvalidSettings as error:
@@ -20,10 +20,13 @@ def main() -> int:
         return 2
     logs.configure(settings, process="migrations")
     try:
-        database.migrate(settings)
+        later = database.migrate(settings)
     except Problem as problem:
         log.error("schema_not_migrated", reason=problem.detail)  # noqa: TRY400 (the reason is the whole)
         return 1
+    if later is not None:
+        log.warning("schema_is_newer", revision=later)
+        return 0
     log.info("schema_migrated")
     return 0
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import (
     URL,
@@ -39,6 +39,9 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.problems import Problem, Unavailable
+
+if TYPE_CHECKING:
+    from alembic.script import ScriptDirectory
 
 __all__ = (
     "AsyncSessions",
@@ -574,8 +577,11 @@ def async_sessions(settings: Settings) -> AsyncSessions:
     return AsyncSessions(own, Sessions(sync_engine(settings, waits=False)))
 
 
-def migrate(settings: Settings, *, back_to: str | None = None) -> None:
+def migrate(settings: Settings, *, back_to: str | None = None) -> str | None:
     """Bring the schema to the newest revision, or back to an older one (`base`: none), or change nothing.
+
+    A schema that a later release has brought further is left as it is: releases run on the next one's. Gives
+    its revision then, else None.
 
     Two at once take turns. The turn is the database's own, on SQLite its write lock and on PostgreSQL an
     advisory lock: whoever comes second reads the schema's revision after the first has committed.
@@ -584,6 +590,7 @@ def migrate(settings: Settings, *, back_to: str | None = None) -> None:
     """
     from alembic import command
     from alembic.config import Config
+    from alembic.script import ScriptDirectory
 
     longest = MIGRATION_TURN_SECONDS + MIGRATION_STATEMENT_SECONDS
     engine = sync_engine(settings, answer_seconds=longest)
@@ -600,12 +607,24 @@ def migrate(settings: Settings, *, back_to: str | None = None) -> None:
                 )
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-            if back_to is None:
-                command.upgrade(config, "head")
-            else:
+            if back_to is not None:
                 command.downgrade(config, back_to)
+            elif later := _later(connection, ScriptDirectory.from_config(config)):
+                return later
+            else:
+                command.upgrade(config, "head")
     finally:
         engine.dispose()
+    return None
+
+
+def _later(connection: Connection, known: "ScriptDirectory") -> str | None:
+    """The schema's revision where it is after all that are known. They are numbered."""
+    from alembic.migration import MigrationContext
+
+    newest = known.get_current_head() or ""
+    at = MigrationContext.configure(connection).get_current_revision()
+    return at if at is not None and at.isdecimal() and at > newest else None
 
 
 def _bound(connection: Connection, **seconds: float) -> None:

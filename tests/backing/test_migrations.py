@@ -8,7 +8,18 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, MetaData, Table, func, insert, inspect, select, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    MetaData,
+    String,
+    Table,
+    func,
+    insert,
+    inspect,
+    select,
+    update,
+)
 
 from neural_mri.backing import batches, database, deletion, feeding, jobs
 from neural_mri.backing.batches import Line, NewBatch
@@ -167,6 +178,28 @@ def test_the_release_before_works_on_the_newest_schema(fresh: Settings) -> None:
                 else:
                     connection.execute(insert(table).values(_sample(table)).returning(*table.c))
                 assert connection.execute(select(func.count()).select_from(table)).scalar_one() == 1
+    finally:
+        engine.dispose()
+
+
+def test_a_release_that_comes_back_leaves_a_later_ones_schema_as_it_is(fresh: Settings) -> None:
+    database.migrate(fresh)
+    assert database.migrate(fresh) is None
+    later = Table("alembic_version", MetaData(), Column("version_num", String(32)))
+    engine = database.sync_engine(fresh)
+    try:
+        with engine.execution_options(writing=True).begin() as connection:
+            connection.execute(update(later).values(version_num="9001"))
+        assert database.migrate(fresh) == "9001"
+        environment = {**os.environ, **fresh.environment()}
+        command = [sys.executable, "-m", "neural_mri.backing"]
+        again = subprocess.run(
+            command, env=environment, cwd=ROOT, check=False, capture_output=True, text=True
+        )
+        assert (again.returncode, "schema_is_newer" in again.stdout + again.stderr) == (0, True)
+        with engine.connect() as connection:
+            assert connection.execute(select(later.c.version_num)).scalar_one() == "9001"
+            assert set(inspect(connection).get_table_names()) > set(Base.metadata.tables)
     finally:
         engine.dispose()
 
