@@ -5,6 +5,8 @@ that it is open. What a key must allow follows from the method, unless the route
 `scan:read`, to change is `scan:write`.
 """
 
+import hashlib
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +39,11 @@ COOKIE = "nmri_session"
 _SCOPE = "needed_scope"
 _OPEN = "open"
 _UNCOUNTED = "uncounted"
+_KNOWN_LATELY = "known_lately"
+
+KNOWN_SECONDS = 300.0
+"""How long whoever watches the service is let in on what was known of their key, while nobody can look."""
+MOST_KNOWN = 100
 
 ANYBODY: Mapping[str, Any] = MappingProxyType({_OPEN: True})
 """`opt` of a route that needs no key; it is told who asks where that is known."""
@@ -51,9 +58,13 @@ Admitted = Callable[[], Awaitable[bool]]
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-def needs(scope: Scope) -> dict[str, Any]:
-    """`opt` of a route that needs this scope."""
-    return {_SCOPE: scope}
+def needs(scope: Scope, *, known_lately: bool = False) -> dict[str, Any]:
+    """`opt` of a route that needs this scope.
+
+    One that watches the service (`known_lately`) is answered also while the database is away that knows the keys:
+    to whose key was good a moment ago.
+    """
+    return {_SCOPE: scope, _KNOWN_LATELY: known_lately}
 
 
 async def admit(services: Services, connection: Connection, handler: BaseRouteHandler) -> Identity:
@@ -68,8 +79,9 @@ async def admit(services: Services, connection: Connection, handler: BaseRouteHa
     )
     is_counted = connection.scope["path"].startswith("/api/") and _UNCOUNTED not in handler.opt
     most = services.settings.user_requests_a_minute if is_counted else 0
+    identify = _lately if handler.opt.get(_KNOWN_LATELY) else _identity
     try:
-        caller = await _identity(services, connection)
+        caller = await identify(services, connection)
     except Unauthenticated:
         if not is_open:
             await count_login(services, connection)
@@ -111,6 +123,26 @@ def readmission(services: Services, connection: Connection) -> Admitted:
         return True
 
     return is_admitted
+
+
+async def _lately(services: Services, connection: Connection) -> Identity:
+    """The caller, as known lately where it cannot be looked up. Raises `Unauthenticated`, `Unavailable`."""
+    given = connection.headers.get("authorization", "")
+    key = hashlib.sha256(given.encode()).digest()  # the key itself is kept nowhere
+    now = time.monotonic()
+    try:
+        caller = await _identity(services, connection)
+    except Unauthenticated:
+        services.known_lately.pop(key, None)
+        raise
+    except Unavailable:
+        known, until = services.known_lately.get(key, (None, 0.0))
+        if known is None or until < now:
+            raise
+        return known
+    if given and (key in services.known_lately or len(services.known_lately) < MOST_KNOWN):
+        services.known_lately[key] = caller, now + KNOWN_SECONDS
+    return caller
 
 
 async def _identity(services: Services, connection: Connection) -> Identity:

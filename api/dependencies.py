@@ -83,6 +83,8 @@ class Services:
     """Users whose work of a day is limited, by a limit of their own."""
     known: dict[str, _Known] = field(default_factory=dict)
     """Models as they were read last, by name."""
+    known_lately: dict[bytes, tuple[Identity, float]] = field(default_factory=dict)
+    """Who watches the service, by a hash of what they say, and until when that counts, on the monotonic clock."""
 
     def on_behalf_of(self, caller: Identity) -> Self:
         """The same services, for a request of this caller."""

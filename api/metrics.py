@@ -98,6 +98,8 @@ class Now(NamedTuple):
     """Lines of batches that wait for room, by lane."""
     deleted: Mapping[str, int] | None = None
     """How much, by what it was and why: `job:age`."""
+    busy_workers: int | None = None
+    """Those that hold jobs."""
 
     def collect(self) -> Iterator[Metric]:
         """As gauges."""
@@ -113,6 +115,10 @@ class Now(NamedTuple):
                 "neural_mri_workers", "Workers heard of lately", value=len(self.workers)
             )
             yield _copies(self.workers)
+        if self.busy_workers is not None:
+            yield GaugeMetricFamily(
+                "neural_mri_workers_busy", "Workers that hold jobs", value=self.busy_workers
+            )
         yield self._lines()
         if self.deleted is not None:
             deleted = CounterMetricFamily(

@@ -89,7 +89,7 @@ async def _redis_version(redis: AsyncRedis) -> str | None:
     description="In its text format. What does not answer is left out, and said to be down.",
     tags=["service"],
     media_type="text/plain",
-    opt=needs(Scope.SCAN_READ),
+    opt=needs(Scope.SCAN_READ, known_lately=True),
     responses=refusals(),
 )
 async def get_metrics(services: NamedDependency[Services]) -> Response[bytes]:
@@ -101,6 +101,7 @@ async def get_metrics(services: NamedDependency[Services]) -> Response[bytes]:
         workers=held.beats if held.is_known else None,
         readers=services.hub.readers,
         deleted=await _deleted(services.redis),
+        busy_workers=None if standing is None else standing.busy_workers,
     )
     return Response(services.metrics.exposition(now), media_type=MEDIA_TYPE)
 

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from neural_mri.backing.database import epoch
 from neural_mri.backing.rows import BATCH_LINES, BATCHES, JOBS
+from neural_mri.backing.statements import WAITING_FROM
 from neural_mri.contract.cluster import QueueLoad
 from neural_mri.contract.jobs import HELD, JobState, Lane
 
@@ -24,7 +25,7 @@ _LOADS = (
         _job.lane,
         func.sum(case((_WAITS, 1), else_=0)).label("waiting"),
         func.sum(case((_job.state.in_(HELD), 1), else_=0)).label("running"),
-        (epoch() - func.min(case((_WAITS, _job.created_at)))).label("oldest_seconds"),
+        (epoch() - func.min(case((_WAITS, WAITING_FROM)))).label("oldest_seconds"),
     )
     .where(_job.finished_at.is_(None))
     .group_by(_job.queue, _job.model, _job.lane)
@@ -40,18 +41,24 @@ _WAITING_LINES = (
 )
 
 
+_BUSY = select(func.count(_job.lease_owner.distinct())).where(_job.lease_owner.is_not(None))
+
+
 class Standing(NamedTuple):
     """Everything that is not done yet."""
 
     loads: list[QueueLoad]
     lines: Mapping[Lane, int]
     """Lines of batches that wait for room in the queues, by lane: no jobs yet."""
+    busy_workers: int
+    """Workers that hold jobs."""
 
 
 def standing(session: Session) -> Standing:
     """What stands in the queues, and what waits before them."""
     lines = {Lane(row.lane): int(row.lines) for row in session.execute(_WAITING_LINES)}
-    return Standing(loads(session), {lane: lines.get(lane, 0) for lane in Lane})
+    busy: int = session.execute(_BUSY).scalar_one()
+    return Standing(loads(session), {lane: lines.get(lane, 0) for lane in Lane}, busy)
 
 
 def loads(session: Session) -> list[QueueLoad]:

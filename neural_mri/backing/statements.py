@@ -456,13 +456,17 @@ LEASES = (
 )
 """Every held job, and how its lease stands."""
 
+WAITING_FROM = case(
+    (_job.waiting_since > _job.created_at, _job.waiting_since), else_=_job.created_at
+)
+"""Since when a queued job waits: one that came back waits anew. Who has come to follow such a one took over what
+that had waited, and was not there for all of it."""
+
 WAITING_TOO_LONG = (
     select(_job.id)
     .where(
         _WAITING,
-        # Who has come to follow one that came back took over what that had waited, and was not there for all of it.
-        case((_job.waiting_since > _job.created_at, _job.waiting_since), else_=_job.created_at)
-        < epoch() - bindparam("seconds", type_=Double),
+        epoch() - bindparam("seconds", type_=Double) > WAITING_FROM,
     )
     .limit(bindparam("most", type_=Integer))
     .with_for_update(skip_locked=True)

@@ -107,6 +107,33 @@ def test_without_its_database_the_metrics_say_so(
     assert api.get("/api/cluster").status_code == 503
 
 
+def test_who_asked_a_moment_ago_is_told_that_the_database_is_away_that_knows_the_keys(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        keyed(world.settings) as door,
+        door.user(world) as known,
+        door.user(world, "eve") as new,
+        door.client("nmri_nobodys") as nobody,
+    ):
+        assert value(known, "up", part="database") == 1
+
+        def be_away(*_: Any) -> None:
+            raise Unavailable("the database does not answer")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("neural_mri.backing.access.authenticate", be_away)
+            patched.setattr("neural_mri.backing.loads.loads", be_away)
+            assert value(known, "up", part="database") == 0
+            assert new.get("/metrics").status_code == 503
+            assert nobody.get("/metrics").status_code == 503
+            assert known.get("/api/jobs").status_code == 503, "that is for who watches alone"
+        monkeypatch.setattr("api.access.KNOWN_SECONDS", -1.0)
+        assert value(known, "up", part="database") == 1
+        monkeypatch.setattr("neural_mri.backing.access.authenticate", be_away)
+        assert known.get("/metrics").status_code == 503, "it was too long ago"
+
+
 def test_requests_are_counted_by_route_and_never_by_id(api: httpx.Client, world: World) -> None:
     job = api.post("/api/scan/activation", json={"prompt": PROMPT}).json()["id"]
     route = "/api/jobs/{job_id}"

@@ -72,7 +72,7 @@ def served() -> dict[str, set[str]]:
     return names(
         [
             *api._registry.collect(),
-            *Now([load], [beat], 0, {Lane.BATCH: 1}, {"job:age": 1}).collect(),
+            *Now([load], [beat], 0, {Lane.BATCH: 1}, {"job:age": 1}, 1).collect(),
             *worker.REGISTRY.collect(),
             *worker.Held(lambda: ()).collect(),
         ]
