@@ -4,6 +4,9 @@ import gc
 import os
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -55,6 +58,7 @@ def run(settings: Settings, life: Life) -> int:
         )
 
     with (
+        _readiness(settings.worker_ready_file) as ready,
         metrics.served(settings, residency.held),
         Outbox(events.Publisher(broker.connect(settings), settings)) as outbox,
         Keeper(
@@ -79,6 +83,7 @@ def run(settings: Settings, life: Life) -> int:
     ):
         placing.begin()
         life.held()
+        ready()
         # What stands now stands for good: collections need not look at it again.
         gc.freeze()
         gc.enable()
@@ -110,3 +115,17 @@ def run(settings: Settings, life: Life) -> int:
                 queues=served_queues(),
                 served=life.served,
             )
+
+
+@contextmanager
+def _readiness(file: str) -> Iterator[Callable[[], None]]:
+    """Says by a file, if there is to be one, that models are held; what a killed process has left goes first."""
+    if not file:
+        yield lambda: None
+        return
+    path = Path(file)
+    path.unlink(missing_ok=True)
+    try:
+        yield path.touch
+    finally:
+        path.unlink(missing_ok=True)

@@ -270,11 +270,16 @@ def test_imports_start_no_thread_ask_for_no_gpu_and_a_fork_computes_on_two_threa
 
 
 def test_a_job_whose_worker_is_killed_is_done_by_another_of_the_same_parent(
-    bench: Bench, log: Path
+    bench: Bench, log: Path, tmp_path: Path
 ) -> None:
+    ready = tmp_path / "ready"
     settings = msgspec.structs.replace(
-        bench.settings, pinned_models="tiny", worker_metrics_port=free_port()
+        bench.settings,
+        pinned_models="tiny",
+        worker_metrics_port=free_port(),
+        worker_ready_file=str(ready),
     )
+    ready.touch()  # an earlier one's
     reaper = Reaper(settings, bench.sessions, bench.redis, bench.store)
     prompt = " ".join(f"w{index % 10}" for index in range(50))
 
@@ -289,7 +294,9 @@ def test_a_job_whose_worker_is_killed_is_done_by_another_of_the_same_parent(
         return found.state is state
 
     with keeping(["-m", "worker"], log, settings.environment()) as kept:
+        kept.until(lambda: not ready.exists() or "worker_ready" in kept.says())
         kept.said("worker_ready")
+        assert ready.exists()
         first = kept.worker()
         job = asked(draws=32)
         kept.until(lambda: is_in(job, JobState.RUNNING))
@@ -308,7 +315,7 @@ def test_a_job_whose_worker_is_killed_is_done_by_another_of_the_same_parent(
         last = asked(draws=31)
         kept.until(lambda: is_in(last, JobState.RUNNING))
         kept.process.terminate()
-        assert kept.ended() == 0
+        assert (kept.ended(), ready.exists()) == (0, False)
         assert (bench.now(last).state, bench.now(last).attempt) == (JobState.SUCCEEDED, 1)
         assert kept.says().count("worker_killed") == 1
 
