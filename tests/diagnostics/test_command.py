@@ -311,6 +311,45 @@ def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(
     assert job["cache"]["when"] == job["artifacts"]["when"] == "always"
 
 
+@pytest.mark.parametrize("url", ["", "http://mri.example.net"], ids=["local", "cluster"])
+@pytest.mark.parametrize("template", ["github", "gitlab"])
+def test_a_template_beside_its_own_tree_installs_what_the_tree_needs(
+    template: str, url: str, tmp_path: Path
+) -> None:
+    """There the packages can be imported, and what they need cannot: what is installed counts."""
+    if template == "github":
+        action = yaml.safe_load((ROOT / "deploy/ci/github/action.yml").read_text())
+        (lines,) = [s["run"] for s in action["runs"]["steps"] if s["name"].startswith("Install")]
+    else:
+        gitlab = yaml.safe_load((ROOT / "deploy/ci/gitlab/neural-mri.yml").read_text())
+        lines = "\n".join(gitlab[".neural-mri-diagnose"]["before_script"])
+    installed = tmp_path / "installed"
+    bare = tmp_path / "python"
+    bare.write_text(
+        f'#!/bin/sh\nif [ "$1" = -m ]; then echo "$@" >> {installed}; exit; fi\n'
+        f'exec {sys.executable} -S "$@"\n'
+    )
+    bare.chmod(0o755)
+
+    def install(python: str) -> str:
+        installed.write_text("")
+        given = {"NMRI_PYTHON": python, "NMRI_URL": url, "NMRI_TREE": "."}
+        done = subprocess.run(
+            ["bash", "-eu", "-c", lines],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], **given},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return installed.read_text()
+
+    asked = "-m pip install --quiet --constraint ./constraints.txt --editable "
+    assert install(str(bare)) == f"{asked}.{'' if url else '[embedded]'}\n"
+    assert install(sys.executable) == ""
+
+
 def test_an_error_that_nobody_foresaw_is_no_gate_that_failed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
