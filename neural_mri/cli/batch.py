@@ -261,6 +261,10 @@ def results(
     url: options.Url = None,
 ) -> None:
     """Print the results so far, a line of JSON each; or take them away."""
+    if out is not None and (table or arrow or csv_file):
+        raise typer.BadParameter(
+            "--out writes everything into one zip: leave out --table, --arrow and --csv"
+        )
     if table is None and (arrow or csv_file):
         raise typer.BadParameter("--arrow and --csv write one table: name it by --table")
     with options.open_client(url) as client:

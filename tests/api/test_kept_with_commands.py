@@ -139,6 +139,7 @@ def test_links_are_printed_once(shell: Shell, api: httpx.Client, world: World) -
         ("batch", "submit", "nothing.ndjson"),
         ("batch", "submit", "x", "--max-failures", "0"),
         ("batch", "results", NOBODYS, "--csv", "x.csv"),
+        ("batch", "results", NOBODYS, "--out", "x.zip", "--table", "predictions"),
     ],
 )
 def test_bad_usage_is_said_in_a_sentence(shell: Shell, arguments: tuple[str, ...]) -> None:
