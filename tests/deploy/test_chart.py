@@ -37,6 +37,7 @@ SECRETS = {
 def everything_on() -> dict[str, Any]:
     given = copy.deepcopy(values())
     given["autoscaling"]["enabled"] = given["api"]["ingress"]["enabled"] = True
+    given["api"]["ingress"]["className"] = "nginx"
     given["models"]["claim"]["storageClass"] = "shared"
     given["monitoring"] |= {"enabled": True, "labels": {"release": "prometheus"}}
     given["worker"]["runtimeClassName"] = "nvidia"
@@ -326,7 +327,24 @@ def test_an_ingress_lets_through_what_the_service_takes() -> None:
     host = ingress["spec"]["rules"][0]["host"]
     (api, *_) = render("api.yaml", changed("api.allowedHosts", "elsewhere.example.org"))
     (container,) = api["spec"]["template"]["spec"]["containers"]
-    assert host in environment(container, everything_on())["NEURAL_MRI_ALLOWED_HOSTS"].split(",")
+    let_in = environment(container, everything_on())["NEURAL_MRI_ALLOWED_HOSTS"].split(",")
+    assert {host, "127.0.0.1", "localhost"} <= set(let_in)
+    assert ingress["spec"]["ingressClassName"] == "nginx"
+    (unnamed,) = render("ingress.yaml", changed("api.ingress.className", ""))
+    assert "ingressClassName" not in unnamed["spec"], "the cluster's own"
+
+
+def test_an_upgrade_waits_for_workers_that_hold_their_models_and_leaves_no_caller_alone() -> None:
+    containers_of = {name: pod["spec"]["containers"] for name, pod in pods()}
+    [(worker,)] = [each for name, each in containers_of.items() if name.endswith("-worker")]
+    file = environment(worker, values())["NEURAL_MRI_WORKER_READY_FILE"]
+    assert worker["readinessProbe"]["exec"]["command"] == ["test", "-e", file]
+    assert [mount for mount in worker["volumeMounts"] if file.startswith(mount["mountPath"] + "/")]
+    [(api,)] = [each for name, each in containers_of.items() if name.endswith("-api")]
+    (command, seconds) = api["lifecycle"]["preStop"]["exec"]["command"]
+    (pod,) = [pod for name, pod in pods() if name.endswith("-api")]
+    assert command == "sleep"
+    assert int(seconds) < pod["spec"]["terminationGracePeriodSeconds"] / 2
 
 
 def test_a_prometheus_operator_asks_with_a_key_at_ports_that_exist() -> None:
@@ -381,9 +399,16 @@ def test_workers_are_scaled_by_a_figure_that_the_api_tells() -> None:
     from api.metrics import Now
 
     (scaled,) = render("autoscaling.yaml", everything_on())
-    (trigger,) = scaled["spec"]["triggers"]
-    told = {family.name for family in Now([], [], 0).collect()}
-    assert set(re.findall(r"neural_mri_\w+", trigger["metadata"]["query"])) <= told
+    triggers = scaled["spec"]["triggers"]
+    told = {family.name for family in Now([], [], 0, busy_workers=0).collect()}
+    asked = [re.findall(r"neural_mri_\w+", each["metadata"]["query"]) for each in triggers]
+    assert [name for (name,) in asked if name in told] == [
+        "neural_mri_jobs_oldest_wait_seconds",
+        "neural_mri_workers_busy",
+    ]
+    assert [each["metadata"]["threshold"] for each in triggers] == ["30", "1"]
+    behaviour = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behaviour["scaleDown"]["stabilizationWindowSeconds"] == 600
     assert scaled["spec"]["scaleTargetRef"]["name"] in {name for name, _ in pods()}
 
 
