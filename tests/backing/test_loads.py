@@ -54,7 +54,8 @@ def test_a_job_that_came_back_waits_since_then(sessions: Sessions) -> None:
     (back,) = sessions.write(jobs.reap, max_attempts=3)
     assert (back.id, back.state) == (job.id, JobState.QUEUED)
     (load,) = sessions.read(loads.loads)
-    assert (load.waiting, load.oldest_seconds) == (1, pytest.approx(0, abs=20))
+    assert load.waiting == 1
+    assert load.oldest_seconds < 20
 
 
 def test_who_follows_waits_for_no_worker(sessions: Sessions) -> None:
