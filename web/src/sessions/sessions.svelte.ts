@@ -46,6 +46,8 @@ export class Sessions {
   problem = $state("");
   told = $state("");
   conflict = $state.raw<Conflict | null>(null);
+  /** What is to be opened once somebody has said what becomes of unsaved changes. */
+  pending = $state.raw<(() => Promise<boolean>) | null>(null);
   readonly beside: Beside;
   readonly following: Following;
   /** Results that have arrived since the session was opened here. */
@@ -87,6 +89,14 @@ export class Sessions {
   /** Whether something would be lost that is nowhere but here. */
   get isUnsaved(): boolean {
     return this.open.isChanged;
+  }
+
+  /** Whether somebody has to be asked first, and asks: what is not saved is not thrown away in passing. */
+  asks(work: () => Promise<boolean>): boolean {
+    if (!this.isUnsaved) return false;
+    this.pending = work;
+    this.#room.desk.listing = true;
+    return true;
   }
 
   // Opening

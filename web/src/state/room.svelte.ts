@@ -32,7 +32,7 @@ import { Log } from "./log.svelte";
 import { perform } from "./perform";
 import { Reading } from "./reading.svelte";
 import { Study, titleOf } from "./study.svelte";
-import { decode, type Place } from "./url";
+import { decode, encode, type Place } from "./url";
 import { goTo, placeOf, viewOf } from "./places";
 import type { Sessions } from "../sessions/sessions.svelte";
 import { t } from "../words/words.svelte";
@@ -196,16 +196,27 @@ export class Room {
 
   #wanted: Place | null = null;
 
-  /** Goes where another address says. */
+  /** Goes where another address says. Where something would be lost by that, it is asked about first. */
   async visit(place: Place): Promise<void> {
     const now = this.place();
     const elsewhere = (["session", "revision", "shared"] as const).some(
       (name) => place[name] !== now[name],
     );
-    if (elsewhere) {
-      const opened = await (await this.withSessions()).arrive(place);
-      if (opened || (place.session ?? place.shared) !== null) return;
-    }
+    if (!elsewhere) return this.#within(place);
+    const sessions = await this.withSessions();
+    const leave = async () => {
+      const opened = await sessions.arrive(place);
+      if (opened || (place.session ?? place.shared) !== null) return opened;
+      await this.#within(place);
+      return true;
+    };
+    // Until that is answered, the address is still of what is seen.
+    if (sessions.asks(leave)) location.replace(`#${encode(this.place())}`);
+    else await leave();
+  }
+
+  /** Goes to another place in what is open. */
+  async #within(place: Place): Promise<void> {
     goTo(this, place);
     if (place.model !== null) await this.study.choose(place.model);
     const there = this.study.jobs();

@@ -391,6 +391,47 @@ test("what is not saved is asked about before another session is opened", async 
   await context.close();
 });
 
+test("neither a second click nor another address throws away what is not saved", async () => {
+  const { context, page } = await stranger();
+  await go(page);
+  await work(page);
+  const first = await save(page, "First");
+  await page.getByRole("button", { name: "Close it" }).click();
+  const second = await save(page, "Second");
+  await page.getByRole("textbox", { name: "New note" }).fill("unsaved");
+  await page.getByRole("button", { name: "Note it" }).click();
+  await listing(page);
+  const name = page.getByTestId("session-list").locator(`li[data-id="${first}"] .name`);
+  await name.click();
+  const question = page.getByTestId("unsaved-question");
+  await question.waitFor();
+  await name.click();
+  await drawn(page);
+  await question.getByRole("button", { name: "Stay" }).click();
+  await page.keyboard.press("Escape");
+  await page.getByTestId("sessions").waitFor({ state: "detached" });
+  expect(await notes(page)).toEqual(["unsaved"]);
+
+  for (const elsewhere of [`session=${first}`, "seq=T1"]) {
+    await page.evaluate((fragment) => (location.hash = fragment), elsewhere);
+    await question.waitFor();
+    await page.waitForFunction((id) => location.hash.includes(id), second);
+    await page.keyboard.press("Escape");
+    await page.getByTestId("sessions").waitFor({ state: "detached" });
+    expect(await notes(page)).toEqual(["unsaved"]);
+  }
+  // The address goes along with what is looked at, as before.
+  await page.getByTestId("axial").focus();
+  await page.keyboard.press("2");
+  await page.waitForFunction(() => location.hash.includes("seq=T2"));
+  await page.evaluate((fragment) => (location.hash = fragment), `session=${first}`);
+  await question.getByRole("button", { name: "Open without saving" }).click();
+  await page.getByTestId("sessions").waitFor({ state: "detached" });
+  await page.waitForFunction((id) => location.hash.includes(id), first);
+  expect(await notes(page)).toEqual(["It writes the city"]);
+  await context.close();
+});
+
 test("an ID that is none, or nobody's, is told in words", async () => {
   const { context, page } = await stranger();
   const nobodys = "01a208e5-620a-7f6d-98da-3f510d18b436";
