@@ -5,6 +5,7 @@ import type { Client } from "../api/client";
 import { explain } from "../api/refusals";
 import { download } from "../export/download";
 import { isSequence } from "../model/sequences";
+import type { Series } from "../model/series";
 import type { Room } from "../state/room.svelte";
 import { seriesNamed } from "../state/study.svelte";
 import { START, decode, type Place } from "../state/url";
@@ -16,7 +17,7 @@ import { Following } from "./following.svelte";
 import { DamagedFile, readNmri, type NmriFile } from "./nmri";
 import { whereOf, whyNot, type Origin } from "./origin";
 import { Session } from "./session.svelte";
-import { Shelf } from "./shelf";
+import { Shelf, isKept } from "./shelf";
 import { isBare } from "./view";
 import {
   SessionsService,
@@ -194,6 +195,8 @@ export class Sessions {
       this.beside.other = null;
       this.arrived = [];
       this.conflict = null;
+      // What joins one session has not been asked to join another.
+      this.joins = false;
       this.open = session;
       await this.#show(session, file, place);
       session.detail = await told;
@@ -262,6 +265,7 @@ export class Sessions {
     this.following.arriving = [];
     this.beside.other = null;
     this.conflict = null;
+    this.joins = false;
     this.open = new Session(this.#room, this.#shelf, { kind: "new" });
     this.#room.images.adopt("", "", [], true);
   }
@@ -358,6 +362,7 @@ export class Sessions {
     session.detail = saved;
     session.name = saved.name;
     this.conflict = null;
+    if (!stays) this.joins = false;
     if (isSettled) session.read(saved.document, saved.opened, true);
     else session.grow(saved.document, saved.opened);
     this.open = session;
@@ -482,9 +487,11 @@ export class Sessions {
   }
 
   /** Told of every scan that finishes here. */
-  scanned(job: string): void {
+  scanned({ sequence, acquisition: { job } }: Series): void {
     const { origin } = this.open;
     if (!this.joins || (origin.kind !== "own" && origin.kind !== "shared")) return;
+    // The anatomy comes along with a model, and what is kept was measured before: nobody took these.
+    if (sequence === "T1" || isKept(job)) return;
     void this.#doing("", async () => {
       await this.service.add(whereOf(origin), job);
     });

@@ -108,7 +108,7 @@ export class Room {
       finished: (series) => {
         this.#finished(series.sequence, series.tokens.length);
         if (series.sequence === this.display.sequence) this.#raise();
-        if (!this.#restoring) this.sessions?.scanned(series.acquisition.job);
+        if (!this.#restoring) this.sessions?.scanned(series);
       },
     });
   }

@@ -1,0 +1,152 @@
+/** What is done with an open session: by a viewer that nobody looks at, over a service that does as it is told. */
+import { readFileSync } from "node:fs";
+
+import { beforeEach, expect, test, vi } from "vitest";
+
+import { Client } from "../../src/api/client";
+import { readNmri } from "../../src/sessions/nmri";
+import type { Sessions } from "../../src/sessions/sessions.svelte";
+import type { Note, SessionDocument } from "../../src/sessions/wire";
+import type { Series } from "../../src/model/series";
+import { Room } from "../../src/state/room.svelte";
+import { json } from "./fixtures";
+
+const SAID = json("session") as {
+  readonly revision: string;
+  readonly results: readonly [string, string];
+};
+const [STRUCTURE, ACTIVITY] = SAID.results;
+const ID = "01a208e5-620a-7f6d-98da-3f510d18b436";
+const OTHER = "01a208e5-620a-7f6d-98da-3f510d18b437";
+const NEW = "01930000-0000-7000-8000-00000000000a";
+const FILE = new Uint8Array(
+  readFileSync(new URL("../fixtures/data/session.nmri", import.meta.url)),
+).buffer;
+
+type Answer = (init: RequestInit) => unknown;
+
+/** What the service was asked, but for what any opening asks; and what it answers, by method and path. */
+class Service {
+  readonly asked: string[] = [];
+  readonly answers = new Map<string, Answer>();
+
+  readonly fetch = (async (path: string, init: RequestInit = {}) => {
+    const asked = `${init.method ?? "GET"} ${path}`;
+    this.asked.push(asked);
+    if (path.endsWith("/events")) return new Promise<never>(() => undefined);
+    const answer = await this.answers.get(asked)?.(init);
+    if (answer instanceof Response) return answer;
+    if (answer instanceof ArrayBuffer) return new Response(answer);
+    return answer === undefined ? problem(404, "No such thing") : Response.json(answer);
+  }) as typeof fetch;
+
+  on(asked: string, answer: Answer): void {
+    this.answers.set(asked, answer);
+  }
+
+  /** Keeps a session, as `session.nmri` has it. */
+  async keep(id: string): Promise<void> {
+    const { document } = await readNmri(FILE);
+    this.on(`GET /api/sessions/${id}`, () => detail(id, document));
+    this.on(`GET /api/sessions/${id}/export`, () => FILE.slice(0));
+  }
+
+  /** How often something was asked. */
+  count(asked: string): number {
+    return this.asked.filter((each) => each === asked).length;
+  }
+}
+
+function problem(status: number, title: string): Response {
+  const headers = { "Content-Type": "application/problem+json" };
+  return new Response(JSON.stringify({ title, status }), { status, headers });
+}
+
+function detail(id: string, document: SessionDocument, change: object = {}): object {
+  const [opened, head] = [SAID.revision, SAID.revision];
+  return { id, name: "Eiffel", document, opened, head, revision: 1, arriving: [], ...change };
+}
+
+interface Opened {
+  readonly room: Room;
+  readonly sessions: Sessions;
+}
+
+/** A viewer, as a page that is loaded makes one. */
+async function viewer(service: Service): Promise<Opened> {
+  const room = new Room(new Client("", service.fetch));
+  // Nobody listens, and outside of a browser nothing that is derived is remembered: it would take seconds.
+  room.describe = () => "";
+  room.reading.hottest = () => -1;
+  return { room, sessions: await room.withSessions() };
+}
+
+async function opened(service: Service, id = ID): Promise<Opened> {
+  await service.keep(id);
+  const made = await viewer(service);
+  expect(await made.sessions.openOwn(id), made.sessions.problem).toBe(true);
+  return made;
+}
+
+/** A scan that has just been taken, of what the session's own is of. */
+function took(room: Room, job = NEW): Series {
+  const state = room.study.series.fMRI;
+  if (state.status !== "ready") throw new Error("There is no scan to take again");
+  const acquisition = { ...state.series.acquisition, job };
+  const series = { ...state.series, acquisition };
+  room.study.series = { ...room.study.series, fMRI: { status: "ready", series } };
+  return series;
+}
+
+function note(text: string): Note {
+  return { text, scan: null, component: null, position: null, author: "" };
+}
+
+/** Lets everything that can go on go on. */
+async function soon(): Promise<void> {
+  for (let turn = 0; turn < 10; turn++) await new Promise((resolve) => setTimeout(resolve));
+}
+
+let service: Service;
+beforeEach(() => {
+  service = new Service();
+  const kept = new Map<string, string>();
+  vi.stubGlobal("requestAnimationFrame", () => 0);
+  vi.stubGlobal("sessionStorage", {
+    getItem: (name: string) => kept.get(name) ?? null,
+    setItem: (name: string, value: string) => kept.set(name, value),
+  });
+});
+
+const ADDED = `POST /api/sessions/${ID}/scans`;
+
+test("scans that were taken here join, and those that were only shown do not", async () => {
+  const { room, sessions } = await opened(service);
+  sessions.join(true);
+  await sessions.show(ACTIVITY);
+  const { T1 } = room.study.series;
+  if (T1.status !== "ready") throw new Error("There is no anatomy");
+  const acquisition = { ...T1.series.acquisition, job: NEW };
+  sessions.scanned({ ...T1.series, acquisition });
+  await soon();
+  expect(service.count(ADDED)).toBe(0);
+  expect(sessions.problem).toBe("");
+  sessions.scanned(took(room));
+  await soon();
+  expect(service.count(ADDED)).toBe(1);
+});
+
+test("scans that join one session join no other", async () => {
+  const { room, sessions } = await opened(service);
+  await service.keep(OTHER);
+  sessions.join(true);
+  await sessions.openOwn(OTHER);
+  expect(sessions.joins).toBe(false);
+  sessions.scanned(took(room));
+  await soon();
+  expect(service.asked.filter((asked) => asked.startsWith("POST"))).toEqual([]);
+  sessions.join(true);
+  service.on(`DELETE /api/sessions/${OTHER}`, () => ({}));
+  await sessions.remove(OTHER);
+  expect(sessions.joins).toBe(false);
+});
