@@ -124,6 +124,19 @@ export class Session {
     return this.labels[job] ?? saved?.label ?? "";
   }
 
+  /** Where nothing was saved yet: what was noted before the page was loaded again. */
+  resume(): void {
+    const before = kept(this.#tag);
+    this.notes = before?.notes ?? [];
+    this.labels = before?.labels ?? {};
+  }
+
+  /** Where nothing was saved yet: nothing is noted any more. */
+  clear(): void {
+    this.notes = [];
+    this.#keep();
+  }
+
   /** The document as it was read. What was noted in it before the page was loaded again stays. */
   read(document: SessionDocument, revision: string, anew = false): void {
     this.document = document;

@@ -74,6 +74,7 @@ export class Sessions {
     });
     client.kept = (path, init) => this.#shelf.answer(path, init);
     this.open = new Session(room, this.#shelf, { kind: "new" });
+    this.open.resume();
   }
 
   /** The open session, as an address names it. */
@@ -171,7 +172,7 @@ export class Sessions {
     const { open } = this;
     if (open.origin.kind === "new") {
       this.#room.images.adopt("", "", [], true);
-      open.notes = [];
+      open.clear();
       return;
     }
     this.#room.stimuli = open.stimuli();
@@ -364,7 +365,10 @@ export class Sessions {
     this.conflict = null;
     if (!stays) this.joins = false;
     if (isSettled) session.read(saved.document, saved.opened, true);
-    else session.grow(saved.document, saved.opened);
+    else {
+      session.notes = this.open.notes;
+      session.grow(saved.document, saved.opened);
+    }
     this.open = session;
     const { length } = draft.foreign;
     const foreign =

@@ -150,3 +150,28 @@ test("scans that join one session join no other", async () => {
   await sessions.remove(OTHER);
   expect(sessions.joins).toBe(false);
 });
+
+test("what was noted before anything was saved outlives a reload of the page, until it is undone", async () => {
+  const before = await viewer(service);
+  before.sessions.open.add(note("not saved anywhere"));
+  before.sessions.open.call(NEW, "clean");
+  const after = await viewer(service);
+  expect(after.sessions.open.notes).toEqual([note("not saved anywhere")]);
+  expect(after.sessions.open.labelOf(NEW)).toBe("clean");
+  expect(after.sessions.isUnsaved).toBe(true);
+  after.sessions.undo();
+  expect((await viewer(service)).sessions.open.notes).toEqual([]);
+});
+
+test("a note that is written while the first save is under way loses none", async () => {
+  const { sessions } = await viewer(service);
+  sessions.open.add(note("before"));
+  const { document } = await readNmri(FILE);
+  service.on("POST /api/sessions", () => {
+    sessions.open.add(note("meanwhile"));
+    return detail(ID, { ...document, scans: [], notes: [note("before")], key_images: [] });
+  });
+  expect(await sessions.save(), sessions.problem).toBe(true);
+  expect(sessions.open.notes.map(({ text }) => text)).toEqual(["before", "meanwhile"]);
+  expect(sessions.isUnsaved).toBe(true);
+});
