@@ -306,8 +306,10 @@ export class Sessions {
         await this.#clash();
         return;
       }
+      const others = await this.#others(saved, draft);
       const isSettled = open.notes === notes && this.#room.images.all === images;
       this.#saved(saved, draft, isSettled);
+      this.arrived = [...this.arrived, ...others];
     });
   }
 
@@ -326,7 +328,9 @@ export class Sessions {
       const draft = await this.#draft();
       const message = changes(open.document, draft.content);
       if (isChanged) made = await this.service.save(made.id, made.head, draft.content, message);
+      const others = await this.#others(made, draft);
       this.#saved(made, draft, true);
+      this.arrived = [...this.arrived, ...others];
       this.#later(this.open);
     });
     return forked;
@@ -348,6 +352,23 @@ export class Sessions {
       keyOf: async (job) => (await this.#room.study.manifest(job)).scan_key,
       structure: (model) => this.service.structure(model),
     });
+  }
+
+  /** Results that came in with a save, because somebody else had added them: fetched, to be shown as any other. */
+  async #others(saved: SessionDetail, draft: Draft): Promise<readonly string[]> {
+    const own = names(draft, saved).taken.map(([result]) => result);
+    const others = saved.document.scans
+      .map(({ result }) => result)
+      .filter((result) => !own.includes(result) && !this.#shelf.has(result));
+    if (others.length === 0) return others;
+    try {
+      const file = await this.service.file({ id: saved.id, revision: saved.opened });
+      this.#shelf.take(await readNmri(file));
+    } catch (error) {
+      // It has been saved all the same.
+      this.problem = explain(error);
+    }
+    return others;
   }
 
   #saved(saved: SessionDetail, draft: Draft, isSettled: boolean): void {
@@ -506,11 +527,12 @@ export class Sessions {
     await this.#saving;
     if (revision === session.revision || number <= (session.detail?.revision ?? 0)) return;
     const where = whereOf(session.origin);
-    const [file, detail] = await Promise.all([
-      this.service.file(where),
-      this.service.detail(where),
-    ]);
-    this.#shelf.take(await readNmri(file));
+    // The file second: it then holds what the other names, whoever saves in between.
+    const detail = await this.service.detail(where);
+    this.#shelf.take(await readNmri(await this.service.file(where)));
+    await this.#saving;
+    // What was saved or opened here meanwhile is newer.
+    if (session !== this.open || detail.revision <= (session.detail?.revision ?? 0)) return;
     const { document } = detail;
     const isGrown = grown(session.document, document);
     if (!isGrown && session.isChanged) {

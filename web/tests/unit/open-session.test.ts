@@ -5,6 +5,7 @@ import { beforeEach, expect, test, vi } from "vitest";
 
 import { Client } from "../../src/api/client";
 import { readNmri } from "../../src/sessions/nmri";
+import type * as Nmri from "../../src/sessions/nmri";
 import type { Sessions } from "../../src/sessions/sessions.svelte";
 import type { Note, SessionDocument } from "../../src/sessions/wire";
 import type { Series } from "../../src/model/series";
@@ -23,6 +24,19 @@ const FILE = new Uint8Array(
   readFileSync(new URL("../fixtures/data/session.nmri", import.meta.url)),
 ).buffer;
 
+/** Results that nobody had added yet when a file was written. */
+let later: readonly string[] = [];
+vi.mock("../../src/sessions/nmri", async (original) => {
+  const all = await original<typeof Nmri>();
+  const readNmri = async (bytes: ArrayBuffer): Promise<Nmri.NmriFile> => {
+    const { document, results, ...rest } = await all.readNmri(bytes);
+    const scans = document.scans.filter(({ result }) => !later.includes(result));
+    const kept = [...results].filter(([result]) => !later.includes(result));
+    return { ...rest, document: { ...document, scans }, results: new Map(kept) };
+  };
+  return { ...all, readNmri };
+});
+
 type Answer = (init: RequestInit) => unknown;
 
 /** What the service was asked, but for what any opening asks; and what it answers, by method and path. */
@@ -33,12 +47,30 @@ class Service {
   readonly fetch = (async (path: string, init: RequestInit = {}) => {
     const asked = `${init.method ?? "GET"} ${path}`;
     this.asked.push(asked);
-    if (path.endsWith("/events")) return new Promise<never>(() => undefined);
+    if (path.endsWith("/events")) return this.#events(init);
     const answer = await this.answers.get(asked)?.(init);
     if (answer instanceof Response) return answer;
     if (answer instanceof ArrayBuffer) return new Response(answer);
     return answer === undefined ? problem(404, "No such thing") : Response.json(answer);
   }) as typeof fetch;
+
+  #tell: (event: object) => void = () => undefined;
+
+  #events({ signal }: RequestInit): Response {
+    const body = new ReadableStream<Uint8Array>({
+      start: (stream) => {
+        this.#tell = (event) =>
+          stream.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(event)}\n\n`));
+        signal?.addEventListener("abort", () => stream.close());
+      },
+    });
+    return new Response(body);
+  }
+
+  /** Tells whoever follows that somebody has saved. */
+  saved(number: number, revision: string): void {
+    this.#tell({ type: "saved", number, revision, name: "Eiffel", author: "ada", added: [] });
+  }
 
   on(asked: string, answer: Answer): void {
     this.answers.set(asked, answer);
@@ -65,6 +97,13 @@ function problem(status: number, title: string): Response {
 function detail(id: string, document: SessionDocument, change: object = {}): object {
   const [opened, head] = [SAID.revision, SAID.revision];
   return { id, name: "Eiffel", document, opened, head, revision: 1, arriving: [], ...change };
+}
+
+/** Revision 2 of the session, with what a save sends in it. */
+function second({ body }: RequestInit, document: SessionDocument): object {
+  const { notes } = JSON.parse(body as string) as SessionDocument;
+  const opened = "02".repeat(32);
+  return detail(ID, { ...document, notes }, { revision: 2, opened, head: opened });
 }
 
 interface Opened {
@@ -109,6 +148,7 @@ async function soon(): Promise<void> {
 
 let service: Service;
 beforeEach(() => {
+  later = [];
   service = new Service();
   const kept = new Map<string, string>();
   vi.stubGlobal("requestAnimationFrame", () => 0);
@@ -174,4 +214,37 @@ test("a note that is written while the first save is under way loses none", asyn
   expect(await sessions.save(), sessions.problem).toBe(true);
   expect(sessions.open.notes.map(({ text }) => text)).toEqual(["before", "meanwhile"]);
   expect(sessions.isUnsaved).toBe(true);
+});
+
+test("a scan that came in with one's own save is shown as any other", async () => {
+  const { document } = await readNmri(FILE);
+  later = [ACTIVITY];
+  const { sessions } = await opened(service);
+  expect(sessions.open.document.scans.map(({ result }) => result)).toEqual([STRUCTURE]);
+  sessions.open.add(note("mine"));
+  later = [];
+  service.on(`PUT /api/sessions/${ID}`, (init) => second(init, document));
+  service.on(`GET /api/sessions/${ID}/export?revision=${"02".repeat(32)}`, () => FILE.slice(0));
+  expect(await sessions.save(), sessions.problem).toBe(true);
+  expect(sessions.arrived).toEqual([ACTIVITY]);
+  await sessions.show(ACTIVITY);
+  expect(service.asked.filter((asked) => asked.includes("/api/jobs"))).toEqual([]);
+});
+
+test("a save that ends while another's is being read stands", async () => {
+  const { sessions } = await opened(service);
+  const { document } = await readNmri(FILE);
+  await soon();
+  let read: (answer: object) => void = () => undefined;
+  service.on(`GET /api/sessions/${ID}`, () => new Promise((resolve) => (read = resolve)));
+  service.saved(2, "01".repeat(32));
+  await soon();
+  sessions.open.add(note("mine"));
+  service.on(`PUT /api/sessions/${ID}`, (init) => ({ ...second(init, document), revision: 3 }));
+  expect(await sessions.save(), sessions.problem).toBe(true);
+  read(detail(ID, document, { revision: 2, opened: "01".repeat(32) }));
+  await soon();
+  expect(sessions.open.revision).toBe("02".repeat(32));
+  expect(sessions.open.notes).toContainEqual(note("mine"));
+  expect(sessions.isUnsaved).toBe(false);
 });
