@@ -280,8 +280,9 @@ export class Sessions {
 
   // Saving
 
-  /** Saves the open session, or what is on the screen as one. */
+  /** Saves the open session, or what is on the screen as one. While anything is being done, nothing is. */
   async save(): Promise<boolean> {
+    if (this.busy !== "") return false;
     const { open } = this;
     if (!open.canSave) return this.saveAs(open.name);
     const name = open.name.trim() || (open.detail?.name ?? this.suggestedName());
@@ -315,6 +316,7 @@ export class Sessions {
 
   /** As a session of one's own, whatever is open: begun where that stands. */
   async saveAs(name: string): Promise<boolean> {
+    if (this.busy !== "") return false;
     const { open } = this;
     if (open.origin.kind === "new") {
       open.name = name;
@@ -567,8 +569,10 @@ export class Sessions {
     const before = this.#saving;
     let release: () => void = () => undefined;
     this.#saving = new Promise<void>((resolve) => (release = resolve));
+    // Said before it is waited for: who asks twice means it once.
+    if (word !== "") this.busy = word;
     await before;
-    this.busy = word;
+    if (word !== "") this.busy = word;
     this.problem = "";
     this.told = "";
     try {
@@ -582,7 +586,7 @@ export class Sessions {
       this.#room.announce(this.problem);
       return false;
     } finally {
-      this.busy = "";
+      if (word !== "") this.busy = "";
       release();
     }
   }

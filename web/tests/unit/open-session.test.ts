@@ -248,3 +248,38 @@ test("a save that ends while another's is being read stands", async () => {
   expect(sessions.open.notes).toContainEqual(note("mine"));
   expect(sessions.isUnsaved).toBe(false);
 });
+
+test("who asks twice for a save gets one, whatever it has to wait for", async () => {
+  const document = { ...(await readNmri(FILE)).document, scans: [] };
+  const { sessions } = await viewer(service);
+  sessions.open.add(note("mine"));
+  service.on("POST /api/sessions", () => detail(ID, document));
+  const made = await Promise.all([sessions.save(), sessions.save()]);
+  expect(made, sessions.problem).toEqual([true, false]);
+  expect(service.count("POST /api/sessions")).toBe(1);
+  expect(sessions.busy).toBe("");
+
+  // A name that is on its way to the service is nothing that a person sees.
+  let named: (answer: object) => void = () => undefined;
+  service.on(`PATCH /api/sessions/${ID}`, () => new Promise((resolve) => (named = resolve)));
+  service.on(`PUT /api/sessions/${ID}`, (init) => second(init, document));
+  const renamed = sessions.rename("Eiffel");
+  const [first, again] = [sessions.save(), sessions.save()];
+  await soon();
+  named({ name: "Eiffel" });
+  await renamed;
+  expect(await Promise.all([first, again]), sessions.problem).toEqual([true, false]);
+  expect(service.count(`PUT /api/sessions/${ID}`)).toBe(1);
+  expect(sessions.problem).toBe("");
+});
+
+test("who asks twice for a fork gets one", async () => {
+  const { sessions } = await opened(service);
+  const { document } = await readNmri(FILE);
+  service.on(`POST /api/sessions/${ID}/fork`, () => detail(OTHER, document));
+  expect(await Promise.all([sessions.saveAs("Mine"), sessions.saveAs("Mine")])).toEqual([
+    true,
+    false,
+  ]);
+  expect(service.count(`POST /api/sessions/${ID}/fork`)).toBe(1);
+});
