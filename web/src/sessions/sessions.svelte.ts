@@ -155,8 +155,8 @@ export class Sessions {
   }
 
   /** What is not saved is not thrown away in passing. */
-  #mayLose(): boolean {
-    if (!this.isUnsaved) return true;
+  #mayLose(isUnsaved = this.isUnsaved): boolean {
+    if (!isUnsaved) return true;
     this.problem = t("What you changed is not saved yet: save it first, or undo the changes.");
     return false;
   }
@@ -176,7 +176,29 @@ export class Sessions {
       return;
     }
     this.#room.stimuli = open.stimuli();
+    this.#takeOff(open);
     open.read(open.document, open.revision, true);
+  }
+
+  /** Scans that a session does not hold go off the screen; those that stood there when it was saved come back. */
+  #takeOff(open: Session): void {
+    const { comparison, display, study } = this.#room;
+    const taken = open.taken.map(({ job }) => job);
+    const isTaken = ({ acquisition }: Series) => taken.includes(acquisition.job);
+    for (const { sequence } of comparison?.other.finished().filter(isTaken) ?? []) {
+      comparison?.other.clear(sequence);
+    }
+    const off = study.finished().filter(isTaken);
+    for (const { sequence } of off) study.clear(sequence);
+    const stood = [...decode(open.place()).jobs, ...(firstOf(open.document)?.jobs ?? [])];
+    const back = off.flatMap(({ sequence }) => {
+      const scan = open.document.scans.find(
+        ({ kind, model, result }) =>
+          stood.includes(result) && model === study.model?.name && seriesNamed(kind) === sequence,
+      );
+      return scan?.result ?? [];
+    });
+    if (back.length > 0) void study.openAll(back, display.sequence);
   }
 
   async #opening(
@@ -273,7 +295,8 @@ export class Sessions {
 
   /** An empty session, for what is on the screen. */
   begin(): void {
-    if (!this.#mayLose()) return;
+    // Scans stay on the screen, and can be saved as a session from there.
+    if (!this.#mayLose(this.open.isEdited)) return;
     this.#close();
     this.told = t("Nothing is open. What is on the screen can be saved as a session.");
   }
@@ -376,8 +399,7 @@ export class Sessions {
   #saved(saved: SessionDetail, draft: Draft, isSettled: boolean): void {
     const { nameOf, taken } = names(draft, saved);
     for (const [result, job] of taken) this.#shelf.name(result, job);
-    this.#room.study.rename(nameOf);
-    this.#room.comparison?.other.rename(nameOf);
+    this.#rename(nameOf);
     const { origin } = this.open;
     const stays = origin.kind === "own" && origin.id === saved.id && origin.revision === null;
     const session = stays
@@ -401,6 +423,12 @@ export class Sessions {
     this.told = `${t("Saved as revision {number}.", { number: saved.revision })}${foreign}`;
     this.#room.announce(this.told);
     if (!stays) void this.following.follow(session);
+  }
+
+  /** Calls what is on the screen by other ids. */
+  #rename(nameOf: (job: string) => string): void {
+    this.#room.study.rename(nameOf);
+    this.#room.comparison?.other.rename(nameOf);
   }
 
   async #clash(): Promise<void> {
@@ -520,7 +548,13 @@ export class Sessions {
     // The anatomy comes along with a model, and what is kept was measured before: nobody took these.
     if (sequence === "T1" || isKept(job)) return;
     void this.#doing("", async () => {
-      await this.service.add(whereOf(origin), job);
+      const { document } = await this.service.add(whereOf(origin), job);
+      const { scan_key } = await this.#room.study.manifest(job);
+      const joined = document.scans.find((scan) => scan.scan_key === scan_key);
+      if (joined === undefined || this.open.origin !== origin) return;
+      // The session has it by its result: what is on the screen is that scan, and not another beside it.
+      this.#shelf.name(joined.result, job);
+      this.#rename((other) => (other === job ? joined.result : other));
     });
   }
 

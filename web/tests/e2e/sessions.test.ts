@@ -225,6 +225,11 @@ test("scans of somebody else in the same session arrive", async () => {
   const list = page.getByTestId("session-scans");
   await list.getByText("“Rome is the capital of”").waitFor();
   await list.getByText("arrived").waitFor();
+  // Who took it has it once, and nothing left to save.
+  const own = other.page.getByTestId("session-scans");
+  await own.getByText("arrived").waitFor();
+  expect(await own.getByText("“Rome is the capital of”").count()).toBe(1);
+  expect(await other.page.getByTestId("unsaved").count()).toBe(0);
   expect(await page.getByTestId("unsaved").count()).toBe(0);
   const row = list.locator("li", { hasText: "Rome" });
   await row.getByRole("button", { name: /^Show scan/ }).click();
@@ -397,6 +402,7 @@ test("neither a second click nor another address throws away what is not saved",
   await work(page);
   const first = await save(page, "First");
   await page.getByRole("button", { name: "Close it" }).click();
+  await page.waitForFunction(() => !location.hash.includes("session="));
   const second = await save(page, "Second");
   await page.getByRole("textbox", { name: "New note" }).fill("unsaved");
   await page.getByRole("button", { name: "Note it" }).click();

@@ -20,9 +20,8 @@ const [STRUCTURE, ACTIVITY] = SAID.results;
 const ID = "01a208e5-620a-7f6d-98da-3f510d18b436";
 const OTHER = "01a208e5-620a-7f6d-98da-3f510d18b437";
 const NEW = "01930000-0000-7000-8000-00000000000a";
-const FILE = new Uint8Array(
-  readFileSync(new URL("../fixtures/data/session.nmri", import.meta.url)),
-).buffer;
+const FILE = new Uint8Array(readFileSync(new URL("../fixtures/data/session.nmri", import.meta.url)))
+  .buffer;
 
 /** Results that nobody had added yet when a file was written. */
 let later: readonly string[] = [];
@@ -141,6 +140,11 @@ function note(text: string): Note {
   return { text, scan: null, component: null, position: null, author: "" };
 }
 
+/** Waits until the viewer hears what happens to the session. */
+async function followed(of: Service): Promise<void> {
+  await vi.waitFor(() => expect(of.count(`GET /api/sessions/${ID}/events`)).toBe(1));
+}
+
 /** Lets everything that can go on go on. */
 async function soon(): Promise<void> {
   for (let turn = 0; turn < 10; turn++) await new Promise((resolve) => setTimeout(resolve));
@@ -155,6 +159,7 @@ beforeEach(() => {
   vi.stubGlobal("sessionStorage", {
     getItem: (name: string) => kept.get(name) ?? null,
     setItem: (name: string, value: string) => kept.set(name, value),
+    clear: () => kept.clear(),
   });
 });
 
@@ -172,8 +177,7 @@ test("scans that were taken here join, and those that were only shown do not", a
   expect(service.count(ADDED)).toBe(0);
   expect(sessions.problem).toBe("");
   sessions.scanned(took(room));
-  await soon();
-  expect(service.count(ADDED)).toBe(1);
+  await vi.waitFor(() => expect(service.count(ADDED)).toBe(1));
 });
 
 test("scans that join one session join no other", async () => {
@@ -234,15 +238,16 @@ test("a scan that came in with one's own save is shown as any other", async () =
 test("a save that ends while another's is being read stands", async () => {
   const { sessions } = await opened(service);
   const { document } = await readNmri(FILE);
-  await soon();
+  await followed(service);
   let read: (answer: object) => void = () => undefined;
   service.on(`GET /api/sessions/${ID}`, () => new Promise((resolve) => (read = resolve)));
   service.saved(2, "01".repeat(32));
-  await soon();
+  await vi.waitFor(() => expect(service.count(`GET /api/sessions/${ID}`)).toBe(2));
   sessions.open.add(note("mine"));
   service.on(`PUT /api/sessions/${ID}`, (init) => ({ ...second(init, document), revision: 3 }));
   expect(await sessions.save(), sessions.problem).toBe(true);
   read(detail(ID, document, { revision: 2, opened: "01".repeat(32) }));
+  await vi.waitFor(() => expect(service.count(`GET /api/sessions/${ID}/export`)).toBe(2));
   await soon();
   expect(sessions.open.revision).toBe("02".repeat(32));
   expect(sessions.open.notes).toContainEqual(note("mine"));
@@ -265,7 +270,7 @@ test("who asks twice for a save gets one, whatever it has to wait for", async ()
   service.on(`PUT /api/sessions/${ID}`, (init) => second(init, document));
   const renamed = sessions.rename("Eiffel");
   const [first, again] = [sessions.save(), sessions.save()];
-  await soon();
+  await vi.waitFor(() => expect(service.count(`PATCH /api/sessions/${ID}`)).toBe(1));
   named({ name: "Eiffel" });
   await renamed;
   expect(await Promise.all([first, again]), sessions.problem).toEqual([true, false]);
@@ -282,4 +287,49 @@ test("who asks twice for a fork gets one", async () => {
     false,
   ]);
   expect(service.count(`POST /api/sessions/${ID}/fork`)).toBe(1);
+});
+
+test("a scan that was taken in a session is undone, and what stood in its place is back", async () => {
+  const { room, sessions } = await opened(service);
+  took(room);
+  expect(sessions.isUnsaved).toBe(true);
+  sessions.undo();
+  expect(sessions.isUnsaved).toBe(false);
+  await vi.waitFor(() => expect(room.study.jobs()).toEqual([ACTIVITY]));
+});
+
+test("a session closes with scans that it does not hold: they stay on the screen", async () => {
+  const { room, sessions } = await opened(service);
+  took(room);
+  sessions.open.add(note("written"));
+  sessions.begin();
+  expect(sessions.problem).toMatch(/not saved yet/);
+  sessions.open.erase(1);
+  sessions.begin();
+  expect(sessions.open.origin.kind).toBe("new");
+  expect(room.study.jobs()).toEqual([NEW]);
+});
+
+test("a scan that joined is the one that the session has, and not another beside it", async () => {
+  const { document } = await readNmri(FILE);
+  const other = await opened(new Service());
+  const series = took(other.room);
+  sessionStorage.clear();
+  later = [ACTIVITY];
+  const { room, sessions } = await opened(service);
+  await followed(service);
+  sessions.join(true);
+  service.on(ADDED, () => detail(ID, document));
+  const scan_key = document.scans.find(({ result }) => result === ACTIVITY)?.scan_key;
+  service.on(`GET /api/jobs/${NEW}/manifest`, () => ({ scan_key }));
+  room.study.series = { ...room.study.series, fMRI: { status: "ready", series } };
+  expect(sessions.isUnsaved).toBe(true);
+  sessions.scanned(series);
+  await vi.waitFor(() => expect(room.study.jobs(), sessions.problem).toEqual([ACTIVITY]));
+  later = [];
+  service.on(`GET /api/sessions/${ID}`, () => detail(ID, document, { revision: 2, opened: "02" }));
+  service.saved(2, "02");
+  await vi.waitFor(() => expect(sessions.arrived).toEqual([ACTIVITY]));
+  expect(sessions.open.scans.map(({ job }) => job)).toEqual([STRUCTURE, ACTIVITY]);
+  expect(sessions.isUnsaved).toBe(false);
 });
