@@ -1,4 +1,5 @@
 /** What is to be saved: scans by what names them, and everything that speaks of a scan by its number. */
+import { Refusal } from "../api/refusals";
 import type { Stimulus } from "../model/stimulus";
 import { SAVED, type KeyImage } from "../state/images.svelte";
 import { counted } from "../words/words.svelte";
@@ -49,6 +50,9 @@ export interface Asked {
   readonly structure: (model: string) => Promise<string | null>;
 }
 
+/** Not there, not succeeded, gone. */
+const NO_RESULT: readonly number[] = [404, 409, 410];
+
 export async function draftOf(asked: Asked): Promise<Draft> {
   const { document, images, isOurs, jobOf, keyOf, labelOf, left, notes, scans } = asked;
   const { stimuli, structure, view } = asked;
@@ -57,6 +61,7 @@ export async function draftOf(asked: Asked): Promise<Draft> {
   wanted.push(...jobsIn(view).filter((job) => !isKept(job) || isOurs(job)));
   for (const image of images) wanted.push(...jobsIn(image.view));
   wanted.push(...notes.flatMap(({ scan }) => scan ?? []));
+  const held = new Set([...scans.map(({ job }) => job), ...notes.map(({ scan }) => scan)]);
   const numbers = new Map<string, number>();
   const keys = new Map<string, number>();
   const references: ScanReference[] = [];
@@ -82,7 +87,8 @@ export async function draftOf(asked: Asked): Promise<Draft> {
       if (anatomy === undefined) foreign.push(job);
       continue;
     }
-    const key = await keyOf(measured);
+    const key = await (held.has(job) ? keyOf(measured) : keyOf(measured).catch(unfinished));
+    if (key === null) continue;
     const known = keys.get(key);
     for (const each of [job, measured]) numbers.set(each, known ?? references.length);
     if (known !== undefined) continue;
@@ -101,6 +107,12 @@ export async function draftOf(asked: Asked): Promise<Draft> {
     view: viewOf(view, numberOf),
   };
   return { content, numberOf, foreign };
+}
+
+/** What was only looked at may still run, or be there no more: nothing but the look of it is lost. */
+function unfinished(error: unknown): null {
+  if (error instanceof Refusal && NO_RESULT.includes(error.status)) return null;
+  throw error;
 }
 
 function savedImage(

@@ -29,8 +29,11 @@ export class Following {
     this.#follower = follower;
   }
 
+  /** Follows nothing any more; then no connection is lost either. */
   stop(): void {
     this.#stream?.abort();
+    this.#stream = null;
+    this.connected = true;
   }
 
   /** Follows a session from now on, unless it is one that nobody changes any more. */
@@ -41,8 +44,9 @@ export class Following {
     if (origin.kind === "own" && origin.revision !== null) return;
     const stream = new AbortController();
     this.#stream = stream;
-    this.connected = true;
-    const connected = (yes: boolean) => (this.connected = yes);
+    const connected = (yes: boolean) => {
+      if (this.#stream === stream) this.connected = yes;
+    };
     try {
       const events = this.#service.events(whereOf(origin), stream.signal, connected);
       for await (const event of events) {

@@ -104,8 +104,15 @@ export class Session {
   // It only grows together with the document, which is reactive.
   readonly #ours = new Set<string>();
 
-  /** Whether something is here that the document does not say. Where one looks is no change. */
-  readonly isChanged: boolean = $derived.by(() => {
+  /** Scans that were taken since, and that it could hold. The anatomy comes along with everything that is opened. */
+  readonly taken: readonly Listed[] = $derived.by(() =>
+    this.origin.kind === "new"
+      ? []
+      : this.#fresh.filter(({ kind, isForeign }) => kind !== "T1" && !isForeign),
+  );
+
+  /** Whether something is written here that the document does not say. Where one looks is no change. */
+  readonly isEdited: boolean = $derived.by(() => {
     const { images, stimuli } = this.#room;
     if (pictured(images.all) !== this.#images) return true;
     if (noted(this.notes) !== noted(this.document.notes)) return true;
@@ -113,15 +120,29 @@ export class Session {
     return (
       this.left.length > 0 ||
       Object.keys(this.labels).length > 0 ||
-      // The anatomy comes along with everything that is opened.
-      this.#fresh.some(({ kind, isForeign }) => kind !== "T1" && !isForeign) ||
       stimulated(stimuli) !== this.#stimuli
     );
   });
 
+  /** Whether something is here that the document does not hold. */
+  readonly isChanged: boolean = $derived.by(() => this.isEdited || this.taken.length > 0);
+
   labelOf(job: string): string {
     const saved = this.document.scans.find(({ result }) => result === job);
     return this.labels[job] ?? saved?.label ?? "";
+  }
+
+  /** Where nothing was saved yet: what was noted before the page was loaded again. */
+  resume(): void {
+    const before = kept(this.#tag);
+    this.notes = before?.notes ?? [];
+    this.labels = before?.labels ?? {};
+  }
+
+  /** Where nothing was saved yet: nothing is noted any more. */
+  clear(): void {
+    this.notes = [];
+    this.#keep();
   }
 
   /** The document as it was read. What was noted in it before the page was loaded again stays. */

@@ -5,6 +5,7 @@ import type { Client } from "../api/client";
 import { explain } from "../api/refusals";
 import { download } from "../export/download";
 import { isSequence } from "../model/sequences";
+import type { Series } from "../model/series";
 import type { Room } from "../state/room.svelte";
 import { seriesNamed } from "../state/study.svelte";
 import { START, decode, type Place } from "../state/url";
@@ -16,7 +17,7 @@ import { Following } from "./following.svelte";
 import { DamagedFile, readNmri, type NmriFile } from "./nmri";
 import { whereOf, whyNot, type Origin } from "./origin";
 import { Session } from "./session.svelte";
-import { Shelf } from "./shelf";
+import { Shelf, isKept } from "./shelf";
 import { isBare } from "./view";
 import {
   SessionsService,
@@ -46,6 +47,8 @@ export class Sessions {
   problem = $state("");
   told = $state("");
   conflict = $state.raw<Conflict | null>(null);
+  /** What is to be opened once somebody has said what becomes of unsaved changes. */
+  pending = $state.raw<(() => Promise<boolean>) | null>(null);
   readonly beside: Beside;
   readonly following: Following;
   /** Results that have arrived since the session was opened here. */
@@ -71,6 +74,7 @@ export class Sessions {
     });
     client.kept = (path, init) => this.#shelf.answer(path, init);
     this.open = new Session(room, this.#shelf, { kind: "new" });
+    this.open.resume();
   }
 
   /** The open session, as an address names it. */
@@ -87,6 +91,14 @@ export class Sessions {
   /** Whether something would be lost that is nowhere but here. */
   get isUnsaved(): boolean {
     return this.open.isChanged;
+  }
+
+  /** Whether somebody has to be asked first, and asks: what is not saved is not thrown away in passing. */
+  asks(work: () => Promise<boolean>): boolean {
+    if (!this.isUnsaved) return false;
+    this.pending = work;
+    this.#room.desk.listing = true;
+    return true;
   }
 
   // Opening
@@ -143,8 +155,8 @@ export class Sessions {
   }
 
   /** What is not saved is not thrown away in passing. */
-  #mayLose(): boolean {
-    if (!this.isUnsaved) return true;
+  #mayLose(isUnsaved = this.isUnsaved): boolean {
+    if (!isUnsaved) return true;
     this.problem = t("What you changed is not saved yet: save it first, or undo the changes.");
     return false;
   }
@@ -160,11 +172,33 @@ export class Sessions {
     const { open } = this;
     if (open.origin.kind === "new") {
       this.#room.images.adopt("", "", [], true);
-      open.notes = [];
+      open.clear();
       return;
     }
     this.#room.stimuli = open.stimuli();
+    this.#takeOff(open);
     open.read(open.document, open.revision, true);
+  }
+
+  /** Scans that a session does not hold go off the screen; those that stood there when it was saved come back. */
+  #takeOff(open: Session): void {
+    const { comparison, display, study } = this.#room;
+    const taken = open.taken.map(({ job }) => job);
+    const isTaken = ({ acquisition }: Series) => taken.includes(acquisition.job);
+    for (const { sequence } of comparison?.other.finished().filter(isTaken) ?? []) {
+      comparison?.other.clear(sequence);
+    }
+    const off = study.finished().filter(isTaken);
+    for (const { sequence } of off) study.clear(sequence);
+    const stood = [...decode(open.place()).jobs, ...(firstOf(open.document)?.jobs ?? [])];
+    const back = off.flatMap(({ sequence }) => {
+      const scan = open.document.scans.find(
+        ({ kind, model, result }) =>
+          stood.includes(result) && model === study.model?.name && seriesNamed(kind) === sequence,
+      );
+      return scan?.result ?? [];
+    });
+    if (back.length > 0) void study.openAll(back, display.sequence);
   }
 
   async #opening(
@@ -184,6 +218,8 @@ export class Sessions {
       this.beside.other = null;
       this.arrived = [];
       this.conflict = null;
+      // What joins one session has not been asked to join another.
+      this.joins = false;
       this.open = session;
       await this.#show(session, file, place);
       session.detail = await told;
@@ -252,21 +288,24 @@ export class Sessions {
     this.following.arriving = [];
     this.beside.other = null;
     this.conflict = null;
+    this.joins = false;
     this.open = new Session(this.#room, this.#shelf, { kind: "new" });
     this.#room.images.adopt("", "", [], true);
   }
 
   /** An empty session, for what is on the screen. */
   begin(): void {
-    if (!this.#mayLose()) return;
+    // Scans stay on the screen, and can be saved as a session from there.
+    if (!this.#mayLose(this.open.isEdited)) return;
     this.#close();
     this.told = t("Nothing is open. What is on the screen can be saved as a session.");
   }
 
   // Saving
 
-  /** Saves the open session, or what is on the screen as one. */
+  /** Saves the open session, or what is on the screen as one. While anything is being done, nothing is. */
   async save(): Promise<boolean> {
+    if (this.busy !== "") return false;
     const { open } = this;
     if (!open.canSave) return this.saveAs(open.name);
     const name = open.name.trim() || (open.detail?.name ?? this.suggestedName());
@@ -291,13 +330,16 @@ export class Sessions {
         await this.#clash();
         return;
       }
+      const others = await this.#others(saved, draft);
       const isSettled = open.notes === notes && this.#room.images.all === images;
       this.#saved(saved, draft, isSettled);
+      this.arrived = [...this.arrived, ...others];
     });
   }
 
   /** As a session of one's own, whatever is open: begun where that stands. */
   async saveAs(name: string): Promise<boolean> {
+    if (this.busy !== "") return false;
     const { open } = this;
     if (open.origin.kind === "new") {
       open.name = name;
@@ -311,7 +353,9 @@ export class Sessions {
       const draft = await this.#draft();
       const message = changes(open.document, draft.content);
       if (isChanged) made = await this.service.save(made.id, made.head, draft.content, message);
+      const others = await this.#others(made, draft);
       this.#saved(made, draft, true);
+      this.arrived = [...this.arrived, ...others];
       this.#later(this.open);
     });
     return forked;
@@ -335,11 +379,27 @@ export class Sessions {
     });
   }
 
+  /** Results that came in with a save, because somebody else had added them: fetched, to be shown as any other. */
+  async #others(saved: SessionDetail, draft: Draft): Promise<readonly string[]> {
+    const own = names(draft, saved).taken.map(([result]) => result);
+    const others = saved.document.scans
+      .map(({ result }) => result)
+      .filter((result) => !own.includes(result) && !this.#shelf.has(result));
+    if (others.length === 0) return others;
+    try {
+      const file = await this.service.file({ id: saved.id, revision: saved.opened });
+      this.#shelf.take(await readNmri(file));
+    } catch (error) {
+      // It has been saved all the same.
+      this.problem = explain(error);
+    }
+    return others;
+  }
+
   #saved(saved: SessionDetail, draft: Draft, isSettled: boolean): void {
     const { nameOf, taken } = names(draft, saved);
     for (const [result, job] of taken) this.#shelf.name(result, job);
-    this.#room.study.rename(nameOf);
-    this.#room.comparison?.other.rename(nameOf);
+    this.#rename(nameOf);
     const { origin } = this.open;
     const stays = origin.kind === "own" && origin.id === saved.id && origin.revision === null;
     const session = stays
@@ -348,8 +408,12 @@ export class Sessions {
     session.detail = saved;
     session.name = saved.name;
     this.conflict = null;
+    if (!stays) this.joins = false;
     if (isSettled) session.read(saved.document, saved.opened, true);
-    else session.grow(saved.document, saved.opened);
+    else {
+      session.notes = this.open.notes;
+      session.grow(saved.document, saved.opened);
+    }
     this.open = session;
     const { length } = draft.foreign;
     const foreign =
@@ -359,6 +423,12 @@ export class Sessions {
     this.told = `${t("Saved as revision {number}.", { number: saved.revision })}${foreign}`;
     this.#room.announce(this.told);
     if (!stays) void this.following.follow(session);
+  }
+
+  /** Calls what is on the screen by other ids. */
+  #rename(nameOf: (job: string) => string): void {
+    this.#room.study.rename(nameOf);
+    this.#room.comparison?.other.rename(nameOf);
   }
 
   async #clash(): Promise<void> {
@@ -472,11 +542,19 @@ export class Sessions {
   }
 
   /** Told of every scan that finishes here. */
-  scanned(job: string): void {
+  scanned({ sequence, acquisition: { job } }: Series): void {
     const { origin } = this.open;
     if (!this.joins || (origin.kind !== "own" && origin.kind !== "shared")) return;
+    // The anatomy comes along with a model, and what is kept was measured before: nobody took these.
+    if (sequence === "T1" || isKept(job)) return;
     void this.#doing("", async () => {
-      await this.service.add(whereOf(origin), job);
+      const { document } = await this.service.add(whereOf(origin), job);
+      const { scan_key } = await this.#room.study.manifest(job);
+      const joined = document.scans.find((scan) => scan.scan_key === scan_key);
+      if (joined === undefined || this.open.origin !== origin) return;
+      // The session has it by its result: what is on the screen is that scan, and not another beside it.
+      this.#shelf.name(joined.result, job);
+      this.#rename((other) => (other === job ? joined.result : other));
     });
   }
 
@@ -485,11 +563,12 @@ export class Sessions {
     await this.#saving;
     if (revision === session.revision || number <= (session.detail?.revision ?? 0)) return;
     const where = whereOf(session.origin);
-    const [file, detail] = await Promise.all([
-      this.service.file(where),
-      this.service.detail(where),
-    ]);
-    this.#shelf.take(await readNmri(file));
+    // The file second: it then holds what the other names, whoever saves in between.
+    const detail = await this.service.detail(where);
+    this.#shelf.take(await readNmri(await this.service.file(where)));
+    await this.#saving;
+    // What was saved or opened here meanwhile is newer.
+    if (session !== this.open || detail.revision <= (session.detail?.revision ?? 0)) return;
     const { document } = detail;
     const isGrown = grown(session.document, document);
     if (!isGrown && session.isChanged) {
@@ -524,8 +603,10 @@ export class Sessions {
     const before = this.#saving;
     let release: () => void = () => undefined;
     this.#saving = new Promise<void>((resolve) => (release = resolve));
+    // Said before it is waited for: who asks twice means it once.
+    if (word !== "") this.busy = word;
     await before;
-    this.busy = word;
+    if (word !== "") this.busy = word;
     this.problem = "";
     this.told = "";
     try {
@@ -539,7 +620,7 @@ export class Sessions {
       this.#room.announce(this.problem);
       return false;
     } finally {
-      this.busy = "";
+      if (word !== "") this.busy = "";
       release();
     }
   }

@@ -37,6 +37,11 @@ export class Shelf {
     this.#jobs.set(result, job);
   }
 
+  /** Whether a result can be shown: it is held here, or its job is known. */
+  has(result: string): boolean {
+    return this.#kept.has(result) || this.#jobs.has(result);
+  }
+
   /** The job that the service still has of a result, as far as it is known. */
   jobOf(result: string): string | null {
     return this.#jobs.get(result) ?? null;

@@ -146,6 +146,8 @@ export interface Pressed {
   readonly ctrlKey: boolean;
   readonly altKey: boolean;
   readonly metaKey: boolean;
+  /** Whether the key is held, and this is not the first of it. */
+  readonly repeat?: boolean;
 }
 
 /** What a key press means, or null. Chords with Ctrl, Alt or Meta belong to the browser. */
@@ -154,7 +156,11 @@ export function actionOf(
   differs: ReadonlyMap<string, Action> = new Map(),
 ): Action | null {
   if (press.ctrlKey || press.altKey || press.metaKey) return null;
-  const meaning = (key: string) => differs.get(key) ?? byKey.get(key) ?? null;
+  const meaning = (key: string) => {
+    const action = differs.get(key) ?? byKey.get(key) ?? null;
+    // A key that is held saves once.
+    return action === "save" && press.repeat === true ? null : action;
+  };
   const letter = /^[a-z]$/i.test(press.key);
   const shift = press.shiftKey ? "Shift+" : "";
   if (letter) return meaning(shift + press.key.toLowerCase());

@@ -123,6 +123,11 @@ export class Reading {
   });
   readonly token: Token | null = $derived.by(() => this.tokens[this.column] ?? null);
 
+  /** The column of a place in the prompt; -1 where the scan was not asked for it. */
+  columnAt(position: number): number {
+    return this.tokens.findIndex((token) => token.position === position);
+  }
+
   /** Whose number each node shows: its own, or its layer's where that was taken as a whole. */
   readonly sources: readonly (string | null)[] = $derived.by(() => {
     const { topology, volume } = this;

@@ -2,6 +2,7 @@
 import { createContext } from "svelte";
 
 import type { Client } from "../api/client";
+import { explain } from "../api/refusals";
 import type { Identity, ModelInfo } from "../api/schema";
 import { WHOLE, following } from "../model/layout/zoom";
 import type { Layout } from "../model/layout";
@@ -32,7 +33,7 @@ import { Log } from "./log.svelte";
 import { perform } from "./perform";
 import { Reading } from "./reading.svelte";
 import { Study, titleOf } from "./study.svelte";
-import { decode, type Place } from "./url";
+import { decode, encode, type Place } from "./url";
 import { goTo, placeOf, viewOf } from "./places";
 import type { Sessions } from "../sessions/sessions.svelte";
 import { t } from "../words/words.svelte";
@@ -108,7 +109,7 @@ export class Room {
       finished: (series) => {
         this.#finished(series.sequence, series.tokens.length);
         if (series.sequence === this.display.sequence) this.#raise();
-        if (!this.#restoring) this.sessions?.scanned(series.acquisition.job);
+        if (!this.#restoring) this.sessions?.scanned(series);
       },
     });
   }
@@ -122,7 +123,8 @@ export class Room {
     this.study.chosen = place.model;
     this.#wanted = place;
     const kept = place.session ?? place.shared;
-    if (kept === null || !(await (await this.withSessions()).arrive(place))) {
+    const isOpened = kept !== null && (await (await this.withSessions()).arrive(place));
+    if (!isOpened) {
       this.#restoring = true;
       await this.study.begin(kept === null ? place.jobs : [], place.sequence);
       this.#suggest();
@@ -130,6 +132,9 @@ export class Room {
       this.#restoring = false;
     }
     this.#raise();
+    const isShown = isOpened || (kept === null && this.study.models.status === "ready");
+    // Who signs in once more later comes back to where they are by then.
+    if (isShown && !this.isStranger && this.#wanted === place) this.#wanted = null;
     if (!this.isStranger && !this.#client.isGuest) await this.introduce();
   }
 
@@ -182,30 +187,54 @@ export class Room {
   async logIn(key: string): Promise<void> {
     this.identity = await this.#client.logIn(key);
     this.isStranger = false;
-    const { study } = this;
-    if (study.models.status === "ready" && study.series.T1.status === "ready") return;
+    const { sessions, study } = this;
+    if (study.models.status === "ready" && study.series.T1.status === "ready") {
+      // The stream of what others do has ended with the last signing in.
+      if (sessions !== null) void sessions.following.follow(sessions.open);
+      return;
+    }
     study.models = { status: "loading" };
     await this.enter(this.#wanted ?? this.place());
   }
 
-  /** Ends the session, and takes what it showed off the screen. */
+  /** Ends the session, and takes what it showed off the screen, out of the address and out of the tab. */
   async logOut(): Promise<void> {
-    await this.#client.logOut();
-    location.reload();
+    try {
+      await this.#client.logOut();
+    } catch (error) {
+      // Somebody who thinks they are signed out walks away.
+      this.log.add(`${t("You are still signed in.")} ${explain(error)}`, "error");
+      this.display.panel = "log";
+      return;
+    }
+    forgetTab();
+    location.replace(location.pathname + location.search);
   }
 
+  /** What the address asked for, until it has been shown. */
   #wanted: Place | null = null;
 
-  /** Goes where another address says. */
+  /** Goes where another address says. Where something would be lost by that, it is asked about first. */
   async visit(place: Place): Promise<void> {
     const now = this.place();
     const elsewhere = (["session", "revision", "shared"] as const).some(
       (name) => place[name] !== now[name],
     );
-    if (elsewhere) {
-      const opened = await (await this.withSessions()).arrive(place);
-      if (opened || (place.session ?? place.shared) !== null) return;
-    }
+    if (!elsewhere) return this.#within(place);
+    const sessions = await this.withSessions();
+    const leave = async () => {
+      const opened = await sessions.arrive(place);
+      if (opened || (place.session ?? place.shared) !== null) return opened;
+      await this.#within(place);
+      return true;
+    };
+    // Until that is answered, the address is still of what is seen.
+    if (sessions.asks(leave)) location.replace(`#${encode(this.place())}`);
+    else await leave();
+  }
+
+  /** Goes to another place in what is open. */
+  async #within(place: Place): Promise<void> {
     goTo(this, place);
     if (place.model !== null) await this.study.choose(place.model);
     const there = this.study.jobs();
@@ -518,5 +547,16 @@ export class Room {
 
   announce(text: string): void {
     this.announcement = text;
+  }
+}
+
+/** Takes away what is kept as long as the tab: whoever signs in next may be somebody else. */
+function forgetTab(): void {
+  try {
+    for (const name of Object.keys(sessionStorage)) {
+      if (name.startsWith("neural-mri.")) sessionStorage.removeItem(name);
+    }
+  } catch {
+    // A browser may forbid storage: nothing was kept then.
   }
 }

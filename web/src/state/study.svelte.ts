@@ -160,7 +160,9 @@ export class Study {
   }
 
   #turnTo(name: string): void {
+    // Forgotten as well: a run that is given up alone puts back what there was, which is of the other model here.
     for (const run of this.#runs.values()) run.abort();
+    this.#runs.clear();
     this.chosen = name;
     this.series = none();
     this.#log.add(t("Model {name}.", { name }));
@@ -253,6 +255,7 @@ export class Study {
   /** Forgets a series, as if it had never been taken. */
   clear(id: SeriesId): void {
     this.#runs.get(id)?.abort();
+    this.#runs.delete(id);
     this.#set(id, { status: "absent" });
   }
 

@@ -256,6 +256,62 @@ test("no more than 25 stops of the Tab key", async () => {
   await leave(open);
 });
 
+test("the side panel scrolls by key, and the crosshair stays where it is", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  await page.keyboard.press("t");
+  await page.getByRole("button", { name: "All 302" }).press("Enter");
+  const before = await reading(page);
+  const panel = page.locator("#panel");
+  const top = () => panel.evaluate(({ scrollTop }) => scrollTop);
+  await panel.focus();
+  for (const [forth, back] of [
+    ["ArrowDown", "ArrowUp"],
+    ["PageDown", "PageUp"],
+    ["End", "Home"],
+  ] as const) {
+    await page.keyboard.press(forth);
+    await expect.poll(top, { message: forth }).toBeGreaterThan(0);
+    await page.keyboard.press(back);
+    await expect.poll(top, { message: back }).toBe(0);
+  }
+  expect(await reading(page)).toEqual(before);
+  expect(await page.getByRole("tab", { selected: true }).first().innerText()).toContain("fMRI");
+  // The picture's own keys are the picture's as before.
+  await page.getByTestId("axial").focus();
+  await page.keyboard.press("Home");
+  expect((await reading(page)).column).toBe(0);
+  await leave(open);
+});
+
+test("Space opens what can be opened, and plays nothing", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  const summary = page.locator("summary", { hasText: "What it measures" });
+  const isOpen = () => summary.evaluate(({ parentElement }) => parentElement?.hasAttribute("open"));
+  const before = await isOpen();
+  await summary.focus();
+  await page.keyboard.press(" ");
+  await expect.poll(isOpen).toBe(!before);
+  expect(await page.getByRole("button", { name: "Pause" }).count()).toBe(0);
+  await leave(open);
+});
+
+test("a key that is held down saves once", async () => {
+  const open = await visit(browser);
+  const { page, server } = open;
+  await scan(page);
+  for (let i = 0; i < 3; i++) await page.keyboard.down("u");
+  await page.keyboard.up("u");
+  const saves = () => server.requests.filter((request) => request === "POST /api/sessions").length;
+  await expect.poll(saves).toBeGreaterThan(0);
+  await page.waitForTimeout(500);
+  expect(saves()).toBe(1);
+  await leave(open);
+});
+
 test("single letters can be switched off for people who dictate", async () => {
   const open = await visit(browser);
   const { page } = open;

@@ -1,3 +1,16 @@
+import { readFileSync } from "node:fs";
+
+import {
+  Field,
+  FixedSizeList,
+  Float32,
+  Schema,
+  Table,
+  makeData,
+  makeVector,
+  tableFromIPC,
+  tableToIPC,
+} from "apache-arrow";
 import type { Browser } from "playwright-core";
 import { afterAll, beforeAll, expect, test } from "vitest";
 
@@ -187,5 +200,59 @@ test("a head's attention is measured when asked for", async () => {
   expect(await image.evaluate((canvas) => (canvas as HTMLCanvasElement).width)).toBe(
     FRAMES.texts.length,
   );
+  await leave(open);
+});
+
+/** The stored activations as a scan has them that was asked for some places in the prompt alone. */
+function activationsAt(positions: readonly number[]): Buffer {
+  const path = new URL("../fixtures/data/activations.arrow", import.meta.url);
+  const table = tableFromIPC(readFileSync(path));
+  const rows = [...(table.getChild("value") ?? [])] as Iterable<number>[];
+  const values = rows.flatMap((row) => positions.map((position) => [...row][position] ?? NaN));
+  const type = new FixedSizeList(positions.length, new Field("item", new Float32()));
+  const child = makeData({ type: new Float32(), data: Float32Array.from(values) });
+  const data = makeData({ type, length: rows.length, child });
+  const said = JSON.parse(table.schema.metadata.get("neural_mri") ?? "{}") as object;
+  const metadata = new Map([["neural_mri", JSON.stringify({ ...said, positions })]]);
+  const fields = table.schema.fields.map((own) =>
+    own.name === "value" ? new Field("value", type) : own,
+  );
+  const columns = Object.fromEntries(
+    fields.map(({ name }) => [
+      name,
+      name === "value" ? makeVector(data) : (table.getChild(name) ?? []),
+    ]),
+  );
+  const schema = new Schema(fields, metadata);
+  return Buffer.from(tableToIPC(new Table(schema, columns as never), "file"));
+}
+
+test("attention is read by the tokens' places in the prompt, also where a scan has only some of them", async () => {
+  const open = await visit(browser, {
+    behaviour: { cached: true },
+    fragment: "focus=blocks.14.attn.head_4",
+  });
+  const { page } = open;
+  await page.route("**/result/activations", (route) =>
+    route.fulfill({
+      contentType: "application/vnd.apache.arrow.file",
+      body: activationsAt([3, 4]),
+    }),
+  );
+  await scan(page);
+  expect(await page.getByTestId("chip").allInnerTexts()).toEqual(["·Tower", "·is"]);
+  await page.getByRole("button", { name: "Measure the pattern" }).click();
+  const image = page.getByTestId("attention");
+  await image.waitFor();
+  const looked = page.getByRole("region", { name: "Attention pattern" }).locator("li > span");
+  // " is" looks at the first token, at " Tower" and at the second.
+  expect(await looked.allInnerTexts()).toEqual(["0", "·Tower", "1"]);
+  const click = (row: number) => image.click({ position: { x: 50, y: (row + 0.5) * 11.2 } });
+  await click(3);
+  expect((await reading(page)).column).toBe(0);
+  await click(4);
+  expect((await reading(page)).column).toBe(1);
+  await click(0);
+  expect((await reading(page)).column).toBe(1);
   await leave(open);
 });

@@ -225,6 +225,11 @@ test("scans of somebody else in the same session arrive", async () => {
   const list = page.getByTestId("session-scans");
   await list.getByText("“Rome is the capital of”").waitFor();
   await list.getByText("arrived").waitFor();
+  // Who took it has it once, and nothing left to save.
+  const own = other.page.getByTestId("session-scans");
+  await own.getByText("arrived").waitFor();
+  expect(await own.getByText("“Rome is the capital of”").count()).toBe(1);
+  expect(await other.page.getByTestId("unsaved").count()).toBe(0);
   expect(await page.getByTestId("unsaved").count()).toBe(0);
   const row = list.locator("li", { hasText: "Rome" });
   await row.getByRole("button", { name: /^Show scan/ }).click();
@@ -388,6 +393,48 @@ test("what is not saved is asked about before another session is opened", async 
   await page.getByTestId("sessions").waitFor({ state: "detached" });
   await told(page, "Opened “First”.");
   expect(await notes(page)).toEqual(["It writes the city", "unsaved"]);
+  await context.close();
+});
+
+test("neither a second click nor another address throws away what is not saved", async () => {
+  const { context, page } = await stranger();
+  await go(page);
+  await work(page);
+  const first = await save(page, "First");
+  await page.getByRole("button", { name: "Close it" }).click();
+  await page.waitForFunction(() => !location.hash.includes("session="));
+  const second = await save(page, "Second");
+  await page.getByRole("textbox", { name: "New note" }).fill("unsaved");
+  await page.getByRole("button", { name: "Note it" }).click();
+  await listing(page);
+  const name = page.getByTestId("session-list").locator(`li[data-id="${first}"] .name`);
+  await name.click();
+  const question = page.getByTestId("unsaved-question");
+  await question.waitFor();
+  await name.click();
+  await drawn(page);
+  await question.getByRole("button", { name: "Stay" }).click();
+  await page.keyboard.press("Escape");
+  await page.getByTestId("sessions").waitFor({ state: "detached" });
+  expect(await notes(page)).toEqual(["unsaved"]);
+
+  for (const elsewhere of [`session=${first}`, "seq=T1"]) {
+    await page.evaluate((fragment) => (location.hash = fragment), elsewhere);
+    await question.waitFor();
+    await page.waitForFunction((id) => location.hash.includes(id), second);
+    await page.keyboard.press("Escape");
+    await page.getByTestId("sessions").waitFor({ state: "detached" });
+    expect(await notes(page)).toEqual(["unsaved"]);
+  }
+  // The address goes along with what is looked at, as before.
+  await page.getByTestId("axial").focus();
+  await page.keyboard.press("2");
+  await page.waitForFunction(() => location.hash.includes("seq=T2"));
+  await page.evaluate((fragment) => (location.hash = fragment), `session=${first}`);
+  await question.getByRole("button", { name: "Open without saving" }).click();
+  await page.getByTestId("sessions").waitFor({ state: "detached" });
+  await page.waitForFunction((id) => location.hash.includes(id), first);
+  expect(await notes(page)).toEqual(["It writes the city"]);
   await context.close();
 });
 

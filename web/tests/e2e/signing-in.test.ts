@@ -8,7 +8,7 @@ import { promisify } from "node:util";
 import type { Browser, BrowserContext, Page } from "playwright-core";
 import { afterAll, beforeAll, expect, test } from "vitest";
 
-import { launch, scan, settled } from "./browser";
+import { PROMPT, launch, scan, settled } from "./browser";
 import { serve, type Service } from "./service";
 
 const ROOT = fileURLToPath(new URL("../../..", import.meta.url));
@@ -61,6 +61,41 @@ async function isKnown(cookies: readonly { name: string; value: string }[]): Pro
   const cookie = cookies.map(({ name, value }) => `${name}=${value}`).join("; ");
   const { status } = await fetch(`${service.origin}/api/login`, { headers: { cookie } });
   return status === 200;
+}
+
+/** Ends what the browser's cookie stands for, as time does. */
+async function expire({ context }: Visitor): Promise<void> {
+  const cookies = await context.cookies();
+  const cookie = cookies.map(({ name, value }) => `${name}=${value}`).join("; ");
+  await fetch(`${service.origin}/api/logout`, { method: "POST", headers: { cookie } });
+  expect(await isKnown(cookies)).toBe(false);
+}
+
+async function note(page: Page, text: string): Promise<void> {
+  await page.keyboard.press("y");
+  await page.getByRole("textbox", { name: "New note" }).fill(text);
+  await page.getByRole("button", { name: "Note it" }).click();
+  // The keys belong to the viewer again.
+  await page.getByTestId("axial").focus();
+}
+
+function notes(page: Page): Promise<string[]> {
+  const fields = page.getByTestId("session-notes").locator("textarea");
+  return fields.evaluateAll((all) => all.map((field) => (field as HTMLTextAreaElement).value));
+}
+
+/** A session with the shown scan alone, as programs save it: without the model's anatomy. */
+async function session(page: Page, name: string): Promise<string> {
+  await page.waitForFunction(() => location.hash.includes("job="));
+  const job = new URLSearchParams(new URL(page.url()).hash.slice(1)).get("job");
+  return page.evaluate(
+    async (body) => {
+      const headers = { "Content-Type": "application/json" };
+      const answer = await fetch("/api/sessions", { method: "POST", headers, body });
+      return ((await answer.json()) as { id: string }).id;
+    },
+    JSON.stringify({ name, scans: [{ job }] }),
+  );
 }
 
 test("a key opens the service to its holder alone, until they sign out or it is revoked", async () => {
@@ -126,4 +161,96 @@ test("a key opens the service to its holder alone, until they sign out or it is 
   await ada.page.getByTestId("login").waitFor({ state: "detached" });
   await scan(ada.page);
   await ada.context.close();
+});
+
+test("who signs out leaves nothing in the tab for the next, and is told where they cannot", async () => {
+  const { context, page } = await visitor();
+  await sign(page, await service.key("ada"));
+  await scan(page);
+  await page.keyboard.press("k");
+  await note(page, "Ada thought of this");
+  await page.waitForFunction(() => location.hash.includes("job="));
+
+  await page.route("**/api/logout", (route) => route.abort());
+  await page.getByTestId("sign-out").click();
+  await page
+    .getByTestId("status")
+    .filter({ hasText: "You are still signed in. The service cannot be reached" })
+    .waitFor();
+  expect(await page.getByTestId("login").count()).toBe(0);
+  await page.unroute("**/api/logout");
+
+  await page.getByTestId("sign-out").click();
+  await page.getByTestId("login").waitFor();
+  expect(new URL(page.url()).hash).toBe("");
+  expect(await page.evaluate(() => ({ ...sessionStorage }))).toEqual({});
+  await sign(page, await service.key("bob"));
+  await page.getByTestId("login").waitFor({ state: "detached" });
+  await settled(page);
+  expect(await page.inputValue("#prompt")).toBe("");
+  await page.keyboard.press("j");
+  await page.getByTestId("session-name").waitFor();
+  expect(await page.getByTestId("images").locator("li").count()).toBe(0);
+  expect(await notes(page)).toEqual([]);
+  expect(await page.content()).not.toContain(PROMPT);
+  await context.close();
+});
+
+test("who signs in again hears of what others save from then on", async () => {
+  const key = await service.key("ada");
+  const own = await visitor();
+  const { page } = own;
+  await sign(page, key);
+  await scan(page);
+  await note(page, "first");
+  await page.getByTestId("save-session").click();
+  await page.waitForFunction(() => location.hash.includes("session="));
+  const address = new URL(page.url()).hash;
+
+  await expire(own);
+  await page.getByTestId("login").waitFor();
+  const lost = page.getByText("Connection lost; what others add is not seen here.");
+  await lost.waitFor();
+  const other = await visitor(address);
+  await sign(other.page, key);
+  await other.page.getByTestId("login").waitFor({ state: "detached" });
+  await settled(other.page);
+  await note(other.page, "meanwhile");
+  await other.page.getByTestId("save-session").click();
+  await other.page.getByTestId("session-told").filter({ hasText: "revision 2" }).waitFor();
+
+  await sign(page, key);
+  await page.getByTestId("login").waitFor({ state: "detached" });
+  await expect.poll(() => notes(page), { timeout: 10_000 }).toEqual(["first", "meanwhile"]);
+  expect(await lost.count()).toBe(0);
+  await Promise.all([own.context.close(), other.context.close()]);
+});
+
+test("who signs in again is where they were, not where they first came", async () => {
+  const key = await service.key("ada");
+  const own = await visitor();
+  const { page } = own;
+  await sign(page, key);
+  await scan(page);
+  const first = await session(page, "First");
+  const second = await session(page, "Second");
+  await page.goto(`${service.origin}/#session=${first}`);
+  await page.reload();
+  await page.getByTestId("open-session").filter({ hasText: "First" }).waitFor();
+  await page.getByTestId("open-session").click();
+  await page.getByTestId("session-id").fill(second);
+  await page.keyboard.press("Enter");
+  await page.getByTestId("sessions").waitFor({ state: "detached" });
+  await page.getByTestId("open-session").filter({ hasText: "Second" }).waitFor();
+  await note(page, "in the second");
+
+  await expire(own);
+  await page.getByTestId("login").waitFor();
+  const again = page.waitForResponse((answer) => answer.url().endsWith("/export"));
+  await sign(page, key);
+  expect(new URL((await again).url()).pathname).toContain(second);
+  await page.getByTestId("login").waitFor({ state: "detached" });
+  await page.getByTestId("session-told").filter({ hasText: "Opened “Second”." }).waitFor();
+  expect(await notes(page)).toEqual(["in the second"]);
+  await own.context.close();
 });

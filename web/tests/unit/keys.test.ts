@@ -33,6 +33,12 @@ test("chords belong to the browser", () => {
   expect(actionOf(press("ArrowLeft", { altKey: true }))).toBeNull();
 });
 
+test("a key that is held moves on and on, and saves once", () => {
+  expect(actionOf(press("ArrowLeft", { repeat: true }))).toBe("left");
+  expect(actionOf(press("u"))).toBe("save");
+  expect(actionOf(press("u", { repeat: true }))).toBeNull();
+});
+
 test("signs that need Shift on some keyboards work either way", () => {
   expect(actionOf(press("?", { shiftKey: true }))).toBe("help");
   expect(actionOf(press("/"))).toBe("prompt");

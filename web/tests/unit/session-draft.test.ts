@@ -3,6 +3,7 @@ import { readFileSync } from "node:fs";
 
 import { beforeAll, expect, test } from "vitest";
 
+import { Refusal } from "../../src/api/refusals";
 import { besides, firstOf, grown, noted } from "../../src/sessions/document";
 import { changes, draftOf, imageOf, names, type Asked } from "../../src/sessions/draft";
 import { readNmri } from "../../src/sessions/nmri";
@@ -122,6 +123,30 @@ test("another session's scan is told, unless its job is known; an anatomy is ask
     }),
   );
   expect(anatomy.content.scans).toEqual([{ job: AGAIN, label: "" }]);
+});
+
+test("a scan that still runs, or was cancelled, is no scan of a view and of a key image", async () => {
+  const [image] = asked().images;
+  if (image === undefined) throw new Error("There is no key image");
+  const refused = (status: number) => () =>
+    Promise.reject(new Refusal({ title: "The job has no result", status }));
+  for (const status of [404, 409, 410]) {
+    const { content } = await draftOf(
+      asked({
+        images: [{ ...image, view: `seq=fMRI&job=${NEW}&token=2` }],
+        view: `job=${ACTIVITY}&job=${AGAIN}`,
+        keyOf: refused(status),
+      }),
+    );
+    expect(content.scans).toHaveLength(2);
+    expect(content.view).toEqual({ job: [1] });
+    expect(content.key_images).toMatchObject([{ scan: null, view: { job: [], token: [2] } }]);
+  }
+  // What the session is to hold, and what nobody could tell, is no matter of looks.
+  const { scans } = asked();
+  const holding = asked({ scans: [...scans, scan(NEW)], view: `job=${NEW}`, keyOf: refused(409) });
+  await expect(draftOf(holding)).rejects.toThrow(/no result/);
+  await expect(draftOf(asked({ view: `job=${NEW}`, keyOf: refused(0) }))).rejects.toThrow();
 });
 
 const EMPTY: SessionDocument = {

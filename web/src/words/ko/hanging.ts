@@ -101,6 +101,7 @@ export const hanging = {
   "share of all sizes": "전체 크기 중 비율",
   "Sign in": "로그인",
   "Sign out": "로그아웃",
+  "You are still signed in.": "아직 로그인되어 있습니다.",
   "Signed in as {user}": "{user}(으)로 로그인됨",
   "Signing in…": "로그인 중…",
   "API key": "API 키",
