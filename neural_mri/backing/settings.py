@@ -130,8 +130,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     reaper_hung_seconds: Seconds = 120.0
     """How long the reaper may be about one thing before it is taken for hung, and ends to be started anew."""
     reaper_beat_file: str = ""
-    worker_ready_file: str = ""
     """File whose time of change is until when the reaper is alive, for a probe; none where empty."""
+    worker_ready_file: str = ""
+    """File that is there while the worker holds its models and takes jobs, for a probe; none where empty."""
     max_attempts: Annotated[int, Meta(ge=1)] = 3
     """Claims a job may lose before it is quarantined."""
     job_deadline_seconds: Seconds = 600.0

@@ -31,14 +31,8 @@ OF_EACH = {
     "NEURAL_MRI_STORE_ENDPOINT",
 }
 """Variables that both set, each to its own."""
-OF_THE_CHART = {
-    "ALLOWED_HOSTS",
-    "INGRESS_HOST",
-    "POD_IP",
-    "NEURAL_MRI_DTYPE",
-    "NEURAL_MRI_WORKER_READY_FILE",
-}
-"""Of which the names of the API are made; what the compose file leaves to settings.env; and what an upgrade waits for."""
+OF_THE_CHART = {"ALLOWED_HOSTS", "INGRESS_HOST", "POD_IP", "NEURAL_MRI_DTYPE"}
+"""Of which the names of the API are made; and what the compose file leaves to settings.env."""
 
 
 def pod_of(name: str) -> dict[str, Any]:
