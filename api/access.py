@@ -44,6 +44,7 @@ _KNOWN_LATELY = "known_lately"
 KNOWN_SECONDS = 300.0
 """How long whoever watches the service is let in on what was known of their key, while nobody can look."""
 MOST_KNOWN = 100
+"""Of whom a process keeps that."""
 
 ANYBODY: Mapping[str, Any] = MappingProxyType({_OPEN: True})
 """`opt` of a route that needs no key; it is told who asks where that is known."""
@@ -140,8 +141,12 @@ async def _lately(services: Services, connection: Connection) -> Identity:
         if known is None or until < now:
             raise
         return known
-    if given and (key in services.known_lately or len(services.known_lately) < MOST_KNOWN):
+    if given:
+        # The newest last: those who have not come for the longest are the first to be forgotten.
+        services.known_lately.pop(key, None)
         services.known_lately[key] = caller, now + KNOWN_SECONDS
+        while len(services.known_lately) > MOST_KNOWN:
+            del services.known_lately[next(iter(services.known_lately))]
     return caller
 
 

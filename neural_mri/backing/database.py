@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import (
     URL,
@@ -39,9 +39,6 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.problems import Problem, Unavailable
-
-if TYPE_CHECKING:
-    from alembic.script import ScriptDirectory
 
 __all__ = (
     "AsyncSessions",
@@ -590,6 +587,7 @@ def migrate(settings: Settings, *, back_to: str | None = None) -> str | None:
     """
     from alembic import command
     from alembic.config import Config
+    from alembic.migration import MigrationContext
     from alembic.script import ScriptDirectory
 
     longest = MIGRATION_TURN_SECONDS + MIGRATION_STATEMENT_SECONDS
@@ -609,22 +607,16 @@ def migrate(settings: Settings, *, back_to: str | None = None) -> str | None:
             config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
             if back_to is not None:
                 command.downgrade(config, back_to)
-            elif later := _later(connection, ScriptDirectory.from_config(config)):
-                return later
-            else:
-                command.upgrade(config, "head")
+                return None
+            # They are numbered.
+            newest = ScriptDirectory.from_config(config).get_current_head() or ""
+            at = MigrationContext.configure(connection).get_current_revision() or ""
+            if at.isdecimal() and at > newest:
+                return at
+            command.upgrade(config, "head")
+            return None
     finally:
         engine.dispose()
-    return None
-
-
-def _later(connection: Connection, known: "ScriptDirectory") -> str | None:
-    """The schema's revision where it is after all that are known. They are numbered."""
-    from alembic.migration import MigrationContext
-
-    newest = known.get_current_head() or ""
-    at = MigrationContext.configure(connection).get_current_revision()
-    return at if at is not None and at.isdecimal() and at > newest else None
 
 
 def _bound(connection: Connection, **seconds: float) -> None:

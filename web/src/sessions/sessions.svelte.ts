@@ -330,10 +330,9 @@ export class Sessions {
         await this.#clash();
         return;
       }
-      const others = await this.#others(saved, draft);
+      await this.#takeOthers(saved, draft);
       const isSettled = open.notes === notes && this.#room.images.all === images;
       this.#saved(saved, draft, isSettled);
-      this.arrived = [...this.arrived, ...others];
     });
   }
 
@@ -353,9 +352,8 @@ export class Sessions {
       const draft = await this.#draft();
       const message = changes(open.document, draft.content);
       if (isChanged) made = await this.service.save(made.id, made.head, draft.content, message);
-      const others = await this.#others(made, draft);
+      await this.#takeOthers(made, draft);
       this.#saved(made, draft, true);
-      this.arrived = [...this.arrived, ...others];
       this.#later(this.open);
     });
     return forked;
@@ -380,12 +378,12 @@ export class Sessions {
   }
 
   /** Results that came in with a save, because somebody else had added them: fetched, to be shown as any other. */
-  async #others(saved: SessionDetail, draft: Draft): Promise<readonly string[]> {
+  async #takeOthers(saved: SessionDetail, draft: Draft): Promise<void> {
     const own = names(draft, saved).taken.map(([result]) => result);
     const others = saved.document.scans
       .map(({ result }) => result)
       .filter((result) => !own.includes(result) && !this.#shelf.has(result));
-    if (others.length === 0) return others;
+    if (others.length === 0) return;
     try {
       const file = await this.service.file({ id: saved.id, revision: saved.opened });
       this.#shelf.take(await readNmri(file));
@@ -393,7 +391,7 @@ export class Sessions {
       // It has been saved all the same.
       this.problem = explain(error);
     }
-    return others;
+    this.arrived = [...this.arrived, ...others];
   }
 
   #saved(saved: SessionDetail, draft: Draft, isSettled: boolean): void {
