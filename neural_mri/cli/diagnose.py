@@ -1,5 +1,6 @@
 """`neural-mri diagnose` and `neural-mri report`: a checkpoint examined, gated, and told about."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -105,6 +106,10 @@ def diagnose(
     neural-mri diagnose quick --local --model ./candidate --baseline ./main --out report
     """
     try:
+        for name, given in (("--model", model), ("--baseline", baseline)):
+            # A variable that was never set: without a baseline nothing would be gated.
+            if given == "":
+                raise typer.BadParameter(f"{name} is empty: expected a checkpoint")
         if local and model is None:
             raise typer.BadParameter("--local needs --model: a folder or a name")
         diagnosis = _run(
@@ -122,15 +127,18 @@ def diagnose(
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     except (typer.BadParameter, ClientError, Problem, OSError) as error:
-        complain(getattr(error, "message", None) or str(error))
+        with _unheard():
+            complain(getattr(error, "message", None) or str(error))
         raise typer.Exit(GateExit.NOT_RUN) from error
     except Exception:  # noqa: BLE001 -- whatever it is, no gate has failed
         # Python's own status for an error that nobody foresaw is 1, which says that a gate failed.
-        traceback.print_exc()
+        with _unheard():
+            traceback.print_exc()
         raise typer.Exit(GateExit.NOT_RUN) from None
-    _print(diagnosis, Phrases(language), standard_output())
-    if out is not None and not quiet:
-        note(f"wrote {out / 'diagnosis.html'} and {len(FORMATS) - 1} more")
+    with _unheard():
+        _print(diagnosis, Phrases(language), standard_output())
+        if out is not None and not quiet:
+            note(f"wrote {out / 'diagnosis.html'} and {len(FORMATS) - 1} more")
     raise typer.Exit(GateExit.PASSED if diagnosis.passed else GateExit.FAILED)
 
 
@@ -168,6 +176,24 @@ def report(
     except Problem as error:
         complain(str(error))
         raise typer.Exit(ExitCode.USAGE) from error
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Whoever read may have gone, or a disk be full: that says nothing about the gates, so no exit code does.
+
+    rich leaves the process with 1 where nobody reads.
+    """
+    try:
+        yield
+    except (OSError, SystemExit):
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                # The interpreter flushes once more as it ends, and has an exit code of its own for that.
+                with suppress(OSError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _read(file: Path) -> Diagnosis:
@@ -229,7 +255,8 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     def advance(model: str, done: int, total: int) -> None:
         if not total:
             if not quiet:
-                note(f"{model}: measured before")
+                with _unheard():
+                    note(f"{model}: measured before")
             return
         if model not in tasks or done == 1:
             tasks[model] = bars.add_task(model, total=total)

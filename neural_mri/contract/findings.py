@@ -79,7 +79,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     interval: Interval
     n: int
     method: str
-    """`wilson`, `bootstrap`."""
+    """`wilson`, `bootstrap`, `welch`; `none` where there are too few for an interval."""
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,7 +142,7 @@ class CaseOutcome(msgspec.Struct, frozen=True, kw_only=True):
     licence: str
     asked: int
     set_aside: int
-    """Prompts that cannot be asked with this tokenizer (`diagnostics.measuring.ask`)."""
+    """Prompts that cannot be asked with this tokenizer (`diagnostics.asking.ask`)."""
     score: Score
     chance: float
     baseline: Score | None = None

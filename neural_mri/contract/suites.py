@@ -5,8 +5,9 @@ says is a score with an interval. Equal suites have equal digests, however they 
 """
 
 import hashlib
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -21,12 +22,15 @@ __all__ = (
     "Gate",
     "Item",
     "Language",
+    "Limits",
     "Measure",
     "Reference",
     "Suite",
     "Verdict",
     "decode_suite",
 )
+
+T = TypeVar("T")
 
 Slug = Annotated[str, Meta(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=60)]
 
@@ -111,11 +115,22 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much may change before a gate says so."""
+    """How much may change before a gate says so. What is left out is as `Suite.gate` finds it."""
 
-    tolerance: Annotated[float, Meta(ge=0)] = 0.0
-    """In the measure's own unit; a change within it passes, however certain it is."""
-    verdict: Verdict = Verdict.FAIL
+    tolerance: Annotated[float, Meta(ge=0)] | None = None
+    """In the measure's own unit; a change within it passes, however certain it is. Of attributions, one number
+    for both units: 1 - rank correlation, and shares of the prompt's RMS effect."""
+    share_tolerance: Annotated[float, Meta(ge=0, le=1)] | None = None
+    """Of scores alone, whose `tolerance` is in nats: how much the share of a case's right answers may change."""
+    verdict: Verdict | None = None
+
+
+class Limits(NamedTuple):
+    """A gate with nothing left out."""
+
+    tolerance: float
+    share_tolerance: float
+    verdict: Verdict
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -145,7 +160,7 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     reference: Reference = Reference()
     gates: dict[Measure, Gate] = {}
     profiles: dict[Slug, dict[Measure, Gate]] = {}
-    """Other gates by name, such as for a checkpoint that is meant to differ."""
+    """Other gates by name, such as for a checkpoint that is meant to differ. What they leave out is as in `gates`."""
     cases: Annotated[tuple[Case, ...], Meta(min_length=1, max_length=200)]
 
     def __post_init__(self) -> None:
@@ -154,6 +169,10 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError(f"case {twice[0]!r} is there twice: expected each id once")
         for case in self.cases:
             _check(case)
+        for gates in (self.gates, *self.profiles.values()):
+            for measure, gate in gates.items():
+                if gate.share_tolerance is not None and measure is not Measure.SCORES:
+                    raise ValueError(f"gate {measure.value}: only scores have a share_tolerance")
 
     @property
     def digest(self) -> str:
@@ -173,20 +192,34 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Prompts in all."""
         return sum(len(case.items) for case in self.cases)
 
-    def gate(self, measure: Measure, profile: str | None = None) -> Gate:
-        """The gate of a measure. Raises `InvalidRequest` for a profile that the suite does not have."""
-        if profile is None:
-            return self.gates.get(measure, Gate())
-        if profile not in self.profiles:
-            known = ", ".join(sorted(self.profiles)) or "none"
-            raise InvalidRequest(
-                f"suite {self.name} has no profile {profile!r}: it has {known}", profile=profile
-            )
-        return self.profiles[profile].get(measure, self.gates.get(measure, Gate()))
+    def gate(self, measure: Measure, profile: str | None = None) -> Limits:
+        """The gate of a measure: as the profile has it, else the suite, else nothing is tolerated and a change fails.
+
+        Weights only warn unless one of the two says otherwise: files may differ that compute the same. Raises
+        `InvalidRequest` for a profile that the suite does not have.
+        """
+        written = [self.gates.get(measure, Gate())]
+        if profile is not None:
+            if profile not in self.profiles:
+                known = ", ".join(sorted(self.profiles)) or "none"
+                raise InvalidRequest(
+                    f"suite {self.name} has no profile {profile!r}: it has {known}", profile=profile
+                )
+            written.insert(0, self.profiles[profile].get(measure, Gate()))
+        usual = Verdict.WARN if measure is Measure.WEIGHTS else Verdict.FAIL
+        return Limits(
+            tolerance=_first((gate.tolerance for gate in written), 0.0),
+            share_tolerance=_first((gate.share_tolerance for gate in written), 0.0),
+            verdict=_first((gate.verdict for gate in written), usual),
+        )
 
     def case(self, case_id: str) -> Case:
         """The case of that id. Raises `KeyError`."""
         return next(case for case in self.cases if case.id == case_id)
+
+
+def _first(said: Iterable[T | None], otherwise: T) -> T:
+    return next((each for each in said if each is not None), otherwise)
 
 
 def _check(case: Case) -> None:

@@ -7,6 +7,7 @@ the first component that left the noise is where the change is. What follows it 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from msgspec.structs import replace
 
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.findings import (
@@ -21,7 +22,6 @@ from neural_mri.contract.findings import (
 from neural_mri.contract.problems import InvalidAddress
 from neural_mri.contract.suites import GATED, Measure, Suite, Verdict
 from neural_mri.diagnostics.comparison import Comparison, Tested, WeightChange
-from neural_mri.diagnostics.reading import causal_place
 from neural_mri.diagnostics.records import Record
 from neural_mri.diagnostics.statistics import rms_score
 
@@ -89,7 +89,7 @@ def _of_tested(
     suite: Suite, tested: Tested, record: Record, severity: Severity
 ) -> Iterator[Finding]:
     changed = tested.changed
-    if tested.quantity.measure is not Measure.NORMS:
+    if tested.quantity.measure is not Measure.NORMS or (origin := tested.origin) is None:
         most = int(changed[np.argmax((tested.effect / tested.noise)[changed])])
         rule = (
             Rule.CHANGED_RANKS
@@ -98,23 +98,19 @@ def _of_tested(
         )
         yield _finding(suite, tested, record, most, rule, severity)
         return
-    origin = _origin(tested)
-    yield _finding(suite, tested, record, origin, Rule.CHANGED_AT, severity)
-    later = changed[changed > origin]
-    if len(later):
-        most = int(later[np.argmax(tested.effect[later])])
+    found = _finding(suite, tested, record, origin, Rule.CHANGED_AT, severity)
+    if origin not in changed:
+        largest = int(changed[np.argmax(tested.effect[changed])])
+        numbers = {
+            "most": float(tested.effect[largest]),
+            "most_label": Component.parse(tested.components[largest]).label,
+        }
+        found = replace(found, numbers=found.numbers | numbers)
+    yield found
+    later = [int(index) for index in changed if tested.step(index) > tested.step(origin)]
+    if later:
+        most = max(later, key=lambda index: tested.effect[index])
         yield _finding(suite, tested, record, most, Rule.CHANGED_DOWNSTREAM, Severity.NOTE)
-
-
-def _origin(tested: Tested) -> int:
-    """The first place that changed; of several computed at once, the one that changed most."""
-    places = {
-        int(index): causal_place(Component.parse(tested.components[index]))
-        for index in tested.changed
-    }
-    first = min(place[:2] for place in places.values())
-    at_once = [index for index, place in places.items() if place[:2] == first]
-    return max(at_once, key=lambda index: tested.effect[index])
 
 
 def _finding(
@@ -198,7 +194,8 @@ def _of_scores(
     for change in comparison.scores:
         outcome = outcomes[change.case]
         difference = float(change.after.mean() - change.before.mean())
-        if severity is None or change.p_value >= suite.alpha or abs(difference) <= gate.tolerance:
+        tolerated = abs(difference) <= gate.share_tolerance
+        if severity is None or change.p_value >= suite.alpha or tolerated:
             continue
         better = difference > 0
         yield Finding(

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from neural_mri.contract.baselines import check_comparable
+from neural_mri.contract.components import Component
 from neural_mri.contract.problems import Unprocessable
-from neural_mri.contract.suites import Measure, Suite
+from neural_mri.contract.suites import Measure, Suite, Verdict
 from neural_mri.diagnostics.outcomes import rightly
+from neural_mri.diagnostics.reading import causal_place
 from neural_mri.diagnostics.records import Block, Quantity, Record
 from neural_mri.diagnostics.statistics import Tail, holm, mcnemar, rank_correlation
 
@@ -82,6 +84,30 @@ class Tested(NamedTuple):
         beyond = (self.adjusted < self.alpha) & (self.effect > self.tolerance)
         return np.flatnonzero(beyond)
 
+    @property
+    def beyond_noise(self) -> npt.NDArray[np.intp]:
+        """Components that changed by more than noise allows, tolerated or not: a change may begin small."""
+        return np.flatnonzero(self.adjusted < self.alpha)
+
+    @property
+    def origin(self) -> int | None:
+        """The first place beyond noise; of several computed at once, the one that changed most.
+
+        None where nothing changed by more than is tolerated.
+        """
+        if not len(self.changed):
+            return None
+        steps = {int(index): self.step(int(index)) for index in self.beyond_noise}
+        first = min(steps.values())
+        return max(
+            (index for index, step in steps.items() if step == first),
+            key=lambda index: self.effect[index],
+        )
+
+    def step(self, index: int) -> tuple[int, int]:
+        """When a component is computed: heads of one layer have the same step."""
+        return causal_place(Component.parse(self.components[index]))[:2]
+
 
 class ScoreChange(NamedTuple):
     """One case's prompts, answered rightly before and after."""
@@ -119,7 +145,7 @@ def compare(
     """Judge everything that both records hold.
 
     Raises `NotComparable` where something beside the weights differs, `Unprocessable` where the records
-    are not of this suite or the baseline has no noise measured.
+    are not of this suite or the baseline has no noise measured of what a gate asks for.
     """
     check_comparable(candidate.subject, baseline.subject)
     for record in (candidate, baseline):
@@ -141,7 +167,9 @@ def compare(
         each._replace(adjusted=adjusted[end - len(each.raw) : end])
         for each, end in zip(tested, ends, strict=True)
     )
-    weights, n_weights = _weights(candidate, baseline)
+    weights, n_weights = _weights(
+        candidate, baseline, suite.gate(Measure.WEIGHTS, profile).tolerance
+    )
     return Comparison(
         judged, _scores(suite, candidate, baseline), weights, n_weights, len(adjusted)
     )
@@ -154,13 +182,23 @@ def _tests(
         if quantity.measure not in suite.measures:
             continue  # one scan may measure more than was asked for
         here, there = _block(candidate, quantity), _block(baseline, quantity)
-        again = _noise_pair(baseline, quantity)
-        if here is None or there is None or again is None:
-            continue
-        if here.components != there.components or set(here.prompts) != set(there.prompts):
+        if here is None and there is None:
+            continue  # nothing to measure, as where no prompt has a corrupt one
+        if (
+            here is None
+            or there is None
+            or here.components != there.components
+            or set(here.prompts) != set(there.prompts)
+        ):
             raise Unprocessable(
                 f"{quantity.measure.value} of the two records are not of the same components and prompts"
             )
+        gate = suite.gate(quantity.measure, profile)
+        again = _noise_pair(baseline, quantity)
+        if again is None:
+            if gate.verdict is Verdict.IGNORE:
+                continue
+            raise Unprocessable(_without_noise(quantity, baseline))
         measured = _distances(quantity, here.rows(there.prompts), there.values)
         noise = np.abs(_distances(quantity, again.second, again.first))
         floor = _floor(quantity, there.values, baseline.subject.n_layers)
@@ -179,9 +217,19 @@ def _tests(
             noise=scale,
             raw=tail.p_values(effect / scale),
             adjusted=np.empty(0),
-            tolerance=suite.gate(quantity.measure, profile).tolerance,
+            tolerance=gate.tolerance,
             alpha=suite.alpha,
         )
+
+
+def _without_noise(quantity: Quantity, baseline: Record) -> str:
+    measure = quantity.measure.value
+    return (
+        f"the record of {baseline.subject.model} has no noise of {measure}, so that its gate cannot be judged: none "
+        f"of the prompts read for {measure} keeps its tokens where text follows, or the record is of an earlier "
+        f"version. Delete {baseline.key}.arrow and measure it again, raise `attention_prompts`, or have the verdict "
+        "of that gate be `ignore`"
+    )
 
 
 class _Pair(NamedTuple):
@@ -207,6 +255,8 @@ def _noise_pair(record: Record, quantity: Quantity) -> _Pair | None:
     if again is None or block is None:
         return None
     shared = tuple(prompt for prompt in again.prompts if prompt in set(block.prompts))
+    if not shared:
+        return None
     return _Pair(block.rows(shared), again.rows(shared))
 
 
@@ -283,8 +333,10 @@ def _scores(suite: Suite, candidate: Record, baseline: Record) -> tuple[ScoreCha
     return tuple(each._replace(p_value=float(p)) for each, p in zip(found, adjusted, strict=True))
 
 
-def _weights(candidate: Record, baseline: Record) -> tuple[tuple[WeightChange, ...], int]:
-    """Components and tensors with any statistic that differs in any digit."""
+def _weights(
+    candidate: Record, baseline: Record, tolerance: float
+) -> tuple[tuple[WeightChange, ...], int]:
+    """Components and tensors with any statistic that differs by more than is tolerated; of all, how many."""
     changes: dict[str, WeightChange] = {}
     names: set[str] = set()
     for quantity, block in baseline.blocks.items():
@@ -300,6 +352,8 @@ def _weights(candidate: Record, baseline: Record) -> tuple[tuple[WeightChange, .
             size = max(abs(a[index]), abs(b[index]))
             relative = abs(a[index] - b[index]) / size if np.isfinite(size) and size else 1.0
             relative = float(relative) if np.isfinite(relative) else 1.0
+            if relative <= tolerance:
+                continue
             name = block.components[index]
             if name not in changes or relative > changes[name].relative:
                 changes[name] = WeightChange(name, relative, quantity.name)

@@ -7,25 +7,25 @@ import numpy as np
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.findings import CaseOutcome, Evidence, Finding, Rule, Score, Severity
 from neural_mri.contract.suites import Case, Expectation, Measure, Suite
-from neural_mri.diagnostics.outcomes import rightly
+from neural_mri.diagnostics.outcomes import FEWEST_PROMPTS, balance_p_value, fewest, rightly
 from neural_mri.diagnostics.records import Record
-from neural_mri.diagnostics.statistics import proportion_score
+from neural_mri.diagnostics.statistics import CONFIDENCE, holm, proportion_score
 
 __all__ = ("conditions",)
 
 SILENT = 1e-3
 """A head is silent where what it writes is less than this share of its layer's median head, on every prompt."""
 OUTLYING_KURTOSIS = 100.0
-FEWEST_PROMPTS = 8
-"""Of fewer prompts a case's score is told, and nothing is concluded from it."""
 LATE = 0.95
 """Share of the layers after which an answer counts as decided late."""
 
 
 def conditions(suite: Suite, record: Record, cases: Sequence[CaseOutcome]) -> Iterator[Finding]:
     """All of them, in no order."""
+    leaning = _leaning(suite, record)
     for case, outcome in zip(suite.cases, cases, strict=True):
-        yield from _of_score(case, outcome, record)
+        if fewest(case, record) >= FEWEST_PROMPTS:
+            yield from _of_score(case, outcome, record, leaning.get(case.id))
         yield from _of_inside(outcome, record)
         yield from _confident_errors(case, record)
     yield from _settles_late(cases, record)
@@ -33,7 +33,20 @@ def conditions(suite: Suite, record: Record, cases: Sequence[CaseOutcome]) -> It
     yield from _tensors(record)
 
 
-def _score_evidence(score: Score, unit: str, case: Case, record: Record) -> Evidence:
+def _leaning(suite: Suite, record: Record) -> dict[str, float]:
+    """p-values of balance cases, adjusted (Holm): of many that are even, one in twenty would look as if it leant."""
+    asked = [
+        case
+        for case in suite.cases
+        if case.expectation is Expectation.BALANCE and fewest(case, record) >= FEWEST_PROMPTS
+    ]
+    adjusted = holm([balance_p_value(case, record) for case in asked])
+    return {case.id: float(p) for case, p in zip(asked, adjusted, strict=True)}
+
+
+def _score_evidence(
+    score: Score, unit: str, case: Case, record: Record, p_value: float | None = None
+) -> Evidence:
     return Evidence(
         measure=Measure.SCORES,
         quantity=case.expectation.value,
@@ -41,27 +54,28 @@ def _score_evidence(score: Score, unit: str, case: Case, record: Record) -> Evid
         value=score.value,
         unit=unit,
         interval=score.interval,
+        p_value=p_value,
         n=score.n,
         scan_keys=record.scan_key("FLAIR", f"{case.id}/0"),
         prompt=case.items[0].prompt,
     )
 
 
-def _of_score(case: Case, outcome: CaseOutcome, record: Record) -> Iterator[Finding]:
+def _of_score(
+    case: Case, outcome: CaseOutcome, record: Record, p_value: float | None
+) -> Iterator[Finding]:
     score = outcome.score
-    if score.n < FEWEST_PROMPTS:
-        return
     low, high = score.interval.low, score.interval.high
     match case.expectation:
         case Expectation.BALANCE:
-            if low <= 0 <= high:
+            if p_value is None or p_value >= 1 - CONFIDENCE:
                 return
             yield Finding(
                 rule=Rule.BIAS,
                 severity=Severity.WARNING,
                 case=case.id,
                 strength=min(abs(low), abs(high)),
-                evidence=_score_evidence(score, "nats", case, record),
+                evidence=_score_evidence(score, "nats", case, record, p_value),
                 numbers={
                     "label": case.id,
                     "odds": float(np.exp(min(abs(score.value), 50.0))),
@@ -102,6 +116,11 @@ def _of_inside(outcome: CaseOutcome, record: Record) -> Iterator[Finding]:
         later = [each for each in outcome.carriers if Component.parse(each.component).layer]
         helping = [each for each in later if each.effect.value < 0]
         first = (helping or later or list(outcome.carriers))[0]
+        at = outcome.carriers.index(first)
+        larger, others = (
+            ", ".join(each.label for each in some)
+            for some in (outcome.carriers[:at], outcome.carriers[at + 1 :])
+        )
         place = Component.parse(first.component)
         yield Finding(
             rule=Rule.CARRIED_BY,
@@ -124,19 +143,20 @@ def _of_inside(outcome: CaseOutcome, record: Record) -> Iterator[Finding]:
             numbers={
                 "label": first.label,
                 "share": first.share,
-                "others": ", ".join(each.label for each in outcome.carriers if each is not first)
-                or "-",
+                **({"others": others} if others else {}),
+                **({"larger": larger} if larger else {}),
             },
         )
 
 
 def _settles_late(cases: Sequence[CaseOutcome], record: Record) -> Iterator[Finding]:
     """One finding for all cases whose answers are decided at the end, told of the latest."""
-    late = [
+    known = [
         (outcome.settles, outcome.id)
         for outcome in cases
-        if outcome.settles is not None and outcome.settles.interval.low >= LATE
+        if outcome.settles is not None and outcome.settles.n >= FEWEST_PROMPTS
     ]
+    late = [each for each in known if each[0].interval.low >= LATE]
     if not late:
         return
     latest, case = max(late, key=lambda each: (each[0].value, each[0].n))
@@ -155,7 +175,7 @@ def _settles_late(cases: Sequence[CaseOutcome], record: Record) -> Iterator[Find
             n=latest.n,
             scan_keys=record.scan_key("FLAIR", f"{case}/0"),
         ),
-        numbers={"label": case, "changed": len(late), "tested": len(cases)},
+        numbers={"label": case, "changed": len(late), "tested": len(known)},
     )
 
 

@@ -28,7 +28,7 @@ def grids(suite: Suite, record: Record, comparison: Comparison | None) -> Iterat
             continue
         ratio = np.clip(tested.effect / tested.noise, 1e-3, MOST_NOISE)
         name = f"{tested.quantity.measure.value} change"
-        marked = tuple(tested.components[index] for index in tested.changed[:1])
+        marked = () if tested.origin is None else (tested.components[tested.origin],)
         yield _grid(name, "times noise", record, tested.components, ratio, marked)
     block = record.block(Measure.ATTRIBUTION, "effect")
     if block is not None:

@@ -8,6 +8,7 @@ that could be done meanwhile.
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -19,8 +20,9 @@ from neural_mri.contract.baselines import Subject
 from neural_mri.contract.circuits import Ablation, CircuitMethod, CircuitScan
 from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scans import ActivationScan, AttentionScan, Scan, WeightScan
-from neural_mri.contract.suites import Item, Measure, Suite
+from neural_mri.contract.suites import Measure, Suite
 from neural_mri.contract.tokens import Tokens
+from neural_mri.diagnostics.asking import Aside, Asked, ask
 from neural_mri.diagnostics.reading import (
     Numbers,
     activation_norms,
@@ -33,14 +35,13 @@ from neural_mri.diagnostics.reading import (
 )
 from neural_mri.diagnostics.records import Block, Quantity, Record
 
-__all__ = ("Aside", "Asked", "Scanned", "Scans", "ask", "measure", "n_scans")
+__all__ = ("Scanned", "Scans", "measure", "n_scans")
 
 Advance = Callable[[int, int], None]
 """Called with scans done and scans in all."""
 
-SUFFIX = "\n\nThat was the end of the text, and here is some more of it."
-"""What noise is measured with: a causal model's numbers at a token do not depend on what follows, so what
-does change is the order in which the machine added up."""
+REFERENCE_TOKENS = 128
+"""What a calibration takes at the least: two texts of 64 tokens."""
 
 
 class Scanned(NamedTuple):
@@ -64,30 +65,6 @@ class Scans(Protocol):
         """What each scan measured, in their order. Raises where one fails."""
 
 
-class Asked(NamedTuple):
-    """A prompt that a tokenizer can be asked."""
-
-    name: str
-    """`case/number`."""
-    item: Item
-    answer_id: int
-    foil_id: int | None
-    n_tokens: int
-    corrupt: str | None
-    """The corrupt prompt, where it has as many tokens."""
-    longer: str | None
-    """The prompt with `SUFFIX`, where that leaves the prompt's own tokens as they are."""
-    n_longer: int
-    """Its tokens."""
-
-
-class Aside(NamedTuple):
-    """A prompt that a tokenizer cannot be asked."""
-
-    name: str
-    reason: str
-
-
 class _Wanted(NamedTuple):
     """A scan, and where its numbers belong."""
 
@@ -101,67 +78,6 @@ class _Wanted(NamedTuple):
     """Of all that is read."""
     paired: int = -1
     """Of a noise pair of attributions, which of the two it is."""
-
-
-def ask(suite: Suite, tokenize: Callable[[Sequence[str]], list[Tokens]]) -> list[Asked | Aside]:
-    """Every prompt of a suite, in order.
-
-    What stands after a prompt is its next token, so one cannot be asked whose own tokens are others once the answer
-    or the foil follows, or where both begin with the same token. Nor one of a single token: there is no place but
-    the attention sink.
-    """
-    named = [
-        (f"{case.id}/{number}", item)
-        for case in suite.cases
-        for number, item in enumerate(case.items)
-    ]
-    texts = list(dict.fromkeys(text for _, item in named for text in _texts(item)))
-    tokens = dict(zip(texts, tokenize(texts), strict=True))
-    return [_asked(name, item, tokens) for name, item in named]
-
-
-def _texts(item: Item) -> Iterator[str]:
-    yield item.prompt
-    yield item.prompt + item.answer
-    yield item.prompt + SUFFIX
-    if item.foil is not None:
-        yield item.prompt + item.foil
-    if item.corrupt is not None:
-        yield item.corrupt
-
-
-def _asked(name: str, item: Item, tokens: Mapping[str, Tokens]) -> Asked | Aside:
-    prompt = tokens[item.prompt]
-    if len(prompt) < 2:
-        return Aside(name, f"{item.prompt!r} is {len(prompt)} token long, expected 2 or more")
-    answer_id = _next(prompt, tokens[item.prompt + item.answer])
-    foil_id = None if item.foil is None else _next(prompt, tokens[item.prompt + item.foil])
-    if answer_id is None or (foil_id is None and item.foil is not None):
-        after = item.answer if answer_id is None else item.foil
-        why = ": does the prompt end with a space?" if item.prompt != item.prompt.rstrip() else ""
-        return Aside(name, f"{item.prompt!r} is read as other tokens where {after!r} follows{why}")
-    if foil_id == answer_id:
-        return Aside(name, f"{item.answer!r} and {item.foil!r} begin with the same token")
-    fits = item.corrupt is not None and len(tokens[item.corrupt]) == len(prompt)
-    longer = item.prompt + SUFFIX
-    return Asked(
-        name,
-        item,
-        answer_id,
-        foil_id,
-        len(prompt),
-        item.corrupt if fits else None,
-        longer if _next(prompt, tokens[longer]) is not None else None,
-        len(tokens[longer]),
-    )
-
-
-def _next(prompt: Tokens, longer: Tokens) -> int | None:
-    """The token after the prompt; None where the longer text does not begin with the prompt's tokens."""
-    n = len(prompt)
-    if len(longer) <= n or longer.ids[:n] != prompt.ids:
-        return None
-    return longer.ids[n]
 
 
 def spread(names: Sequence[str], count: int) -> set[str]:
@@ -190,15 +106,22 @@ def measure(
     What a record without noise holds is taken from there, and only what it lacks is measured. Scans are asked for
     in an `order` drawn where one is given, so that other prompts of the same length share their forwards.
 
-    Raises `Unprocessable` where the tokenizer can be asked none of its prompts.
+    Raises `Unprocessable` where the tokenizer can be asked none of its prompts, or noise be measured on none.
     """
     started = time.perf_counter()
     everything = ask(suite, scans.tokenize)
     asked = [each for each in everything if isinstance(each, Asked)]
     if not asked:
-        [(name, reason), *_] = (each for each in everything if isinstance(each, Aside))
+        [first, *_] = (each for each in everything if isinstance(each, Aside))
         raise Unprocessable(
-            f"suite {suite.name} has no prompt that {scans.subject.model} can be asked. The first is {name}: {reason}"
+            f"suite {suite.name} has no prompt that {scans.subject.model} can be asked. "
+            f"The first is {first.name}: {first.reason}"
+        )
+    if with_noise and not any(each.longer for each in asked) and set(suite.measures) - _NOISELESS:
+        raise Unprocessable(
+            f"noise cannot be measured with suite {suite.name}, and without it nothing can be told from rounding: "
+            f"{scans.subject.model} reads every prompt as other tokens where text follows, or has no room for more. "
+            "A prompt that ends with a whole word would do"
         )
     wanted = [
         each
@@ -210,7 +133,8 @@ def measure(
     gathered: tuple[Numbers, Numbers] = (Numbers(), Numbers())
     scan_keys: dict[str, str] = {} if known is None else dict(known.scan_keys)
     pairs: tuple[Numbers, Numbers] = (Numbers(), Numbers())
-    for done, (each, result) in enumerate(_scanned(suite, scans, wanted), 1):
+    calibration = _calibration(suite, [each.n_tokens for each in everything])
+    for done, (each, result) in enumerate(_scanned(calibration, scans, wanted), 1):
         numbers = gathered[each.replicate] if each.paired < 0 else pairs[each.paired]
         _read(each, result, numbers, suite)
         if not each.replicate:
@@ -232,8 +156,11 @@ def measure(
     )
 
 
+_NOISELESS = frozenset({Measure.WEIGHTS})
+
+
 def _scanned(
-    suite: Suite, scans: Scans, wanted: Sequence[_Wanted]
+    calibration: CalibrationScan, scans: Scans, wanted: Sequence[_Wanted]
 ) -> Iterator[tuple[_Wanted, Scanned]]:
     """Everything that is wanted, with what was measured; what can be done together stands together.
 
@@ -245,7 +172,7 @@ def _scanned(
     early.sort(key=lambda each: (each.modality != "T2", each.n_read))
     # Of circuits, those first that are alone: between others they would keep these from sharing a forward.
     late.sort(key=lambda each: (each.modality == "DTI", each.paired != 0, -each.n_read))
-    calibrating = [_calibration(suite)] if any(map(_is_calibrated, late)) else []
+    calibrating = [calibration] if any(map(_is_calibrated, late)) else []
     results = scans.scan([*calibrating, *(each.scan for each in early)])
     keys = [next(results).scan_key for _ in calibrating]
     yield from zip(early, results, strict=True)
@@ -265,11 +192,20 @@ def _against(scan: Scan, calibration: str) -> Scan:
     return msgspec.structs.replace(scan, calibration=calibration)
 
 
-def _calibration(suite: Suite) -> CalibrationScan:
-    """A calibration on the suite's own prompts: the same text for every checkpoint."""
-    texts = tuple(dict.fromkeys(item.prompt for case in suite.cases for item in case.items))
+def _calibration(suite: Suite, n_tokens: Sequence[int]) -> CalibrationScan:
+    """A calibration on the suite's own prompts, of so many tokens each: the same text for every checkpoint.
+
+    Where they are too short together they are read again until there is enough.
+    """
+    prompts = (item.prompt for case in suite.cases for item in case.items)
+    lengths = dict(zip(prompts, n_tokens, strict=True))
+    texts, again = list(lengths), cycle(lengths)
+    total = sum(lengths.values())
+    while total < REFERENCE_TOKENS:
+        texts.append(next(again))
+        total += lengths[texts[-1]]
     return CalibrationScan(
-        texts=texts,
+        texts=tuple(texts),
         n_tokens=suite.reference.n_tokens,
         n_ordinary=suite.reference.n_ordinary,
         lenses=(Lens.RAW,),
@@ -282,7 +218,10 @@ def _wanted(
     names = [each.name for each in asked]
     attended = spread(names, suite.attention_prompts)
     longer = [each.name for each in asked if each.longer]
-    noisy = spread(longer, suite.noise_prompts) if with_noise and longer else set()
+    n_noisy = suite.noise_prompts if with_noise else 0
+    noisy = spread(longer, n_noisy)
+    # Where attention is read on few prompts, none of them may be noisy: then some are, for attention alone.
+    looking = attended & noisy or spread([name for name in longer if name in attended], n_noisy)
     reading = _Reading(suite, attended, tuple(range(subject.n_layers)))
     if Measure.WEIGHTS in suite.measures:
         yield _Wanted(WeightScan(), "", "T2", 0)
@@ -294,6 +233,8 @@ def _wanted(
             yield from reading.of(each, 1)
             if Measure.ATTRIBUTION in suite.measures:
                 yield from _attribution_pair(each)
+        elif each.name in looking:
+            yield from reading.attention(each, 1)
 
 
 class _Reading(NamedTuple):
@@ -306,9 +247,7 @@ class _Reading(NamedTuple):
     def of(self, each: Asked, replicate: int) -> Iterator[_Wanted]:
         """Scans of a prompt, or as replicate 1 of the longer text that begins with it."""
         measures = set(self.suite.measures)
-        text, n_read = each.item.prompt, each.n_tokens
-        if replicate:
-            text, n_read = each.longer or "", each.n_longer
+        text, n_read = _read_as(each, replicate)
         if Measure.NORMS in measures:
             scan: Scan = ActivationScan(
                 prompt=text,
@@ -328,9 +267,19 @@ class _Reading(NamedTuple):
                 sublayers=Sublayers.NONE,
             )
             yield _Wanted(scan, each.name, "FLAIR", replicate, each.n_tokens, n_read)
-        if Measure.ATTENTION in measures and each.name in self.attended:
+        yield from self.attention(each, replicate)
+
+    def attention(self, each: Asked, replicate: int) -> Iterator[_Wanted]:
+        """Of these the scan of attention, where it is read on that prompt."""
+        if Measure.ATTENTION in self.suite.measures and each.name in self.attended:
+            text, n_read = _read_as(each, replicate)
             scan = AttentionScan(prompt=text, layers=self.layers)
             yield _Wanted(scan, each.name, "attention", replicate, each.n_tokens, n_read)
+
+
+def _read_as(each: Asked, replicate: int) -> tuple[str, int]:
+    """A prompt's text and tokens, or those of the longer text."""
+    return (each.longer or "", each.n_longer) if replicate else (each.item.prompt, each.n_tokens)
 
 
 def _circuit(suite: Suite, each: Asked) -> CircuitScan:

@@ -11,6 +11,7 @@ from neural_mri.contract.suites import Case, Expectation, Measure
 from neural_mri.diagnostics.records import Block, Record
 from neural_mri.diagnostics.statistics import (
     Groups,
+    Welch,
     auroc_change_score,
     auroc_score,
     difference_score,
@@ -19,8 +20,10 @@ from neural_mri.diagnostics.statistics import (
     proportion_score,
 )
 
-__all__ = ("case_outcome", "groups", "oriented", "rightly")
+__all__ = ("FEWEST_PROMPTS", "balance_p_value", "case_outcome", "fewest", "oriented", "rightly")
 
+FEWEST_PROMPTS = 8
+"""Of fewer prompts, or of a group of fewer, numbers are told and nothing is concluded from them."""
 CARRIERS = 6
 STRONGEST = 10
 _CONSIDERED = 24
@@ -44,7 +47,24 @@ def rightly(case: Case, record: Record) -> Bools | None:
     return found if len(found) else None
 
 
-def groups(case: Case, block: Block) -> tuple[Bools, Bools]:
+def fewest(case: Case, record: Record) -> int:
+    """How many prompts a verdict on a case's score stands on: of two groups, as many as the smaller has."""
+    match case.expectation:
+        case Expectation.BALANCE:
+            return min(map(len, _margins(case, record)))
+        case Expectation.AWARENESS:
+            return min(map(len, _supports(case, record)))
+        case _:
+            right = rightly(case, record)
+            return 0 if right is None else len(right)
+
+
+def balance_p_value(case: Case, record: Record) -> float:
+    """How likely groups that are treated alike differ as much; of two or more prompts each."""
+    return Welch.of(*_margins(case, record)).p_value
+
+
+def _groups(case: Case, block: Block) -> tuple[Bools, Bools]:
     """Which of a block's prompts, all of this case, belong to the first group named, and to the other."""
     named = np.array([case.items[int(prompt.rpartition("/")[2])].group for prompt in block.prompts])
     first = "known" if case.expectation is Expectation.AWARENESS else case.items[0].group
@@ -83,7 +103,7 @@ def oriented(case: Case, block: Block) -> npt.NDArray[np.float64]:
     """Effects of a case's prompts, all meaning the same: in a balance case the other group's are turned."""
     values = block.values.astype(np.float64)
     if case.expectation is Expectation.BALANCE:
-        _, other = groups(case, block)
+        _, other = _groups(case, block)
         values[other] *= -1
     return values
 
@@ -113,16 +133,30 @@ def _score(case: Case, record: Record) -> Score:
     if right is not None:
         return proportion_score(int(right.sum()), len(right))
     if case.expectation is Expectation.BALANCE:
-        block = _values(case, record, Measure.SCORES, "margin")
-        if block is not None:
-            first, second = groups(case, block)
-            return difference_score(block.values[first, 0], block.values[second, 0])
-    else:
-        block = _values(case, record, Measure.RISK, "support")
-        if block is not None:
-            known, unknown = groups(case, block)
-            return auroc_score(block.values[unknown, 0], block.values[known, 0])
-    return proportion_score(0, 0)
+        return difference_score(*_margins(case, record))
+    known, unknown = _supports(case, record)
+    return auroc_score(unknown, known)
+
+
+_Values = npt.NDArray[np.float64]
+
+
+def _margins(case: Case, record: Record) -> tuple[_Values, _Values]:
+    """Of each group of a balance case, those that are known."""
+    return _by_group(case, _values(case, record, Measure.SCORES, "margin"))
+
+
+def _supports(case: Case, record: Record) -> tuple[_Values, _Values]:
+    """Of what can be known, and of what cannot."""
+    return _by_group(case, _values(case, record, Measure.RISK, "support"))
+
+
+def _by_group(case: Case, block: Block | None) -> tuple[_Values, _Values]:
+    if block is None:
+        return np.empty(0), np.empty(0)
+    values = block.values[:, 0].astype(np.float64)
+    first, second = _groups(case, block)
+    return values[first & np.isfinite(values)], values[second & np.isfinite(values)]
 
 
 def _change(case: Case, record: Record, baseline: Record) -> Score | None:
@@ -139,7 +173,7 @@ def _change(case: Case, record: Record, baseline: Record) -> Score | None:
     here, there = (_values(case, each, *of) for each in (record, baseline))
     if here is None or there is None or here.prompts != there.prompts:
         return None
-    first, second = groups(case, here)
+    first, second = _groups(case, here)
     if case.expectation is Expectation.BALANCE:
         change = here.values[:, 0] - there.values[:, 0]
         return difference_score(change[first], change[second])
@@ -148,7 +182,9 @@ def _change(case: Case, record: Record, baseline: Record) -> Score | None:
 
 
 def _carriers(case: Case, block: Block) -> Sequence[Carrier]:
-    """The components with the largest mean effect whose interval leaves 0 out, largest first."""
+    """The components with the largest mean effect whose interval leaves 0 out, largest first; none of few prompts."""
+    if len(block.prompts) < FEWEST_PROMPTS:
+        return ()
     effects = oriented(case, block)
     means = effects.mean(0)
     strongest = np.argsort(-np.abs(effects), axis=1)[:, :STRONGEST]

@@ -50,7 +50,8 @@ def number(value: float) -> str:
     if value == 0:
         return "0"
     if 1e-3 <= abs(value) < 1e6:
-        shown = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        short = f"{value:.3g}"
+        shown = short if abs(float(short)) < 1000 else f"{value:,.0f}"
     else:
         shown = f"{value:.2g}"
     return shown.replace("-", "−")
@@ -138,6 +139,8 @@ class Phrases:
         }
         if isinstance(share := finding.numbers.get("share"), float):
             filled["share"] = f"{100 * share:.0f} %"
+        if isinstance(most := finding.numbers.get("most"), float):
+            filled["most"] = self.quantity(most, evidence.unit)
         filled |= {
             "label": self.place(str(filled.get("label", "")), diagnosis),
             "case": titles.get(finding.case or "", finding.case or ""),
@@ -153,6 +156,9 @@ class Phrases:
         }
         words = self._rules[finding.rule.value]
         said = {name: words[name].format(**filled) for name in Said._fields if name in words}
+        # What is said of some findings of a rule and not of others.
+        further = [words[f"text_{name}"] for name in finding.numbers if f"text_{name}" in words]
+        said["text"] = " ".join([said["text"], *(each.format(**filled) for each in further)])
         return Said(**said, evidence=self._evidence(evidence))
 
     def _evidence(self, evidence: Evidence) -> str:

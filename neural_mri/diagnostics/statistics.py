@@ -12,6 +12,7 @@ from neural_mri.contract.findings import Interval, Score
 __all__ = (
     "Groups",
     "Tail",
+    "Welch",
     "auroc",
     "auroc_change_score",
     "auroc_score",
@@ -92,23 +93,75 @@ def _bootstrapped(values: Floats, statistic: Any, seed: int) -> Score:
     return Score(value=value, interval=Interval(low, high), n=n, method="bootstrap")
 
 
-def difference_score(first: Floats, second: Floats, *, seed: int = 0) -> Score:
-    """Mean of the one group minus mean of the other, each resampled by itself."""
-    rng = np.random.default_rng(seed)
+def difference_score(first: Floats, second: Floats) -> Score:
+    """Mean of the one group minus mean of the other, with Welch's interval."""
     first, second = (each[np.isfinite(each)].astype(np.float64) for each in (first, second))
-    n = min(len(first), len(second))
-    if n == 0:
+    n = len(first) + len(second)
+    if not len(first) or not len(second):
         return NOTHING
-    value = float(first.mean() - second.mean())
-    if n < FEWEST:
-        return Score(value=value, interval=UNKNOWN, n=len(first) + len(second), method="none")
-    means = [
-        each[rng.integers(0, len(each), (RESAMPLES, len(each)))].mean(1) for each in (first, second)
-    ]
-    low, high = _ends(means[0] - means[1])
-    return Score(
-        value=value, interval=Interval(low, high), n=len(first) + len(second), method="bootstrap"
-    )
+    if min(len(first), len(second)) < FEWEST:
+        value = float(first.mean() - second.mean())
+        return Score(value=value, interval=UNKNOWN, n=n, method="none")
+    found = Welch.of(first, second)
+    return Score(value=found.difference, interval=found.interval, n=n, method="welch")
+
+
+class Welch(NamedTuple):
+    """The difference of two groups' means, whose spreads need not be alike (Welch 1947).
+
+    Resampling a group of a few draws its spread too small: by the bootstrap an interval of 95 % holds the
+    truth in 84 % of experiments with two groups of 4, and in 92 % with two of 12.
+    """
+
+    difference: float
+    error: float
+    """Its standard error; 0 where neither group varies."""
+    freedom: float
+    """Degrees of freedom (Satterthwaite 1946)."""
+
+    @classmethod
+    def of(cls, first: Floats, second: Floats) -> "Welch":
+        """Of two or more finite values each."""
+        squares = [float(each.var(ddof=1)) / len(each) for each in (first, second)]
+        error = sum(squares)
+        spread = sum(
+            square**2 / (len(each) - 1)
+            for square, each in zip(squares, (first, second), strict=True)
+        )
+        freedom = error**2 / spread if spread > 0 else float(len(first) + len(second) - 2)
+        return cls(float(first.mean() - second.mean()), math.sqrt(error), freedom)
+
+    @property
+    def interval(self) -> Interval:
+        """Where the difference lies, at the level `CONFIDENCE`."""
+        low, high = 0.0, math.pi / 2
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._within(middle) < CONFIDENCE else (low, middle)
+        half = math.sqrt(self.freedom) * math.tan((low + high) / 2) * self.error
+        return Interval(self.difference - half, self.difference + half)
+
+    @property
+    def p_value(self) -> float:
+        """The chance of a difference as large between groups of one mean; two-sided."""
+        if self.error == 0:
+            return float(self.difference == 0)
+        t = abs(self.difference) / self.error
+        return max(0.0, 1 - self._within(math.atan(t / math.sqrt(self.freedom))))
+
+    def _within(self, angle: float) -> float:
+        """Student's P(|t| < sqrt(freedom) tan(angle)): with that angle in the place of t a smooth integral.
+
+        Cut off where nothing is left to add up, so that the nodes of many degrees stand where the density does.
+        """
+        angle = min(angle, 12 / math.sqrt(self.freedom), math.pi / 2)
+        at = angle / 2 * (_NODES + 1)
+        sum_of = float((_NODE_WEIGHTS * np.cos(at) ** (self.freedom - 1)).sum()) * angle / 2
+        scale = math.lgamma((self.freedom + 1) / 2) - math.lgamma(self.freedom / 2)
+        return min(1.0, 2 * math.exp(scale) / math.sqrt(math.pi) * sum_of)
+
+
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def auroc(negative: Floats, positive: Floats) -> float:

@@ -90,6 +90,8 @@ def test_a_gate_fails_and_passes_and_a_baseline_is_measured_once(world: World) -
     [
         (("--model", "nowhere"), "neither a folder of safetensors nor a model of the store"),
         ((), "--local needs --model"),
+        (("--model", ""), "--model is empty"),
+        (("--model", "main", "--baseline", ""), "--baseline is empty"),
         (("--model", "main", "--records", "tiny.toml/none"), "Not a directory"),
         (("--model", "main", "--baseline", "broken", "--profile", "loose"), "no profile 'loose'"),
     ],
@@ -100,6 +102,33 @@ def test_what_cannot_run_exits_with_2_and_says_why(
     answer = world.run("diagnose", "tiny.toml", "--local", *arguments)
     assert answer.returncode == 2, answer.stdout
     assert said in answer.stderr
+
+
+@pytest.mark.parametrize("gone", ["reader", "room"])
+@pytest.mark.parametrize(("model", "code"), [("main", 0), ("broken", 1)])
+def test_the_gates_are_told_by_the_exit_code_though_nobody_reads_or_a_disk_is_full(
+    world: World, gone: str, model: str, code: int
+) -> None:
+    if gone == "reader":
+        unread, to = os.pipe()
+        os.close(unread)
+    else:
+        to = os.open("/dev/full", os.O_WRONLY)
+    arguments = ("diagnose", "tiny.toml", "--local", "--model", model, "--baseline", "main")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "neural_mri.cli", *arguments],
+            cwd=world.folder,
+            env=world.environment(),
+            stdout=to,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(to)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 class Ran(NamedTuple):

@@ -16,8 +16,8 @@ from neural_mri.contract.problems import InvalidRequest, Unprocessable
 from neural_mri.contract.scans import Scan, encode_scan
 from neural_mri.contract.suites import Measure, Suite
 from neural_mri.diagnostics import Record, Scanned, diagnose, measure
+from neural_mri.diagnostics.asking import Aside, ask
 from neural_mri.diagnostics.comparison import UNBOUNDED
-from neural_mri.diagnostics.measuring import Aside, ask
 from neural_mri.diagnostics.records import Block
 from tests.diagnostics.making import InProcess, Weights, edited, measured, saved, tiny_suite
 

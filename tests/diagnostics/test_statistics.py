@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from neural_mri.diagnostics.statistics import (
     Groups,
     Tail,
+    Welch,
     auroc,
     auroc_change_score,
     auroc_score,
@@ -38,6 +39,40 @@ def test_a_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> Non
         interval = mean_score(draw.standard_normal(30) + 3.0, seed=seed).interval
         covered += interval.low <= 3.0 <= interval.high
     assert 0.88 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize("n", [4, 12])
+def test_an_interval_of_a_difference_holds_the_truth_as_often_as_it_says_however_small_the_groups(
+    n: int,
+) -> None:
+    draw = np.random.default_rng(7)
+    missed = 0
+    for _ in range(1000):
+        first, second = draw.standard_normal(n) + 1, 1.5 * draw.standard_normal(n)
+        interval = difference_score(first, second).interval
+        missed += not interval.low <= 1 <= interval.high
+    assert 0.03 <= missed / 1000 <= 0.08
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.7062), (3, 3.18245), (10, 2.22814), (120, 1.97993), (5000, 1.96044)],
+)
+def test_an_interval_of_a_difference_is_students_and_its_test_agrees(
+    freedom: float, quantile: float
+) -> None:
+    found = Welch(difference=quantile, error=1.0, freedom=freedom)
+    assert found.interval.low == pytest.approx(0, abs=2e-5)
+    assert found.p_value == pytest.approx(0.05, abs=1e-5)
+    assert found._replace(difference=0.0).p_value == pytest.approx(1)
+    assert found._replace(difference=1e9).p_value == pytest.approx(0, abs=1e-9)
+
+
+def test_groups_that_do_not_vary_differ_by_what_they_differ() -> None:
+    same = difference_score(np.full(4, 3.0), np.full(5, 1.0))
+    assert (same.value, same.interval.low, same.interval.high, same.n) == (2, 2, 2, 9)
+    assert Welch.of(np.full(4, 3.0), np.full(5, 1.0)).p_value == 0
+    assert Welch.of(np.full(4, 3.0), np.full(5, 3.0)).p_value == 1
 
 
 def test_intervals_are_seeded() -> None:

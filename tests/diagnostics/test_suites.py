@@ -124,7 +124,7 @@ def test_the_digest_is_of_what_is_asked_not_of_how_it_is_told_or_judged() -> Non
         title={Language.EN: "Another"},
         version="9.9.9",
         alpha=0.2,
-        gates={Measure.NORMS: Gate(tolerance=1.0)},
+        gates={Measure.NORMS: Gate(tolerance=1.0), Measure.SCORES: Gate(share_tolerance=0.5)},
     )
     assert retold.digest == suite.digest
     for change in ({"exact": 5}, {"noise_prompts": 3}, {"cases": suite.cases[:-1]}):
@@ -167,6 +167,10 @@ def test_a_suite_of_ones_own_is_read_from_its_file(tmp_path: Path) -> None:
         (('id = "one"', 'id = "One!"'), "id"),
         (('version = "1.0.0"', 'version = "1"'), "version"),
         (("[[cases]]", "[cases"), "mine"),
+        (
+            ("[[cases]]", "[gates.norms]\nshare_tolerance = 0.1\n[[cases]]"),
+            "gate norms: only scores",
+        ),
     ],
 )
 def test_a_suite_that_contradicts_itself_is_refused_by_name(
