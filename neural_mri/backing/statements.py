@@ -347,7 +347,7 @@ CLAIM_SHORT = Prepared(_claim(_SHORT))
 def move(to: JobState, *, is_held: bool) -> Prepared:
     """Moves one job to a state, from those that lead there and are held, or are not.
 
-    Parameters: job_id; held_attempt if it is held; path and why if the state is terminal.
+    Parameters: job_id; held_attempt if it is held; path and why if the state is terminal, true_key where it succeeds.
     """
     sources = {state for state, following in TRANSITIONS.items() if to in following}
     allowed = [_job.id == bindparam("job_id")]
@@ -370,6 +370,8 @@ def move(to: JobState, *, is_held: bool) -> Prepared:
             # Who never had a turn gets back what it would have cost.
             "virtual_finish": case((_job.attempt > 0, _job.virtual_finish), else_=None),
         }
+    if to is JobState.SUCCEEDED:
+        values |= {"scan_key": func.coalesce(bindparam("true_key", type_=String), _job.scan_key)}
     return Prepared(update(JOBS).where(*allowed).values(values).returning(*_job))
 
 
