@@ -194,13 +194,12 @@ class Bench:
 
     def order(self, kind: JobKind) -> Job:
         """A job to load or unload the model."""
-        queue = keys.CONTROL_QUEUE if kind is JobKind.LOAD else self.queue
         submission = Submission(
             owner="ada",
             kind=kind,
             model="tiny",
             revision=self.tiny.revision,
-            queue=queue,
+            queue=keys.CONTROL_QUEUE,
             request=b'{"model":"tiny"}',
         )
         return self.sessions.write(jobs.submit, submission)

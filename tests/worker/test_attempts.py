@@ -461,16 +461,26 @@ def test_loading_makes_a_model_ready_wanted_and_heard_of(bench: Bench) -> None:
 
 def test_unloading_takes_a_model_out_of_memory_and_its_queue_away(holding_tiny: Bench) -> None:
     job = holding_tiny.order(JobKind.UNLOAD)
-    holding_tiny.attempts().take(holding_tiny.queue)
+    holding_tiny.attempts().take(keys.CONTROL_QUEUE)
     assert holding_tiny.now(job).state is JobState.SUCCEEDED
     assert holding_tiny.intake.said == [f"close {holding_tiny.queue}"]
     assert holding_tiny.residency.held() == ()
 
 
+def test_what_nobody_holds_any_more_is_unloaded_at_once(bench: Bench) -> None:
+    """Who held it died since it was asked for: nobody listens to its queue, and who loads it later is to keep it."""
+    job = bench.order(JobKind.UNLOAD)
+    assert bench.attempts().take(keys.CONTROL_QUEUE) == 1
+    assert bench.now(job).state is JobState.SUCCEEDED
+    registered = bench.sessions.read(models.get, "tiny")
+    assert registered is not None
+    assert not registered.wanted
+
+
 def test_a_pinned_model_stays(bench: Bench) -> None:
     bench.residency.load("tiny", pin=True)
     job = bench.order(JobKind.UNLOAD)
-    bench.attempts().take(bench.queue)
+    bench.attempts().take(keys.CONTROL_QUEUE)
     done = bench.now(job)
     assert done.problem is not None
     assert done.problem["type"] == "urn:neural-mri:problem:model-busy"
