@@ -49,6 +49,7 @@ __all__ = (
     "advance",
     "cancel_waiting",
     "claim",
+    "ended",
     "expire",
     "found",
     "get",
@@ -400,6 +401,11 @@ def found(session: Session, job_ids: Collection[UUID]) -> dict[UUID, Job]:
     """Those of the jobs that are there."""
     rows = _chunked(session, statements.GET_ALL, job_ids)
     return {row.id: Job.of_row(row) for row in rows}
+
+
+def ended(session: Session, job_ids: Collection[UUID]) -> list[Job]:
+    """Those of the jobs that have ended, however many are asked for: of the others nothing is read."""
+    return [Job.of_row(row) for row in _chunked(session, statements.GET_ENDED, job_ids)]
 
 
 def recent(

@@ -210,6 +210,11 @@ GET = Prepared(select(*_job).where(_job.id == bindparam("job_id")))
 GET_ALL = select(*_job).where(_job.id.in_(bindparam("keys", expanding=True)))
 """Parameter: keys."""
 
+GET_ENDED = select(*_job).where(
+    _job.id.in_(bindparam("keys", expanding=True)), _job.finished_at.is_not(None)
+)
+"""Those of them that have ended. Parameter: keys."""
+
 MADE = select(*_job).where(
     or_(_job.id == bindparam("job_id"), _job.leader == bindparam("job_id")),
     _job.attempt == bindparam("held_attempt"),
