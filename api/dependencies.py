@@ -30,7 +30,7 @@ from neural_mri.backing.records import Job
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import Store, open_store
 from neural_mri.contract.auth import Identity
-from neural_mri.contract.jobs import HELD, TERMINAL, JobState, JobView
+from neural_mri.contract.jobs import HELD, JobState, JobView
 from neural_mri.contract.problems import UnknownJob, UnknownModel
 
 __all__ = ("Services", "open_services")
@@ -219,7 +219,7 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
     sessions, redis, store = async_sessions(settings), connect_async(settings), open_store(settings)
 
     async def ended(job_ids: Collection[UUID]) -> Sequence[Job]:
-        return await sessions.read(_ended, job_ids)
+        return await sessions.read(jobs.ended, job_ids)
 
     services = Services(
         settings=settings,
@@ -238,8 +238,3 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
     )
     services.hub.start()
     return services
-
-
-def _ended(session: Session, job_ids: Collection[UUID]) -> list[Job]:
-    found = (jobs.get(session, job_id) for job_id in job_ids)
-    return [job for job in found if job is not None and job.state in TERMINAL]

@@ -7,11 +7,12 @@ once are answered with the whole, as the RFC allows.
 import asyncio
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import structlog
 from litestar.types import Receive, Scope, Send
 
 from api.cancellation import cancelled
@@ -29,6 +30,10 @@ __all__ = (
 )
 
 CHUNK_BYTES = 256 * 1024
+STALL_SECONDS = 30.0
+"""A reader that takes no further chunk for so long is cut."""
+
+log = structlog.get_logger(__name__)
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
@@ -52,8 +57,14 @@ class FilePart(NamedTuple):
     end: int
 
 
-Remote = Callable[[Extent | None], Awaitable[bytes]]
-"""Fetches bytes that are on another machine: a part of them, or the whole. Raises `Gone`."""
+class Remote(Protocol):
+    """Bytes that are on another machine, fetched in pieces of its own size."""
+
+    async def first(self, part: Extent | None) -> bytes:
+        """The first piece of a part; of the whole, once that is seen to be what was written. Raises `Gone`."""
+
+    async def piece(self, part: Extent) -> bytes:
+        """A later piece, all of it. Raises `Gone`."""
 
 
 def extent(text: str | None, size: int) -> Extent | None:
@@ -124,25 +135,17 @@ class Payload:
             return
         served = part or Extent(0, self._size)
         length = {"content-length": str(served.end - served.start)}
-        source: Path | bytes
-        if isinstance(self._source, FilePart):
-            source, origin = self._source.file, -self._source.start
-        elif isinstance(self._source, Path | bytes):
-            source, origin = self._source, 0
-        else:
-            # Before the answer begins: what cannot be fetched is refused, not broken off.
-            source = b"" if scope.get("head_only") else await self._source(part)
-            origin = served.start
-        with _opened(source, origin) as read:
+        is_head = bool(scope.get("head_only"))
+        async with _opened(self._source, part, served, is_head=is_head) as pieces:
             if part is None:
                 await self._start(send, 200, length)
             else:
                 place = f"bytes {part.start}-{part.end - 1}/{self._size}"
                 await self._start(send, 206, {**length, "content-range": place})
-            if scope.get("head_only"):
+            if is_head:
                 await _end(send)
             else:
-                await _send_body(read, served, receive, send)
+                await _send_body(pieces, served.end - served.start, receive, send)
 
     async def _start(self, send: Send, status: int, extra: dict[str, str] | None = None) -> None:
         headers = {**self._headers, **(extra or {})}
@@ -155,45 +158,83 @@ class Payload:
         )
 
 
-Read = Callable[[int, int], bytes]
-"""Gives so many bytes from a place on; fewer at the end."""
+@asynccontextmanager
+async def _opened(
+    source: Path | FilePart | bytes | Remote, part: Extent | None, served: Extent, *, is_head: bool
+) -> AsyncIterator[AsyncIterator[bytes]]:
+    """What is served of a source, piece by piece. Raises `Gone` when it is not there.
 
-
-@contextmanager
-def _opened(source: Path | bytes, origin: int) -> Iterator[Read]:
-    """A source to read from, whose first byte is number `origin`. Raises `Gone` when it is not there."""
-    if isinstance(source, bytes):
-        body = memoryview(source)
-        yield lambda length, start: bytes(body[start - origin : start - origin + length])
-        return
+    Before the answer begins: what cannot be had is refused, not broken off.
+    """
+    match source:
+        case bytes():
+            yield _at_once(source[served.start : served.end])
+            return
+        case FilePart(file=path, start=origin):
+            pass
+        case Path() as path:
+            origin = 0
+        case remote:
+            yield _fetched(remote, served, b"" if is_head else await remote.first(part))
+            return
     try:
-        file = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError as error:
-        raise Gone(f"{source.name} was here a moment ago") from error
+        raise Gone(f"{path.name} was here a moment ago") from error
     try:
-        yield lambda length, start: os.pread(file, length, start - origin)
+        yield _read(file, Extent(origin + served.start, origin + served.end))
     finally:
         os.close(file)
 
 
-async def _send_body(read: Read, part: Extent, receive: Receive, send: Send) -> None:
-    size = part.end - part.start
-    if size <= CHUNK_BYTES:
-        # Most likely in memory already: not worth a thread.
-        body = read(size, part.start)
-        await send({"type": "http.response.body", "body": body, "more_body": False})
-        return
-    gone = asyncio.create_task(_disconnected(receive))
+async def _at_once(body: bytes) -> AsyncIterator[bytes]:
+    yield body
+
+
+async def _fetched(source: Remote, served: Extent, first: bytes) -> AsyncIterator[bytes]:
+    """Pieces as large as the first."""
+    yield first
+    at, at_once = served.start + len(first), len(first)
+    while at < served.end:
+        yield await source.piece(Extent(at, min(served.end, at + at_once)))
+        at += at_once
+
+
+async def _read(file: int, part: Extent) -> AsyncIterator[bytes]:
+    # One that is small is most likely in memory already: not worth a thread.
+    is_small = part.end - part.start <= CHUNK_BYTES
+    at = part.start
+    while at < part.end:
+        wanted = (file, min(CHUNK_BYTES, part.end - at), at)
+        body = os.pread(*wanted) if is_small else await asyncio.to_thread(os.pread, *wanted)
+        if not body:
+            raise OSError(f"a file ended at byte {at}, {part.end} were expected")
+        at += len(body)
+        yield body
+
+
+async def _send_body(pieces: AsyncIterator[bytes], size: int, receive: Receive, send: Send) -> None:
+    """Send so many bytes; a reader that takes nothing for long is cut, and may go on by a range."""
+    gone = None if size <= CHUNK_BYTES else asyncio.create_task(_disconnected(receive))
+    left = size
     try:
-        at = part.start
-        while at < part.end and not gone.done():
-            body = await asyncio.to_thread(read, min(CHUNK_BYTES, part.end - at), at)
-            if not body:
-                raise OSError(f"a file ended at byte {at}, {part.end} were expected")
-            at += len(body)
-            await send({"type": "http.response.body", "body": body, "more_body": at < part.end})
+        async for piece in pieces:
+            for at in range(0, max(1, len(piece)), CHUNK_BYTES):
+                if gone is not None and gone.done():
+                    return
+                body = piece[at : at + CHUNK_BYTES]
+                left -= len(body)
+                try:
+                    async with asyncio.timeout(STALL_SECONDS):
+                        await send(
+                            {"type": "http.response.body", "body": body, "more_body": left > 0}
+                        )
+                except TimeoutError:
+                    log.info("reader_cut", seconds=STALL_SECONDS)
+                    return
     finally:
-        await cancelled(gone)
+        if gone is not None:
+            await cancelled(gone)
 
 
 async def _end(send: Send) -> None:

@@ -6,20 +6,20 @@ answers no later scan: the next one computes it again.
 
 import asyncio
 import hashlib
-import io
+import struct
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
-import pyarrow as pa
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter
-from litestar.types import ASGIApp, Receive, Scope, Send
+from litestar.types import ASGIApp
 
 from api.dependencies import Services
-from api.files import Extent, FilePart, Payload, header, is_known
+from api.distant import DistantTable, Fetch, Guarded, checked, hash_of
+from api.files import Extent, FilePart, Payload
 from neural_mri.backing import jobs, stored
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.records import Job
@@ -27,7 +27,7 @@ from neural_mri.backing.storage import Damaged, Missing, Store
 from neural_mri.backing.stored import StoredResult, StoredTable, open_result
 from neural_mri.contract.jobs import JobKind, JobView
 from neural_mri.contract.problems import Conflict, Gone, ResultNotReady, UnknownTable
-from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, Manifest, TableRef
+from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, Manifest
 from neural_mri.contract.summaries import Summary, main_table, summarise, tables_needed
 
 __all__ = (
@@ -70,6 +70,10 @@ TABLE = {
 VERIFIED_KEPT = 4096
 HASHED_BYTES = 256 * 1024
 """Read at once to be hashed."""
+_HEAD_BYTES = 8
+"""The mark that an Arrow file begins with, and what aligns the rest."""
+_TAIL = struct.Struct("<i6s")
+"""How an Arrow file ends: how long the footer before it is, and the mark again."""
 
 T = TypeVar("T")
 
@@ -173,11 +177,11 @@ async def whole_result(services: Services, job: Job, table: str | None = None) -
                 continue
             path = services.store.local_path(each.path)
             if path is not None:
-                _check(_sha256(FilePart(path, each.start, each.end)), each.ref)
+                checked(_sha256(FilePart(path, each.start, each.end)), each)
             elif not result.is_whole():
                 raise Missing(f"some bytes of job {job.id}'s result are missing")
             elif not job.reusable:
-                result.bytes_of(each)
+                checked(hash_of(partial(result.part, each), each.ref.bytes), each)
         return result
 
     return await reading(services, job, seen)
@@ -206,48 +210,44 @@ async def table_answer(services: Services, job: Job, name: str | None, media_typ
             + ", ".join(each.name for each in manifest.tables),
             tables=[each.name for each in manifest.tables],
         )
-    ref, fetch = table.ref, partial(result.part, table)
-
-    async def remote(part: Extent | None) -> bytes:
-        return await _withdrawing(services, job, _fetched(fetch, table, part))
-
     here = await _withdrawing(services, job, _verified_file(services.store, table))
+    guarded = partial(_withdrawing, services, job)
+    fetch = partial(result.part, table)
+    inline = f'inline; filename="{job.id}.{table.ref.name}.arrow"'
     if media_type == ARROW_STREAM:
-        return _arrow_stream(here or await remote(None), ref)
-    return Payload(
-        here or remote,
-        size=ref.bytes,
-        etag=ref.chunk,
-        media_type=ARROW_FILE,
-        cache_control=IMMUTABLE,
-        headers={
-            "vary": "accept",
-            "content-disposition": f'inline; filename="{job.id}.{ref.name}.arrow"',
-        },
-    )
+        return await guarded(_arrow_stream(table, here, fetch, guarded))
+    return _answer(table, here or DistantTable(table, fetch, _whole(table), guarded), inline)
 
 
 async def kept_table_answer(
     store: Store, table: StoredTable, media_type: str, *, filename: str
 ) -> ASGIApp:
     """Answer with a table that a session keeps. Raises `Missing`, `Damaged`."""
-    ref = table.ref
-    fetch = partial(stored.read_part, store, table)
-
-    async def remote(part: Extent | None) -> bytes:
-        return await _fetched(fetch, table, part)
-
     here = await _verified_file(store, table)
+    fetch = partial(stored.read_part, store, table)
     if media_type == ARROW_STREAM:
-        return _arrow_stream(here or await remote(None), ref)
+        return await _arrow_stream(table, here, fetch, _unguarded)
+    source = here or DistantTable(table, fetch, _whole(table), _unguarded)
+    return _answer(table, source, f'inline; filename="{filename}"')
+
+
+def _answer(table: StoredTable, source: FilePart | DistantTable, disposition: str) -> Payload:
     return Payload(
-        here or remote,
-        size=ref.bytes,
-        etag=ref.chunk,
+        source,
+        size=table.ref.bytes,
+        etag=table.ref.chunk,
         media_type=ARROW_FILE,
         cache_control=IMMUTABLE,
-        headers={"vary": "accept", "content-disposition": f'inline; filename="{filename}"'},
+        headers={"vary": "accept", "content-disposition": disposition},
     )
+
+
+def _whole(table: StoredTable) -> Extent:
+    return Extent(0, table.ref.bytes)
+
+
+async def _unguarded(reading: Awaitable[T]) -> T:
+    return await reading
 
 
 class _Seen(NamedTuple):
@@ -260,27 +260,6 @@ class _Seen(NamedTuple):
 
 _verified_parts: OrderedDict[FilePart, _Seen] = OrderedDict()
 """Parts of files whose bytes had the hash they are named for, as the files were then."""
-
-
-async def _fetched(
-    fetch: Callable[[int, int], bytes], table: StoredTable, part: Extent | None
-) -> bytes:
-    """A table's bytes from a store on another machine. Raises `Missing` and `Damaged`.
-
-    The whole is held against its hash. A part is one request for its bytes alone, so it cannot be; that
-    they are those written is then the bucket's own care.
-    """
-    ref = table.ref
-    if part is None:
-        body = await asyncio.to_thread(fetch, 0, ref.bytes)
-        _check(hashlib.sha256(body).hexdigest(), ref)
-        return body
-    body = await asyncio.to_thread(fetch, part.start, part.end)
-    if len(body) != part.end - part.start:
-        raise Damaged(
-            f"{table.path} ends before its byte {table.start + part.end}", path=table.path
-        )
-    return body
 
 
 async def _verified_file(store: Store, table: StoredTable) -> FilePart | None:
@@ -296,7 +275,7 @@ async def _verified_file(store: Store, table: StoredTable) -> FilePart | None:
         status = path.stat(follow_symlinks=False)
         seen = _Seen(status.st_ino, status.st_mtime_ns, status.st_size)
         if _verified_parts.get(part) != seen:
-            _check(await asyncio.to_thread(_sha256, part), ref)
+            checked(await asyncio.to_thread(_sha256, part), table)
             _verified_parts[part] = seen
             if len(_verified_parts) > VERIFIED_KEPT:
                 _verified_parts.popitem(last=False)
@@ -315,14 +294,6 @@ def _sha256(part: FilePart) -> str:
     return hashed.hexdigest()
 
 
-def _check(found: str, ref: TableRef) -> None:
-    if found != ref.chunk:
-        raise Damaged(
-            f"the bytes of table {ref.name} have the hash {found}, not the {ref.chunk} they were "
-            "stored under"
-        )
-
-
 async def _withdrawing(services: Services, job: Job, reading: Awaitable[T]) -> T:
     """What was read of a result; where that is gone, the next scan computes it again."""
     try:
@@ -339,54 +310,23 @@ async def _withdraw(services: Services, job: Job, gone: Gone) -> None:
         await services.sessions.write(jobs.withdraw_result, job.scan_key, job.manifest)
 
 
-def _arrow_stream(source: FilePart | bytes, ref: TableRef) -> ASGIApp:
-    """A stored table in the streaming format, batch by batch."""
-    etag = f'"{ref.chunk}-stream"'
-
-    async def answer(scope: Scope, _receive: Receive, send: Send) -> None:
-        known = is_known(header(scope, b"if-none-match"), etag)
-        await send(
-            {
-                "type": "http.response.start",
-                "status": 304 if known else 200,
-                "headers": [
-                    (b"content-type", ARROW_STREAM.encode()),
-                    (b"etag", etag.encode()),
-                    (b"cache-control", IMMUTABLE.encode()),
-                    (b"vary", b"accept"),
-                ],
-            }
-        )
-        if not known and not scope.get("head_only"):
-            parts = _encoded(source)
-            while (part := await asyncio.to_thread(next, parts, None)) is not None:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    return answer
-
-
-def _encoded(source: FilePart | bytes) -> Iterator[bytes]:
-    sink = io.BytesIO()
-    with pa.ipc.open_file(_buffer(source)) as reader:
-        with pa.ipc.new_stream(sink, reader.schema) as writer:
-            for index in range(reader.num_record_batches):
-                writer.write_batch(reader.get_batch(index))
-                yield _drained(sink)
-        yield _drained(sink)
-
-
-def _buffer(source: FilePart | bytes) -> pa.Buffer:
-    """A table's bytes, of a file those alone that are looked at."""
-    if not isinstance(source, FilePart):
-        return pa.py_buffer(source)
-    with pa.memory_map(str(source.file)) as mapped:
-        mapped.seek(source.start)
-        return mapped.read_buffer(source.end - source.start)
-
-
-def _drained(sink: io.BytesIO) -> bytes:
-    body = sink.getvalue()
-    sink.seek(0)
-    sink.truncate()
-    return body
+async def _arrow_stream(
+    table: StoredTable, here: FilePart | None, fetch: Fetch, guarded: Guarded
+) -> ASGIApp:
+    """A stored table in the streaming format: an Arrow file is that, between a mark and a footer."""
+    size = table.ref.bytes
+    tail = await asyncio.to_thread(fetch, max(0, size - _TAIL.size), size)
+    length, mark = _TAIL.unpack(tail) if len(tail) == _TAIL.size else (0, b"")
+    served = Extent(_HEAD_BYTES, size - _TAIL.size - length)
+    if mark != b"ARROW1" or not served.start <= served.end <= size:
+        raise Damaged(f"{table.path} holds no Arrow file at {table.start}", path=table.path)
+    return Payload(
+        DistantTable(table, fetch, served, guarded)
+        if here is None
+        else FilePart(here.file, here.start + served.start, here.start + served.end),
+        size=served.end - served.start,
+        etag=f"{table.ref.chunk}-stream",
+        media_type=ARROW_STREAM,
+        cache_control=IMMUTABLE,
+        headers={"vary": "accept"},
+    )

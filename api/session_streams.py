@@ -13,7 +13,7 @@ import msgspec
 
 from api.batch_streams import block
 from api.dependencies import Services
-from api.hub import PAGE, START, Frame, Listener, Position
+from api.hub import END, PAGE, START, Frame, Listener, Position
 from api.session_contents import arriving
 from neural_mri.backing import sessions
 from neural_mri.backing.broker import AWAY
@@ -56,7 +56,8 @@ class SessionFollowing:
         self._services = services
         self._hub = services.hub
         self._session_id = session_id
-        self._cursor = Position.parse(last_event_id or "") or START
+        cursor = Position.parse(last_event_id or "")
+        self._cursor = START if cursor is None or cursor == END else cursor
         self._shown = shown
         self._listener = Listener()
         self._head = ""
@@ -111,7 +112,11 @@ class SessionFollowing:
         """What the stream holds that came after the reader's last event, if that is still there."""
         missed: list[bytes] = []
         with suppress(*AWAY):
-            if self._cursor == START or await self._hub.at(self._session_id, self._cursor) is None:
+            if self._cursor == START:
+                return missed
+            if await self._hub.at(self._session_id, self._cursor) is None:
+                # One that no event has had may stand behind all that are to come.
+                self._cursor = START
                 return missed
             while frames := await self._hub.page(self._session_id, self._cursor):
                 missed += self._frames(frames)

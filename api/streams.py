@@ -74,7 +74,7 @@ class Following:
         self._services = services
         self._hub = services.hub
         self._jobs = {job.id: job for job in jobs}
-        self._cursors = {job.id: cursors.get(job.id, START) for job in jobs}
+        self._cursors = {job.id: _place_in(job, cursors.get(job.id, START)) for job in jobs}
         self._is_shared = len(jobs) > 1
         self._listener = Listener()
         self._joined: set[UUID] = set()
@@ -303,6 +303,11 @@ class Following:
             (position,) = self._cursors.values()
             return str(position)
         return ",".join(f"{job_id.hex}={at}" for job_id, at in self._cursors.items() if at != START)
+
+
+def _place_in(job: Job, cursor: Position) -> Position:
+    """Where a reader stopped; who says that they have read an end that there has not been begins anew."""
+    return START if cursor == END and job.state not in TERMINAL else cursor
 
 
 def _retold(frame: Frame, job_id: UUID) -> Frame:

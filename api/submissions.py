@@ -152,14 +152,13 @@ async def submit_model_job(
     services: Services, kind: JobKind, model: RegisteredModel, idempotency_key: str | None = None
 ) -> Job:
     """The job that loads a model, or unloads it."""
-    loading = kind is JobKind.LOAD
     submission = Submission(
         owner=services.caller.user,
         kind=kind,
         model=model.name,
         revision=model.revision,
-        # Any worker may load; to unload is up to those that hold it.
-        queue=keys.CONTROL_QUEUE if loading else keys.scan_queue(model.revision),
+        # Any worker may load, and any withdraws what all hold: who is said to hold it may be gone by then.
+        queue=keys.CONTROL_QUEUE,
         request=msgspec.json.encode(ModelRequest(model=model.name)),
         deadline_seconds=services.settings.job_deadline_seconds,
         idempotency_key=idempotency_key,

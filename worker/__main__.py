@@ -6,9 +6,10 @@ import sys
 import structlog
 
 from neural_mri.backing import logs, tracing
-from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
+from neural_mri.backing.settings import InvalidSettings, load_settings
 from neural_mri.contract.problems import Problem
 from worker import children
+from worker.visible import choose_gpu
 
 log = structlog.get_logger("worker")
 
@@ -21,11 +22,11 @@ def main() -> int:
     try:
         settings = load_settings()
         tracing.check(settings)
+        choose_gpu(settings)
     except InvalidSettings as error:
         sys.stderr.write(f"neural-mri: {error}\n")
         return 1
     logs.configure(settings, process="worker")
-    _choose_gpu(settings)
     os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.data_dir / "compiled"))
     # Nobody looks for garbage again until the models are loaded.
     children.ready_to_import()
@@ -45,13 +46,6 @@ def main() -> int:
         log.info("worker_not_forked", reason=reason)
         return work(forking.Life())
     return forking.kept_alive(work)
-
-
-def _choose_gpu(settings: Settings) -> None:
-    """`cuda:1` means that this process sees no other GPU. Torch looks when it is first used."""
-    device, _, number = settings.device.partition(":")
-    if device == "cuda" and number:
-        os.environ["CUDA_VISIBLE_DEVICES"] = number
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ STORE_SECONDS = 60.0
 """How long a result may wait for a store that does not take it."""
 KNOWN_SECONDS = 1.0
 """How long a model that is asked for again counts as registered as it was."""
-NO_MANIFESTS: Mapping[UUID, str] = MappingProxyType({})
+NO_RESULTS: Mapping[UUID, SavedResult] = MappingProxyType({})
 
 T = TypeVar("T")
 
@@ -388,11 +388,10 @@ class Attempts:
             if self._guarded(holding, partial(_raise, result)) and isinstance(result, SavedResult):
                 saved[holding.job.id] = result
         whole = [holding for holding in storing if holding.job.id in saved]
-        paths = {job_id: result.path for job_id, result in saved.items()}
-        for holding, ended in self._advanced(whole, JobState.SUCCEEDED, manifests=paths):
+        for holding, ended in self._advanced(whole, JobState.SUCCEEDED, results=saved):
             result = saved[holding.job.id]
             if ended is None:
-                self._take_away(result.path, holding.job.scan_key)
+                self._take_away(result.path, result.manifest.scan_key)
                 continue
             home = ended.view().links["result"]
             for ref in result.manifest.tables:
@@ -432,7 +431,7 @@ class Attempts:
                 stored |= again.finish([each.path for each in unsaved])
         return [stored[_manifest_path(each.job)] for each in holdings]
 
-    def _take_away(self, path: str, scan_key: str | None) -> None:
+    def _take_away(self, path: str, scan_key: str) -> None:
         """Forget a result that no row names; where store or database is away it is left behind.
 
         Of a job that has been deleted meanwhile others may name it; where none does nobody else would ever look for it.
@@ -538,16 +537,23 @@ class Attempts:
         holdings: Sequence[Holding],
         to: JobState,
         *,
-        manifests: Mapping[UUID, str] = NO_MANIFESTS,
+        results: Mapping[UUID, SavedResult] = NO_RESULTS,
         problem: ProblemDocument | None = None,
     ) -> list[tuple[Holding, Job | None]]:
         """Move jobs in one transaction; None for those that are no longer ours to move."""
         tries = count()
 
         def advance(session: Session, job: Job, *, again: bool) -> Job | None:
-            attempt, manifest = job.attempt, manifests.get(job.id)
+            attempt, result = job.attempt, results.get(job.id)
+            manifest = None if result is None else result.path
             moved = jobs.advance(
-                session, job.id, to, attempt=attempt, manifest=manifest, problem=problem
+                session,
+                job.id,
+                to,
+                attempt=attempt,
+                manifest=manifest,
+                scan_key=None if result is None else result.manifest.scan_key,
+                problem=problem,
             )
             if moved is None and again:
                 # A database that goes away may have committed what it did not answer.

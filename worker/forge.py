@@ -25,6 +25,7 @@ from neural_mri.backing import logs
 from neural_mri.backing.settings import InvalidSettings, Settings, load_settings
 from neural_mri.contract.local import MOST_PROCESSES, Open
 from worker.children import forked, ready_to_import
+from worker.visible import choose_gpu
 
 __all__ = ("main", "may_share_weights")
 
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.dup2(2, 1)
     try:
         settings = load_settings()
+        choose_gpu(settings)
     except InvalidSettings as error:
         sys.stderr.write(f"neural-mri: {error}\n")
         return 1

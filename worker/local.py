@@ -61,6 +61,7 @@ from worker.residency import device_class
 from worker.resident import Resident
 from worker.scanner import bridging, conversion, loading, topology
 from worker.scanner.listening import Silent
+from worker.visible import choose_gpu
 
 __all__ = ("LocalScanner", "opened", "registered_folder", "serve")
 
@@ -359,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.dup2(2, 1)
     try:
         settings = load_settings()
+        choose_gpu(settings)
     except InvalidSettings as error:
         sys.stderr.write(f"neural-mri: {error}\n")
         return 1

@@ -8,6 +8,8 @@ the scan does not.
 """
 
 import math
+import os
+import signal
 import threading
 import time
 from collections import deque
@@ -61,8 +63,14 @@ class EventSink(Protocol):
 class Outbox:
     """Events on their way out, published by a thread of its own. Use as a context manager."""
 
-    def __init__(self, sink: EventSink) -> None:
+    def __init__(
+        self,
+        sink: EventSink,
+        give_up: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
+    ) -> None:
+        """`give_up` ends a process that can tell nothing more."""
         self._sink = sink
+        self._give_up = give_up
         self._changed = threading.Condition()
         self._waiting: deque[Told] = deque()
         self._held: dict[UUID, Progress] = {}
@@ -87,7 +95,7 @@ class Outbox:
         """When the thread looks again by itself, on the monotonic clock; 0 while it is awake."""
         self._sending = False
         self._closing = False
-        self._thread = threading.Thread(target=self._publish, name="outbox", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -264,6 +272,15 @@ class Outbox:
                 self._forget(job_id)
             case _:
                 pass
+
+    def _run(self) -> None:
+        try:
+            self._publish()
+        except Exception:
+            # A worker that tells of nothing any more looks as if it did nothing.
+            log.exception("outbox_failed")
+            self._give_up()
+            raise
 
     def _publish(self) -> None:
         while True:

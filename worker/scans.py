@@ -1,13 +1,15 @@
 """One scan, from the job's row to tables that say whose they are.
 
-Sees to it that the numbers are those that the job's scan key promises. Knows neither queue nor store.
+Sees to it that the numbers are those that the job's scan key promises, or of the same scan as this release and
+these models compute it: then they have a key of their own. Knows neither queue nor store.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -111,7 +113,10 @@ def perform(
 
     Gives what became of each: of several, one may be refused or stop while the others go on.
 
-    Raises `ModelChanged` when the numbers would not be those of a job's key, `Cancelled` when the
+    A result's key is that of its numbers: another than the job's where it was made under another version of the
+    scanner, or for other numerics, of which a caller chooses neither.
+
+    Raises `ModelChanged` when a job was made for other weights or another tokenizer, `Cancelled` when the
     listeners stop it, and what the scanner refuses.
     """
     started = time.perf_counter()
@@ -124,7 +129,7 @@ def perform(
     numerics = registered.numerics if resident is None else resident.model.numerics
     asked = [scan, *(decode_scan(job.request) for job in jobs[1:])]
     keys = [
-        _promised_key(one, of_it, registered, numerics, baseline)
+        _true_key(one, of_it, registered, numerics, baseline)
         for one, of_it in zip(jobs, asked, strict=True)
     ]
     shares = _Shares(started, len(jobs), lent_seconds)
@@ -333,26 +338,43 @@ def baseline_of(job: Job) -> str | None:
     return scan.baseline if isinstance(scan, WeightScan) else None
 
 
-def _promised_key(
+VERSIONS = tuple(map(str, range(int(SCANNER_VERSION) + 1, 0, -1)))
+"""Of the scanner, under which a job may have been made: those until now, and the next, of a release that is taken back."""
+NUMERICS = tuple(
+    Numerics(dtype=dtype, device=device, attention=attention)
+    for dtype, device, attention in product(
+        ("float32", "bfloat16", "float16"), ("cpu", "cuda"), ("sdpa", "eager")
+    )
+)
+"""All that a model can be registered with."""
+
+
+def _true_key(
     job: Job,
     scan: Scan,
     registered: RegisteredModel,
     numerics: Numerics,
     baseline: RegisteredModel | None,
 ) -> str:
-    key = scan_key(
+    """The key of the numbers that the job comes to. Raises `ModelChanged` where it was made for another scan."""
+    keyed = partial(
+        scan_key,
         scan,
         token_ids=job.tokens.ids if job.tokens else None,
         revision=registered.revision,
         tokenizer_digest=registered.tokenizer_digest,
-        numerics=numerics,
         operands=job.operands,
         baseline_revision=None if baseline is None else baseline.revision,
     )
-    if job.scan_key not in (None, key):
+    key = keyed(numerics=numerics)
+    if job.scan_key in (None, key):
+        return key
+    # A key tells nothing of what it was made of, but that it was made of these.
+    made_as = product(VERSIONS, (numerics, *NUMERICS))
+    if not any(job.scan_key == keyed(numerics=by, scanner_version=of) for of, by in made_as):
         raise ModelChanged(
-            f"{job.model} is computed otherwise since the request was made (data type, device, "
-            "attention, tokenizer or the scanner's version): send the request again",
+            f"{job.model} is another since the request was made (its tokenizer, or what it is compared with): "
+            "send the request again",
             model=job.model,
         )
     return key

@@ -8,6 +8,8 @@ tables have all of it.
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
+import structlog
+
 from neural_mri.contract.events import (
     ActivationFrame,
     EffectsFrame,
@@ -18,6 +20,8 @@ from neural_mri.contract.events import (
 )
 
 __all__ = ("Frames", "Unseen")
+
+log = structlog.get_logger(__name__)
 
 
 class Frames(NamedTuple):
@@ -82,11 +86,18 @@ class Unseen:
         self.has_end |= isinstance(event, Ended)
 
     def taken(self) -> Iterator[Event]:
-        """Takes everything out, pictures made: somebody watches."""
+        """Takes everything out, pictures made: somebody watches. One that cannot be made is left out."""
         kept, self._kept, self._n_pictures = self._kept, {}, 0
         for event in kept.values():
             if isinstance(event, Frames):
-                yield from event.made()
+                try:
+                    made = event.made()
+                except Exception:
+                    # It reads what the scan has measured, on the scan's own device. What is told besides is not lost
+                    # with it, and the scan finds out for itself what is wrong.
+                    log.exception("frames_not_made", layer=event.layer)
+                else:
+                    yield from made
             else:
                 yield event
 

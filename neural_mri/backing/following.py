@@ -95,6 +95,7 @@ _SHARE = Prepared(
         state=bindparam("to", type_=_job.state.type),
         finished_at=epoch(),
         manifest=bindparam("path"),
+        scan_key=bindparam("true_key"),
         problem=bindparam("why"),
     )
 )
@@ -187,10 +188,17 @@ def runner(session: Session, job: Job) -> Job | None:
 
 
 def share(
-    session: Session, work: UUID, to: JobState, *, manifest: str | None, problem: str | None
+    session: Session,
+    work: UUID,
+    to: JobState,
+    *,
+    manifest: str | None,
+    scan_key: str | None,
+    problem: str | None,
 ) -> None:
-    """End all followers as the work ended."""
-    _SHARE.run(session, {"work": work, "to": to, "path": manifest, "why": problem})
+    """End all followers as the work ended, under the key that it has in the end."""
+    end = {"path": manifest, "true_key": scan_key, "why": problem}
+    _SHARE.run(session, {"work": work, "to": to, **end})
 
 
 def inherit(session: Session, job: Job) -> int | None:

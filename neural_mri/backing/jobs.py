@@ -49,6 +49,7 @@ __all__ = (
     "advance",
     "cancel_waiting",
     "claim",
+    "ended",
     "expire",
     "found",
     "get",
@@ -402,6 +403,11 @@ def found(session: Session, job_ids: Collection[UUID]) -> dict[UUID, Job]:
     return {row.id: Job.of_row(row) for row in rows}
 
 
+def ended(session: Session, job_ids: Collection[UUID]) -> list[Job]:
+    """Those of the jobs that have ended, however many are asked for: of the others nothing is read."""
+    return [Job.of_row(row) for row in _chunked(session, statements.GET_ENDED, job_ids)]
+
+
 def recent(
     session: Session,
     owner: str,
@@ -530,19 +536,21 @@ def advance(
     *,
     attempt: int | None = None,
     manifest: str | None = None,
+    scan_key: str | None = None,
     problem: ProblemDocument | None = None,
 ) -> Job | None:
     """Move a job, unless it has moved elsewhere; the moved job, or None.
 
-    `attempt` is the mover's; None moves only a job that nobody holds. A job asked to stop does not go back
-    to the queue. An attempt that was handed over moves whom it was handed to: the answer bears the id that
+    `attempt` is the mover's; None moves only a job that nobody holds. `scan_key` is the result's, where the job
+    succeeds with one: it may be another than the job was made for. A job asked to stop does not go back to the queue. An attempt that was handed over moves whom it was handed to: the answer bears the id that
     the mover knows. Who follows the job goes with it, or on without it (`following`).
     """
     if to is JobState.CLAIMED:
         raise ValueError("a job is claimed by claim(), which gives it an owner and an attempt")
-    moved = _move(session, job_id, to, attempt=attempt, manifest=manifest, problem=problem)
+    end = _End(manifest, scan_key, problem)
+    moved = _move(session, job_id, to, attempt=attempt, end=end)
     if moved is None and attempt is not None and (heir := following.heir(session, job_id, attempt)):
-        moved = _move(session, heir, to, attempt=attempt, manifest=manifest, problem=problem)
+        moved = _move(session, heir, to, attempt=attempt, end=end)
     if moved is None:
         return None
     if attempt is not None or moved.leader is None:  # else it only followed
@@ -568,28 +576,41 @@ def _settle(session: Session, job: Job, *, was_held: bool) -> None:
     match job.state:
         case JobState.SUCCEEDED | JobState.QUARANTINED:
             # What may be what ends workers ends no more of them.
-            problem = _json(job.problem)
-            following.share(session, job.source, job.state, manifest=job.manifest, problem=problem)
+            following.share(
+                session,
+                job.source,
+                job.state,
+                manifest=job.manifest,
+                scan_key=job.scan_key,
+                problem=_json(job.problem),
+            )
         case JobState.QUEUED if job.leader is not None:
             following.give_back(session, job.id, job.leader)
         case JobState.FAILED | JobState.CANCELLED | JobState.EXPIRED:
             following.promote(session, job, was_held=was_held)
 
 
+class _End(NamedTuple):
+    """What a job ends with."""
+
+    manifest: str | None = None
+    scan_key: str | None = None
+    problem: ProblemDocument | None = None
+
+
+_NOTHING = _End()
+
+
 def _move(
-    session: Session,
-    job_id: UUID,
-    to: JobState,
-    *,
-    attempt: int | None,
-    manifest: str | None = None,
-    problem: ProblemDocument | None = None,
+    session: Session, job_id: UUID, to: JobState, *, attempt: int | None, end: _End = _NOTHING
 ) -> Job | None:
     parameters: dict[str, Any] = {"job_id": job_id}
     if attempt is not None:
         parameters["held_attempt"] = attempt
     if to in TERMINAL:
-        parameters |= {"path": manifest, "why": _json(problem)}
+        parameters |= {"path": end.manifest, "why": _json(end.problem)}
+    if to is JobState.SUCCEEDED:
+        parameters["true_key"] = end.scan_key
     return _job_of(_run(session, statements.move(to, is_held=attempt is not None), parameters))
 
 

@@ -39,7 +39,7 @@ __all__ = (
 CPU_QUEUE = "cpu"
 """Work that needs no loaded model; every worker listens."""
 CONTROL_QUEUE = "load"
-"""Requests to load a model; every worker listens."""
+"""Requests to load a model, or to let it go; every worker listens."""
 
 ENDED = "ended"
 """Redis channel on which the ids of jobs are said that have just ended, as 16 bytes."""

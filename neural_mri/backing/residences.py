@@ -271,7 +271,7 @@ def demands(
 
 
 def next_load(session: Session) -> Demand | None:
-    """The model that somebody next has loaded by name, and how long they have waited."""
+    """The model that somebody next has loaded by name, or let go, and how long they have waited."""
     row = session.execute(
         select(_job.revision, _job.model, (epoch() - _job.created_at).label("waited"))
         .where(

@@ -210,6 +210,11 @@ GET = Prepared(select(*_job).where(_job.id == bindparam("job_id")))
 GET_ALL = select(*_job).where(_job.id.in_(bindparam("keys", expanding=True)))
 """Parameter: keys."""
 
+GET_ENDED = select(*_job).where(
+    _job.id.in_(bindparam("keys", expanding=True)), _job.finished_at.is_not(None)
+)
+"""Those of them that have ended. Parameter: keys."""
+
 MADE = select(*_job).where(
     or_(_job.id == bindparam("job_id"), _job.leader == bindparam("job_id")),
     _job.attempt == bindparam("held_attempt"),
@@ -347,7 +352,7 @@ CLAIM_SHORT = Prepared(_claim(_SHORT))
 def move(to: JobState, *, is_held: bool) -> Prepared:
     """Moves one job to a state, from those that lead there and are held, or are not.
 
-    Parameters: job_id; held_attempt if it is held; path and why if the state is terminal.
+    Parameters: job_id; held_attempt if it is held; path and why if the state is terminal, true_key where it succeeds.
     """
     sources = {state for state, following in TRANSITIONS.items() if to in following}
     allowed = [_job.id == bindparam("job_id")]
@@ -370,6 +375,8 @@ def move(to: JobState, *, is_held: bool) -> Prepared:
             # Who never had a turn gets back what it would have cost.
             "virtual_finish": case((_job.attempt > 0, _job.virtual_finish), else_=None),
         }
+    if to is JobState.SUCCEEDED:
+        values |= {"scan_key": func.coalesce(bindparam("true_key", type_=String), _job.scan_key)}
     return Prepared(update(JOBS).where(*allowed).values(values).returning(*_job))
 
 

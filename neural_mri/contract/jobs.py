@@ -110,6 +110,7 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     """Whether an equal scan that was under way computes, or computed, this result."""
     attempt: int = 0
     scan_key: str | None = None
+    """The result's, once there is one: workers that have been upgraded may compute a scan otherwise than it was asked for."""
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None

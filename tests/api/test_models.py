@@ -64,7 +64,7 @@ def test_loading_is_a_job_that_any_worker_may_take(api: httpx.Client, world: Wor
 
 
 @pytest.mark.parametrize("by", ["query", "body"])
-def test_unloading_is_a_job_for_those_who_hold_the_model(
+def test_unloading_is_a_job_that_does_not_wait_for_who_held_the_model(
     api: httpx.Client, world: World, by: str
 ) -> None:
     model = world.sessions.read(models.get, "tiny")
@@ -76,7 +76,7 @@ def test_unloading_is_a_job_for_those_who_hold_the_model(
         answer = api.request("DELETE", "/api/model/unload", json={"model": "tiny"})
     assert answer.status_code == 202
     assert answer.json()["kind"] == "unload"
-    assert world.claim(world.queue()).kind == "unload"
+    assert world.claim(keys.CONTROL_QUEUE).kind == "unload"
 
 
 def test_what_nobody_holds_is_not_unloaded_and_not_loaded_again(

@@ -8,8 +8,10 @@ import msgspec
 import pyarrow as pa
 import pytest
 
+import api.distant
 from neural_mri.backing import stored
 from neural_mri.backing.records import Job
+from neural_mri.backing.s3 import S3Store
 from neural_mri.backing.stored import StoredTable
 from neural_mri.contract.results import ARROW_FILE, ARROW_STREAM, from_ipc
 from tests.api.conftest import settings_in
@@ -110,6 +112,77 @@ def test_of_a_large_file_the_head_is_read_and_then_what_is_asked_for(
     assert served.get(f"/api/jobs/{job.id}/result").json()["scan_mode"] == "fMRI"
     made = [each for each in remote.requests()[before:] if "packed" in each]
     assert len(made) == 1, "a summary takes the whole at once"
+
+
+class TestPieceByPiece:
+    """A table is never in memory as a whole, however many ask for it."""
+
+    PIECE = 700
+
+    @pytest.fixture
+    def table(self, monkeypatch: pytest.MonkeyPatch, distant: World, done: Job) -> StoredTable:
+        """One of several pieces."""
+        table = table_of(distant, done, "neurons")
+        assert table.ref.bytes > 3 * self.PIECE
+        monkeypatch.setattr(api.distant, "PIECE_BYTES", self.PIECE)
+        monkeypatch.setattr(stored, "HEAD_BYTES", 100)
+        return table
+
+    @pytest.fixture
+    def read(self, monkeypatch: pytest.MonkeyPatch, table: StoredTable) -> list[int]:
+        """How many bytes of the table were read at once, each time."""
+        sizes: list[int] = []
+        get_range = S3Store.get_range
+
+        def counted(store: S3Store, path: str, start: int, end: int) -> bytes:
+            if path == table.path and start >= table.start:
+                sizes.append(end - start)
+            return get_range(store, path, start, end)
+
+        monkeypatch.setattr(S3Store, "get_range", counted)
+        return sizes
+
+    @pytest.mark.parametrize("accept", [ARROW_FILE, ARROW_STREAM])
+    def test_the_whole_is_seen_to_once_and_sent(
+        self,
+        served: httpx.Client,
+        distant: World,
+        done: Job,
+        table: StoredTable,
+        read: list[int],
+        accept: str,
+    ) -> None:
+        url, body = f"/api/jobs/{done.id}/result/neurons", distant.table(done, "neurons")
+        counts = []
+        for _ in range(2):
+            read.clear()
+            answer = served.get(url, headers={"accept": accept})
+            if accept == ARROW_FILE:
+                assert answer.content == body
+            else:
+                with pa.ipc.open_stream(answer.content) as reader:
+                    assert reader.read_all().equals(from_ipc(body), check_metadata=True)
+            assert max(read) <= self.PIECE
+            counts.append(sum(read))
+        assert counts[0] == counts[1] + table.ref.bytes
+        part = served.get(url, headers={"accept": ARROW_FILE, "range": "bytes=10-1999"})
+        assert part.content == body[10:2000]
+
+    def test_one_that_is_damaged_is_not_begun_with(
+        self,
+        served: httpx.Client,
+        distant: World,
+        done: Job,
+        table: StoredTable,
+        read: list[int],
+    ) -> None:
+        whole = bytearray(distant.store.get(table.path))
+        whole[table.start + 1000] ^= 1
+        distant.store.put(table.path, bytes(whole))
+        for accept in (ARROW_FILE, ARROW_STREAM):
+            url = f"/api/jobs/{done.id}/result/neurons"
+            assert served.get(url, headers={"accept": accept}).status_code == 410
+        assert max(read) <= self.PIECE
 
 
 def test_a_session_keeps_what_is_in_a_bucket_without_the_jobs_own_object(

@@ -864,6 +864,20 @@ def test_a_stream_goes_on_where_its_reader_stopped(api: httpx.Client, world: Wor
         ]
 
 
+@pytest.mark.parametrize("never_told", ["99999999999999-0", "end"])
+def test_a_place_that_no_event_has_is_the_beginning(
+    api: httpx.Client, world: World, never_told: str
+) -> None:
+    session = made(api)
+    with follow(api, f"{session.path}/events", never_told) as stream:
+        assert next(stream).data["revision"] == session.revision
+        second = read(save(api, session, view={"layer": 1}))
+        told = next(stream)
+    assert told.data["revision"] == second.revision
+    assert told.id != never_told, "it was told when it happened, not found in the database later"
+    assert int(told.id.partition("-")[0]) > 0
+
+
 def test_a_session_is_its_owners_alone_on_every_route(shared_settings: Any, world: World) -> None:
     with (
         keyed(shared_settings) as door,

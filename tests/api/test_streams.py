@@ -413,6 +413,22 @@ def test_an_id_that_is_none_begins_at_the_beginning(
     assert answer.text.count("event: ended") == 1
 
 
+@pytest.mark.parametrize("how", ["alone", "shared"])
+def test_who_says_that_they_have_read_an_end_that_is_to_come_begins_at_the_beginning(
+    api: httpx.Client, world: World, how: str
+) -> None:
+    job, other = started(api, world), started(api, world, "another")
+    path, last_id = f"/api/jobs/{job.id}/events", "end"
+    if how == "shared":
+        path = f"/api/events?jobs={job.id},{other.id}"
+        last_id = f"{job.id.hex}=end,{other.id.hex}=end"
+    with follow(api, path, last_id) as stream:
+        assert names([next(stream) for _ in range(3)]) == ["state"] * 3
+        for each in (job, other):
+            world.move(each, JobState.FAILED)
+        assert names(list(stream)).count("ended") == (2 if how == "shared" else 1)
+
+
 def test_an_end_that_comes_before_the_reader_waits_is_not_missed(
     api: httpx.Client, world: World
 ) -> None:

@@ -37,11 +37,12 @@ def claim(session: Session, *, seconds: float = 60.0, queue: str = QUEUE) -> lis
     return jobs.claim(session, queue=queue, owner=ELSEWHERE, limit=8, lease_seconds=seconds)
 
 
-def run(session: Session, known: Job) -> Job:
+def run(session: Session, known: Job, scan_key: str | None = None) -> Job:
     """Bring an attempt to its success, as the worker that knows it by this id."""
     for state in (S.RUNNING, S.STORING):
         jobs.advance(session, known.id, state, attempt=known.attempt)
-    done = jobs.advance(session, known.id, S.SUCCEEDED, attempt=known.attempt, manifest=MANIFEST)
+    end = {"manifest": MANIFEST, "scan_key": scan_key}
+    done = jobs.advance(session, known.id, S.SUCCEEDED, attempt=known.attempt, **end)
     assert done is not None
     return done
 
@@ -69,6 +70,20 @@ def test_of_equal_scans_one_runs_and_all_have_its_result(sessions: Sessions) -> 
         assert job.finished_at is not None
     assert [job.attempt for job in now(sessions, *made, late)] == [1, 0, 0, 0, 0]
     assert sessions.write(submit, "eve").cached
+
+
+def test_a_result_of_another_key_than_was_asked_for_is_everybodys_under_its_own(
+    sessions: Sessions,
+) -> None:
+    """Who asks by the old key meanwhile follows; nobody is answered under it with these numbers."""
+    true_key = "c" * 64
+    made = sessions.write(equal, "ada", "bob")
+    [claimed] = sessions.write(claim)
+    late = sessions.write(submit, "dan")
+    sessions.write(run, claimed, scan_key=true_key)
+    for job in now(sessions, *made, late):
+        assert (job.state, job.manifest, job.scan_key) == (S.SUCCEEDED, MANIFEST, true_key)
+    assert sessions.read(jobs.known_results, [KEY, true_key]) == {true_key: MANIFEST}
 
 
 def test_other_scans_and_jobs_without_a_key_follow_nobody(sessions: Sessions) -> None:

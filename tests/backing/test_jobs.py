@@ -3,7 +3,7 @@ from uuid import uuid4
 
 import msgspec
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -314,6 +314,19 @@ def test_another_scan_is_not(sessions: Sessions, other: str | None) -> None:
     sessions.write(jobs.submit, submission(scan_key=KEY))
     sessions.write(run_to_the_end, sessions.write(claim_one))
     assert sessions.write(jobs.submit, submission(scan_key=other)).state is S.QUEUED
+
+
+def test_who_of_many_has_ended_is_one_question(sessions: Sessions) -> None:
+    made = [sessions.write(jobs.submit, submission(owner=f"u{n}")) for n in range(5)]
+    ended = [sessions.write(jobs.advance, job.id, JobState.CANCELLED) for job in made[:2]]
+    asked: list[object] = []
+    with sessions.reading() as session:
+        event.listen(
+            session.connection(), "before_cursor_execute", lambda *given: asked.append(given)
+        )
+        found = jobs.ended(session, [uuid4(), *(job.id for job in made)])
+    assert {job.id: job for job in found} == {job.id: job for job in ended if job}
+    assert len(asked) == 1
 
 
 def test_a_failed_scan_answers_nobody(sessions: Sessions) -> None:

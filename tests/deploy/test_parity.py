@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.charts import render, values
-from tests.deploy.composition import services
+from tests.deploy.composition import COMPOSE, merged, services
 from tests.deploy.test_chart import environment
 from tests.deploy.test_compose import SECRETS
 
@@ -73,6 +73,18 @@ def test_models_are_kept_where_workers_find_them(name: str) -> None:
     (volume,) = services(SECRETS)[name]["volumes"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container_of(name)["volumeMounts"]}
     assert volume == f"models:{mounted['models']}"
+
+
+def test_who_registers_models_is_told_what_workers_compute_on() -> None:
+    """Scans are asked for by what is registered, before a worker has loaded anything."""
+    variable, gpus = "NEURAL_MRI_DEVICE", COMPOSE.with_name("compose.gpu.yaml")
+    for given in ({}, {"DEVICE": "cpu"}, {"DEVICE": "cuda:1"}):
+        found = services({**SECRETS, **given})
+        for each in (found, merged(found, services(SECRETS, gpus))):
+            said = {name: each[name]["environment"].get(variable) for name in ("models", "worker")}
+            assert said["models"] == said["worker"], given
+    said = {name: environment(container_of(name), values()) for name in ("models", "worker")}
+    assert said["models"].get(variable) == said["worker"][variable]
 
 
 def asked(probe: Mapping[str, Any], ports: Mapping[str, int]) -> str:

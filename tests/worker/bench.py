@@ -1,6 +1,7 @@
 """A worker's parts, put together by hand, on a real database, store, Valkey and (tiny) model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -27,6 +28,8 @@ from worker.reporter import Outbox
 from worker.residency import Residency
 
 __all__ = ("Bench", "Interrupting", "Queues")
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Queues:
@@ -148,6 +151,7 @@ class Bench:
         n_tokens: int = 6,
         operands: Operands = Operands(),
         baseline_revision: str | None = None,
+        keyed: Mapping[str, Any] = NOTHING,
         tokens: Tokens | None = None,
         **changes: Any,
     ) -> Submission:
@@ -174,9 +178,9 @@ class Bench:
                 token_ids=tokens.ids if tokens else None,
                 revision=self.tiny.revision,
                 tokenizer_digest=self.tiny.tokenizer_digest,
-                numerics=self.tiny.numerics,
                 operands=operands,
                 baseline_revision=baseline_revision,
+                **{"numerics": self.tiny.numerics, **keyed},
             ),
         }
         return Submission(**{**fields, **changes})
@@ -190,13 +194,12 @@ class Bench:
 
     def order(self, kind: JobKind) -> Job:
         """A job to load or unload the model."""
-        queue = keys.CONTROL_QUEUE if kind is JobKind.LOAD else self.queue
         submission = Submission(
             owner="ada",
             kind=kind,
             model="tiny",
             revision=self.tiny.revision,
-            queue=queue,
+            queue=keys.CONTROL_QUEUE,
             request=b'{"model":"tiny"}',
         )
         return self.sessions.write(jobs.submit, submission)

@@ -23,8 +23,10 @@ from neural_mri.contract.events import (
     StateChanged,
 )
 from neural_mri.contract.jobs import JobKind, JobState
+from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import Unavailable
 from neural_mri.contract.results import provenance_of
+from neural_mri.contract.scan_keys import SCANNER_VERSION
 from neural_mri.contract.scans import (
     ActivationScan,
     AttentionScan,
@@ -291,6 +293,31 @@ def test_numbers_are_never_stored_under_a_key_that_promises_others(holding_tiny:
     assert done.problem["type"] == "urn:neural-mri:problem:model-changed"
 
 
+@pytest.mark.parametrize(
+    "made_for",
+    [
+        {"scanner_version": "1"},
+        {"scanner_version": str(int(SCANNER_VERSION) + 1)},
+        {"numerics": Numerics(dtype="bfloat16", device="cuda")},
+    ],
+    ids=["an earlier scanner", "a later one", "other numerics"],
+)
+def test_a_scan_asked_for_before_an_upgrade_has_the_key_of_what_it_comes_to(
+    holding_tiny: Bench, made_for: dict[str, Any]
+) -> None:
+    bench = holding_tiny
+    job, follower = (bench.submit(PROMPT, keyed=made_for, owner=owner) for owner in ("ada", "bob"))
+    assert follower.leader == job.id
+    bench.attempts().take(bench.queue)
+    true_key = bench.submission(PROMPT).scan_key
+    for done in map(bench.now, (job, follower)):
+        assert (done.state, done.problem) == (JobState.SUCCEEDED, None)
+        assert done.view().scan_key == true_key != job.scan_key
+        assert stored.load_manifest(bench.store, done.manifest or "").scan_key == true_key
+    assert bench.submit(PROMPT).cached
+    assert not bench.submit(PROMPT, keyed=made_for).cached, "its key promises other numbers"
+
+
 def test_a_database_that_is_away_for_a_moment_costs_no_result(
     holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,16 +461,26 @@ def test_loading_makes_a_model_ready_wanted_and_heard_of(bench: Bench) -> None:
 
 def test_unloading_takes_a_model_out_of_memory_and_its_queue_away(holding_tiny: Bench) -> None:
     job = holding_tiny.order(JobKind.UNLOAD)
-    holding_tiny.attempts().take(holding_tiny.queue)
+    holding_tiny.attempts().take(keys.CONTROL_QUEUE)
     assert holding_tiny.now(job).state is JobState.SUCCEEDED
     assert holding_tiny.intake.said == [f"close {holding_tiny.queue}"]
     assert holding_tiny.residency.held() == ()
 
 
+def test_what_nobody_holds_any_more_is_unloaded_at_once(bench: Bench) -> None:
+    """Who held it died since it was asked for: nobody listens to its queue, and who loads it later is to keep it."""
+    job = bench.order(JobKind.UNLOAD)
+    assert bench.attempts().take(keys.CONTROL_QUEUE) == 1
+    assert bench.now(job).state is JobState.SUCCEEDED
+    registered = bench.sessions.read(models.get, "tiny")
+    assert registered is not None
+    assert not registered.wanted
+
+
 def test_a_pinned_model_stays(bench: Bench) -> None:
     bench.residency.load("tiny", pin=True)
     job = bench.order(JobKind.UNLOAD)
-    bench.attempts().take(bench.queue)
+    bench.attempts().take(keys.CONTROL_QUEUE)
     done = bench.now(job)
     assert done.problem is not None
     assert done.problem["type"] == "urn:neural-mri:problem:model-busy"

@@ -362,6 +362,15 @@ def test_a_request_by_name_is_left_to_the_worker_that_holds_the_model(bench: Ben
     assert bench.attempts().take(keys.CONTROL_QUEUE) == 1
 
 
+def test_to_unload_a_model_is_left_to_the_worker_that_holds_it_for_a_moment(bench: Bench) -> None:
+    other_worker(bench.redis, bench.tiny)
+    bench.order(JobKind.UNLOAD)
+    assert bench.attempts().take(keys.CONTROL_QUEUE) == 0
+    with bench.sessions.writing() as session:
+        session.execute(update(JOBS).values(created_at=epoch() - 1.5))
+    assert bench.attempts().take(keys.CONTROL_QUEUE) == 1
+
+
 def test_unloading_is_heard_by_every_worker_that_holds_a_copy(
     bench: Bench, registered: Registered
 ) -> None:

@@ -188,6 +188,34 @@ def test_who_comes_to_watch_just_before_the_end_is_told_of_all_before_it(
         assert told(redis, JOB) == [*frames(range(3))(), ended]
 
 
+def test_frames_that_cannot_be_made_take_no_other_event_along() -> None:
+    def lost() -> Any:
+        raise RuntimeError("the device is lost")
+
+    begun, ended = StateChanged(state=JobState.RUNNING, attempt=1), Ended(state=ENDED, attempt=1)
+    sink = Collected(watched=lambda: True)
+    with Outbox(sink) as outbox:
+        outbox.post(JOB, begun)
+        outbox.post_frames(JOB, Frames(lost, 0))
+        outbox.post_frames(JOB, Frames(frames(range(2))))
+        assert outbox.flush(5)
+        outbox.post(JOB, ended)
+        assert outbox.flush(5)
+    assert sink.events == [begun, *frames(range(2))(), ended]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_can_tell_nothing_any_more_ends() -> None:
+    class Broken(Collected):
+        def publish_all(self, told: Sequence[Told], asking: Sequence[UUID] = ()) -> frozenset[UUID]:
+            raise TypeError("a bug")
+
+    given_up = threading.Event()
+    with Outbox(Broken(), give_up=given_up.set) as outbox:
+        outbox.post(JOB, Ended(state=ENDED, attempt=1))
+        assert given_up.wait(5)
+
+
 def test_whoever_watches_one_job_of_a_pass_is_told_of_that_alone(
     redis: SyncRedis, settings: Settings
 ) -> None:
