@@ -14,6 +14,7 @@ from neural_mri.client.asynchronous import (
     AsyncBatches,
     AsyncClient,
     AsyncSessions,
+    AsyncSharedSession,
 )
 from neural_mri.client.batches import Batches, Outcome
 from neural_mri.client.circuit_map import CircuitMap
@@ -64,6 +65,7 @@ __all__ = (
     "AsyncBatches",
     "AsyncClient",
     "AsyncSessions",
+    "AsyncSharedSession",
     "Batches",
     "CircuitMap",
     "Client",
