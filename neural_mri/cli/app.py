@@ -24,7 +24,7 @@ from neural_mri.cli import (
 )
 from neural_mri.cli.exits import EXIT_CODES, ExitCode, exit_code_of
 from neural_mri.cli.terminal import complain, print_json, standard_output
-from neural_mri.client import ClientError
+from neural_mri.client import TIMEOUT_VARIABLE, ClientError
 
 __all__ = ("app", "run")
 
@@ -102,12 +102,23 @@ def _print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer's callback
 
 @app.callback()
 def _root(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 -- its callback has read it
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            envvar=TIMEOUT_VARIABLE,
+            parser=options.number(0.001, 86_400),
+            metavar="SECONDS",
+            help="How long to wait for an answer to any one request. Before the command.",
+            show_default="30",
+        ),
+    ] = None,
 ) -> None:
-    pass
+    options.timeout.set(timeout)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from neural_mri.cli import options
-from neural_mri.cli.exits import ExitCode
+from neural_mri.cli.exits import ExitCode, exit_code_of_batch
 from neural_mri.cli.files import existing, writing
 from neural_mri.cli.progress import JobProgress
-from neural_mri.cli.terminal import complain, note, print_json, standard_output
+from neural_mri.cli.terminal import complain, local_time, note, print_json, standard_output
 from neural_mri.client import Client, ClientError, Refused
 from neural_mri.client.exchange import PARTING_SECONDS
 from neural_mri.contract.batches import (
@@ -90,7 +90,7 @@ def submit(
     quiet: options.Quiet = False,
     url: options.Url = None,
 ) -> None:
-    """Submit a batch, and follow it to its end. The exit code tells whether every scan succeeded."""
+    """Submit a batch, and follow it to its end. The exit code tells whether every scan succeeded; Ctrl-C cancels it."""
     with _readable(file) as path, options.open_client(url) as client:
         try:
             batch = client.batches.submit(
@@ -164,10 +164,9 @@ def _shown(progress: JobProgress) -> Callable[[BatchEvent], None]:
 
 
 def _leave(batch: BatchView) -> None:
-    if batch.state in (BatchState.CANCELLED, BatchState.RUNNING):
+    if batch.state is BatchState.RUNNING:
         raise typer.Exit(ExitCode.CANCELLED)
-    if batch.counts.failed or batch.state is BatchState.STOPPED:
-        raise typer.Exit(ExitCode.FAILED)
+    raise typer.Exit(exit_code_of_batch(batch.state, batch.counts, deleted=batch.deleted))
 
 
 @commands.command("list")
@@ -203,7 +202,7 @@ def list_(
             str(counts.total),
             str(counts.done),
             str(counts.failed),
-            f"{batch.created_at:%Y-%m-%d %H:%M:%S}",
+            local_time(batch.created_at),
         )
     standard_output().print(table)
     if len(listed) == limit:
@@ -228,14 +227,18 @@ def watch(
 ) -> None:
     """Follow a batch to its end. The exit code tells whether every scan succeeded."""
     with options.open_client(url) as client:
-        if not as_json:
-            with JobProgress(quiet=quiet) as progress:
-                batch = client.batches.wait(batch_id, _shown(progress))
-            _print(batch, as_json=False, quiet=quiet)
-        else:
-            for event in client.batches.watch(batch_id):
-                print_json(event)
-            batch = client.batches.get(batch_id)
+        try:
+            if not as_json:
+                with JobProgress(quiet=quiet) as progress:
+                    batch = client.batches.wait(batch_id, _shown(progress))
+                _print(batch, as_json=False, quiet=quiet)
+            else:
+                for event in client.batches.watch(batch_id):
+                    print_json(event)
+                batch = client.batches.get(batch_id)
+        except KeyboardInterrupt:
+            note(f"interrupted: it goes on; stop it with: neural-mri batch cancel {batch_id}")
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
     _leave(batch)
 
 

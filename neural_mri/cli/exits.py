@@ -3,8 +3,9 @@
 from enum import IntEnum
 
 from neural_mri.client import ClientError, JobCancelled, MissingExtra, Unreachable
+from neural_mri.contract.batches import BatchCounts, BatchState
 
-__all__ = ("EXIT_CODES", "ExitCode", "exit_code_of")
+__all__ = ("EXIT_CODES", "ExitCode", "exit_code_of", "exit_code_of_batch")
 
 
 class ExitCode(IntEnum):
@@ -20,7 +21,7 @@ class ExitCode(IntEnum):
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 the scan failed or the service refused it; 2 bad usage; 3 the service does not \
-answer; 4 the job was cancelled; 130 interrupted (the job is cancelled on the service too)."""
+answer; 4 the job was cancelled; 130 interrupted (what the command itself asked for and waits for, and the job of `job --watch`, is cancelled on the service too; anything else goes on)."""
 
 
 def exit_code_of(error: ClientError) -> ExitCode:
@@ -34,3 +35,14 @@ def exit_code_of(error: ClientError) -> ExitCode:
             return ExitCode.USAGE
         case _:
             return ExitCode.FAILED
+
+
+def exit_code_of_batch(state: BatchState, counts: BatchCounts, *, deleted: int = 0) -> ExitCode:
+    """Whether every scan of a batch that is over has succeeded: a failure, or a loss, before a cancellation."""
+    if state is not BatchState.CANCELLED and (
+        counts.failed or deleted or state is BatchState.STOPPED
+    ):
+        return ExitCode.FAILED
+    if state is BatchState.CANCELLED or counts.cancelled:
+        return ExitCode.CANCELLED
+    return ExitCode.DONE

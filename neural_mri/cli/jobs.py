@@ -10,7 +10,7 @@ from rich.text import Text
 
 from neural_mri.cli import options, outcomes
 from neural_mri.cli.options import Outputs
-from neural_mri.cli.terminal import note, print_json, standard_output
+from neural_mri.cli.terminal import local_time, note, print_json, standard_output
 from neural_mri.client.progress import place_in_words
 from neural_mri.contract.jobs import JobState, JobView
 
@@ -52,7 +52,7 @@ def job(
     quiet: options.Quiet = False,
     url: options.Url = None,
 ) -> None:
-    """Show how a job stands. With --watch the exit code tells how it ended."""
+    """Show how a job stands. With --watch the exit code tells how it ended, and Ctrl-C cancels it."""
     with options.open_client(url) as client:
         view = client.job(job_id)
         if watch:
@@ -86,12 +86,20 @@ def jobs(
             help="Only those of this scan, by its key or the first 16 digits of it.",
         ),
     ] = None,
+    state: Annotated[
+        JobState | None,
+        typer.Option(
+            parser=options.one_of(JobState),
+            metavar="|".join(JobState),
+            help="Only those in this state, of the latest thousand.",
+        ),
+    ] = None,
     as_json: options.Json = False,
     url: options.Url = None,
 ) -> None:
     """List the latest jobs."""
     with options.open_client(url) as client:
-        listed = client.jobs(limit, after=after, scan_key=scan_key)
+        listed = client.jobs(limit, after=after, scan_key=scan_key, state=state)
     if as_json:
         print_json([outcomes.job_document(view) for view in listed])
         return
@@ -104,7 +112,7 @@ def jobs(
             _state(view),
             _kind(view),
             view.model,
-            f"{view.created_at:%Y-%m-%d %H:%M:%S}",
+            local_time(view.created_at),
         )
     standard_output().print(table)
     if len(listed) == limit:
@@ -122,10 +130,10 @@ def result(
     quiet: options.Quiet = False,
     url: options.Url = None,
 ) -> None:
-    """Show the result of a scan, waiting for it if need be."""
+    """Show the result of a scan, waiting for it if need be. Ctrl-C stops the waiting, and nothing else."""
     outputs = Outputs(as_json, quiet, top, arrow, csv, plot).check()
     with options.open_client(url) as client:
-        view = outcomes.follow(client, client.job(job_id), quiet=quiet)
+        view = outcomes.follow(client, client.job(job_id), quiet=quiet, cancels=False)
         outcomes.deliver(client, view, outputs)
 
 

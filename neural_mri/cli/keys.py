@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from neural_mri.cli import options
-from neural_mri.cli.terminal import note, print_json, standard_output
+from neural_mri.cli.terminal import local_time, note, print_json, standard_output
 from neural_mri.contract.auth import KeyView, NewKey, Scope
 
 __all__ = ("commands",)
@@ -95,7 +95,7 @@ def list_(
             key.user,
             key.label,
             " ".join(key.scopes),
-            f"{key.created_at:%Y-%m-%d %H:%M}",
+            local_time(key.created_at, "%Y-%m-%d %H:%M"),
             _state(key),
         )
     standard_output().print(table)
@@ -122,4 +122,4 @@ def _state(key: KeyView) -> str:
     if key.expires_at is None:
         return "good"
     over = key.expires_at <= datetime.now(key.expires_at.tzinfo)
-    return "expired" if over else f"until {key.expires_at:%Y-%m-%d}"
+    return "expired" if over else f"until {local_time(key.expires_at, '%Y-%m-%d')}"

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from enum import StrEnum
 from math import nan
 from pathlib import Path
@@ -202,10 +203,14 @@ class Outputs(NamedTuple):
         return self
 
 
+timeout: ContextVar[float | None] = ContextVar("timeout", default=None)
+"""What `neural-mri --timeout` says, of every command; None leaves it to the environment."""
+
+
 def open_client(url: str | None) -> Client:
     """A client. Raises `typer.BadParameter` where the address is none."""
     try:
-        return Client(url)
+        return Client(url, timeout_seconds=timeout.get())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -213,7 +218,7 @@ def open_client(url: str | None) -> Client:
 def open_access(url: str | None) -> Access:
     """What keys and users are asked after. Raises `typer.BadParameter` where the address is none."""
     try:
-        return Access(url)
+        return Access(url, timeout_seconds=timeout.get())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

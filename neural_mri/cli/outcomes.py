@@ -51,9 +51,9 @@ def scan(
     deliver(client, follow(client, job, quiet=outputs.quiet), outputs, head=head)
 
 
-def follow(client: Client, job: JobView, *, quiet: bool) -> JobView:
-    """The job once it has succeeded, its progress shown. An interruption cancels it."""
-    with _cancelling_on_interrupt(client, job), JobProgress(quiet=quiet) as progress:
+def follow(client: Client, job: JobView, *, quiet: bool, cancels: bool = True) -> JobView:
+    """The job once it has succeeded, its progress shown. An interruption cancels it, or says how to."""
+    with _interrupted(client, job, cancels=cancels), JobProgress(quiet=quiet) as progress:
         progress.begin(job)
         return client.wait(job, progress)
 
@@ -81,11 +81,14 @@ def job_document(job: JobView) -> dict[str, Any]:
 
 
 @contextmanager
-def _cancelling_on_interrupt(client: Client, job: JobView) -> Iterator[None]:
+def _interrupted(client: Client, job: JobView, *, cancels: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        complain(f"interrupted: {_cancelled(client, job.id)}")
+        if cancels:
+            complain(f"interrupted: {_cancelled(client, job.id)}")
+        else:
+            note(f"interrupted: job {job.id} goes on; stop it with: neural-mri cancel {job.id}")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 

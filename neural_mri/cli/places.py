@@ -179,7 +179,7 @@ def reaching(place: Place, url: str | None, *, as_oneself: bool = False) -> Iter
         if as_oneself:
             raise _elsewhere(place, client)
     # Nothing of the caller's goes to a service that only a link names.
-    with Client(place.service, api_key="") as stranger:
+    with Client(place.service, timeout_seconds=options.timeout.get(), api_key="") as stranger:
         yield _Linked(stranger.sessions.shared(place.token or ""))
 
 
@@ -199,11 +199,13 @@ def _elsewhere(place: Place, client: Client) -> typer.BadParameter:
     )
 
 
-def whole_revision(client: Client, session: UUID, digits: str | None) -> str | None:
-    """The name of a revision of which some digits were given. Raises `typer.BadParameter`."""
+def whole_revision(
+    client: Client, session: UUID, digits: str | None, *, option: str = "--revision"
+) -> str | None:
+    """The name of a revision of which an option gave some digits. Raises `typer.BadParameter`."""
     if digits is None or len(digits) == 64:
         return digits
     try:
         return client.sessions.revision(session, digits)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--revision") from error
+        raise typer.BadParameter(str(error), param_hint=option) from error

@@ -56,6 +56,7 @@ def activation(
         str, typer.Option(help="Token positions, with commas between; -1 is the last token.")
     ] = "all",
     residual: Annotated[bool, typer.Option(help="Report the residual stream as well.")] = True,
+    calibration: options.Calibration = None,
     canonical: options.Canonical = False,
     asking: Asking,
 ) -> None:
@@ -69,6 +70,7 @@ def activation(
         include_residual=residual,
         token_positions=options.read_positions(tokens),
         top_predictions=max(asking.top, 10),
+        calibration=calibration,
         canonical=canonical,
     )
     asking.scan(request)

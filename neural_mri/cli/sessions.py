@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from neural_mri.cli import options
+from neural_mri.cli.exits import ExitCode
 from neural_mri.cli.files import existing, writing
 from neural_mri.cli.listing import print_heading, print_signed
 from neural_mri.cli.places import Place, reached_own, reaching, read_own, read_place, whole_revision
-from neural_mri.cli.terminal import note, print_json, standard_output
+from neural_mri.cli.terminal import local_time, note, print_json, standard_output
 from neural_mri.client import Client
 from neural_mri.client.sessions import OpenedSession, read_file
 from neural_mri.contract.sessions import (
@@ -123,7 +124,7 @@ def list_(
             Text(("* " if session.pinned else "") + session.name),
             str(session.scans),
             " ".join(session.models),
-            f"{session.updated_at:%Y-%m-%d %H:%M}",
+            local_time(session.updated_at, "%Y-%m-%d %H:%M"),
         )
     standard_output().print(table)
 
@@ -261,7 +262,7 @@ def revisions(
         table.add_row(
             str(each.number),
             each.revision[:12],
-            f"{each.created_at:%Y-%m-%d %H:%M:%S}",
+            local_time(each.created_at),
             Text(each.author),
             Text(each.message),
         )
@@ -438,7 +439,9 @@ def diff(
             session_id,
             other_id,
             revision=whole_revision(client, session_id, revision),
-            other_revision=whole_revision(client, other_id, other_revision),
+            other_revision=whole_revision(
+                client, other_id, other_revision, option="--other-revision"
+            ),
             strongest=top,
         )
     if as_json:
@@ -455,7 +458,8 @@ def watch(session: Session, url: options.Url = None) -> None:
             for event in kept.watch():
                 print_json(event)
         except KeyboardInterrupt:
-            return
+            note("interrupted: the session goes on")
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
 @contextmanager
@@ -493,7 +497,7 @@ def _print_detail(detail: SessionDetail) -> None:
     table.add_row("name", Text(detail.name))
     table.add_row("revision", f"{detail.opened} (of {detail.revision})")
     table.add_row("origin", detail.origin.value)
-    table.add_row("saved", f"{detail.updated_at:%Y-%m-%d %H:%M:%S}")
+    table.add_row("saved", local_time(detail.updated_at))
     console.print(table)
     document = detail.document
     if document.scans:
@@ -557,7 +561,7 @@ def _link_state(link: ShareView) -> str:
     if link.expires_at is None:
         return "good"
     over = link.expires_at <= datetime.now(link.expires_at.tzinfo)
-    return f"{'expired' if over else 'until'} {link.expires_at:%Y-%m-%d %H:%M}"
+    return f"{'expired' if over else 'until'} {local_time(link.expires_at, '%Y-%m-%d %H:%M')}"
 
 
 def _print_difference(told: SessionDifference) -> None:

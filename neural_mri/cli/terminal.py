@@ -2,13 +2,14 @@
 
 import os
 import sys
+from datetime import datetime
 from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ("complain", "complaints", "note", "print_json", "standard_output")
+__all__ = ("complain", "complaints", "local_time", "note", "print_json", "standard_output")
 
 
 _WIDTH_OF_A_PIPE = 200
@@ -40,6 +41,11 @@ def complain(sentence: str) -> None:
 def note(sentence: str) -> None:
     """Something worth knowing that is not an error, on standard error."""
     complaints().print(Text(sentence, style="dim"), soft_wrap=True)
+
+
+def local_time(moment: datetime, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """A moment as a clock on the reader's wall shows it. JSON has it in UTC."""
+    return moment.astimezone().strftime(form)
 
 
 def _console(*, stderr: bool) -> Console:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neural_mri.cli import options
-from neural_mri.cli.terminal import note, print_json, standard_output
+from neural_mri.cli.terminal import local_time, note, print_json, standard_output
 from neural_mri.contract.auth import AuditAction, AuditEntry, Usage, UserLimits
 
 __all__ = ("audit", "commands", "usage")
@@ -188,7 +188,7 @@ def _print_entries(entries: Sequence[AuditEntry]) -> None:
     for each in entries:
         said = ", ".join(f"{name} {value}" for name, value in each.details.items())
         table.add_row(
-            f"{each.at:%Y-%m-%d %H:%M:%S}",
+            local_time(each.at),
             Text(each.user),
             each.key or "",
             each.action.value,

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neural_mri.cli import options
-from neural_mri.cli.exits import ExitCode
+from neural_mri.cli.exits import ExitCode, exit_code_of_batch
 from neural_mri.cli.terminal import complaints, note, print_json, standard_output
 from neural_mri.client import Client, Refused
 from neural_mri.client.progress import (
@@ -27,7 +27,7 @@ from neural_mri.client.progress import (
     place_in_words,
 )
 from neural_mri.client.watching import MOST_TOGETHER, JobEvent
-from neural_mri.contract.batches import BatchEnded, BatchState, BatchView
+from neural_mri.contract.batches import BatchEnded, BatchView
 from neural_mri.contract.events import Ended
 from neural_mri.contract.jobs import JobState, JobView, QueuePlace
 from neural_mri.contract.sessions import ScanArrived, SessionClosed, SessionSaved, SessionView
@@ -156,17 +156,15 @@ class _End(NamedTuple):
     code: ExitCode
 
 
-def _end(event: Any) -> _End | None:
+def _end(event: Any, view: Watched) -> _End | None:
     """The end that an event tells of."""
     match event:
         case Ended(state=state):
             return _End(state.value, _CODES.get(state, ExitCode.FAILED))
         case BatchEnded(state=state, counts=counts):
             said = f"{state.value}, {counts.succeeded} of {counts.total} succeeded"
-            if state is BatchState.CANCELLED:
-                return _End(said, ExitCode.CANCELLED)
-            failed = counts.failed or state is BatchState.STOPPED
-            return _End(said, ExitCode.FAILED if failed else ExitCode.DONE)
+            deleted = view.deleted if isinstance(view, BatchView) else 0
+            return _End(said, exit_code_of_batch(state, counts, deleted=deleted))
         case SessionClosed():
             return _End("deleted", ExitCode.DONE)
         case _:
@@ -189,7 +187,7 @@ def _printed(told: Iterator[_Told], watched: dict[UUID, Watched]) -> dict[UUID, 
     ends = {}
     for which, event in told:
         print_json({_sort(watched[which]): str(which), **msgspec.to_builtins(event)})
-        if (end := _end(event)) is not None:
+        if (end := _end(event, watched[which])) is not None:
             ends[which] = end
     return ends
 
@@ -202,7 +200,7 @@ def _drawn(told: Iterator[_Told], watched: dict[UUID, Watched], *, quiet: bool) 
         for which, event in told:
             if which in followers:
                 _show(followers[which], event)
-            if (end := _end(event)) is not None:
+            if (end := _end(event, watched[which])) is not None:
                 ends[which] = end
     return ends
 

@@ -14,23 +14,32 @@ from neural_mri.client.asynchronous import (
     AsyncBatches,
     AsyncClient,
     AsyncSessions,
+    AsyncSharedSession,
 )
 from neural_mri.client.batches import Batches, Outcome
 from neural_mri.client.circuit_map import CircuitMap
 from neural_mri.client.client import Client
 from neural_mri.client.comparison import Comparison
 from neural_mri.client.errors import (
+    ClientClosed,
     ClientError,
     Damaged,
     JobCancelled,
     JobEnded,
     JobFailed,
+    Late,
     MissingExtra,
     NotUnderstood,
     Refused,
     Unreachable,
 )
-from neural_mri.client.exchange import DEFAULT_URL, KEY_VARIABLE, PATIENCE_VARIABLE, URL_VARIABLE
+from neural_mri.client.exchange import (
+    DEFAULT_URL,
+    KEY_VARIABLE,
+    PATIENCE_VARIABLE,
+    TIMEOUT_VARIABLE,
+    URL_VARIABLE,
+)
 from neural_mri.client.lens_map import LensMap
 from neural_mri.client.restoration import Restoration
 from neural_mri.client.result import Prediction, Result
@@ -48,6 +57,7 @@ __all__ = (
     "DEFAULT_URL",
     "KEY_VARIABLE",
     "PATIENCE_VARIABLE",
+    "TIMEOUT_VARIABLE",
     "URL_VARIABLE",
     "Access",
     "ActivationMap",
@@ -55,9 +65,11 @@ __all__ = (
     "AsyncBatches",
     "AsyncClient",
     "AsyncSessions",
+    "AsyncSharedSession",
     "Batches",
     "CircuitMap",
     "Client",
+    "ClientClosed",
     "ClientError",
     "Comparison",
     "Damaged",
@@ -67,6 +79,7 @@ __all__ = (
     "JobEvent",
     "JobFailed",
     "KeptResult",
+    "Late",
     "LensMap",
     "MissingExtra",
     "NotUnderstood",

@@ -40,7 +40,7 @@ class Access:
         self,
         base_url: str | None = None,
         *,
-        timeout_seconds: float = 30.0,
+        timeout_seconds: float | None = None,
         patience_seconds: float | None = None,
         api_key: str | None = None,
     ) -> None:
@@ -53,7 +53,7 @@ class Access:
         )
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, as `Client.close` does."""
         self._exchange.close()
 
     def __enter__(self) -> Self:

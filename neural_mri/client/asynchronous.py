@@ -2,12 +2,14 @@
 
 Every call is made by the plain client in a thread of a pool, which waits for the network there; arguments,
 answers, errors and their types are the plain client's. A call whose task is cancelled goes on in its thread to
-its end, and its answer is dropped: a scan that should stop is stopped with `cancel`.
+its end, and its answer is dropped. What `run` and the methods that scan have begun is cancelled on the service first,
+as where they are interrupted; what `submit` has begun is stopped with `cancel`.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial, update_wrapper
 from types import MethodType, TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
@@ -15,9 +17,12 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 from neural_mri.client.access import Access
 from neural_mri.client.batches import Batches
 from neural_mri.client.client import Client
-from neural_mri.client.sessions import Sessions
+from neural_mri.client.errors import ClientClosed
+from neural_mri.client.exchange import PARTING_SECONDS
+from neural_mri.client.parting import Parting
+from neural_mri.client.sessions import Sessions, SharedSession
 
-__all__ = ("AsyncAccess", "AsyncBatches", "AsyncClient", "AsyncSessions")
+__all__ = ("AsyncAccess", "AsyncBatches", "AsyncClient", "AsyncSessions", "AsyncSharedSession")
 
 P = ParamSpec("P")
 Plain = TypeVar("Plain")
@@ -26,39 +31,82 @@ Answer = TypeVar("Answer")
 
 _MOST_CALLS = 64
 """Calls and streams of one client that wait at the same time; more wait for their turn."""
+_MOST_STOPS = 4
+"""Of what stops others, and therefore cannot wait for the turn of those."""
+
+
+class _Threads:
+    """Where the calls of one client are made."""
+
+    def __init__(self) -> None:
+        self._calls = ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="neural-mri")
+        self._stops = ThreadPoolExecutor(_MOST_STOPS, thread_name_prefix="neural-mri-stop")
+
+    def begin(self, call: Callable[[], Answer], *, stops: bool = False) -> Future[Answer]:
+        """A call, begun in its turn. Raises `ClientClosed`."""
+        pool = self._stops if stops else self._calls
+        try:
+            return pool.submit(call)
+        except RuntimeError as error:
+            raise ClientClosed from error
+
+    def shut_down(self) -> None:
+        """Take no more calls. Those that wait for their turn are told by the plain client that it is closed."""
+        self._calls.shutdown(wait=False)
+        self._stops.shutdown(wait=False)
 
 
 class _InThreads(Generic[Plain]):
     """Something of the plain client's, and the threads in which its methods run."""
 
-    def __init__(self, plain: Plain, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, plain: Plain, threads: _Threads) -> None:
         self.plain = plain
         self.threads = threads
 
 
 class _Called(Generic[Plain, P, Answer]):
-    """A plain method, to be awaited."""
+    """A plain method, to be awaited. One that `stops` others goes before those that wait for their turn."""
 
-    def __init__(self, method: Callable[Concatenate[Plain, P], Answer]) -> None:
+    def __init__(
+        self, method: Callable[Concatenate[Plain, P], Answer], *, stops: bool = False
+    ) -> None:
         self._method = method
+        self._stops = stops
         update_wrapper(self, method)  # type: ignore[arg-type]
 
     @overload
     def __get__(self, owner: None, kind: type) -> Self: ...
     @overload
-    def __get__(self, owner: _InThreads[Plain], kind: type) -> Callable[P, Awaitable[Answer]]: ...
+    def __get__(
+        self, owner: _InThreads[Plain], kind: type
+    ) -> Callable[P, Coroutine[Any, Any, Answer]]: ...
 
     def __get__(self, owner: _InThreads[Plain] | None, kind: type) -> Any:
         if owner is None:
             return self
 
+        threads = owner.threads
         bound = MethodType(self._method, owner.plain)
 
-        def call(*args: P.args, **kwargs: P.kwargs) -> Awaitable[Answer]:
-            loop = asyncio.get_running_loop()
-            return loop.run_in_executor(owner.threads, partial(bound, *args, **kwargs))
+        async def call(*args: P.args, **kwargs: P.kwargs) -> Answer:
+            parting = Parting()
+            making = partial(parting.during, bound, *args, **kwargs)
+            try:
+                return await asyncio.wrap_future(threads.begin(making, stops=self._stops))
+            except asyncio.CancelledError:
+                await _leave(threads, parting)
+                raise
 
         return update_wrapper(call, bound)
+
+
+async def _leave(threads: _Threads, parting: Parting) -> None:
+    """Wait until what was begun is stopped, for a client that is closed next could not say it any more."""
+    work = parting.leave()
+    if work is not None:
+        with suppress(ClientClosed):
+            leaving = threads.begin(partial(work.leave, PARTING_SECONDS), stops=True)
+            await asyncio.wrap_future(leaving)
 
 
 class _Streamed(Generic[Plain, P, Answer]):
@@ -88,16 +136,15 @@ class _Streamed(Generic[Plain, P, Answer]):
 
 
 async def _stream(
-    threads: ThreadPoolExecutor, start: Callable[[], Iterator[Answer]]
+    threads: _Threads, start: Callable[[], Iterator[Answer]]
 ) -> AsyncGenerator[Answer]:
-    loop = asyncio.get_running_loop()
-    iterator = await loop.run_in_executor(threads, start)
+    iterator = await asyncio.wrap_future(threads.begin(start))
     end = object()
-    coming: asyncio.Future[Any] | None = None
+    coming: Future[Any] | None = None
     try:
         while True:
-            coming = loop.run_in_executor(threads, next, iterator, end)
-            item = await asyncio.shield(coming)
+            coming = threads.begin(partial(next, iterator, end))
+            item = await asyncio.wrap_future(coming)
             if item is end:
                 return
             yield item
@@ -106,9 +153,17 @@ async def _stream(
         if close is not None:
             # A generator can't be closed while a thread is in it: whoever leaves does not wait for that.
             if coming is None or coming.done():
-                threads.submit(close)
+                _close(threads, close)
             else:
-                coming.add_done_callback(lambda _: threads.submit(close))
+                coming.add_done_callback(lambda _: _close(threads, close))
+
+
+def _close(threads: _Threads, close: Callable[[], object]) -> None:
+    """Close a generator where its connection may be waited for; of a closed client none is left."""
+    try:
+        threads.begin(close, stops=True)
+    except ClientClosed:
+        close()
 
 
 class AsyncBatches(_InThreads[Batches]):
@@ -118,7 +173,7 @@ class AsyncBatches(_InThreads[Batches]):
     run = _Called(Batches.run)  # type: ignore[arg-type]  # its options have no names
     list = _Called(Batches.list)
     get = _Called(Batches.get)
-    cancel = _Called(Batches.cancel)
+    cancel = _Called(Batches.cancel, stops=True)
     wait = _Called(Batches.wait)
     lines = _Streamed(Batches.lines)
     outcomes = _Streamed(Batches.outcomes)
@@ -126,6 +181,17 @@ class AsyncBatches(_InThreads[Batches]):
     watch = _Streamed(Batches.watch)
     table = _Called(Batches.table)
     save = _Called(Batches.save)
+
+
+class AsyncSharedSession(_InThreads[SharedSession]):
+    """`SharedSession`, awaited."""
+
+    get = _Called(SharedSession.get)
+    open = _Called(SharedSession.open)
+    fork = _Called(SharedSession.fork)
+    add = _Called(SharedSession.add)
+    export = _Called(SharedSession.export)
+    watch = _Streamed(SharedSession.watch)
 
 
 class AsyncSessions(_InThreads[Sessions]):
@@ -149,8 +215,11 @@ class AsyncSessions(_InThreads[Sessions]):
     share = _Called(Sessions.share)
     shares = _Called(Sessions.shares)
     revoke = _Called(Sessions.revoke)
-    shared = _Called(Sessions.shared)
-    list = _Called(Sessions.list)
+    list = _Streamed(Sessions.list)
+
+    async def shared(self, token: str) -> AsyncSharedSession:
+        """What a link leads to."""
+        return AsyncSharedSession(self.plain.shared(token), self.threads)
 
 
 class _Closes(Protocol):
@@ -161,9 +230,9 @@ class _Opened(_InThreads[Closed]):
     """What is closed in the end, with its threads."""
 
     async def close(self) -> None:
-        """Close the connections. What still waits ends with `Unreachable`."""
+        """Close the connections. What still waits ends with `Unreachable`, what is asked later with `ClientClosed`."""
         await asyncio.to_thread(self.plain.close)
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.threads.shut_down()
 
     async def __aenter__(self) -> Self:
         return self
@@ -184,7 +253,7 @@ class AsyncAccess(_Opened[Access]):
         self,
         base_url: str | None = None,
         *,
-        timeout_seconds: float = 30.0,
+        timeout_seconds: float | None = None,
         patience_seconds: float | None = None,
         api_key: str | None = None,
     ) -> None:
@@ -195,7 +264,7 @@ class AsyncAccess(_Opened[Access]):
             patience_seconds=patience_seconds,
             api_key=api_key,
         )
-        super().__init__(access, _threads())
+        super().__init__(access, _Threads())
 
     create = _Called(Access.create)
     keys = _Called(Access.keys)
@@ -204,10 +273,6 @@ class AsyncAccess(_Opened[Access]):
     users = _Called(Access.users)
     set_limits = _Called(Access.set_limits)
     audit = _Streamed(Access.audit)
-
-
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="neural-mri")
 
 
 class AsyncClient(_Opened[Client]):
@@ -223,7 +288,7 @@ class AsyncClient(_Opened[Client]):
         self,
         base_url: str | None = None,
         *,
-        timeout_seconds: float = 30.0,
+        timeout_seconds: float | None = None,
         patience_seconds: float | None = None,
         headers: Mapping[str, str] | None = None,
         api_key: str | None = None,
@@ -236,7 +301,7 @@ class AsyncClient(_Opened[Client]):
             headers=headers,
             api_key=api_key,
         )
-        super().__init__(client, _threads())
+        super().__init__(client, _Threads())
 
     @property
     def batches(self) -> AsyncBatches:
@@ -276,7 +341,7 @@ class AsyncClient(_Opened[Client]):
     submit = _Called(Client.submit)
     job = _Called(Client.job)
     jobs = _Called(Client.jobs)
-    cancel = _Called(Client.cancel)
+    cancel = _Called(Client.cancel, stops=True)
     delete = _Called(Client.delete)
     watch = _Streamed(Client.watch)
     watch_many = _Streamed(Client.watch_many)

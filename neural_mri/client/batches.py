@@ -8,7 +8,8 @@ mri.batches.table(batch, "predictions").to_pandas()
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeAlias
 from uuid import UUID
@@ -16,7 +17,7 @@ from uuid import UUID
 import msgspec
 import pyarrow as pa
 
-from neural_mri.client.errors import ClientError, Damaged, NotUnderstood, Refused, Unreachable
+from neural_mri.client.errors import Damaged, NotUnderstood, Refused, Unreachable
 from neural_mri.client.exchange import (
     PARTING_SECONDS,
     QUIET_SECONDS,
@@ -24,7 +25,9 @@ from neural_mri.client.exchange import (
     FileBody,
     once,
     pieces,
+    require,
 )
+from neural_mri.client.parting import begun
 from neural_mri.client.progress import ShowProgress, both, shown
 from neural_mri.client.replacing import replacing
 from neural_mri.client.result import Result
@@ -40,7 +43,7 @@ from neural_mri.contract.batches import (
     OnInvalid,
     decode_batch_event,
 )
-from neural_mri.contract.jobs import JobState, Lane
+from neural_mri.contract.jobs import TERMINAL, JobState, Lane
 from neural_mri.contract.results import ARROW_STREAM, Manifest
 from neural_mri.contract.scans import Scan, encode_scan
 
@@ -49,6 +52,8 @@ __all__ = ("BatchReference", "Batches", "Outcome")
 BatchReference: TypeAlias = BatchView | UUID | str
 OnBatchEvent = Callable[[BatchEvent], None]
 
+_ZIP = "application/zip"
+_GONE = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
 _NAMES = frozenset({"progress", "line", "ended"})
 _PAGE = 1000
 _SPOOLED = 16 << 20
@@ -60,7 +65,8 @@ class Outcome(NamedTuple):
 
     line: BatchLine
     result: Result | None
-    """None where the scan did not succeed, or the line was refused: `line.problem` says why."""
+    """None where there is none: `line.problem` says why, as that the scan failed, that the line was refused, that the
+    result is lost, or that its job has been deleted."""
 
 
 class Batches:
@@ -121,13 +127,10 @@ class Batches:
 
         `progress` shows meanwhile how far it is; the other options are those of `submit`.
         """
-        batch = self.submit(scans, **options)
-        try:
+        with begun() as work:
+            batch = self.submit(scans, **options)
+            work.until(lambda: self.cancel(batch, most_seconds=PARTING_SECONDS))
             self.wait(batch, on_event, progress=progress)
-        except KeyboardInterrupt:
-            with suppress(ClientError):
-                self.cancel(batch, most_seconds=PARTING_SECONDS)
-            raise
         return list(self.outcomes(batch))
 
     def list(self, limit: int = 20, *, after: BatchReference | None = None) -> list[BatchView]:
@@ -205,18 +208,29 @@ class Batches:
             after = page[-1].line
 
     def outcomes(self, batch: BatchReference) -> Iterator[Outcome]:
-        """Each line that has ended, with its result; tables are fetched when asked for."""
-        known: dict[UUID, Result] = {}
+        """Each line that has ended, with its result where there is one; tables are fetched when asked for."""
+        known: dict[UUID, Result | Refused] = {}
         for line in self.lines(batch):
-            result = None
             if line.job is not None and line.state is JobState.SUCCEEDED:
                 if line.job not in known:
-                    path = f"/api/jobs/{line.job}/manifest"
-                    manifest = self._exchange.ask(Manifest, "GET", path)
-                    known[line.job] = Result(self._exchange, line.job, manifest)
+                    known[line.job] = self._result(line.job)
                 result = known[line.job]
-            if result is not None or line.problem is not None or line.state is not None:
-                yield Outcome(line, result)
+                if isinstance(result, Refused):
+                    yield Outcome(msgspec.structs.replace(line, problem=result.document), None)
+                else:
+                    yield Outcome(line, result)
+            elif line.problem is not None or line.state in TERMINAL:
+                yield Outcome(line, None)
+
+    def _result(self, job: UUID) -> Result | Refused:
+        """A result, or why there is none any more."""
+        try:
+            manifest = self._exchange.ask(Manifest, "GET", f"/api/jobs/{job}/manifest")
+        except Refused as refused:
+            if refused.status not in _GONE:
+                raise
+            return refused
+        return Result(self._exchange, job, manifest)
 
     def summaries(self, batch: BatchReference, *, after: int = 0) -> Iterator[dict[str, Any]]:
         """Each line that has ended, with its result's summary, as the service sends them."""
@@ -228,11 +242,12 @@ class Batches:
                 with self._exchange.stream(
                     path, headers=headers, quiet_seconds=QUIET_SECONDS, query=query
                 ) as response:
+                    require(response, NDJSON)
                     for line in response.iter_lines():
-                        summary = msgspec.json.decode(line, type=dict[str, Any])
+                        summary = _summary(line)
                         patience.heard()
                         patience.got_on()
-                        after = int(summary["line"])
+                        after = summary["line"]
                         yield summary
             except (Unreachable, Refused) as error:
                 patience.bear(error)
@@ -259,9 +274,18 @@ class Batches:
     def save(self, batch: BatchReference, path: Path) -> None:
         """Write every manifest and table so far, and `lines.json`, into one zip: whole, or not at all."""
         with replacing(path) as file:
-            self._exchange.download(
-                f"{_path(batch)}/results", file, headers={"Accept": "application/zip"}
-            )
+            self._exchange.download(f"{_path(batch)}/results", file, _ZIP, headers={"Accept": _ZIP})
+
+
+def _summary(line: str) -> dict[str, Any]:
+    try:
+        summary = msgspec.json.decode(line, type=dict[str, Any])
+        number = summary.get("line")
+    except msgspec.DecodeError as error:
+        raise NotUnderstood(f"the results hold what this version cannot read: {error}") from error
+    if not isinstance(number, int):
+        raise NotUnderstood("the results hold one of no line")
+    return summary
 
 
 class _ScansEnded(Exception):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -12,8 +11,8 @@ import msgspec
 
 from neural_mri.client.batches import Batches
 from neural_mri.client.diagnosing import Progress, ServiceScans, diagnosed, silent
-from neural_mri.client.errors import ClientError
 from neural_mri.client.exchange import PARTING_SECONDS, Exchange, once
+from neural_mri.client.parting import begun
 from neural_mri.client.progress import ShowProgress, both, name_of, place_in_words, shown
 from neural_mri.client.result import Result
 from neural_mri.client.sessions import Sessions
@@ -25,7 +24,7 @@ from neural_mri.contract.cluster import Cluster
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.events import Event
 from neural_mri.contract.findings import Diagnosis
-from neural_mri.contract.jobs import DeletedJob, JobView, Lane
+from neural_mri.contract.jobs import DeletedJob, JobState, JobView, Lane
 from neural_mri.contract.models import ModelInfo, ModelRequest
 from neural_mri.contract.perturbations import Direction, PatchSite, Perturbation, TraceKind
 from neural_mri.contract.results import Manifest
@@ -83,7 +82,7 @@ class Client:
         self,
         base_url: str | None = None,
         *,
-        timeout_seconds: float = 30.0,
+        timeout_seconds: float | None = None,
         patience_seconds: float | None = None,
         headers: Mapping[str, str] | None = None,
         api_key: str | None = None,
@@ -93,7 +92,8 @@ class Client:
         Args:
             base_url: Where the service is; by default the environment's `NMRI_URL`, or else
                 `http://127.0.0.1:8642`. Raises `ValueError` when it is no HTTP address.
-            timeout_seconds: How long to wait for an answer to any one request.
+            timeout_seconds: How long to wait for an answer to any one request; by default the environment's
+                `NMRI_TIMEOUT`, or else 30.
             patience_seconds: How long one call goes on when a service that was there is not, or says that it is
                 busy or full; by default the environment's `NMRI_PATIENCE`, or else 60. 0: not at all.
             headers: Sent with every request, for a service behind a gateway of its own.
@@ -125,7 +125,7 @@ class Client:
         return self._exchange.base_url
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections. What waits, in another thread, ends with `Unreachable`; later calls raise `ClientClosed`."""
         self._exchange.close()
 
     def __enter__(self) -> Self:
@@ -202,6 +202,7 @@ class Client:
         token_positions: Literal["all"] | Iterable[int] = "all",
         top_neurons: int = 10,
         top_predictions: int = 10,
+        calibration: str | None = None,
         canonical: bool = False,
         on_event: OnEvent | None = None,
         progress: ShowProgress = False,
@@ -220,6 +221,7 @@ class Client:
             token_positions=token_positions if token_positions == "all" else tuple(token_positions),
             top_neurons=top_neurons,
             top_predictions=top_predictions,
+            calibration=calibration,
             canonical=canonical,
         )
         return self.run(scan, on_event, progress=progress)
@@ -490,13 +492,10 @@ class Client:
         `progress` shows meanwhile how far it is, as with every method that waits: on a terminal or in a
         notebook, or, if it is `"lines"`, as lines on standard error wherever that leads. Raises `JobFailed` or `JobCancelled` when the job ends without a result.
         """
-        job = self.submit(scan, lane=lane)
-        try:
+        with begun() as work:
+            job = self.submit(scan, lane=lane)
+            work.until(lambda: self.cancel(job, most_seconds=PARTING_SECONDS))
             return self.result(self.wait(job, on_event, progress=progress))
-        except KeyboardInterrupt:
-            with suppress(ClientError):
-                self.cancel(job, most_seconds=PARTING_SECONDS)
-            raise
 
     def diagnose(
         self,
@@ -567,6 +566,7 @@ class Client:
         *,
         after: JobReference | None = None,
         scan_key: str | None = None,
+        state: JobState | str | None = None,
     ) -> list[JobView]:
         """The latest jobs, newest first.
 
@@ -574,12 +574,15 @@ class Client:
             limit: How many at most, up to 200.
             after: Only such as are older than this one, which is the last of the page before.
             scan_key: Only those of this scan: its key, or at least the first 16 digits of it.
+            state: Only those in this state, of the latest thousand.
         """
         query = {"limit": str(limit)}
         if after is not None:
             query["after"] = str(_id(after))
         if scan_key is not None:
             query["scan_key"] = scan_key
+        if state is not None:
+            query["state"] = JobState(state).value
         return self._exchange.ask(list[JobView], "GET", "/api/jobs", query=query)
 
     def cancel(self, job: JobReference, *, most_seconds: float = math.inf) -> JobView:

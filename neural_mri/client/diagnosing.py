@@ -38,9 +38,9 @@ def _fewer(some: int, refused: Refused) -> int:
     limit = refused.members.get("limit")
     if isinstance(limit, int) and limit < some:
         return max(1, limit)
-    if refused.status == HTTPStatus.UNPROCESSABLE_ENTITY:
+    if limit is None and refused.status == HTTPStatus.UNPROCESSABLE_ENTITY:
         raise refused
-    return some // 2
+    return some // 2  # a larger limit is one of tokens
 
 
 class Service(Protocol):

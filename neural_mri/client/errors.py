@@ -2,6 +2,8 @@
 
 ClientError
 ├── Unreachable      nobody answered: not started, another address, or the connection broke
+│   └── Late         somebody is there, and took longer than the caller would wait
+├── ClientClosed     the client was closed before it was asked
 ├── Refused          the service said no, in a problem document
 ├── NotUnderstood    something answered, but not as this version of Neural MRI does
 ├── Damaged          the bytes are not those that the result's manifest names
@@ -20,11 +22,13 @@ from neural_mri.contract.jobs import JobState, JobView
 from neural_mri.contract.problems import LimitReached
 
 __all__ = (
+    "ClientClosed",
     "ClientError",
     "Damaged",
     "JobCancelled",
     "JobEnded",
     "JobFailed",
+    "Late",
     "MissingExtra",
     "NotUnderstood",
     "Refused",
@@ -38,22 +42,45 @@ class ClientError(Exception):
     """Any of the above."""
 
 
+class ClientClosed(ClientError):
+    """The client was closed before it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__("the client has been closed: make another")
+
+
 class Unreachable(ClientError):
     """Nobody answered at the service's address."""
 
     def __init__(
-        self, base_url: str, reason: str, *, sent: bool = True, broken: bool = False
+        self,
+        base_url: str,
+        reason: str,
+        *,
+        sent: bool = True,
+        broken: bool = False,
+        advice: str = "start the service with `make up` or `python -m deploy.embedded`; if it runs "
+        "elsewhere, say where with NMRI_URL or --url",
     ) -> None:
-        super().__init__(
-            f"{base_url} does not answer ({reason}): start the service with `make up` or "
-            "`python -m deploy.embedded`; if it runs elsewhere, say where with NMRI_URL or --url"
-        )
+        super().__init__(f"{base_url} does not answer ({reason}): {advice}")
         self.base_url = base_url
         self.reason = reason
         self.sent = sent
         """Whether the request may have arrived: False where nothing has even been sent."""
         self.broken = broken
         """Whether somebody was there, and the connection broke."""
+
+
+class Late(Unreachable):
+    """The service was asked, and had not answered when the time for an answer was over."""
+
+    def __init__(self, base_url: str, seconds: float) -> None:
+        super().__init__(
+            base_url,
+            f"it took longer than {seconds:g} s",
+            broken=True,
+            advice="what was asked may still be done; NMRI_TIMEOUT or --timeout says how long to wait",
+        )
 
 
 _PASSING = (
@@ -68,12 +95,18 @@ class Refused(ClientError):
     """The service refused a request; `document` is its RFC 9457 problem document, whole."""
 
     def __init__(
-        self, document: dict[str, Any], *, retry_after_seconds: float | None = None
+        self,
+        document: dict[str, Any],
+        *,
+        status: int | None = None,
+        retry_after_seconds: float | None = None,
     ) -> None:
+        said = document.get("status")
         self.document = document
+        self.status = status or (said if isinstance(said, int) else 0)
+        """The answer's own; the document's where it is all there is."""
         self.retry_after_seconds = retry_after_seconds
         """How long the service asks to wait before another attempt, where it does."""
-        self.status = int(document.get("status", 0))
         self.type = str(document.get("type", "about:blank"))
         self.title = str(document.get("title", ""))
         self.detail = str(document.get("detail") or self.title)

@@ -21,8 +21,16 @@ import httpx
 import msgspec
 
 from neural_mri import __version__
-from neural_mri.client.errors import ClientError, NotUnderstood, Refused, Unreachable
-from neural_mri.client.patience import Patience
+from neural_mri.client.errors import (
+    ClientClosed,
+    ClientError,
+    Late,
+    NotUnderstood,
+    Refused,
+    Unreachable,
+)
+from neural_mri.client.patience import Patience, Transfer
+from neural_mri.client.sockets import Sockets
 from neural_mri.contract.auth import KEY_PATTERN
 from neural_mri.contract.problems import MEDIA_TYPE
 
@@ -33,12 +41,14 @@ __all__ = (
     "PARTING_SECONDS",
     "PATIENCE_VARIABLE",
     "QUIET_SECONDS",
+    "TIMEOUT_VARIABLE",
     "URL_VARIABLE",
     "Exchange",
     "FileBody",
     "decoded",
     "once",
     "pieces",
+    "require",
 )
 
 DEFAULT_URL = "http://127.0.0.1:8642"
@@ -47,15 +57,18 @@ URL_VARIABLE = "NMRI_URL"
 KEY_VARIABLE = "NMRI_API_KEY"
 PATIENCE_VARIABLE = "NMRI_PATIENCE"
 """Seconds for which every call goes on trying, where the program says nothing else."""
+TIMEOUT_VARIABLE = "NMRI_TIMEOUT"
+"""Seconds for which an answer to any one request is waited for, where the program says nothing else."""
 IDEMPOTENCY_KEY = "Idempotency-Key"
 
 QUIET_SECONDS = 60.0
 """Silence after which a stream is given up and opened again; the service comments every 15 s."""
 
 PARTING_SECONDS = 3.0
-"""Of patience for what is still to be said by somebody who has been interrupted, and waits to be let go."""
+"""For what is still to be said by somebody who has been interrupted, and waits to be let go."""
 
 _PATIENCE_SECONDS = 60.0
+_TIMEOUT_SECONDS = 30.0
 _REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 """Methods of which two requests do what one does (RFC 9110, section 9.2.2)."""
 
@@ -76,19 +89,28 @@ class Exchange:
         self,
         base_url: str | None,
         *,
-        timeout_seconds: float,
+        timeout_seconds: float | None,
         patience_seconds: float | None,
         headers: Mapping[str, str],
         api_key: str | None = None,
     ) -> None:
-        self.patience_seconds = _patience() if patience_seconds is None else patience_seconds
+        self.patience_seconds = (
+            _seconds(PATIENCE_VARIABLE, _PATIENCE_SECONDS)
+            if patience_seconds is None
+            else patience_seconds
+        )
+        self._timeout_seconds = (
+            _seconds(TIMEOUT_VARIABLE, _TIMEOUT_SECONDS, least=0.001)
+            if timeout_seconds is None
+            else timeout_seconds
+        )
         self._left = Event()
         self._was_heard = False
-        self._timeout_seconds = timeout_seconds
+        self._sockets = Sockets()
         self.base_url = _checked_url(base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL)
         self._http = httpx.Client(
             base_url=self.base_url,
-            timeout=timeout_seconds,
+            timeout=self._timeout_seconds,
             headers={
                 "User-Agent": f"neural-mri/{__version__}",
                 **_authorization(os.environ.get(KEY_VARIABLE) if api_key is None else api_key),
@@ -99,8 +121,9 @@ class Exchange:
         )
 
     def close(self) -> None:
-        """Close the connections; who waits for the service waits no longer, later requests raise `RuntimeError`."""
+        """Close the connections. What waits for an answer ends now, with `Unreachable`; later requests raise `ClientClosed`."""
         self._left.set()
+        self._sockets.shut_down()
         self._http.close()
 
     def patience(self, most_seconds: float = math.inf) -> Patience:
@@ -109,16 +132,21 @@ class Exchange:
 
     def persist(
         self,
-        attempt: Callable[[], T],
+        attempt: Callable[[Transfer], T],
         *,
         repeatable: bool = True,
         most_seconds: float = math.inf,
     ) -> T:
-        """What an attempt gives, made again while it meets what passes. Raises what it raised at last."""
+        """What an attempt gives, made again while it meets what passes. Raises what it raised at last.
+
+        The attempt tells the transfer it is given of all that it sends and receives.
+        """
         patience = self.patience(most_seconds)
+        transfer = Transfer(patience)
         while True:
+            transfer.begin()
             try:
-                return attempt()
+                return attempt(transfer)
             except (Unreachable, Refused) as error:
                 patience.bear(error, repeatable=repeatable, met=self._was_heard)
 
@@ -139,7 +167,8 @@ class Exchange:
         A body is JSON, unless the headers say otherwise; one in pieces is sent as they come. `answers` are
         statuses beside 2xx that carry an answer to this request, and are no refusal. `repeatable` says
         whether two such requests do what one does, where the method and the headers do not tell. A refusal for
-        want of room did nothing, and is borne in any case. Nothing is borne for longer than `most_seconds`.
+        want of room did nothing, and is borne in any case. Nothing is borne, and no answer waited for, for longer
+        than `most_seconds`.
         """
         sent = dict(headers or {})
         if body is not None:
@@ -149,15 +178,31 @@ class Exchange:
                 method in _REPEATABLE and "If-Match" not in sent
             )
 
-        def attempt() -> httpx.Response:
-            with self._reaching():
-                response = self._http.request(
-                    method, path, content=body, params=query, headers=sent
-                )
+        seconds = min(self._timeout_seconds, most_seconds)
+
+        def attempt(transfer: Transfer) -> httpx.Response:
+            content = body if body is None or isinstance(body, bytes) else transfer.told(body)
+            with (
+                self._reaching(seconds),
+                self._http.stream(
+                    method,
+                    path,
+                    content=content,
+                    params=query,
+                    headers=sent,
+                    timeout=seconds,
+                    extensions=self._sockets.extensions,
+                ) as answer,
+            ):
+                is_answer = answer.is_success or answer.status_code in answers
+                # A refusal, however long, is not what the call waits for.
+                received = transfer.told(answer.iter_raw()) if is_answer else answer.iter_raw()
+                response = _whole(answer, b"".join(received))
             return response if response.status_code in answers else _accepted(response)
 
         if isinstance(body, Iterator):
-            return attempt()  # what is read as it is sent cannot be sent again from the start
+            # What is read as it is sent cannot be sent again from the start.
+            return attempt(Transfer(self.patience()))
         return self.persist(
             attempt,
             repeatable=repeatable,
@@ -201,13 +246,19 @@ class Exchange:
     ) -> Iterator[httpx.Response]:
         """An answer read as it arrives; silence of `quiet_seconds` counts as a broken connection.
 
-        Tried once: who reads it knows where it would have to go on.
+        Of the timeout, where that is longer. Tried once: who reads it knows where it would have to go on.
         """
+        quiet_seconds = max(quiet_seconds, self._timeout_seconds)
         timeout = httpx.Timeout(self._timeout_seconds, read=quiet_seconds)
         with (
-            self._reaching(),
+            self._reaching(quiet_seconds),
             self._http.stream(
-                "GET", path, headers=headers, params=query, timeout=timeout
+                "GET",
+                path,
+                headers=headers,
+                params=query,
+                timeout=timeout,
+                extensions=self._sockets.extensions,
             ) as response,
         ):
             self._was_heard = True
@@ -219,31 +270,38 @@ class Exchange:
         self,
         path: str,
         file: IO[bytes],
+        wanted: str,
         *,
         headers: Mapping[str, str],
         query: Mapping[str, str] | None = None,
     ) -> None:
-        """Write an answer of any length into a file; from its start again where the connection breaks."""
+        """Write an answer of any length into a file; from its start again where the connection breaks.
 
-        def attempt() -> None:
+        Raises `NotUnderstood` where the answer is of another media type than the one wanted.
+        """
+
+        def attempt(transfer: Transfer) -> None:
             file.seek(0)
             file.truncate()
             with self.stream(
                 path, headers=headers, quiet_seconds=QUIET_SECONDS, query=query
             ) as response:
-                for chunk in response.iter_bytes():
+                require(response, wanted)
+                for chunk in transfer.told(response.iter_bytes()):
                     file.write(chunk)
 
         self.persist(attempt)
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _reaching(self, seconds: float) -> Iterator[None]:
+        if self._left.is_set():
+            raise ClientClosed
         try:
             yield
         except (httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise Unreachable(self.base_url, "no answer in time", sent=False) from error
         except httpx.TimeoutException as error:
-            raise Unreachable(self.base_url, "no answer in time") from error
+            raise Late(self.base_url, seconds) from error
         except httpx.LocalProtocolError as error:
             # It would be no better the next time: a header of the caller's, most likely.
             raise ClientError(f"the request cannot be sent as it is: {error}") from error
@@ -251,6 +309,10 @@ class Exchange:
             reason = _ERRNO.sub("", str(error)).lower() or type(error).__name__
             sent = not isinstance(error, _NEVER_SENT)
             raise Unreachable(self.base_url, reason, sent=sent, broken=sent) from error
+        except RuntimeError as error:
+            if not self._left.is_set():
+                raise
+            raise ClientClosed from error  # between the look and the request
         self._was_heard = True
 
 
@@ -287,10 +349,37 @@ def decoded(wanted: type[T], response: httpx.Response) -> T:
         ) from error
 
 
+def require(response: httpx.Response, wanted: str, called: str | None = None) -> None:
+    """Raises `NotUnderstood` where the answer is of another media type than the one wanted.
+
+    Whoever else answers, a gateway's page or another program, will not know better the next time.
+    """
+    found = response.headers.get("content-type", "nothing")
+    if found.partition(";")[0].strip().lower() != wanted:
+        raise NotUnderstood(
+            f"{response.request.url} answers with {found}: expected {called or wanted}"
+        )
+
+
+def _whole(answer: httpx.Response, body: bytes) -> httpx.Response:
+    """An answer with its body, which has been received as it was sent."""
+    return httpx.Response(
+        answer.status_code,
+        headers=answer.headers,
+        content=body,
+        request=answer.request,
+        extensions=answer.extensions,
+    )
+
+
 def _accepted(response: httpx.Response) -> httpx.Response:
     if response.is_success:
         return response
-    raise Refused(_problem(response), retry_after_seconds=_retry_after(response))
+    raise Refused(
+        _problem(response),
+        status=response.status_code,
+        retry_after_seconds=_retry_after(response),
+    )
 
 
 def _problem(response: httpx.Response) -> dict[str, Any]:
@@ -326,15 +415,15 @@ def _retry_after(response: httpx.Response) -> float | None:
     return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
-def _patience() -> float:
+def _seconds(variable: str, usual: float, *, least: float = 0.0) -> float:
     """What the environment says, or the usual. Raises `ValueError`."""
-    said = os.environ.get(PATIENCE_VARIABLE) or str(_PATIENCE_SECONDS)
+    said = os.environ.get(variable) or str(usual)
     try:
         seconds = float(said)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{PATIENCE_VARIABLE} is {said!r}: expected seconds, 0 or more")
+    if not least <= seconds < math.inf:
+        raise ValueError(f"{variable} is {said!r}: expected seconds, {least:g} or more")
     return seconds
 
 

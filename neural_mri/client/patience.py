@@ -5,11 +5,12 @@ Knows nothing of HTTP: which failures pass by themselves is `errors`' to say.
 
 import random
 import time
+from collections.abc import Iterable, Iterator
 from threading import Event
 
 from neural_mri.client.errors import ClientError, Refused, Unreachable
 
-__all__ = ("Patience",)
+__all__ = ("Patience", "Transfer")
 
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 10.0
@@ -68,6 +69,30 @@ class Patience:
         longest: float = min(self._first_pause * 2**self._failures, _LONGEST_PAUSE_SECONDS)
         self._failures += 1
         return longest * (0.5 + random.random() / 2)  # noqa: S311 -- spreads load, guards nothing
+
+
+class Transfer:
+    """What one call sends and receives: each piece is a word from the service that it is there.
+
+    Not where an earlier attempt has got as far: what breaks at the same place every time would never end.
+    """
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._bytes = self._furthest = 0
+
+    def begin(self) -> None:
+        """Another attempt, from the start."""
+        self._bytes = 0
+
+    def told(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The pieces, one after another, as they go by."""
+        for piece in pieces:
+            yield piece
+            self._bytes += len(piece)
+            if self._bytes > self._furthest:
+                self._furthest = self._bytes
+                self._patience.heard()
 
 
 def _passes(error: ClientError, *, repeatable: bool, met: bool) -> bool:

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import msgspec
 
-from neural_mri.client.errors import Damaged, NotUnderstood
+from neural_mri.client.errors import Damaged, NotUnderstood, Refused
 from neural_mri.client.exchange import DEFAULT_URL, Exchange, FileBody, decoded
 from neural_mri.client.replacing import replacing
 from neural_mri.client.result import Result
@@ -46,6 +46,7 @@ from neural_mri.contract.sessions import (
     SessionView,
     ShareAccess,
     ShareView,
+    UnknownSession,
     decode_session_event,
 )
 
@@ -138,14 +139,18 @@ def read_file(path: Path) -> OpenedSession:
     exchange = Exchange(
         DEFAULT_URL, timeout_seconds=1.0, patience_seconds=0.0, headers={}, api_key=""
     )
-    file = path.open("rb")
+    return _opened(exchange, path.open("rb"), str(path))
+
+
+def _opened(exchange: Exchange, file: IO[bytes], called: str) -> OpenedSession:
+    """A session's file, opened; closed where it is none. Raises `Damaged`."""
     try:
         archive = open_archive(file, largest=_LARGEST_FILE)
         document = msgspec.json.decode(archive.document(), type=SessionDocument)
         return OpenedSession(exchange, file, document, archive.name)
     except (msgspec.DecodeError, InvalidArchive) as error:
         file.close()
-        raise Damaged(f"{path}: {error}") from error
+        raise Damaged(f"{called}: {error}") from error
     except BaseException:
         file.close()
         raise
@@ -313,7 +318,7 @@ class Sessions:
         query = {} if revision is None else {"revision": revision}
         with replacing(path) as file:
             self._exchange.download(
-                f"{_path(session)}/export", file, headers=NO_HEADERS, query=query
+                f"{_path(session)}/export", file, SESSION_FILE, headers=NO_HEADERS, query=query
             )
 
     def import_file(self, path: Path) -> SessionDetail:
@@ -327,8 +332,8 @@ class Sessions:
         )
 
     def watch(self, session: SessionReference) -> Iterator[SessionEvent]:
-        """A session's events, through broken connections, until it is deleted."""
-        return _events(self._exchange, f"{_path(session)}/events")
+        """A session's events, through broken connections, to `SessionClosed`: until it is deleted."""
+        return _until_deleted(_events(self._exchange, f"{_path(session)}/events"))
 
     def share(
         self,
@@ -408,10 +413,9 @@ class SharedSession:
         return decoded(SessionDetail, response)
 
     def open(self) -> OpenedSession:
-        """The session with every table in it, by two requests."""
-        detail = self.get()
-        file = _downloaded(self._exchange, "/api/shared/results", headers=self._headers)
-        return OpenedSession(self._exchange, file, detail.document, detail.name)
+        """The session with every table in it, by one request: between two it might be saved."""
+        file = _downloaded(self._exchange, "/api/shared/export", headers=self._headers)
+        return _opened(self._exchange, file, "/api/shared/export")
 
     def fork(self, name: str | None = None) -> SessionDetail:
         """A session of your own, where the link allows it."""
@@ -433,10 +437,13 @@ class SharedSession:
     def export(self, path: Path) -> None:
         """Write the session into one file, as far as the link shows it: whole, or not at all."""
         with replacing(path) as file:
-            self._exchange.download("/api/shared/export", file, headers=self._headers)
+            self._exchange.download("/api/shared/export", file, SESSION_FILE, headers=self._headers)
 
     def watch(self) -> Iterator[SessionEvent]:
-        """The session's events, until it is deleted."""
+        """The session's events, to `SessionClosed`: until it is deleted.
+
+        Raises `Refused` where the link is none any more when a broken connection is opened again.
+        """
         return _events(self._exchange, "/api/shared/events", self._headers)
 
 
@@ -450,7 +457,7 @@ def _downloaded(
     """An answer of any length, as a file."""
     file = tempfile.SpooledTemporaryFile(_SPOOLED)  # noqa: SIM115 -- it outlives this
     try:
-        exchange.download(path, file, headers=headers, query=query)
+        exchange.download(path, file, SESSION_FILE, headers=headers, query=query)
     except BaseException:
         file.close()
         raise
@@ -473,6 +480,19 @@ def _events(
         yield event
         if isinstance(event, SessionClosed):
             return
+
+
+def _until_deleted(events: Iterator[SessionEvent]) -> Iterator[SessionEvent]:
+    """The events of a session that is one's own: where it is not there any more, it has been deleted."""
+    was_there = False
+    try:
+        for event in events:
+            was_there = True
+            yield event
+    except Refused as refused:
+        if not was_there or refused.type != UnknownSession.type_urn():
+            raise
+        yield SessionClosed()
 
 
 def _references(scans: Iterable[ScanLike], labels: Sequence[str]) -> tuple[ScanReference, ...]:

@@ -7,7 +7,6 @@ from types import MappingProxyType
 from typing import NamedTuple, get_args
 from uuid import UUID
 
-import httpx
 import msgspec
 
 from neural_mri.client.errors import (
@@ -16,7 +15,7 @@ from neural_mri.client.errors import (
     Unreachable,
     ended_without_result,
 )
-from neural_mri.client.exchange import QUIET_SECONDS, Exchange
+from neural_mri.client.exchange import QUIET_SECONDS, Exchange, require
 from neural_mri.client.patience import Patience
 from neural_mri.client.sse import Message, Parser
 from neural_mri.contract.events import Ended, Event, decode_event, encode_event, event_name
@@ -28,8 +27,9 @@ MOST_TOGETHER = 32
 """Jobs that one stream tells of."""
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+EVENT_STREAM = "text/event-stream"
 STREAM_HEADERS: Mapping[str, str] = MappingProxyType(
-    {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+    {"Accept": EVENT_STREAM, "Cache-Control": "no-store"}
 )
 
 _MOST_BARREN = 3
@@ -140,7 +140,7 @@ def messages(
             ) as response:
                 if response.status_code == HTTPStatus.NO_CONTENT:
                     return
-                _require_stream(response, path)
+                require(response, EVENT_STREAM, "a stream of events")
                 for chunk in response.iter_bytes():
                     for message in parser.feed(chunk):
                         patience.got_on()
@@ -183,19 +183,12 @@ def _messages(
         if response.status_code == HTTPStatus.NO_CONTENT:
             yield from _last_word(exchange, job_id, last_id, patience)
             return
-        _require_stream(response, path)
+        require(response, EVENT_STREAM, "a stream of events")
         for chunk in response.iter_bytes():
             for message in parser.feed(chunk):
                 patience.got_on()
                 yield message
             patience.heard(parser.retry_seconds)
-
-
-def _require_stream(response: httpx.Response, path: str) -> None:
-    """Whoever else answers, a proxy's page or another program, tells of no job, however often it is asked."""
-    found = response.headers.get("content-type", "nothing")
-    if not found.startswith("text/event-stream"):
-        raise NotUnderstood(f"{path} answers with {found}: expected a stream of events")
 
 
 def _last_word(

@@ -190,3 +190,30 @@ def test_the_exit_code_of_a_batch_tells_how_it_went(
     other = shell("batch", "submit", str(file), "--on-invalid", "skip", "--no-wait").out.strip()
     assert shell("batch", "cancel", other, "--json").json["state"] == "cancelled"
     assert shell("batch", "watch", other, "-q").code == ExitCode.CANCELLED
+
+
+def test_a_batch_whose_scans_were_stopped_or_deleted_one_by_one_has_not_all_succeeded(
+    shell: Shell, world: World, tmp_path: Path
+) -> None:
+    file = tmp_path / "scans.ndjson"
+    file.write_text('{"scan_mode":"fMRI","prompt":"a"}\n{"scan_mode":"fMRI","prompt":"b"}\n')
+    batch = shell("batch", "submit", str(file), "--no-wait").out.strip()
+    done = world.perform(world.claim(world.queue()))
+    stopped = world.claim(world.queue())
+    shell("cancel", str(stopped.id))
+    world.move(stopped, JobState.CANCELLED)
+    for command in (("batch", "watch"), ("watch",)):
+        assert shell(*command, batch).code == ExitCode.CANCELLED
+    assert shell("delete", str(done.id), "--yes").code == ExitCode.DONE
+    for command in (("batch", "watch"), ("watch",)):
+        assert shell(*command, batch).code == ExitCode.FAILED
+
+
+def test_a_revision_that_is_none_is_named_by_its_option(
+    shell: Shell, api: httpx.Client, world: World
+) -> None:
+    session = shell("sessions", "save", "Eiffel", scanned(api, world)).out.strip()
+    for option in ("--revision", "--other-revision"):
+        said = shell("sessions", "diff", session, session, option, "0" * 12)
+        assert said.code == ExitCode.USAGE
+        assert f"Invalid value for {option}: the session has no revision" in said.err

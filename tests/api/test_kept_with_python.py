@@ -70,6 +70,21 @@ def test_a_batch_can_be_sent_from_a_file_and_stopped(
     assert [outcome.result for outcome in outcomes] == [None, None]
 
 
+def test_of_three_results_one_of_which_is_lost_the_others_are_given(
+    mri: Client, world: World
+) -> None:
+    batch = mri.batches.submit([ActivationScan(prompt=f"a {n}") for n in range(4)])
+    for _ in range(2):
+        world.perform(world.claim(world.queue()))
+    lost = world.perform(world.claim(world.queue()))
+    world.harm(lost, "activations")
+    outcomes = list(mri.batches.outcomes(batch))
+    assert [outcome.line.line for outcome in outcomes] == [1, 2, 3], "the fourth has not ended"
+    assert [outcome.result is None for outcome in outcomes] == [False, False, True]
+    assert outcomes[2].line.problem is not None
+    assert "lost" in outcomes[2].line.problem["detail"]
+
+
 def test_what_cannot_be_fetched_replaces_no_file(mri: Client, world: World, tmp_path: Path) -> None:
     made = mri.sessions.create("Eiffel", [scan(mri, world)])
     link = mri.sessions.share(made)
@@ -166,8 +181,13 @@ def test_a_link_is_followed_and_a_scan_is_seen_to_arrive(mri: Client, world: Wor
     arrived = next(events)
     assert isinstance(arrived, SessionSaved)
     assert arrived.number == 2
+    asked: list[str] = []
+    hooks = {"request": [lambda request: asked.append(request.url.path)]}
+    mri._exchange._http.event_hooks = hooks
     with shared.open() as opened:
         assert opened.labelled("hers").kind == "fMRI"
+        assert (opened.name, opened.document) == ("Eiffel", shared.get().document)
+    assert asked == ["/api/shared/export", "/api/shared"], "two requests might be of two revisions"
     assert shared.fork("Copy").head == mri.sessions.get(made).head
     hidden = mri.sessions.shared(mri.sessions.share(made, redact=True).token)
     with hidden.open() as opened:

@@ -130,17 +130,26 @@ def test_jobs_batches_and_sessions_are_told_apart(
     assert f"no job, batch or session {session}" in gone.err
 
 
-def test_who_stops_watching_stops_nothing_else(mri: Client, world: World) -> None:
+@pytest.mark.parametrize("what", ["job", "session"])
+def test_who_stops_watching_stops_nothing_else(mri: Client, world: World, what: str) -> None:
     (job,) = queued(mri, 1)
+    if what == "job":
+        command = ["watch", job]
+    else:
+        command = ["sessions", "watch", str(mri.sessions.create("Eiffel").id)]
     watching = subprocess.Popen(
-        [sys.executable, "-m", "neural_mri.cli", "watch", job],
+        [sys.executable, "-m", "neural_mri.cli", *command],
         env={**os.environ, "NMRI_URL": mri.base_url},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert watching.stderr is not None
-    assert "queue" in watching.stderr.readline()
+    assert watching.stdout is not None
+    if what == "job":
+        assert "queue" in watching.stderr.readline()
+    else:
+        assert "saved" in watching.stdout.readline()
     watching.send_signal(signal.SIGINT)
     out, err = watching.communicate(timeout=30)
     assert (watching.returncode, out) == (ExitCode.INTERRUPTED, "")

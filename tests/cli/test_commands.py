@@ -2,6 +2,8 @@
 
 import io
 import re
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -350,3 +352,43 @@ def test_a_model_that_said_more_than_we_know_is_listed_all_the_same(
 ) -> None:
     wire.answers["GET", "/api/models"] = [json_answer([msgspec.to_builtins(MODEL) | {"x": 1}])]
     assert "tiny" in shell("models").out
+
+
+def test_lists_tell_the_readers_own_time(
+    shell: Shell, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = wire.submit(ActivationScan(prompt=PROMPT))
+    job.view = msgspec.structs.replace(
+        job.view, created_at=datetime(2026, 11, 26, 23, 30, 15, tzinfo=UTC)
+    )
+    monkeypatch.setenv("TZ", "Asia/Seoul")
+    time.tzset()
+    try:
+        assert "2026-11-27 08:30:15" in shell("jobs").out
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_jobs_are_listed_by_their_state(shell: Shell, wire: Wire) -> None:
+    assert msgspec.json.decode(shell("jobs", "--state", "failed", "--json").out) == []
+    assert wire.asked[-1].query["state"] == "failed"
+    refused = shell("jobs", "--state", "done")
+    assert refused.code == ExitCode.USAGE
+    assert "'done' is none: expected queued, " in refused.err
+
+
+def test_how_long_to_wait_for_an_answer_is_said_before_the_command(
+    shell: Shell, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NMRI_PATIENCE", "0")
+    late = json_answer([MODEL])._replace(seconds=0.3)
+    wire.answers["GET", "/api/models"] = [late, late]
+    said = shell("--timeout", "0.1", "models")
+    assert said.code == ExitCode.UNREACHABLE
+    assert "it took longer than 0.1 s): what was asked may still be done" in said.err
+    monkeypatch.setenv("NMRI_TIMEOUT", "0.1")
+    assert shell("models").code == ExitCode.UNREACHABLE
+    assert shell("--timeout", "0", "models").code == ExitCode.USAGE
+    monkeypatch.delenv("NMRI_TIMEOUT")
+    assert shell("models").code == ExitCode.DONE

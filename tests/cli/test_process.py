@@ -100,6 +100,21 @@ def test_an_interruption_cancels_the_job_and_says_so(wire: Wire, presses: int) -
         assert b"was asked to stop" in err
 
 
+def test_who_waits_for_a_result_and_leaves_lets_the_job_go_on(wire: Wire) -> None:
+    wire.next_hold = threading.Event()
+    job_id = ran(*SCAN, "--no-wait", "--quiet").stdout.decode().strip()
+    process = subprocess.Popen(
+        command("result", job_id), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    until(lambda: any(path.endswith("/events") for path in wire.paths()))
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (ExitCode.INTERRUPTED, b"")
+    assert f"job {job_id} goes on; stop it with: neural-mri cancel {job_id}".encode() in err
+    assert wire.paths("DELETE") == []
+
+
 def until(condition: object, seconds: float = 15.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]

@@ -2,38 +2,89 @@
 
 import asyncio
 import inspect
+import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from datetime import UTC, datetime
+from typing import Any, get_origin, get_type_hints
+from uuid import UUID, uuid4
 
 import pytest
 
-from neural_mri.client import AsyncClient, Client, Refused
+from neural_mri.client import (
+    AsyncClient,
+    Client,
+    ClientClosed,
+    OpenedSession,
+    Refused,
+    Result,
+    Unreachable,
+)
 from neural_mri.client.access import Access
-from neural_mri.client.asynchronous import AsyncAccess, AsyncBatches, AsyncSessions
+from neural_mri.client.asynchronous import (
+    AsyncAccess,
+    AsyncBatches,
+    AsyncSessions,
+    AsyncSharedSession,
+)
 from neural_mri.client.batches import Batches
-from neural_mri.client.sessions import Sessions
+from neural_mri.client.sessions import Sessions, SharedSession
+from neural_mri.contract.batches import BatchCounts, BatchState, BatchView
 from neural_mri.contract.events import Ended
-from neural_mri.contract.jobs import JobState
+from neural_mri.contract.jobs import JobState, Lane
 from neural_mri.contract.scans import ActivationScan
-from tests.client.wire import Wire, life_of_a_scan
+from neural_mri.contract.sessions import SessionPage
+from tests.client.wire import Wire, json_answer, life_of_a_scan
 
 PROMPT = "The Eiffel Tower is in"
 
+PAIRS = [
+    (AsyncClient, Client),
+    (AsyncAccess, Access),
+    (AsyncBatches, Batches),
+    (AsyncSessions, Sessions),
+    (AsyncSharedSession, SharedSession),
+]
 
-@pytest.mark.parametrize(
-    ("awaited", "plain"),
-    [
-        (AsyncClient, Client),
-        (AsyncAccess, Access),
-        (AsyncBatches, Batches),
-        (AsyncSessions, Sessions),
-    ],
-)
+
+@pytest.mark.parametrize(("awaited", "plain"), PAIRS)
 def test_whatever_can_be_asked_can_be_awaited(awaited: type, plain: type) -> None:
     def offered(kind: type) -> set[str]:
         return {name for name in dir(kind) if not name.startswith("_")}
 
     assert offered(awaited) == offered(plain)
+
+
+@pytest.mark.parametrize(("awaited", "plain"), PAIRS)
+def test_what_comes_one_by_one_is_streamed_and_nothing_that_is_given_asks_for_itself(
+    awaited: type, plain: type
+) -> None:
+    for name, method in inspect.getmembers(plain, inspect.isfunction):
+        if name.startswith("_") or name == "close":
+            continue
+        given = get_type_hints(method)["return"]
+        offered = getattr(awaited, name)
+        comes = "Iterator" in str(get_origin(given))
+        assert comes == (type(offered).__name__ == "_Streamed"), name
+        if inspect.isclass(given) and not inspect.iscoroutinefunction(offered):
+            holds = "exchange" in get_type_hints(given.__init__)
+            assert not holds or issubclass(given, (Result, OpenedSession)), name
+
+
+def test_a_call_is_a_coroutine_and_a_list_of_sessions_is_streamed(wire: Wire) -> None:
+    wire.answers["GET", "/api/sessions"] = [json_answer(SessionPage(sessions=()))]
+
+    async def asked() -> tuple[dict[str, Any], list[Any], object]:
+        async with AsyncClient(wire.url) as client:
+            health = asyncio.create_task(client.health())
+            listed = [each async for each in client.sessions.list()]
+            return await health, listed, await client.sessions.shared("a" * 22)
+
+    health, listed, shared = asyncio.run(asked())
+    assert health == {"status": "ok"}
+    assert listed == []
+    assert isinstance(shared, AsyncSharedSession)
 
 
 def test_a_method_says_what_the_plain_one_says() -> None:
@@ -106,3 +157,131 @@ def test_a_closed_client_leaves_no_thread(wire: Wire) -> None:
         if thread.name.startswith("neural-mri"):
             thread.join(5)
             assert not thread.is_alive()
+
+
+# Leaving
+
+
+async def so(is_so: Callable[[], bool]) -> None:
+    while not is_so():  # noqa: ASYNC110 -- threads bring it about
+        await asyncio.sleep(0.01)
+
+
+async def cancelled(call: Coroutine[Any, Any, object], when: Callable[[], bool]) -> None:
+    """Begin a call, and cancel its task as soon as something is so."""
+    task = asyncio.create_task(call)
+    await so(when)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize("method", ["run", "scan_activation"])
+def test_a_scan_whose_task_is_cancelled_is_cancelled_on_the_service(
+    wire: Wire, method: str
+) -> None:
+    wire.next_hold = threading.Event()
+
+    async def leave() -> None:
+        async with AsyncClient(wire.url) as client:
+            asked = PROMPT if method != "run" else ActivationScan(prompt=PROMPT)
+            call = getattr(client, method)(asked)
+            await cancelled(call, lambda: any("events" in path for path in wire.paths()))
+
+    asyncio.run(leave())
+    (job_id,) = wire.jobs
+    assert wire.paths("DELETE") == [f"/api/jobs/{job_id}"]
+
+
+def test_a_scan_is_cancelled_though_its_task_was_while_it_was_asked_for(wire: Wire) -> None:
+    job = wire.submit(ActivationScan(prompt=PROMPT))
+    job.hold = threading.Event()
+    slow = json_answer(job.view, 202)._replace(seconds=0.3)
+    wire.answers["POST", "/api/scan/activation"] = [slow]
+
+    async def leave() -> None:
+        async with AsyncClient(wire.url) as client:
+            await cancelled(client.scan_activation(PROMPT), lambda: bool(wire.asked))
+
+    asyncio.run(leave())
+    assert wire.paths("DELETE") == [f"/api/jobs/{job.view.id}"]
+
+
+def test_a_batch_whose_task_is_cancelled_is_cancelled_on_the_service(wire: Wire) -> None:
+    batch = BatchView(
+        id=uuid4(),
+        state=BatchState.RUNNING,
+        lane=Lane.BATCH,
+        lines=1,
+        refused=0,
+        repeated=0,
+        counts=BatchCounts(queued=1),
+        created_at=datetime.now(UTC),
+    )
+    path = f"/api/batches/{batch.id}"
+    wire.answers["POST", "/api/batches"] = [json_answer(batch, 202)]
+    wire.answers["GET", path] = [json_answer(batch)._replace(seconds=5)]
+    wire.answers["DELETE", path] = [json_answer(batch)]
+
+    async def leave() -> None:
+        async with AsyncClient(wire.url) as client:
+            running = client.batches.run([ActivationScan(prompt=PROMPT)])
+            await cancelled(running, lambda: path in wire.paths())
+
+    asyncio.run(leave())
+    assert wire.paths("DELETE") == [path]
+
+
+def test_what_waits_when_the_client_is_closed_waits_no_longer(wire: Wire) -> None:
+    wire.answers["GET", "/api/health"] = [json_answer({})._replace(seconds=60)]
+
+    async def left() -> float:
+        client = AsyncClient(wire.url)
+        waiting = asyncio.create_task(client.health())
+        await so(lambda: bool(wire.asked))
+        started = time.monotonic()
+        await client.close()
+        with pytest.raises(Unreachable):
+            await waiting
+        for late in (client.health(), client.sessions.list().__anext__()):
+            with pytest.raises(ClientClosed):
+                await late
+        return time.monotonic() - started
+
+    assert asyncio.run(left()) < 20
+
+
+def test_a_job_is_cancelled_though_every_thread_waits(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neural_mri.client.asynchronous._MOST_CALLS", 2)
+    job = wire.submit(ActivationScan(prompt=PROMPT))
+    job.hold = threading.Event()
+
+    async def cancelled() -> None:
+        async with AsyncClient(wire.url) as client:
+            waiting = [asyncio.create_task(client.wait(job.view.id)) for _ in range(4)]
+            await asyncio.sleep(0)
+            await asyncio.wait_for(client.cancel(job.view.id), 30)
+            ended = await asyncio.gather(*waiting, return_exceptions=True)
+            assert all(isinstance(each, Exception) for each in ended)
+
+    asyncio.run(cancelled())
+
+
+def test_a_stream_that_is_kept_after_a_break_says_nothing_when_the_client_is_closed(
+    wire: Wire, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept: list[AsyncGenerator[Any, None]] = []
+
+    async def watched(job: UUID) -> None:
+        async with AsyncClient(wire.url) as client:
+            stream = client.watch(job)
+            kept.append(stream)
+            async for _ in stream:
+                break
+
+    job = wire.submit(ActivationScan(prompt=PROMPT))
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(watched(job.view.id))
+    assert caplog.records == []

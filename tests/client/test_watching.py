@@ -21,8 +21,9 @@ from neural_mri.contract.auth import Usage
 from neural_mri.contract.batches import BatchCounts, BatchEnded, BatchState, BatchView
 from neural_mri.contract.events import Ended, Event, Reset, StateChanged, event_name
 from neural_mri.contract.jobs import JobKind, JobState, Lane
-from neural_mri.contract.problems import Unavailable, UnknownJob
+from neural_mri.contract.problems import Unavailable, UnknownJob, Unprocessable
 from neural_mri.contract.scans import ActivationScan
+from neural_mri.contract.sessions import SessionClosed, SessionSaved, UnknownSession
 from tests.client.wire import Answer, Cut, Wire, json_answer, life_of_a_scan, problem_answer
 
 SCAN = ActivationScan(prompt="The Eiffel Tower is in")
@@ -276,3 +277,30 @@ def test_a_diagnosis_whose_batch_ends_before_its_scans_says_so(wire: Wire, clien
     wire.answers["DELETE", path] = [json_answer(batch)]
     with pytest.raises(ClientError, match=f"batch {batch.id} has ended, cancelled, with 0 of 3"):
         list(ServiceScans(client, None).scan([SCAN] * 3))
+
+
+def test_a_diagnosis_of_too_many_tokens_for_one_batch_is_sent_in_halves(
+    wire: Wire, client: Client
+) -> None:
+    batch = batch_of(2, BatchState.RUNNING)
+    too_many = Unprocessable("the prompts have 8,000,001 tokens", line=4, limit=8_000_000)
+    wire.answers["POST", "/api/batches"] = [problem_answer(too_many), json_answer(batch, 202)]
+    assert ServiceScans(client, None)._submitted([SCAN] * 5) == (2, batch)
+    wire.answers["POST", "/api/batches"] = [problem_answer(Unprocessable("a line is wrong"))]
+    with pytest.raises(Refused, match="a line is wrong"):
+        ServiceScans(client, None)._submitted([SCAN] * 5)
+
+
+def test_a_session_that_was_deleted_while_the_connection_was_broken_is_closed(
+    wire: Wire, client: Client
+) -> None:
+    session = uuid4()
+    path = f"/api/sessions/{session}/events"
+    saved = SessionSaved(revision="a" * 64, number=1, name="Eiffel")
+    body = b"retry: 1\nid: 1\nevent: saved\ndata: " + msgspec.json.encode(saved) + b"\n\n"
+    gone = problem_answer(UnknownSession(f"there is no session {session}"))
+    wire.answers["GET", path] = [Answer(200, "text/event-stream", body), gone]
+    assert list(client.sessions.watch(session)) == [saved, SessionClosed()]
+    wire.answers["GET", path] = [gone]
+    with pytest.raises(Refused):
+        list(client.sessions.watch(session))

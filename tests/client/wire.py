@@ -6,6 +6,7 @@ event stream, to serve other bytes than its manifest names, or to answer a path 
 
 import socket
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -73,6 +74,10 @@ class Answer(NamedTuple):
     content_type: str
     body: bytes
     headers: Mapping[str, str] = {}
+    seconds: float = 0.0
+    """How long it is in coming."""
+    torn_after: int | None = None
+    """So many bytes of the body go out one by one, each after those seconds; then the connection is torn."""
 
 
 NO_ANSWER = Answer(0, "", b"")
@@ -283,7 +288,8 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         self.service.asked.append(Asked(self.command, path, query, dict(self.headers), body))
         if prepared := self.service.answers[self.command, path]:
-            self._send(prepared.pop(0))
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked may have left
+                self._send(prepared.pop(0))
             return
         try:
             parts = path.strip("/").split("/")
@@ -418,6 +424,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return
+        if answer.torn_after is None:
+            time.sleep(answer.seconds)
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.content_type)
         if answer.status != 204:
@@ -425,4 +433,11 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in answer.headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(answer.body)
+        if answer.torn_after is None:
+            self.wfile.write(answer.body)
+            return
+        for at in range(answer.torn_after):
+            self.wfile.write(answer.body[at : at + 1])
+            time.sleep(answer.seconds)
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
