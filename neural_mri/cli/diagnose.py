@@ -234,7 +234,15 @@ def _run(
             candidate = ServiceScans(client, model)
             there = ServiceScans(client, baseline) if baseline else None
         advance = opened.enter_context(_progress(quiet=quiet))
-        return diagnosed(suite, candidate, there, records, profile=profile, on_progress=advance)
+        return diagnosed(
+            suite,
+            candidate,
+            there,
+            records,
+            profile=profile,
+            on_progress=advance,
+            on_note=note,
+        )
 
 
 @contextmanager

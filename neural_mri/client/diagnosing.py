@@ -1,6 +1,7 @@
 """Diagnoses over a service: a suite's scans sent as batches, results taken as they come."""
 
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -19,6 +20,7 @@ from neural_mri.contract.batches import BatchView, LineEnded
 from neural_mri.contract.findings import Diagnosis
 from neural_mri.contract.jobs import JobState, JobView, Lane
 from neural_mri.contract.models import ModelInfo, ModelName
+from neural_mri.contract.problems import Gone
 from neural_mri.contract.scans import Scan
 from neural_mri.contract.suites import Suite
 from neural_mri.contract.tokens import Tokens
@@ -26,7 +28,7 @@ from neural_mri.diagnostics.diagnosis import diagnose
 from neural_mri.diagnostics.measuring import Scanned, Scans, measure
 from neural_mri.diagnostics.records import Record, Records
 
-__all__ = ("Progress", "ServiceScans", "diagnosed", "recorded", "silent")
+__all__ = ("Note", "Progress", "ServiceScans", "diagnosed", "recorded", "silent", "warned")
 
 
 _TOO_LONG = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY)
@@ -157,6 +159,15 @@ def silent(_model: str, _done: int, _total: int) -> None:
     """Hears everything and says nothing."""
 
 
+Note = Callable[[str], None]
+"""Hears a sentence that is worth knowing and stops nothing."""
+
+
+def warned(sentence: str) -> None:
+    """A warning, as Python has them."""
+    warnings.warn(sentence, stacklevel=2)
+
+
 def recorded(
     suite: Suite,
     scans: Scans,
@@ -164,15 +175,24 @@ def recorded(
     *,
     with_noise: bool,
     on_progress: Progress = silent,
+    on_note: Note = warned,
 ) -> tuple[Record, float]:
     """What the suite measures of a checkpoint, and the seconds it took now: 0 where it was stored.
 
-    Of a candidate that has become a baseline only the noise is still to be measured.
+    Of a candidate that has become a baseline only the noise is still to be measured. A record that is damaged is noted,
+    and counts as not measured.
     """
     subject = scans.subject
-    without, noisy = (
-        records.get(record_key(subject, suite.digest, with_noise=noise)) for noise in (False, True)
-    )
+
+    def stored(*, noise: bool) -> Record | None:
+        try:
+            return records.get(record_key(subject, suite.digest, with_noise=noise))
+        except Gone as gone:
+            on_note(f"{gone.detail}; it counts as not measured")
+            return None
+
+    noisy = stored(noise=True)
+    without = stored(noise=False) if noisy is None else None
     if (found := noisy if with_noise else noisy or without) is not None:
         on_progress(subject.model, 0, 0)
         # The checkpoint may have been stored under another name.
@@ -197,6 +217,7 @@ def diagnosed(
     *,
     profile: str | None = None,
     on_progress: Progress = silent,
+    on_note: Note = warned,
 ) -> Diagnosis:
     """Measure what is not stored yet, compare, and say what was found.
 
@@ -208,9 +229,9 @@ def diagnosed(
     if baseline is not None:
         check_comparable(candidate.subject, baseline.subject)
         there, seconds["baseline"] = recorded(
-            suite, baseline, records, with_noise=True, on_progress=on_progress
+            suite, baseline, records, with_noise=True, on_progress=on_progress, on_note=on_note
         )
     here, seconds["candidate"] = recorded(
-        suite, candidate, records, with_noise=False, on_progress=on_progress
+        suite, candidate, records, with_noise=False, on_progress=on_progress, on_note=on_note
     )
     return diagnose(suite, here, there, profile=profile, seconds=seconds)

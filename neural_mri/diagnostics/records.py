@@ -3,8 +3,11 @@
 A record is one Arrow file, a row a number: what was measured, of which prompt and component, and in
 which replicate. Replicate 0 is the measurement; replicate 1 is the same number asked for in another way
 that rounds otherwise, on some of the prompts: the two differ by numerical noise and nothing else.
+
+A checkpoint is gated against what a record says, so a record is held against its own digest before it is believed.
 """
 
+import hashlib
 import os
 import secrets
 from collections.abc import Mapping
@@ -26,6 +29,8 @@ Values = npt.NDArray[np.float32]
 
 FOLDER_VARIABLE = "NMRI_BASELINES"
 _METADATA = b"neural_mri_record"
+_DIGEST = b"neural_mri_sha256"
+"""Beside the header, of whose bytes it is a digest too. Records of earlier versions have none."""
 
 
 class Quantity(NamedTuple):
@@ -67,6 +72,12 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     set_aside: tuple[str, ...] = ()
     scan_keys: dict[str, str] = {}
     seconds: float = 0.0
+
+
+class _Remembered(Subject, frozen=True, kw_only=True):
+    """What was learnt of a checkpoint, as a file."""
+
+    sha256: str | None = None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +134,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             scan_keys=dict(self.scan_keys),
             seconds=self.seconds,
         )
-        table = table.replace_schema_metadata({_METADATA: msgspec.json.encode(header)})
+        told = msgspec.json.encode(header)
+        metadata = {_METADATA: told, _DIGEST: _digest(told, table)}
+        table = table.replace_schema_metadata(metadata)
         sink = pa.BufferOutputStream()
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         with pa.ipc.new_file(sink, table.schema, options=options) as writer:
@@ -137,10 +150,15 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             with pa.ipc.open_file(pa.py_buffer(body)) as reader:
                 table = reader.read_all()
             table.validate(full=True)
-            header = msgspec.json.decode((table.schema.metadata or {})[_METADATA], type=_Header)
-        except (pa.ArrowInvalid, KeyError, msgspec.MsgspecError) as error:
+            metadata = table.schema.metadata or {}
+            if not table.schema.equals(_SCHEMA):
+                raise ValueError("their columns are others")
+            if metadata.get(_DIGEST) not in (None, _digest(metadata[_METADATA], table)):
+                raise ValueError("they have another digest than was written with them")
+            header = msgspec.json.decode(metadata[_METADATA], type=_Header)
+            replicates = _blocks(table)
+        except (pa.ArrowException, msgspec.MsgspecError, OSError, LookupError, ValueError) as error:
             raise ValueError(f"these bytes are no record of a diagnosis: {error}") from error
-        replicates = _blocks(table)
         return cls(
             subject=header.subject,
             suite=header.suite,
@@ -155,6 +173,25 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _NAMES = ("measure", "quantity", "prompt", "component")
+_SCHEMA = pa.schema(
+    [
+        *((name, pa.dictionary(pa.int32(), pa.string())) for name in _NAMES),
+        ("replicate", pa.int8()),
+        ("value", pa.float32()),
+    ]
+)
+
+
+def _digest(header: bytes, table: pa.Table) -> bytes:
+    """SHA-256 over what a record says of itself, its names and its numbers; hexadecimal digits."""
+    digest = hashlib.sha256(header)
+    for name in _NAMES:
+        column = table[name].combine_chunks()
+        digest.update(msgspec.json.encode(column.dictionary.to_pylist()))
+        digest.update(column.indices.to_numpy())
+    for name in ("replicate", "value"):
+        digest.update(table[name].to_numpy())
+    return digest.hexdigest().encode()
 
 
 def _long(quantity: Quantity, block: Block, replicate: int) -> pa.Table:
@@ -218,7 +255,7 @@ class Records:
         return self._folder / f"{key}.arrow"
 
     def get(self, key: str) -> Record | None:
-        """The record of that key, if it is there. Raises `Gone` where its bytes are damaged."""
+        """The record of that key, if it is there. Raises `Gone` where its bytes are damaged: `put` replaces it."""
         try:
             body = self.path(key).read_bytes()
         except FileNotFoundError:
@@ -226,9 +263,9 @@ class Records:
         try:
             record = Record.from_bytes(body)
         except ValueError as error:
-            raise Gone(f"{self.path(key)} is damaged ({error}): delete it", key=key) from error
+            raise Gone(f"{self.path(key)} is damaged: {error}", key=key) from error
         if record.key != key:
-            raise Gone(f"{self.path(key)} holds another record than its name says: delete it")
+            raise Gone(f"{self.path(key)} holds another record than its name says", key=key)
         return record
 
     def put(self, record: Record) -> str:
@@ -237,15 +274,20 @@ class Records:
         return record.key
 
     def subject(self, contents: str) -> Subject | None:
-        """What was learnt of a checkpoint whose files have these contents; None where nothing was."""
+        """What was learnt of a checkpoint whose files have these contents; None where nothing was, or it is damaged."""
         try:
-            return msgspec.json.decode(self._subject_path(contents).read_bytes(), type=Subject)
-        except (FileNotFoundError, msgspec.MsgspecError):
+            body = self._subject_path(contents).read_bytes()
+            found = msgspec.json.decode(body, type=_Remembered)
+        except (FileNotFoundError, UnicodeDecodeError, msgspec.MsgspecError):
             return None
+        subject = msgspec.convert(found, Subject, from_attributes=True)
+        return subject if found.sha256 in (None, _subject_digest(subject)) else None
 
     def remember(self, contents: str, subject: Subject) -> None:
         """Keep what was learnt of a checkpoint: it need not be opened to be recognised."""
-        self._write(self._subject_path(contents), msgspec.json.encode(subject))
+        known = msgspec.structs.asdict(subject)
+        body = msgspec.json.encode(_Remembered(**known, sha256=_subject_digest(subject)))
+        self._write(self._subject_path(contents), body)
 
     def _subject_path(self, contents: str) -> Path:
         return self._folder / f"{contents}.subject.json"
@@ -258,6 +300,10 @@ class Records:
             workshop.replace(target)
         finally:
             workshop.unlink(missing_ok=True)
+
+
+def _subject_digest(subject: Subject) -> str:
+    return hashlib.sha256(msgspec.json.encode(subject)).hexdigest()
 
 
 def default_folder() -> Path:

@@ -330,6 +330,17 @@ def test_the_gitlab_template_runs_as_the_shell_steps_it_contains(
     )
     assert ran(job["after_script"], NMRI_TOKEN="secret", NMRI_NAME="other").returncode == 0
     assert code_host.comments[1]["body"].startswith("<!-- neural-mri other -->")
+    # Handed on to a job of which nothing comes, the report is nobody's.
+    report, lines = (world.folder / job["artifacts"]["reports"]["junit"]).parent, job["script"]
+    for failing in (lines, [*job["before_script"], "exit 2"]):
+        report.mkdir(exist_ok=True)
+        for name in ("diagnosis.md", "diagnosis.junit.xml"):
+            (report / name).write_text("## 🟢 another job's")
+        assert ran(failing, NMRI_MODEL="nowhere").returncode == 2
+        assert ran(job["after_script"], NMRI_TOKEN="secret", NMRI_MODEL="nowhere").returncode == 0
+        assert list(report.iterdir()) == []
+    assert len(code_host.comments) == 2
+    assert ran(lines).returncode == 0
     assert "/" not in job["cache"]["key"]
     assert job["cache"]["key"].removeprefix("neural-mri-") == "$CI_JOB_NAME_SLUG", (
         "which has no slash, whatever suites and branches are called"
@@ -362,7 +373,12 @@ def test_a_template_beside_its_own_tree_installs_what_the_tree_needs(
 
     def install(python: str) -> str:
         installed.write_text("")
-        given = {"NMRI_PYTHON": python, "NMRI_URL": url, "NMRI_TREE": "."}
+        given = {
+            "NMRI_PYTHON": python,
+            "NMRI_URL": url,
+            "NMRI_TREE": ".",
+            "NMRI_OUT": str(tmp_path),
+        }
         done = subprocess.run(
             ["bash", "-eu", "-c", lines],
             cwd=ROOT,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from neural_mri.client import local
@@ -20,15 +21,36 @@ from neural_mri.diagnostics.records import Quantity, default_folder
 from tests.diagnostics.making import InProcess
 
 
-def test_a_record_is_read_as_it_was_written(baseline: Record) -> None:
-    again = Record.from_bytes(baseline.to_bytes())
-    assert again.subject == baseline.subject
-    assert again.scan_keys == baseline.scan_keys
-    for blocks, others in ((baseline.blocks, again.blocks), (baseline.noise, again.noise)):
-        assert list(blocks) == list(others)
+def differences(one: Record, other: Record) -> list[str]:
+    """In which of its fields, or blocks' fields, a record is not the other."""
+    fields = ("subject", "suite", "suite_version", "suite_digest", "set_aside", "scan_keys")
+    found = [name for name in (*fields, "seconds") if getattr(one, name) != getattr(other, name)]
+    for blocks, others in ((one.blocks, other.blocks), (one.noise, other.noise)):
+        if list(blocks) != list(others):
+            return [*found, "quantities"]
         for quantity, block in blocks.items():
-            assert (block.prompts, block.components) == others[quantity][:2]
-            assert np.array_equal(block.values, others[quantity].values, equal_nan=True)
+            same = np.array_equal(block.values, others[quantity].values, equal_nan=True)
+            if not same or block[:2] != others[quantity][:2]:
+                found.append(quantity.name)
+    return found
+
+
+def without_digest(body: bytes) -> bytes:
+    """A record as earlier versions wrote it."""
+    with pa.ipc.open_file(body) as reader:
+        table = reader.read_all()
+    kept = {name: told for name, told in table.schema.metadata.items() if b"sha256" not in name}
+    assert len(kept) == len(table.schema.metadata) - 1
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema.with_metadata(kept)) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def test_a_record_is_read_as_it_was_written(baseline: Record) -> None:
+    body = baseline.to_bytes()
+    assert differences(baseline, Record.from_bytes(body)) == []
+    assert differences(baseline, Record.from_bytes(without_digest(body))) == []
 
 
 def test_every_measure_is_there_for_every_prompt(suite: Suite, baseline: Record) -> None:
@@ -83,6 +105,48 @@ def test_records_are_kept_whole_and_damaged_ones_are_refused(
         records.get(key)
 
 
+def test_one_bit_changed_anywhere_is_refused_or_changes_nothing(
+    baseline: Record, tmp_path: Path
+) -> None:
+    records = Records(tmp_path)
+    key = records.put(baseline)
+    whole = records.path(key).read_bytes()
+    places = range(0, len(whole), 50)
+    refused: list[str] = []
+    for place in places:
+        body = bytearray(whole)
+        body[place] ^= 1 << place % 8
+        records.path(key).write_bytes(body)
+        try:
+            found = records.get(key)
+        except Gone as gone:
+            refused.append(gone.detail)
+        else:
+            assert found is not None
+            assert differences(baseline, found) == [], place
+    assert len(refused) > len(places) / 2, "most of its bytes are numbers"
+    assert all(str(records.path(key)) in detail for detail in refused)
+
+
+def test_a_damaged_record_is_noted_and_measured_anew(
+    suite: Suite, baseline: Record, tiny_folder: Path, tmp_path: Path
+) -> None:
+    records = Records(tmp_path / "records")
+    place = records.path(records.put(baseline))
+    place.write_bytes(place.read_bytes()[:-100])
+    scans = InProcess(tiny_folder, tmp_path / "store")
+    said: list[str] = []
+    found, seconds = recorded(suite, scans, records, with_noise=True, on_note=said.append)
+    assert seconds > 0
+    assert differences(found, baseline) == ["seconds"]
+    [sentence] = said
+    assert sentence.startswith(f"{place} is damaged")
+    assert recorded(suite, scans, records, with_noise=True)[1] == 0.0
+    place.write_bytes(b"")
+    with pytest.warns(UserWarning, match="counts as not measured"):
+        recorded(suite, scans, records, with_noise=False)
+
+
 def test_of_a_candidate_that_becomes_a_baseline_only_the_noise_is_measured(
     suite: Suite, baseline: Record, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -133,6 +197,14 @@ def test_a_checkpoint_that_was_seen_before_is_known_by_its_contents(
     with local.LocalScans(str(moved), records=records) as scans:
         assert scans.subject.revision == baseline.subject.revision
         assert scans.subject.model == "a-name-with-spaces"
+    kept = next(tmp_path.glob("*.subject.json"))
+    whole = kept.read_bytes()
+    for damaged in (whole.replace(b'"n_layers":', b'"n_layers":1'), b'{"model":"\xff"}', b"{}"):
+        assert damaged != whole
+        kept.write_bytes(damaged)
+        assert records.subject(contents) is None
+    kept.write_bytes(msgspec.json.encode(baseline.subject))  # as earlier versions wrote it
+    assert records.subject(contents) == baseline.subject
     (moved / "config.json").write_text("{}")
     assert local._contents(moved) != contents
     assert local._contents(tmp_path / "smollm2-135m-instruct") is None

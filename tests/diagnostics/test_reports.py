@@ -1,5 +1,6 @@
 """Reports: one diagnosis, told to people, to CI systems and to programs, in two languages."""
 
+import html
 import re
 import string
 import tomllib
@@ -8,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import msgspec
+import numpy as np
 import pytest
 
 from neural_mri.contract.findings import Diagnosis, Rule, Severity
@@ -17,6 +19,7 @@ from neural_mri.diagnostics import FORMATS, Record, diagnose, render
 from neural_mri.diagnostics.comparison import UNITS
 from neural_mri.diagnostics.phrasing import Phrases, number
 from neural_mri.diagnostics.pictures import intervals
+from neural_mri.diagnostics.records import Quantity
 from neural_mri.diagnostics.reports import read_diagnosis
 from neural_mri.diagnostics.statistics import UNKNOWN
 
@@ -157,6 +160,8 @@ def test_sarif_has_a_result_a_finding_with_the_component_as_its_place(failed: Di
         [location] = result["locations"]
         [place] = location["logicalLocations"]
         assert place["name"] == (finding.evidence.component or finding.case or "model")
+    # Up to its last slash a name of the run's own would be a host's category, whatever the uploader calls it.
+    assert "automationDetails" not in run
     levels = [result["level"] for result in run["results"]]
     assert levels.count("error") == sum(f.severity is Severity.FAILURE for f in failed.findings)
 
@@ -194,10 +199,97 @@ def test_too_few_prompts_to_tell_have_no_interval_and_no_verdict(
     assert Phrases(Language.EN).score(outcome.score, "nats") == "1.07"
 
 
-def test_markdown_escapes_what_a_suite_says(failed: Diagnosis) -> None:
-    text = render(failed, "md")
+ODD = "`a|b` \u202eשלום\n<img src=x> 👩\u200d👧 [l](//x) *b* _c_ d_e \\| \b\f\x00 {0}"
+LEGIBLE = ODD.translate({0x202E: "\ufffd", 0: "␀", 8: "␈", 12: "␌"})
+"""What a person sees of it: every letter, and a sign for those that nobody could see."""
+
+
+def odd(diagnosis: Diagnosis) -> Diagnosis:
+    """The same, its suite written by somebody who tries what a text may hold."""
+    replace, texts = msgspec.structs.replace, dict.fromkeys(Language, ODD)
+    return replace(
+        diagnosis,
+        suite_title=texts,
+        cases=tuple(
+            replace(case, title=texts, about=texts, source=ODD, licence=ODD)
+            for case in diagnosis.cases
+        ),
+        findings=tuple(
+            replace(finding, evidence=replace(finding.evidence, prompt=ODD))
+            for finding in diagnosis.findings
+        ),
+    )
+
+
+def test_no_form_is_broken_by_what_a_suite_says(failed: Diagnosis, alone: Diagnosis) -> None:
+    for diagnosis in (odd(failed), odd(alone)):
+        tests = ET.fromstring(render(diagnosis, "junit").encode())  # noqa: S314 -- our own
+        assert LEGIBLE.strip() in "".join(tests.itertext())
+        assert read_diagnosis(render(diagnosis, "json").encode()) == diagnosis
+        [run] = msgspec.json.decode(render(diagnosis, "sarif"))["runs"]
+        assert any(LEGIBLE in result["message"]["text"] for result in run["results"])
+        assert html.escape(LEGIBLE) in render(diagnosis, "html")
+        for form in ("html", "md", "junit"):
+            text = render(diagnosis, form)
+            assert "<img" not in re.sub(r"``.*``", "", text)
+            assert not re.search("[\u202e\x00\b\f]", text)
+
+
+def test_markdown_shows_what_a_suite_says_as_text(failed: Diagnosis) -> None:
+    text = render(odd(failed), "md")
     assert text.startswith("## 🔴 Neural MRI")
-    assert "<others>" not in text
+    line = LEGIBLE.replace("\n", " ")
+    escaped = html.escape(line, quote=False)
+    for letter in "\\`*[":
+        escaped = escaped.replace(letter, f"\\{letter}")
+    escaped = escaped.replace("_c_", "\\_c\\_")
+    assert f"Suite {escaped} {failed.suite_version}" in text
+    row = escaped.replace("|", "\\|")
+    assert len(re.findall(rf"^\| {re.escape(row)} \| ", text, re.MULTILINE)) == len(failed.cases)
+    assert f"<b>Weak: {html.escape(line, quote=False)}</b>" in text, "no Markdown in HTML"
+    assert f": `` {LEGIBLE.replace(chr(10), '⏎')} ``\n" in text
+
+
+def test_of_a_case_whose_prompts_are_all_set_aside_every_form_says_so(
+    suite: Suite, candidate: Record
+) -> None:
+    lost = [f"recall/{number}" for number in range(len(suite.case("recall").items))]
+    blocks = {
+        quantity: block._replace(
+            prompts=tuple(name for name in block.prompts if name not in lost),
+            values=block.values[[name not in lost for name in block.prompts]],
+        )
+        for quantity, block in candidate.blocks.items()
+    }
+    record = msgspec.structs.replace(candidate, blocks=blocks, set_aside=tuple(lost))
+    diagnosis = diagnose(suite, record)
+    said = Phrases(Language.EN)("set_aside", count=len(lost))
+    for form in ("html", "md", "junit"):
+        assert said in render(diagnosis, form), form
+    cases = ET.fromstring(render(diagnosis, "junit").encode()).findall("testsuite")[1]  # noqa: S314
+    assert cases.get("skipped") == "1"
+    [skipped] = [
+        test.get("name") for test in cases.iter("testcase") if test.find("skipped") is not None
+    ]
+    assert skipped == "recall"
+    assert read_diagnosis(render(diagnosis, "json").encode()) == diagnosis
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_number_that_is_none_is_read_in_every_form(
+    suite: Suite, candidate: Record, baseline: Record, broken: float
+) -> None:
+    blocks = dict(candidate.blocks)
+    for at in (Quantity(Measure.NORMS, "l2_norm"), Quantity(Measure.SCORES, "margin")):
+        values = blocks[at].values.copy()
+        values[:, -1] = broken
+        blocks[at] = blocks[at]._replace(values=values)
+    record = msgspec.structs.replace(candidate, blocks=blocks)
+    for diagnosis in (diagnose(suite, record, baseline), diagnose(suite, record)):
+        assert read_diagnosis(render(diagnosis, "json").encode()) == diagnosis
+        ET.fromstring(render(diagnosis, "junit").encode())  # noqa: S314 -- our own
+        for form in FORMATS:
+            assert not re.search(r"(?i)\b(nan|inf|infinity)\b", render(diagnosis, form)), form
 
 
 def test_findings_are_ranked_failures_first_and_where_it_began_before_what_followed(

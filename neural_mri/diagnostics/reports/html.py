@@ -8,7 +8,7 @@ from neural_mri import __version__
 from neural_mri.contract.findings import Diagnosis, Finding, Grid, Severity, Trajectory
 from neural_mri.diagnostics.phrasing import Phrases, number
 from neural_mri.diagnostics.pictures import curves, heat_map, intervals
-from neural_mri.diagnostics.reports.wording import case_unit, checkpoint, verdict
+from neural_mri.diagnostics.reports.wording import case_unit, checkpoint, legible, verdict
 
 __all__ = ("html",)
 
@@ -23,7 +23,7 @@ def html(diagnosis: Diagnosis, phrases: Phrases) -> str:
     """The page."""
     style = (resources.files("neural_mri.diagnostics") / "reports" / "page.css").read_text("utf-8")
     title = f"Neural MRI · {phrases('title')} · {diagnosis.candidate.model}"
-    return (
+    return legible(
         f'<!doctype html>\n<html lang="{phrases.language.value}">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '

@@ -5,7 +5,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from neural_mri.contract.findings import Diagnosis, Finding, Severity
 from neural_mri.diagnostics.phrasing import Phrases
-from neural_mri.diagnostics.reports.wording import case_unit, checkpoint
+from neural_mri.diagnostics.reports.wording import case_unit, checkpoint, legible
 
 __all__ = ("junit",)
 
@@ -16,7 +16,7 @@ def junit(diagnosis: Diagnosis, phrases: Phrases) -> str:
     tests = sum(count for _, count, _ in suites)
     failures = sum(failed for _, _, failed in suites)
     body = "\n".join(text for text, _, _ in suites)
-    return (
+    return legible(
         '<?xml version="1.0" encoding="UTF-8"?>\n'
         f'<testsuites name="neural-mri {escape(diagnosis.suite)}" tests="{tests}" '
         f'failures="{failures}" errors="0">\n{body}\n</testsuites>\n'
@@ -55,12 +55,15 @@ def _cases(diagnosis: Diagnosis, phrases: Phrases) -> tuple[str, int, int]:
             if finding.case == case.id and not finding.rule.value.startswith("changed-")
         ]
         score = f"{phrases('score')} {phrases.score(case.score, case_unit(case))}"
-        tests.append(_test(f"cases.{case.id}", case.id, mine, diagnosis, phrases, score))
+        # A case of which nothing was asked has not passed.
+        skipped = "" if case.asked else phrases("set_aside", count=case.set_aside)
+        tests.append(_test(f"cases.{case.id}", case.id, mine, diagnosis, phrases, score, skipped))
     return _suite("cases", tests, 0, diagnosis), len(tests), 0
 
 
 def _suite(name: str, tests: list[str], failed: int, diagnosis: Diagnosis) -> str:
     stamp = diagnosis.created_at.strftime("%Y-%m-%dT%H:%M:%S")
+    n_skipped = sum("<skipped" in test for test in tests)
     seconds = sum(diagnosis.seconds.values())
     properties = "".join(
         f"<property name={quoteattr(key)} value={quoteattr(value)}/>"
@@ -72,7 +75,7 @@ def _suite(name: str, tests: list[str], failed: int, diagnosis: Diagnosis) -> st
     inside = "\n".join(tests)
     return (
         f'  <testsuite name="{name}" tests="{len(tests)}" failures="{failed}" errors="0" '
-        f'timestamp="{stamp}" time="{seconds:.3f}">\n    <properties>{properties}</properties>\n'
+        f'skipped="{n_skipped}" timestamp="{stamp}" time="{seconds:.3f}">\n    <properties>{properties}</properties>\n'
         f"{inside}\n  </testsuite>"
     )
 
@@ -84,10 +87,11 @@ def _test(
     diagnosis: Diagnosis,
     phrases: Phrases,
     said_first: str = "",
+    skipped: str = "",
 ) -> str:
     failures = [finding for finding in findings if finding.severity is Severity.FAILURE]
     others = [finding for finding in findings if finding.severity is not Severity.FAILURE]
-    lines: list[str] = []
+    lines = [f"<skipped message={quoteattr(skipped)}/>"] if skipped else []
     for finding in failures:
         said = phrases.say(finding, diagnosis)
         body = escape(f"{said.text}\n{said.evidence}\n{phrases('next')}: {said.next}")

@@ -1,20 +1,25 @@
 """A diagnosis in Markdown: short enough for a pull request's comment, whole enough to act on."""
 
+import re
 from collections.abc import Iterator, Sequence
+from html import escape
 
 from neural_mri.contract.findings import Diagnosis, Severity
 from neural_mri.diagnostics.phrasing import Phrases, number
-from neural_mri.diagnostics.reports.wording import case_unit, checkpoint, verdict
+from neural_mri.diagnostics.reports.wording import case_unit, checkpoint, legible, verdict
 
 __all__ = ("markdown",)
 
 _SIGNS = {Severity.FAILURE: "🔴", Severity.WARNING: "🟠", Severity.NOTE: "⚪", None: "🟢"}
+_MARKUP = re.compile(r"[\\`*\[~]|(?<![^\W_])_|_(?![^\W_])")
+"""What makes markup of a line's inside; an underscore does at a word's end alone, so that addresses stay as they are."""
+_LINE_ENDS = re.compile(r"\r\n|\r|\n")
 MOST_FINDINGS = 20
 
 
 def markdown(diagnosis: Diagnosis, phrases: Phrases) -> str:
     """The report."""
-    return "\n".join(_lines(diagnosis, phrases)) + "\n"
+    return legible("\n".join(_lines(diagnosis, phrases)) + "\n")
 
 
 def _lines(diagnosis: Diagnosis, phrases: Phrases) -> Iterator[str]:
@@ -29,7 +34,7 @@ def _lines(diagnosis: Diagnosis, phrases: Phrases) -> Iterator[str]:
             if diagnosis.baseline
             else ""
         )
-        + f" · {phrases('suite')} {title} {diagnosis.suite_version}"
+        + f" · {phrases('suite')} {_text(title)} {diagnosis.suite_version}"
     )
     if diagnosis.gates:
         yield ""
@@ -63,7 +68,7 @@ def _lines(diagnosis: Diagnosis, phrases: Phrases) -> Iterator[str]:
     for finding in diagnosis.findings[:MOST_FINDINGS]:
         said = phrases.say(finding, diagnosis)
         yield ""
-        yield f"<details><summary>{_SIGNS[finding.severity]} <b>{_text(said.title)}</b></summary>"
+        yield f"<details><summary>{_SIGNS[finding.severity]} <b>{_html(said.title)}</b></summary>"
         yield ""
         yield _text(said.text)
         yield ""
@@ -97,8 +102,18 @@ def _lines(diagnosis: Diagnosis, phrases: Phrases) -> Iterator[str]:
             for case in diagnosis.cases
         ],
     )
+    yield from _set_aside(diagnosis, phrases)
     yield ""
     yield f"<sub>{phrases('foot')}</sub>"
+
+
+def _set_aside(diagnosis: Diagnosis, phrases: Phrases) -> Iterator[str]:
+    """Why a case has fewer prompts than its suite says, or none."""
+    cases = [case for case in diagnosis.cases if case.set_aside]
+    if cases:
+        yield ""
+    for case in cases:
+        yield f"- {_text(phrases.of(case.title))}: {phrases('set_aside', count=case.set_aside)}"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -110,7 +125,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 
 def _text(text: str) -> str:
     """Text that cannot be markup: what a suite says is somebody's."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
+    return _MARKUP.sub(r"\\\g<0>", _html(text))
+
+
+def _html(text: str) -> str:
+    """The same within a line of HTML, where Markdown's own signs are letters."""
+    return _LINE_ENDS.sub(" ", escape(text, quote=False))
 
 
 def _code(text: str) -> str:
@@ -118,4 +138,4 @@ def _code(text: str) -> str:
     fence = "`"
     while fence in text:
         fence += "`"
-    return f"{fence} {text} {fence}".replace("\n", "⏎")
+    return f"{fence} {_LINE_ENDS.sub('⏎', text)} {fence}"

@@ -1,7 +1,8 @@
 """A diagnosis as SARIF 2.1.0, which code hosts show among a repository's findings.
 
 A finding's place is a component of a checkpoint, so it is a logical location; as hosts want a file too, the
-suite is named, which the repository can hold.
+suite is named, which the repository can hold. No run names itself (`automationDetails`): hosts take such a name for the
+category that later findings replace, before the one that whoever uploads has given.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 from neural_mri import __version__
 from neural_mri.contract.findings import Diagnosis, Finding, Severity
 from neural_mri.diagnostics.phrasing import Phrases
+from neural_mri.diagnostics.reports.wording import legible
 
 __all__ = ("sarif",)
 
@@ -40,9 +42,6 @@ def sarif(diagnosis: Diagnosis, phrases: Phrases) -> str:
                         ],
                     }
                 },
-                "automationDetails": {
-                    "id": f"neural-mri/{diagnosis.suite}/{diagnosis.candidate.model}"
-                },
                 "language": {"en": "en-US", "ko": "ko-KR"}[phrases.language.value],
                 "results": [
                     _result(finding, diagnosis, phrases, [rule.value for rule in rules])
@@ -60,11 +59,12 @@ def _result(
     said = phrases.say(finding, diagnosis)
     evidence = finding.evidence
     where = evidence.component or finding.case or "model"
+    message = f"{said.title}. {said.text} {phrases('next')}: {said.next}"
     return {
         "ruleId": finding.rule.value,
         "ruleIndex": rules.index(finding.rule.value),
         "level": _LEVELS[finding.severity],
-        "message": {"text": f"{said.title}. {said.text} {phrases('next')}: {said.next}"},
+        "message": {"text": legible(message)},
         "locations": [
             {
                 "physicalLocation": {
