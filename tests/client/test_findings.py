@@ -144,8 +144,10 @@ def test_what_is_left_out_is_as_the_request_has_it(wire: Wire, client: Client) -
 def test_a_word_that_no_request_knows_is_refused_before_anything_is_sent(
     wire: Wire, client: Client
 ) -> None:
-    with pytest.raises(ValueError, match="'guess' is not a valid CircuitMethod"):
+    with pytest.raises(ValueError, match=r"'guess' is not a valid CircuitMethod: .* 'fast'"):
         client.scan_circuits(PROMPT, method="guess")
+    with pytest.raises(ValueError, match=r"'sum' is not a valid Aggregation: .* 'l2_norm'"):
+        client.scan_activation(PROMPT, aggregation="sum")
     assert wire.asked == []
 
 
