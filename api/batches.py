@@ -237,11 +237,9 @@ def _decoded(body: bytes) -> Scan:
 def _explained(complaint: str, body: bytes) -> str:
     """Why a line that is no scan's request is none, under the field's name."""
     said, path = place_in(complaint)
-    try:
-        sent = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        sent = None  # what came after it is no JSON either
-    said = explained(said, Scan, sent, path)
+    # What comes after it may be no JSON at all.
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        said = explained(said, Scan, msgspec.json.decode(body), path)
     return f"{path}: {said}" if path else said
 
 

@@ -45,13 +45,13 @@ def place_in(complaint: str) -> tuple[str, str]:
     return (complaint, "") if found is None else (complaint[: found.start()], found[1])
 
 
-def explained(complaint: str, annotation: Any, sent: Any, path: str) -> str:
+def explained(complaint: str, annotation: Any, sent: Any = _NOTHING, path: str = "") -> str:
     """The complaint, with what was found and what can stand there.
 
     Args:
         complaint: msgspec's, without the place.
         annotation: The type that the whole was read as.
-        sent: What was read, as JSON's own values.
+        sent: What was read, as JSON's own values; left out where that is not known.
         path: The place in it; empty for the whole.
     """
     place = _followed(annotation, sent, path)
@@ -63,6 +63,8 @@ def explained(complaint: str, annotation: Any, sent: Any, path: str) -> str:
         if complaint.startswith(opening):
             choices = [repr(tag) for tag in place.tags] or [*_choices(place.kinds)]
             said = (opening + (_shown(place) or "")).rstrip()
+            if place.value is _NOTHING:
+                said = complaint
             return f"{said}: expected one of {', '.join(choices)}" if choices else said
     if complaint.startswith("Expected "):
         return complaint + _got(complaint, place)

@@ -274,8 +274,10 @@ def _message(request: Request[Any, Any, Any], fault: Mapping[str, Any]) -> str:
     if location == "body":
         sent = request.scope["state"].get(SENT)
         return explained(said, argument.annotation, sent, "" if key == "data" else key)
-    sent = request.query_params.get(_field(request, fault)) if location == "query" else None
-    return explained(said, argument.annotation, sent, "")
+    if location == "query":
+        sent = request.query_params.get(_field(request, fault))
+        return explained(said, argument.annotation, sent)
+    return explained(said, argument.annotation)
 
 
 def _fault(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:

@@ -218,9 +218,9 @@ def test_a_prompt_with_two_prices_stands_in_the_title_as_it_is(client: Client) -
     result.manifest = msgspec.structs.replace(result.manifest, prompt_tokens=tokens)
     figure = result.plot()
     figure.savefig(io.BytesIO())
-    (title,) = [text for text in figure.findobj(Text) if "he got" in cast("Text", text).get_text()]
-    assert "It cost $20 and he got $5 back → ␣Paris" in cast("Text", title).get_text()
-    assert cast("Text", title).get_parse_math() is False
+    (title,) = [text for text in figure.findobj(Text) if "he got" in text.get_text()]
+    assert "It cost $20 and he got $5 back → ␣Paris" in title.get_text()
+    assert title.get_parse_math() is False
 
 
 def test_the_bars_of_a_circuit_are_as_long_as_the_effects(client: Client) -> None:
