@@ -17,6 +17,7 @@ from litestar import Request
 
 from api.bodies import NumberedLine, bounded, lines_of
 from api.dependencies import Services
+from api.expectations import explained, place_in
 from api.preparation import prepare
 from api.results import lost_results
 from api.submissions import submission_of
@@ -225,10 +226,21 @@ async def _lines(
 def _decoded(body: bytes) -> Scan:
     try:
         return decode_scan(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(_explained(str(error), body)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(str(error)) from error
     except RecursionError as error:
         raise InvalidRequest("the request is nested too deeply") from error
+
+
+def _explained(complaint: str, body: bytes) -> str:
+    """Why a line that is no scan's request is none, under the field's name."""
+    said, path = place_in(complaint)
+    # What comes after it may be no JSON at all.
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        said = explained(said, Scan, msgspec.json.decode(body), path)
+    return f"{path}: {said}" if path else said
 
 
 def _refusal(invalid: Sequence[InvalidLine], lines: int) -> LinesInvalid:

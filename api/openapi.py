@@ -18,6 +18,7 @@ from litestar.routes import HTTPRoute
 
 from api import reference
 from api.access import COOKIE
+from api.batch_results import ZIP
 from api.bodies import bodies_of
 from api.schemas import ContractType, contract_types, schema_of, schemas_of
 from neural_mri import __version__
@@ -105,11 +106,13 @@ def _let_tag_out(request: dict[str, Any]) -> None:
 
 
 def _name_arrow_forms(operation: Operation) -> None:
-    """A table can be had as a file or as a stream; Litestar knows one media type a status."""
+    """A table can be had as a file or as a stream, or with others; Litestar knows one media type a status."""
     content = operation.spec["responses"].get("200", {}).get("content", {})
+    binary = {"schema": {"type": "string", "format": "binary"}}
     if ARROW_FILE in content or operation.spec["operationId"] == "getResult":
-        binary = {"schema": {"type": "string", "format": "binary"}}
         content |= {ARROW_FILE: binary, ARROW_STREAM: binary}
+    if operation.spec["operationId"] == "listBatchResults":
+        content |= {ARROW_STREAM: binary, ZIP: binary}
 
 
 def _name_streamed_body(operation: Operation, handler: HTTPRouteHandler) -> None:

@@ -24,6 +24,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ExceptionHandlersMap, Send
 from sqlalchemy.exc import DataError
 
+from api.expectations import explained
 from neural_mri.contract.auth import Unauthenticated
 from neural_mri.contract.problems import (
     MEDIA_TYPE,
@@ -52,6 +53,8 @@ __all__ = (
 )
 
 RETRY_AFTER_SECONDS = 1
+SENT = "sent"
+"""Key in a request's state: its body's JSON, where it was read as that."""
 
 log = structlog.get_logger(__name__)
 
@@ -231,7 +234,7 @@ def _invalid(request: Request[Any, Any, Any], error: ValidationException) -> Inv
         InvalidField(
             field=_field(request, fault),
             location=_location(fault),
-            message=_message(fault),
+            message=_message(request, fault),
         )
         for fault in faults
     ]
@@ -257,11 +260,24 @@ def _location(fault: Mapping[str, Any]) -> str:
     return str(getattr(source, "value", source))
 
 
-def _message(fault: Mapping[str, Any]) -> str:
+def _message(request: Request[Any, Any, Any], fault: Mapping[str, Any]) -> str:
+    said, key = str(fault.get("message", "")), str(fault.get("key", ""))
     # Where a body is missing altogether, Litestar says only the name of its own argument.
-    if fault.get("message") == "'data'":
+    if said == "'data'":
         return "expected a JSON object, got no body"
-    return str(fault.get("message", ""))
+    location = _location(fault)
+    argument = request.route_handler.parsed_fn_signature.parameters.get(
+        "data" if location == "body" else key
+    )
+    if argument is None:
+        return said
+    if location == "body":
+        sent = request.scope["state"].get(SENT)
+        return explained(said, argument.annotation, sent, "" if key == "data" else key)
+    if location == "query":
+        sent = request.query_params.get(_field(request, fault))
+        return explained(said, argument.annotation, sent)
+    return explained(said, argument.annotation)
 
 
 def _fault(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
@@ -293,7 +309,8 @@ class JsonRequest(Request[Any, Any, Any]):
     async def json(self) -> Any:
         """The body, decoded. Raises `InvalidRequest`."""
         try:
-            return await super().json()
+            self.scope["state"][SENT] = await super().json()
+            return self.scope["state"][SENT]
         except RecursionError as error:
             raise InvalidRequest("the body is nested too deeply") from error
         except UnicodeDecodeError as error:

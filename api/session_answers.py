@@ -12,6 +12,7 @@ from litestar.types import ASGIApp
 
 from api.batch_results import in_thread, pieces_answer
 from api.dependencies import Services
+from api.files import is_known
 from api.results import kept_table_answer
 from api.session_contents import arriving, kept
 from api.session_files import entries_of
@@ -107,7 +108,7 @@ async def archive_of(
     entries = await asyncio.to_thread(entries_of, services.store, document)
     etag = f'"{opened.revision}-{"session" if whole else "results"}"'
     headers = {"etag": etag, "content-disposition": _attachment(opened, whole=whole)}
-    if if_none_match is not None and etag in if_none_match:
+    if is_known(if_none_match, etag):
         return not_modified(headers)
     pieces = write_archive(
         entries,

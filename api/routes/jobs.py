@@ -5,6 +5,7 @@ from uuid import UUID
 
 from litestar import Response, delete, get
 from litestar.di import NamedDependency
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, QueryParameter
 
 from api.dependencies import Services
@@ -82,10 +83,13 @@ async def get_job(job_id: FromPath[UUID], services: NamedDependency[Services]) -
     description=(
         "A queued job is cancelled at once. One that runs is asked to stop, and its events tell when "
         "it has; if others wait for the same scan it is cancelled at once, and the scan goes on for "
-        "them. One that has ended stays as it is: it is deleted by its `record`."
+        "them. One that has ended stays as it is: it is deleted by its `record`. 202 while it still runs."
     ),
     tags=["jobs"],
-    responses=refusals(404),
+    responses={
+        202: ResponseSpec(JobView, description="Asked to stop", generate_examples=False),
+        **refusals(404),
+    },
 )
 async def cancel_job(
     job_id: FromPath[UUID], services: NamedDependency[Services]

@@ -14,6 +14,7 @@ from litestar.types import ASGIApp
 
 from api.access import readmission
 from api.dependencies import Services
+from api.files import is_known
 from api.problems import refusals
 from api.session_answers import (
     EVENTS,
@@ -182,7 +183,7 @@ async def get_session(
     """Open a session."""
     await own_session(services, session_id)
     answer = await answered(services, session_id, revision=revision)
-    if if_none_match is not None and answer.headers["etag"] in if_none_match:
+    if is_known(if_none_match, answer.headers["etag"]):
         known: Response[SessionDetail] = Response(
             None,  # type: ignore[arg-type]  # the reader has it
             status_code=304,
@@ -228,7 +229,7 @@ async def save_session(
             f'If-Match is missing: expected the revision that was read, "{view.head}" by now',
             head=view.head,
         )
-    over = None if if_match.strip() == "*" else _tag(if_match)
+    over = _read_of(if_match, view.head)
     document = await content_of(services, data, parent=view.head, session_id=session_id)
     author = services.caller.user
     saved = await services.sessions.write(
@@ -238,8 +239,12 @@ async def save_session(
     return await answered(services, session_id)
 
 
-def _tag(condition: str) -> str:
-    return condition.strip().removeprefix("W/").strip('"')
+def _read_of(if_match: str, head: str) -> str | None:
+    """The revision that If-Match names, of several the one that is there; None where any will do."""
+    tags = [tag.strip().removeprefix("W/").strip('"') for tag in if_match.split(",")]
+    if "*" in tags:
+        return None
+    return head if head in tags else tags[0]
 
 
 @patch(

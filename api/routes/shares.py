@@ -19,7 +19,7 @@ from litestar.types import ASGIApp
 from api.access import ANYBODY
 from api.batch_results import in_thread, pieces_answer
 from api.dependencies import Services
-from api.files import Payload
+from api.files import Payload, is_known
 from api.negotiation import Accept, preferred
 from api.problems import refusals
 from api.redaction import Redaction
@@ -221,7 +221,7 @@ async def _shown(services: Services, link: ShareView) -> SessionDetail:
     description="Needs no key: the link is the key.",
     tags=["sessions"],
     opt=ANYBODY,
-    responses={**KNOWN, **refusals(404, 410)},
+    responses=refusals(404, 410),
 )
 async def get_shared(
     services: NamedDependency[Services], token: ShareToken
@@ -272,7 +272,7 @@ async def _archive(
     redaction = await _redaction(services, link)
     etag = f'"{redaction.revision}-{"session" if whole else "results"}"'
     headers = {"etag": etag, "content-disposition": 'attachment; filename="session.nmri"'}
-    if if_none_match is not None and etag in if_none_match:
+    if is_known(if_none_match, etag):
         return not_modified(headers)
     pieces = write_archive(
         redaction.entries(),

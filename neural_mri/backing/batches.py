@@ -436,16 +436,15 @@ def _jobs_of(batch_id: UUID) -> Any:
 
 
 def stop(session: Session, batch_id: UUID, *, by: str) -> int:
-    """Let no scan of a batch begin any more; how many were cancelled.
+    """Let no scan of a batch begin any more; how many were cancelled. One that has ended stays as it is.
 
     Scans that a worker holds, or that others wait for, are `cancel_held`'s; lines that wait for room
     become cancelled jobs by `feeding`.
     """
-    session.connection().execute(
-        update(BATCHES)
-        .where(_batch.id == batch_id, _batch.stopped_at.is_(None))
-        .values(stopped_at=epoch(), stopped_by=by)
-    )
+    batch = _locked(session, batch_id)
+    if batch is not None and batch.stopped_by is None and not _has_ended(session, batch):
+        stopped = update(BATCHES).where(_batch.id == batch_id)
+        session.connection().execute(stopped.values(stopped_at=epoch(), stopped_by=by))
     return jobs.cancel_waiting(session, _jobs_of(batch_id)) + _waiting(session, batch_id)
 
 
@@ -487,12 +486,12 @@ def stop_failing(session: Session, among: Collection[UUID] | None = None) -> lis
         batch = _locked(session, batch_id)
         if batch is None or batch.stopped_by is not None:
             continue
-        if _is_failing(session, batch):
-            stop(session, batch.id, by=FAILED)
-            asked += cancel_held(session, batch.id)
-        elif _has_ended(session, batch):
+        if _has_ended(session, batch):
             ended = update(BATCHES).where(_batch.id == batch.id).values(ended_at=epoch())
             session.connection().execute(ended)
+        elif _is_failing(session, batch):
+            stop(session, batch.id, by=FAILED)
+            asked += cancel_held(session, batch.id)
     return asked
 
 

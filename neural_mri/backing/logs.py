@@ -13,7 +13,7 @@ import structlog
 
 from neural_mri.backing.settings import Settings, unknown, without_credentials
 
-__all__ = ("configure",)
+__all__ = ("USER_DATA", "configure")
 
 USER_DATA = frozenset(
     {
@@ -33,6 +33,7 @@ USER_DATA = frozenset(
         "tokens",
     }
 )
+"""What is called so may hold what people write, or what a model answers to it."""
 SECRETS = frozenset(
     {"authorization", "cookie", "set-cookie", "password", "secret", "api_key", "pepper"}
 )

@@ -1,5 +1,6 @@
 """An fMRI scan's main table as an array, with the names of its rows and columns."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from neural_mri.client.colour import Scale, Values
 from neural_mri.contract.components import Component, Kind
 from neural_mri.contract.results import provenance_of
 
-__all__ = ("ActivationMap", "Grid", "Reading", "value_matrix")
+__all__ = ("ActivationMap", "Grid", "Reading", "place_of", "value_matrix")
 
 
 class Reading(NamedTuple):
@@ -65,14 +66,7 @@ class ActivationMap(NamedTuple):
 
         Raises `ValueError` when the scan did not report it.
         """
-        if -len(self.positions) <= position < 0:
-            return len(self.positions) + position
-        if position in self.positions:
-            return self.positions.index(position)
-        raise ValueError(
-            f"position {position} was not reported: expected one of {list(self.positions)}, or "
-            f"{-len(self.positions)} to -1"
-        )
+        return place_of(position, self.positions)
 
     def hottest(self, kind: Kind, count: int, *, position: int = -1) -> tuple[Reading, ...]:
         """The `count` components of a kind with the largest values at a token, largest first."""
@@ -105,6 +99,21 @@ class ActivationMap(NamedTuple):
             for kind in (Kind.HEAD, Kind.ATTN, Kind.MLP)
         )
         return Scale.of(*of_kind, logarithmic=logarithmic)
+
+
+def place_of(position: int, reported: Sequence[int]) -> int:
+    """Where a token position stands among the reported ones; a negative one counts from the last of them.
+
+    Raises `ValueError` when the scan did not report it.
+    """
+    if -len(reported) <= position < 0:
+        return len(reported) + position
+    if position in reported:
+        return reported.index(position)
+    raise ValueError(
+        f"position {position} was not reported: expected one of {list(reported)}, or "
+        f"{-len(reported)} to -1"
+    )
 
 
 def heads_and_mlps(components: tuple[Component, ...], values: Values) -> Grid:

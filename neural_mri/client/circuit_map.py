@@ -82,7 +82,8 @@ class CircuitMap(NamedTuple):
             question=Question(
                 position=asked["position"],
                 answer=asked["answer"],
-                foil=None if asked["foil_id"] < 0 else asked["foil"],
+                # Not by its id: a redacted link shows none.
+                foil=asked["foil"] if provenance_of(metric).unit == "logits" else None,
                 clean=asked["clean"],
                 corrupted=asked["corrupted"],
                 probability_clean=asked["probability_clean"],

@@ -63,7 +63,8 @@ class Comparison(NamedTuple):
         return cls(
             position=asked["position"],
             answer=asked["answer"],
-            has_foil=asked["foil_id"] >= 0,
+            # Not by its id: a redacted link shows none.
+            has_foil=provenance.unit == "logits",
             metric=BeforeAfter(asked["metric_before"], asked["metric_after"]),
             metric_sd=asked["metric_sd"],
             unit=provenance.unit,
@@ -90,7 +91,7 @@ class Comparison(NamedTuple):
 
 def _guesses(tables: Mapping[str, pa.Table], position: int) -> tuple[Guess, ...]:
     before, after = (
-        {row["token_id"]: row for row in tables[name].to_pylist() if row["position"] == position}
+        {_key(name, row): row for row in tables[name].to_pylist() if row["position"] == position}
         for name in ("predictions", "predictions_after")
     )
     found = [
@@ -105,3 +106,8 @@ def _guesses(tables: Mapping[str, pa.Table], position: int) -> tuple[Guess, ...]
     ]
     found.sort(key=lambda guess: -max(p for p in guess.probability if p >= 0))
     return tuple(found)
+
+
+def _key(name: str, row: dict[str, Any]) -> int | tuple[str, int]:
+    """What a token of both runs has in common; one whose id a redacted link leaves out is its run's alone."""
+    return row["token_id"] if row["token_id"] >= 0 else (name, row["rank"])

@@ -16,6 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.ticker import LogFormatter
 
 from neural_mri.client.colour import Scale, Values, blue_orange, grey, inferno
 from neural_mri.client.text import visible
@@ -44,13 +45,22 @@ BACKGROUND = "#0a0c10"
 UNMEASURED = "#1b2027"
 INK = "#d5dde6"
 FAINT = "#8593a3"
+NOTHING = "nothing that was measured lies on this grid"
 _FONTS = [
     name
     for name in ("JetBrains Mono", "DejaVu Sans Mono", "Noto Sans Mono CJK KR", "Noto Sans CJK KR")
     if name in fontManager.get_font_names()
 ]
 """Of the fonts we would like, those that are here; matplotlib brings DejaVu itself."""
-IN_OUR_FONTS = mpl.rc_context({"font.family": _FONTS})
+IN_OUR_FONTS = mpl.rc_context(
+    {
+        "font.family": _FONTS,
+        # Dollars and backslashes of a prompt are characters, not formulas.
+        "text.parse_math": False,
+        "axes.formatter.use_mathtext": False,
+    }
+)
+"""Around what makes a picture's texts: each keeps what it was made with, whenever it is drawn."""
 
 HEAT = LinearSegmentedColormap.from_list(
     "inferno-lit", [tuple(c / 255 for c in inferno(step / 63)) for step in range(64)]
@@ -85,11 +95,17 @@ def _norm(scale: Scale) -> Normalize:
 
 
 def heat(axis: Axes, values: Values, scale: Scale, colours: Colormap) -> None:
-    """Values as cells, `[row column]`; NaN, not measured, in the colour of the ground."""
-    shown = np.ma.masked_invalid(np.maximum(values, scale.low) if scale.logarithmic else values)
-    axis.imshow(shown, cmap=colours, norm=_norm(scale), aspect="auto", interpolation="nearest")
+    """Values as cells, `[row column]`; NaN, not measured, in the colour of the ground.
+
+    Where there is no cell at all, a sentence says so.
+    """
     axis.set_facecolor(UNMEASURED)
     plain(axis)
+    if not values.size:
+        axis.text(0.5, 0.5, NOTHING, transform=axis.transAxes, ha="center", fontsize=8, color=FAINT)
+        return
+    shown = np.ma.masked_invalid(np.maximum(values, scale.low) if scale.logarithmic else values)
+    axis.imshow(shown, cmap=colours, norm=_norm(scale), aspect="auto", interpolation="nearest")
 
 
 def plain(axis: Axes) -> None:
@@ -106,7 +122,7 @@ def subtitle(axis: Axes, text: str) -> None:
 
 def label_layers(axis: Axes, layers: Sequence[int]) -> None:
     """Layer numbers under columns that are layers."""
-    step = -(-len(layers) // 40)
+    step = max(1, -(-len(layers) // 40))
     ticks = range(0, len(layers), step)
     axis.set_xticks(ticks, [str(layers[at]) for at in ticks])
     axis.set_xlabel("layer", fontsize=8, color=FAINT)
@@ -114,7 +130,7 @@ def label_layers(axis: Axes, layers: Sequence[int]) -> None:
 
 def label_rows(axis: Axes, names: Sequence[str]) -> None:
     """Names beside rows, the last one always, as many others as do not touch."""
-    step = -(-len(names) // _MOST_HEAD_LABELS)
+    step = max(1, -(-len(names) // _MOST_HEAD_LABELS))
     last = len(names) - 1
     ticks = [at for at in range(len(names)) if at == last or (at % step == 0 and last - at >= step)]
     axis.set_yticks(ticks, [names[at] for at in ticks])
@@ -167,4 +183,6 @@ def colour_bar(
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=FAINT, labelsize=7, labelfontfamily=_FONTS, which="both", length=2)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    if scale.logarithmic:  # where there is less than a decade; matplotlib's own would be formulas
+        bar.ax.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     bar.set_label(label, fontsize=8, color=INK)

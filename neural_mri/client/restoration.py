@@ -90,6 +90,7 @@ class Restoration(NamedTuple):
             wanted = [name == "indirect_effect" for name in maps["quantity"].to_pylist()]
             maps = maps.filter(pa.array(wanted))
         asked: dict[str, Any] = contrast.to_pylist()[0]
+        metric_unit = provenance_of(contrast).unit
         positions = provenance.positions or ()
         components = tuple(map(Component.parse, maps["component"].to_pylist()))
         values = value_matrix(maps)
@@ -102,10 +103,11 @@ class Restoration(NamedTuple):
             unit=provenance.unit,
             position=asked["position"],
             answer=asked["answer"],
-            foil=None if asked["foil_id"] < 0 else asked["foil"],
+            # Not by its id: a redacted link shows none.
+            foil=asked["foil"] if metric_unit == "logits" else None,
             clean=asked["clean"],
             corrupted=asked["corrupted"],
-            metric_unit=provenance_of(contrast).unit,
+            metric_unit=metric_unit,
             probability_clean=asked["probability_clean"],
             probability_corrupted=asked["probability_corrupted"],
             parameters=provenance.parameters,

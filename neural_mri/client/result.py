@@ -11,7 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from neural_mri.client import long_form, notebook
-from neural_mri.client.activation_map import ActivationMap, Grid, heads_and_mlps, value_matrix
+from neural_mri.client.activation_map import (
+    ActivationMap,
+    Grid,
+    heads_and_mlps,
+    place_of,
+    value_matrix,
+)
 from neural_mri.client.circuit_map import CircuitMap
 from neural_mri.client.colour import Scale, blue_orange, grey, inferno
 from neural_mri.client.comparison import Comparison
@@ -167,10 +173,16 @@ class Result:
         return Restoration.of(self.table(maps), self.table("contrast"), self.table("tokens"))
 
     def predictions(self, position: int | None = None) -> tuple[Prediction, ...]:
-        """The likeliest next tokens after a position (the last reported one), likeliest first."""
+        """The likeliest next tokens after a position (the last reported one), likeliest first.
+
+        A negative position counts from the last reported one. Raises `ValueError` for one that was not
+        reported.
+        """
         rows = sorted(self.table("predictions").to_pylist(), key=lambda row: int(row["rank"]))
-        if position is None:
-            position = max((row["position"] for row in rows), default=0)
+        reported = sorted({row["position"] for row in rows})
+        if not reported and position is None:
+            return ()
+        position = reported[place_of(-1 if position is None else position, reported)]
         return tuple(
             Prediction(row["text"], row["token_id"], row["probability"], row["logit"])
             for row in rows
@@ -310,8 +322,10 @@ class Result:
                     extra = ""
                 case _:
                     picture, extra = notebook.note("plot() draws the picture"), ""
-        except ClientError as error:
-            picture, extra = notebook.note(str(error)), ""
+        except (ClientError, RuntimeError, ValueError) as error:
+            # The last two once the client, or the file that the tables are in, is closed: a cell that is
+            # shown again is no place for a traceback.
+            picture, extra = notebook.note(f"the tables cannot be had: {error}"), ""
         return notebook.card(self.title, self.manifest, picture + extra)
 
     def _parameter_grid(self) -> Grid:

@@ -1,6 +1,5 @@
 """Requests for a FLAIR scan, and for the calibration it is read against."""
 
-from enum import StrEnum
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -9,6 +8,7 @@ from neural_mri.contract.models import Architecture
 from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scan_base import (
     CalibrationKey,
+    Choice,
     Forward,
     Positions,
     Prompt,
@@ -21,7 +21,7 @@ __all__ = ("AnomalyScan", "CalibrationScan", "Lens", "Sublayers")
 Weight = Annotated[float, Meta(ge=0, le=1000)]
 
 
-class Lens(StrEnum):
+class Lens(Choice):
     """How an intermediate residual is read through the unembedding."""
 
     RAW = "raw"
@@ -32,7 +32,7 @@ class Lens(StrEnum):
     """After an affine map to the last layer's residual, fitted by ridge regression."""
 
 
-class Sublayers(StrEnum):
+class Sublayers(Choice):
     """Where the lens is read between attention and MLP too, so that each has a value of its own."""
 
     NONE = "none"

@@ -72,6 +72,8 @@ def check_comparable(candidate: Subject, baseline: Subject) -> None:
         ("family", candidate.family, baseline.family),
         ("number of layers", candidate.n_layers, baseline.n_layers),
         ("number of heads", candidate.n_heads, baseline.n_heads),
+        # Of one family the width alone may be another.
+        ("number of parameters", candidate.n_parameters, baseline.n_parameters),
     )
     for what, here, there in theirs:
         if here != there:

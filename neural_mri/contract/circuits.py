@@ -1,18 +1,17 @@
 """Requests for a DTI scan: which components carry an answer, and along which paths."""
 
-from enum import StrEnum
 from typing import Annotated
 
 from msgspec import Meta
 
 from neural_mri.contract.models import Architecture
 from neural_mri.contract.problems import Unprocessable
-from neural_mri.contract.scan_base import CalibrationKey, Forward, Prompt, TargetedScan
+from neural_mri.contract.scan_base import CalibrationKey, Choice, Forward, Prompt, TargetedScan
 
 __all__ = ("Ablation", "CircuitMethod", "CircuitScan", "Granularity")
 
 
-class CircuitMethod(StrEnum):
+class CircuitMethod(Choice):
     """How a component's effect on the metric is measured."""
 
     FAST = "fast"
@@ -27,7 +26,7 @@ class CircuitMethod(StrEnum):
     """Direct logit attribution: the part of the metric a component writes itself (Elhage 2021)."""
 
 
-class Ablation(StrEnum):
+class Ablation(Choice):
     """What a component's output is replaced by. The choice is part of the result."""
 
     RESAMPLE = "resample"
@@ -38,7 +37,7 @@ class Ablation(StrEnum):
     """Nothing: far off the model's own distribution."""
 
 
-class Granularity(StrEnum):
+class Granularity(Choice):
     """What counts as one component."""
 
     HEADS = "heads"

@@ -3,7 +3,6 @@
 By hooks alone. No weight is ever changed; every request stands by itself; resetting is the empty list.
 """
 
-from enum import StrEnum
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -15,6 +14,7 @@ from neural_mri.contract.problems import Unprocessable
 from neural_mri.contract.scan_base import (
     Address,
     CalibrationKey,
+    Choice,
     Forward,
     Positions,
     Prompt,
@@ -84,7 +84,7 @@ class MeanAblation(PerturbationBase, frozen=True, kw_only=True, tag="ablate"):
     """Its output becomes its mean over reference text, positions 1 and later."""
 
 
-class InjectMode(StrEnum):
+class InjectMode(Choice):
     """Whether injected values are added to the output or take its place."""
 
     ADD = "add"
@@ -183,7 +183,7 @@ class PerturbationScan(
                 perturbation.check_values(component, architecture)
 
 
-class Direction(StrEnum):
+class Direction(Choice):
     """Which run is patched with the other's activations (Heimersheim & Nanda 2024)."""
 
     DENOISING = "denoising"
@@ -192,7 +192,7 @@ class Direction(StrEnum):
     """Corrupted activations into the clean run: what is needed for it."""
 
 
-class PatchSite(StrEnum):
+class PatchSite(Choice):
     """What is patched, for every layer (and head) and every position."""
 
     RESIDUAL = "resid_pre"
@@ -234,7 +234,7 @@ class PatchingScan(TargetedScan, frozen=True, kw_only=True, tag="patching", tag_
             )
 
 
-class TraceKind(StrEnum):
+class TraceKind(Choice):
     """What causal tracing restores (Meng et al. 2022, figure 2)."""
 
     STATE = "state"

@@ -6,7 +6,7 @@ default.
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import Meta
@@ -19,6 +19,7 @@ __all__ = (
     "Address",
     "AnswerToken",
     "CalibrationKey",
+    "Choice",
     "Forward",
     "Positions",
     "Prompt",
@@ -37,6 +38,15 @@ Positions = Literal["all"] | Annotated[tuple[int, ...], Meta(min_length=1)]
 """Token positions, from 0; negative ones count from the end."""
 CalibrationKey = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", max_length=64)]
 """Scan key of a calibration."""
+
+
+class Choice(StrEnum):
+    """One of a few words that a request may say."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self:
+        words = ", ".join(repr(member.value) for member in cls)
+        raise ValueError(f"{value!r} is not a valid {cls.__name__}: expected one of {words}")
 
 
 class Forward(StrEnum):

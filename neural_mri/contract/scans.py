@@ -21,6 +21,7 @@ from neural_mri.contract.scan_base import (
     MAX_PROMPT_CHARACTERS,
     Address,
     CalibrationKey,
+    Choice,
     Forward,
     Positions,
     Prompt,
@@ -74,7 +75,7 @@ class ScanKind(StrEnum):
     CALIBRATION = "calibration"
 
 
-class Aggregation(StrEnum):
+class Aggregation(Choice):
     """How a component's output vector at one token becomes one number."""
 
     L2_NORM = "l2_norm"

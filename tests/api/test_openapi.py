@@ -14,6 +14,8 @@ from api.routes import ROUTES
 from neural_mri import __version__
 from neural_mri.backing import keys
 from neural_mri.contract.archives import SESSION_FILE
+from neural_mri.contract.batches import NDJSON
+from neural_mri.contract.results import ARROW_STREAM
 from neural_mri.contract.scans import ScanKind
 from tests.api.specimens import PROMPT, TINY, tiny_tokenizer
 from tests.api.world import World
@@ -230,6 +232,17 @@ def test_the_examples_are_accepted_as_they_stand(
     kinds = {body.path for body, _ in examples}
     scans = ("/api/scan/", "/api/perturb", "/api/batches")
     assert kinds >= {body.path for body in bodies(document) if body.path.startswith(scans)}
+
+
+def test_answers_of_several_kinds_are_all_documented(document: dict[str, Any]) -> None:
+    paths = document["paths"]
+    for path in ("/api/jobs/{job_id}", "/api/batches/{batch_id}"):
+        answers = paths[path]["delete"]["responses"]
+        assert answers["200"]["content"] == answers["202"]["content"], path
+    results = paths["/api/batches/{batch_id}/results"]["get"]["responses"]["200"]
+    assert set(results["content"]) == {NDJSON, ARROW_STREAM, "application/zip"}
+    # What is on its way changes without a new revision: it is always told.
+    assert "304" not in paths["/api/shared"]["get"]["responses"]
 
 
 def test_what_a_request_may_hold_is_said_exactly(document: dict[str, Any]) -> None:

@@ -33,6 +33,73 @@ def several(**first: Any) -> dict[str, Any]:
     return {**TOWER, "perturbations": [first]}
 
 
+FMRI, PERTURB = "/api/scan/activation", "/api/perturb"
+UNREADABLE: list[tuple[str, dict[str, Any], str]] = [
+    (
+        FMRI,
+        {"aggregation": "sum"},
+        "aggregation: Invalid enum value 'sum': expected one of 'l2_norm', 'max', 'mean', 'raw'",
+    ),
+    (FMRI, {"top_neurons": 1000}, "top_neurons: Expected `int` <= 100, got 1000"),
+    (FMRI, {"top_neurons": "x"}, "top_neurons: Expected `int`, got `str` 'x'"),
+    (FMRI, {"nope": 1}, "unknown field `nope`: expected one of `scan_mode`, `model`, `prompt`, "),
+    (FMRI, {"scan_mode": "nope"}, "scan_mode: Invalid value 'nope': expected one of 'fMRI'"),
+    (FMRI, {"layers": ["embed", 3]}, "layers[1]: Expected `str`, got `int` 3"),
+    (FMRI, {"token_positions": "some"}, "value 'some': expected one of 'all', an array"),
+    (FMRI, {"token_positions": []}, "token_positions: Expected `array` of length >= 1, got 0"),
+    (FMRI, {"calibration": "abc"}, "matching regex '^[0-9a-f]{64}$', got 'abc'"),
+    (PERTURB, several(operation="zap"), "value 'zap': expected one of 'zero', 'amplify', "),
+    (
+        PERTURB,
+        several(operation="zero", component=MLP, factor=2),
+        "unknown field `factor`: expected one of `operation`, `component`, `token_positions`",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "words"), UNREADABLE)
+def test_what_cannot_be_read_is_named_with_what_was_expected(
+    api: httpx.Client, world: World, path: str, body: dict[str, Any], words: str
+) -> None:
+    answer = api.post(path, json={**TOWER, **body})
+    assert answer.status_code == 400
+    assert words in answer.json()["detail"]
+    assert world.sessions.read(jobs.recent, "local") == []
+
+
+def test_lines_of_a_batch_are_told_the_same(api: httpx.Client) -> None:
+    modes = {FMRI: "fMRI", PERTURB: "perturbation"}
+    scans = [{"scan_mode": modes[path], **TOWER, **body} for path, body, _ in UNREADABLE]
+    refused = api.post("/api/batches", json={"scans": scans}).json()["invalid"]
+    for line, (_, body, words) in zip(refused, UNREADABLE, strict=True):
+        expected = words if "scan_mode" not in body else "scan_mode: Invalid value 'nope': "
+        assert expected in line["detail"]
+
+
+def test_a_parameter_of_the_address_is_named_with_what_was_expected(api: httpx.Client) -> None:
+    answer = api.post(f"{FMRI}?lane=fast", json=TOWER)
+    assert "lane: Invalid enum value 'fast': expected one of 'interactive', " in answer.text
+    answer = api.get("/api/jobs?limit=0")
+    assert "limit: Expected `int` >= 1, got '0'" in answer.json()["detail"]
+
+
+def test_peoples_texts_are_not_said_again_and_long_values_not_whole(api: httpx.Client) -> None:
+    long = "my secret " * 30
+    bodies: list[tuple[dict[str, Any], str]] = [
+        ({"answer": long}, "answer: Expected `str` of length <= 200, got 300"),
+        ({"prompt": [long]}, "prompt: Expected `str`, got `array`"),
+        ({"answer": {"prompt": long}}, "answer: Expected `int | str | null`, got `object`"),
+        ({"method": long}, f"method: Invalid enum value '{long[:59]}…': expected one of 'fast'"),
+        ({long: 1}, f"unknown field `{long[:59]}…`: expected one of "),
+    ]
+    for body, words in bodies:
+        asked = {"scan_mode": "DTI", **TOWER, **body}
+        (line,) = api.post("/api/batches", json={"scans": [asked]}).json()["invalid"]
+        for said in (api.post("/api/scan/circuits", json=asked).json()["detail"], line["detail"]):
+            assert words in said
+            assert long[:61] not in said
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

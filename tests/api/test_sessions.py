@@ -123,6 +123,10 @@ def test_of_two_who_save_at_once_the_second_is_told_what_to_read(
     assert (bare.status_code, bare.json()["head"]) == (428, api.get(session.path).json()["head"])
     any_over = api.put(session.path, json={}, headers={"if-match": "*"})
     assert read(any_over).body["revision"] == 4
+    several = {"if-match": f'"{"0" * 64}", W/"{read(any_over).revision}"'}
+    over = api.put(session.path, json={"view": {"layer": 5}}, headers=several)
+    assert read(over).body["revision"] == 5
+    assert api.put(session.path, json={}, headers=several).status_code == 412
 
 
 def test_saving_what_is_there_writes_nothing(api: httpx.Client, world: World) -> None:
@@ -131,6 +135,20 @@ def test_saving_what_is_there_writes_nothing(api: httpx.Client, world: World) ->
     assert (again.revision, again.body["revision"]) == (session.revision, 1)
     known = api.get(session.path, headers={"if-none-match": f'"{session.revision}"'})
     assert (known.status_code, known.content) == (304, b"")
+
+
+def test_what_a_reader_has_is_known_by_the_tags_it_lists(api: httpx.Client) -> None:
+    session = made(api)
+    link = api.post(f"{session.path}/shares", json={"redact": True}).json()
+    carried = {"share-token": link["token"]}
+    for path in (session.path, f"{session.path}/export", "/api/shared/export"):
+        tag = api.get(path, headers=carried).headers["etag"]
+        for condition in ("*", f'"other", W/{tag}', tag):
+            known = api.get(path, headers={**carried, "if-none-match": condition})
+            assert (known.status_code, known.content) == (304, b""), (path, condition)
+        for condition in ('"other"', f'"{tag}-and-more"'):
+            other = api.get(path, headers={**carried, "if-none-match": condition})
+            assert other.status_code == 200, (path, condition)
 
 
 def test_sessions_are_found_by_name_note_prompt_and_model(api: httpx.Client, world: World) -> None:

@@ -449,6 +449,21 @@ def test_a_batch_that_is_stopped_just_as_it_is_fed_runs_nothing(sessions: Sessio
     assert {job.state for job in sessions.read(jobs.recent, "ada")} == {JobState.CANCELLED}
 
 
+def test_a_batch_that_has_ended_is_not_stopped_any_more(sessions: Sessions) -> None:
+    batch_id = filled(sessions, THREE[:2])
+    made = fed(sessions, batch_id)
+    sessions.write(jobs.request_cancel, made[1])
+    with sessions.writing() as session:
+        where = JOBS.c.id == made[2]
+        session.execute(
+            update(JOBS).where(where).values(state=JobState.FAILED, finished_at=epoch())
+        )
+    before = standing(sessions, batch_id)
+    assert before.state is BatchState.ENDED
+    assert sessions.write(batches.stop, batch_id, by=batches.CALLER) == 0
+    assert standing(sessions, batch_id) == before
+
+
 def test_however_many_batches_were_stopped_at_once_all_are_seen_to(sessions: Sessions) -> None:
     with sessions.writing() as session:
         for number in range(400):

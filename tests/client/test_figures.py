@@ -14,13 +14,17 @@ from matplotlib.image import AxesImage, imread
 from matplotlib.text import Text
 
 from neural_mri.client import Client
+from neural_mri.client.drawing import NOTHING
 from neural_mri.client.text import visible
 
 
-def labels(figure: Figure) -> str:
+def texts_of(figure: Figure) -> list[Text]:
     figure.draw_without_rendering()
-    texts = cast("list[Text]", figure.findobj(Text))
-    return "\n".join(text.get_text() for text in texts)
+    return cast("list[Text]", figure.findobj(Text))
+
+
+def labels(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in texts_of(figure))
 
 
 def image_of(axis: Axes) -> AxesImage:
@@ -87,6 +91,32 @@ def test_a_character_without_a_glyph_is_a_box_and_no_warning(client: Client) -> 
     figure.savefig(io.BytesIO())
     assert "2 ␣□" in labels(figure)
     assert "4 ∅" in labels(figure)
+
+
+def test_dollars_and_backslashes_are_drawn_as_they_stand(client: Client) -> None:
+    result = client.scan_attention("a", layers=[0])
+    tokens = ("$$", r" \$x^{$", "It", " cost $20 and he got $5", " back")
+    result.manifest = msgspec.structs.replace(result.manifest, prompt_tokens=tokens)
+    figure = result.plot()
+    for form in ("png", "svg"):
+        figure.savefig(io.BytesIO(), format=form)
+    shown = {text.get_text(): text.get_parse_math() for text in texts_of(figure)}
+    for expected in ("0 $$", r"1 ␣\$x^{$", "3 ␣cost␣$20␣and␣he␣got␣$5"):
+        assert shown[expected] is False
+
+
+def test_a_bar_of_less_than_a_decade_has_numbers_and_no_formulas(client: Client) -> None:
+    figure = client.scan_structural().plot()
+    written = [text for text in labels(figure).splitlines() if text]
+    assert not [text for text in written if "$" in text]
+    assert [text for text in written if text.replace(",", "").isdecimal() and len(text) > 3]
+
+
+@pytest.mark.parametrize("layers", [["embed"], ["blocks.0.resid_post"]])
+def test_a_scan_of_which_nothing_lies_on_the_grid_says_so(
+    client: Client, layers: list[str]
+) -> None:
+    assert NOTHING in labels(client.scan_activation("a", layers=layers).plot())
 
 
 @pytest.mark.parametrize(

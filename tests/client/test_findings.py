@@ -1,9 +1,11 @@
 """Weights, circuits, the lens and stimulation: what is asked, and the numbers in tables and pictures."""
 
+import io
 from collections.abc import Callable
 from math import isnan
 from typing import cast
 
+import msgspec
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -11,9 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
+from api.redaction import redacted_table
 from neural_mri.client import Client, Result
 from neural_mri.client.client import _PATHS
 from neural_mri.client.colour import Scale, Values, blue_orange
+from neural_mri.client.drawing import NOTHING
 from neural_mri.contract.components import EMBED, Component, Kind
 from neural_mri.contract.events import EffectsFrame, Event
 from neural_mri.contract.perturbations import Amplify, PatchSite, ZeroAblation
@@ -140,8 +144,10 @@ def test_what_is_left_out_is_as_the_request_has_it(wire: Wire, client: Client) -
 def test_a_word_that_no_request_knows_is_refused_before_anything_is_sent(
     wire: Wire, client: Client
 ) -> None:
-    with pytest.raises(ValueError, match="'guess' is not a valid CircuitMethod"):
+    with pytest.raises(ValueError, match=r"'guess' is not a valid CircuitMethod: .* 'fast'"):
         client.scan_circuits(PROMPT, method="guess")
+    with pytest.raises(ValueError, match=r"'sum' is not a valid Aggregation: .* 'l2_norm'"):
+        client.scan_activation(PROMPT, aggregation="sum")
     assert wire.asked == []
 
 
@@ -204,6 +210,17 @@ def test_a_circuits_picture_shows_the_tables_effects_around_zero(client: Client)
     text = written(figure)
     for said in ("log p(answer)", "nats", "L1H2 → L3 MLP", "L3 MLP", "L3H2 ≈", "(mean)"):
         assert said in text
+
+
+def test_a_prompt_with_two_prices_stands_in_the_title_as_it_is(client: Client) -> None:
+    result = client.scan_circuits(PROMPT)
+    tokens = ("It cost", " $20", " and he got", " $5", " back")
+    result.manifest = msgspec.structs.replace(result.manifest, prompt_tokens=tokens)
+    figure = result.plot()
+    figure.savefig(io.BytesIO())
+    (title,) = [text for text in figure.findobj(Text) if "he got" in text.get_text()]
+    assert "It cost $20 and he got $5 back → ␣Paris" in title.get_text()
+    assert title.get_parse_math() is False
 
 
 def test_the_bars_of_a_circuit_are_as_long_as_the_effects(client: Client) -> None:
@@ -300,6 +317,47 @@ def test_the_size_of_weights_is_pictured_and_outliers_are_ringed(client: Client)
     np.testing.assert_array_equal(rings.get_offsets(), [[2, 1]])
     assert "blocks.2.mlp W_out[7, 1]" in written(result.plot())
     assert result.weights().outliers[0].z == -88.0
+
+
+def test_every_head_is_in_the_copying_map_though_no_mlp_was_asked_for(client: Client) -> None:
+    size, copying = client.scan_weights(layers=["blocks.0.attn"]).plot().axes[:2]
+    assert pictured(size).shape == pictured(copying).shape == (3, 1)
+    np.testing.assert_array_equal(pictured(copying)[:, 0], [-0.5, 0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("layers", "empty"), [(["blocks.0.mlp"], (False, True)), (["embed"], (True, True))]
+)
+def test_a_map_of_weights_without_a_row_says_so(
+    client: Client, layers: list[str], empty: tuple[bool, bool]
+) -> None:
+    figure = client.scan_weights(layers=layers).plot()
+    figure.savefig(io.BytesIO())
+    said = [NOTHING in [text.get_text() for text in axis.texts] for axis in figure.axes[:2]]
+    assert tuple(said) == empty
+
+
+@pytest.mark.parametrize("foil", [None, " Rome"])
+def test_a_redacted_result_keeps_its_metric_and_its_guesses_apart(
+    client: Client, foil: str | None
+) -> None:
+    def redacted(result: Result) -> Result:
+        for name in result.table_names:
+            result._tables[name] = redacted_table(result.table(name), SCAN_KEY)
+        return result
+
+    name = "log p(answer)" if foil is None else "logit(answer) - logit(foil)"
+    lesion = redacted(client.perturb(PROMPT, foil=foil))
+    compared = lesion.comparison()
+    assert compared.metric_name == name
+    assert len(compared.guesses) == 5
+    assert compared.likeliest("before", 9) != compared.likeliest("after", 9)
+    circuit = redacted(client.scan_circuits(PROMPT, foil=foil))
+    assert circuit.circuit().question.metric == name
+    patching = redacted(client.patching(PROMPT, "x", foil=foil))
+    assert (patching.restoration().foil is None) == (foil is None)
+    for result in (lesion, circuit, patching):
+        result.plot().savefig(io.BytesIO())
 
 
 def test_against_a_baseline_the_change_is_pictured(client: Client) -> None:

@@ -240,6 +240,15 @@ def test_predictions_come_likeliest_first(scanned: Result) -> None:
     assert scanned.predictions(0)[0].probability == pytest.approx(0.7)
 
 
+def test_predictions_are_asked_for_by_the_positions_that_were_reported(client: Client) -> None:
+    result = client.scan_activation("a", token_positions=[1, 3])
+    assert result.predictions(-1) == result.predictions() == result.predictions(3)
+    assert result.predictions(-2) == result.predictions(1)
+    for position in (2, -3):
+        with pytest.raises(ValueError, match=f"position {position} was not reported: .*1, 3"):
+            result.predictions(position)
+
+
 def test_the_summary_is_the_services_own(scanned: Result) -> None:
     assert scanned.summary() == {"model": "tiny", "prompt_tokens": list(TOKENS)}
 
@@ -301,6 +310,16 @@ def test_a_notebook_shows_a_sentence_when_the_tables_cannot_be_had(
     assert stored is not None
     wire.jobs[scanned.job_id].stored = stored._replace(chunks={"activations": b"?"})
     assert "its manifest names" in scanned._repr_html_()
+
+
+def test_a_notebook_shows_a_sentence_after_the_client_is_closed(wire: Wire) -> None:
+    with Client(wire.url) as client:
+        results = [client.scan_activation("a"), client.scan_structural()]
+    for result in results:
+        page = result._repr_html_()
+        assert result.title in page
+        assert "the tables cannot be had: " in page
+        assert "closed" in page
 
 
 @pytest.mark.parametrize(

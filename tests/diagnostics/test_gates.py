@@ -184,6 +184,7 @@ def test_a_profile_lets_pass_what_it_tolerates_and_is_refused_where_there_is_non
         ("numerics", Numerics(device="cuda"), "device"),
         ("numerics", Numerics(attention="eager"), "attention kernel"),
         ("n_layers", 4, "number of layers"),
+        ("n_parameters", 7, "number of parameters"),
         ("scanner_version", "0", "scanner version"),
     ],
 )

@@ -48,7 +48,9 @@ def weight_picture(found: WeightMap, title: str) -> Picture:
 
     if found.relative_change is None:
         copying = found.grid(found.copying)
-        grid = Grid(copying.rows[:-1], copying.layers, copying.values[:-1])
+        heads = [at for at, name in enumerate(copying.rows) if name != "MLP"]
+        names = tuple(copying.rows[at] for at in heads)
+        grid = Grid(names, copying.layers, copying.values[heads])
         limits = Scale(-1.0, 1.0, logarithmic=False)
         colours, label = DIVERGING, "copying score, -1 to 1"
         subtitle(bottom, "what each head moves, OV: above 0 it copies the tokens it attends to")
