@@ -41,8 +41,14 @@ def run(session: Session, known: Job, scan_key: str | None = None) -> Job:
     """Bring an attempt to its success, as the worker that knows it by this id."""
     for state in (S.RUNNING, S.STORING):
         jobs.advance(session, known.id, state, attempt=known.attempt)
-    end = {"manifest": MANIFEST, "scan_key": scan_key}
-    done = jobs.advance(session, known.id, S.SUCCEEDED, attempt=known.attempt, **end)
+    done = jobs.advance(
+        session,
+        known.id,
+        S.SUCCEEDED,
+        attempt=known.attempt,
+        manifest=MANIFEST,
+        scan_key=scan_key,
+    )
     assert done is not None
     return done
 
