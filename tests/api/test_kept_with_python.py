@@ -82,7 +82,7 @@ def test_of_three_results_one_of_which_is_lost_the_others_are_given(
     assert [outcome.line.line for outcome in outcomes] == [1, 2, 3], "the fourth has not ended"
     assert [outcome.result is None for outcome in outcomes] == [False, False, True]
     assert outcomes[2].line.problem is not None
-    assert "lost" in outcomes[2].line.problem["detail"]
+    assert outcomes[2].line.problem["status"] == 410
 
 
 def test_what_cannot_be_fetched_replaces_no_file(mri: Client, world: World, tmp_path: Path) -> None:
