@@ -8,6 +8,7 @@ import { csvOf } from "../../src/export/csv";
 import { fileName } from "../../src/export/download";
 import { colourBar } from "../../src/export/figure";
 import { INKS, onGround } from "../../src/export/ink";
+import { gather } from "../../src/export/page";
 import { sha256 } from "../../src/export/sha256";
 import { storedFetch } from "../../src/export/stored";
 import { document } from "../../src/export/svg";
@@ -74,6 +75,30 @@ test("a saved page answers what it holds, and refuses the rest as the service wo
   const refused = await stored("/api/scan/activation", { method: "POST" });
   expect(refused.status).toBe(404);
   expect(await refused.json()).toMatchObject({ title: "This page was saved without it" });
+});
+
+test("no model's anatomy is answered for another's", async () => {
+  const ask = (path: string) => {
+    const [, job = ""] = /^\/api\/jobs\/([^/]+)/.exec(path) ?? [];
+    const said = path.endsWith("/manifest")
+      ? { tables: [] }
+      : { id: job, model: `model of ${job}` };
+    const body = new TextEncoder().encode(JSON.stringify(said));
+    return Promise.resolve({ type: "application/json", body });
+  };
+  const answers = await gather(ask, ["1", "2"], ["3", "2"]);
+  const requests = answers.map(({ request }) => request);
+  expect(requests.filter((request) => request === "GET /api/jobs/2")).toHaveLength(1);
+  const stored = storedFetch({ answers }, "This page was saved without it");
+  const structural = async (model?: string) => {
+    const body = JSON.stringify({ model });
+    const answer = await stored("/api/scan/structural", { method: "POST", body });
+    return answer.ok ? ((await answer.json()) as { id: string }).id : answer.status;
+  };
+  expect(await structural()).toBe("1");
+  expect(await structural("model of 1")).toBe("1");
+  expect(await structural("model of 2")).toBe("2");
+  expect(await structural("model of 3")).toBe(404);
 });
 
 test("rows keep every digit, and leave empty what was not measured", () => {
