@@ -5,7 +5,7 @@ import { source } from "../../src/model/field";
 import { layOut } from "../../src/model/layout";
 import { load as loadAnomalies } from "../../src/model/modes/anomalies";
 import { GrowingEffects, load as loadCircuits } from "../../src/model/modes/circuits";
-import { difference, load as loadStimulation } from "../../src/model/modes/stimulation";
+import { difference, likeliest, load as loadStimulation } from "../../src/model/modes/stimulation";
 import { load as loadTracing } from "../../src/model/modes/tracing";
 import { load as loadWeights, outlying } from "../../src/model/modes/weights";
 import { asToken, askedOfCircuit, NO_QUESTION } from "../../src/model/question";
@@ -247,6 +247,42 @@ test("the comparison says what the service stored", async () => {
   expect(lesion?.comparison?.before).toBe(column(rows, "comparison", "metric_before")[0]);
   expect(lesion?.comparison?.after).toBe(column(rows, "comparison", "metric_after")[0]);
   expect(lesion?.shifts.map(({ kl }) => kl)).toEqual(column(rows, "shift", "kl"));
+});
+
+test("either run's likeliest tokens meet by what they are, not by how they are written", async () => {
+  const { lesion } = await stored("perturbation", loadStimulation);
+  const rows = oracle("perturbation");
+  if (lesion == null) throw new Error("there is no lesion");
+  const ids = (table: string) => column(rows, table, "token_id").slice(0, 6) as number[];
+  const [first] = likeliest(lesion, 0, 6);
+  expect(first).toMatchObject({
+    key: ids("predictions")[0],
+    before: column(rows, "predictions", "probability")[0],
+    after: column(rows, "predictions_after", "probability")[
+      column(rows, "predictions_after", "token_id").indexOf(ids("predictions")[0])
+    ],
+  });
+
+  const one = (id: number, probability: number) =>
+    ({ position: 3, rank: 0, id, text: "\ufffd", logit: 0, probability }) as const;
+  const either = (before: readonly number[], after: readonly number[]) =>
+    likeliest(
+      { before: before.map((id) => one(id, 0.5)), after: after.map((id) => one(id, 0.25)) },
+      3,
+      6,
+    ).map((row) => [row.before, row.after]);
+  // Bytes of a character are different tokens with one text.
+  expect(either([7, 8], [8, 9])).toEqual([
+    [0.5, NaN],
+    [0.5, 0.25],
+    [NaN, 0.25],
+  ]);
+  // Where a share hides what they are, none is taken for another.
+  expect(either([-1], [-1, -1])).toEqual([
+    [0.5, NaN],
+    [NaN, 0.25],
+    [NaN, 0.25],
+  ]);
 });
 
 test("a dense image of a static scan has every component where the axial plane has it", async () => {
