@@ -172,7 +172,9 @@ export class Reading {
     const leader = this.#role.leader;
     // One window for both, so that a colour means the same in either.
     if (leader?.volume != null && leader.scale === this.scale) return leader.window;
-    return this.view.window ?? this.automatic;
+    const own = this.view.window ?? this.automatic;
+    // The middle of a diverging map is 0, and stays there.
+    return this.field?.signed === true ? { level: 0, width: own.width } : own;
   });
   readonly inverted: boolean = $derived.by(() => this.view.inverted);
   readonly lut: Lut = $derived.by(() => lut(this.map, this.inverted));

@@ -180,6 +180,21 @@ test("DTI paints estimates first, then what was measured, then tracts", async ()
   await leave(open);
 });
 
+test("no key moves the middle of a diverging map off 0", async () => {
+  const open = await visit(browser, { fragment: `seq=DTI&${QUESTION}` });
+  const { page } = open;
+  await take(page, "DTI");
+  const corner = page.getByTestId("corner-window");
+  const width = await corner.getAttribute("data-width");
+  for (const key of ["=", "=", "="]) await page.keyboard.press(key);
+  expect(await corner.getAttribute("data-level")).toBe("0");
+  expect(await corner.getAttribute("data-width")).toBe(width);
+  await page.keyboard.press("]");
+  await expect.poll(() => corner.getAttribute("data-width")).not.toBe(width);
+  expect(await corner.getAttribute("data-level")).toBe("0");
+  await leave(open);
+});
+
 test("FLAIR says what each layer would answer, in step with the crosshair", async () => {
   const open = await visit(browser, { fragment: `seq=FLAIR&${QUESTION}` });
   const { page } = open;

@@ -1,6 +1,7 @@
 /** Folding, regions and differences: what is computed from stored numbers, held against plain arithmetic. */
 import { describe, expect, test } from "vitest";
 
+import { moved } from "../../src/colour/window";
 import { besides, differenceOf, incomparable, type Side } from "../../src/model/difference";
 import { field } from "../../src/model/field";
 import { folded, foldingOf } from "../../src/model/fold";
@@ -112,6 +113,26 @@ describe("a region", () => {
     const components = HEADS.slice(0, 2);
     expect([...valuesIn({ components, columns: [1, 2] }, volume, 0)]).toEqual([2, 3, 5, 6]);
     expect([...valuesIn({ components, columns: null }, volume, 0)]).toEqual([1, 4]);
+  });
+});
+
+describe("a window", () => {
+  const reading = (signed: boolean) => {
+    const own = { ...quantity(["embed"], 1, [-3]), signed };
+    const series = { ...bare("DTI", {} as Acquisition), fields: [own] };
+    const all = { DTI: { status: "ready", series } } as unknown as AllSeries;
+    const display = new Display();
+    display.sequence = "DTI";
+    const scene = { model: null, topology: TINY, series: all };
+    return new Reading(scene, display, new Crosshair());
+  };
+
+  test("lies about 0 where values have a direction, however it was moved", () => {
+    const [signed, plain] = [reading(true), reading(false)];
+    expect(signed.window).toEqual({ level: 0, width: 6 });
+    for (const one of [signed, plain]) one.change({ window: moved({ level: 0, width: 4 }, 0.5) });
+    expect(signed.window).toEqual({ level: 0, width: 4 });
+    expect(plain.window).toEqual({ level: 2, width: 4 });
   });
 });
 
