@@ -281,6 +281,41 @@ test("a component is stimulated by keyboard alone, compared, and let go", async 
   await leave(open);
 });
 
+test("of a stimulation's two runs that one says the next token which is looked at", async () => {
+  const { page, ...open } = await visit(browser, {
+    fragment: `seq=fMRI&panel=stimulate&do=zero~blocks.1.mlp~~&${QUESTION}`,
+  });
+  await page.getByRole("button", { name: "Run" }).click();
+  await page.locator(".status", { hasText: "Stimulation complete" }).waitFor();
+  await page.getByRole("tab", { name: "Inspect" }).click();
+  const next = page.getByRole("region", { name: "Next token" });
+  const rows = oracle("perturbation");
+  await page.getByTestId("axial").focus();
+  for (const key of ["Home", ".", ".", "."]) await page.keyboard.press(key);
+  /** The likeliest logits of a run after token 3. */
+  const logits = (table: string) => {
+    const { position = [], logit = [] } = rows[table] ?? {};
+    return logit
+      .filter((_, row) => position[row] === 3)
+      .slice(0, 6)
+      .map((each) => `logit ${(each as number).toFixed(3)}`);
+  };
+  const said = () =>
+    next.locator("li").evaluateAll((all) => all.map((row) => (row as HTMLElement).title));
+  expect(logits("predictions")).not.toEqual(logits("predictions_after"));
+  for (const [picture, run, table] of [
+    ["difference", "stimulated", "predictions_after"],
+    ["change", "stimulated", "predictions_after"],
+    ["after", "stimulated", "predictions_after"],
+    ["before", "clean", "predictions"],
+  ] as const) {
+    await next.getByText(`· ${run}`).waitFor();
+    expect(await said(), picture).toEqual(logits(table));
+    await page.keyboard.press("f");
+  }
+  await leave({ page, ...open });
+});
+
 test("a fact is traced, and its map stands in the sagittal plane", async () => {
   const open = await visit(browser, { fragment: `seq=fMRI&panel=stimulate&${QUESTION}` });
   const { page } = open;
