@@ -116,7 +116,8 @@ export class Reading {
 
   /** Column of the volume that is shown: one it has, or -1 beside a longer prompt's first tokens. */
   readonly column: number = $derived.by(() => {
-    const width = this.volume?.width ?? 0;
+    // Where nothing was painted, as by FLAIR without sublayers, there are still tokens to go through.
+    const width = this.volume?.width ?? this.tokens.length;
     const leader = this.#role.leader;
     if (leader?.volume != null) return besides(leader.column, leader.volume.width, width);
     return Math.max(0, Math.min(width - 1, this.#crosshair.token));

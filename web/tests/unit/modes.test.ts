@@ -11,17 +11,14 @@ import { load as loadWeights, outlying } from "../../src/model/modes/weights";
 import { asToken, askedOfCircuit, NO_QUESTION } from "../../src/model/question";
 import { sectionOf } from "../../src/model/section";
 import type { Loader, Series } from "../../src/model/series";
-import {
-  injected,
-  named,
-  numbers,
-  positions,
-  read,
-  written,
-  type Stimulus,
-} from "../../src/model/stimulus";
+import { countable, injected, named, numbers, positions } from "../../src/model/operations";
+import { read, written, type Stimulus } from "../../src/model/stimulus";
 import { columnOf, topologyOf } from "../../src/model/topology";
 import { Volume } from "../../src/model/volume";
+import { Crosshair } from "../../src/state/crosshair.svelte";
+import { Display } from "../../src/state/display.svelte";
+import { Reading } from "../../src/state/reading.svelte";
+import type { AllSeries } from "../../src/state/study.svelte";
 import { directionOf, shareOf, tractsOf } from "../../src/render/tracts";
 import { SMOLLM2 } from "./architectures";
 import { bytes, json } from "./fixtures";
@@ -37,14 +34,14 @@ function oracle(mode: string): Rows {
 }
 
 /** A scan's stored tables, as the service's manifest names them. */
-function stored(mode: string, load: Loader): Promise<Series> {
+function stored(mode: string, load: Loader, without = ""): Promise<Series> {
   const manifest = {
     model: "smollm2",
     revision: "ab",
     request: { prompt: "The Eiffel Tower is located in the city of", perturbations: [] },
     numerics: { dtype: "float32", device: "cpu", attention: "eager" },
     created_at: "2026-11-23T14:32:05Z",
-    tables: Object.keys(oracle(mode)).map((name) => ({ name })),
+    tables: Object.keys(oracle(mode)).flatMap((name) => (name === without ? [] : { name })),
   } as unknown as Manifest;
   return load(manifest, "job", (name) => Promise.resolve(bytes(`${mode}/${name}`)));
 }
@@ -211,6 +208,19 @@ test("the lens grid has a row a place and says each place's likeliest token", as
   expect(section?.word?.(topology.nLayers, series.tokens.length - 1)).toBe(" Paris");
 });
 
+test("a scan that painted no component is still read token by token", async () => {
+  const series = await stored("FLAIR", loadAnomalies, "nodes");
+  expect(series.fields).toEqual([]);
+  const all = { FLAIR: { status: "ready", series } } as unknown as AllSeries;
+  const [display, crosshair] = [new Display(), new Crosshair()];
+  display.sequence = "FLAIR";
+  const reading = new Reading({ model: null, topology, series: all }, display, crosshair);
+  crosshair.token = 4;
+  expect([reading.column, reading.token?.position]).toEqual([4, 4]);
+  crosshair.token = 99;
+  expect(reading.column).toBe(series.tokens.length - 1);
+});
+
 test("three channels a token, none at the sink", async () => {
   const { anomalies, tokens } = await stored("FLAIR", loadAnomalies);
   expect(anomalies?.findings).toHaveLength(tokens.length);
@@ -346,6 +356,25 @@ test("tokens are counted from 1 by people and from 0 by the service", () => {
   expect(positions("0-2, 6", 9)).toEqual([0, 1, 2, 6]);
   expect(positions("8 1 1", 9)).toEqual([1, 8]);
   for (const wrong of ["9", "10", "3-1", "x", "1-", "-1"]) expect(positions(wrong, 9)).toBeNull();
+});
+
+test("tokens are bounded by a scan of all of the prompt, else by what the model reads", async () => {
+  const series = await stored("FLAIR", loadAnomalies);
+  const { prompt } = series.acquisition;
+  const narrow = {
+    ...series,
+    acquisition: { ...series.acquisition, request: { token_positions: [3] } },
+    tokens: series.tokens.slice(3, 4),
+  };
+  const count = (one: Series | null, text = prompt ?? "", reads?: number) =>
+    countable(one, text, reads);
+  expect(count(series, undefined, 2048)).toBe(series.tokens.length);
+  expect(count(series, "another", 2048)).toBe(2048);
+  expect(count({ ...series, sequence: "tracing" }, undefined, 2048)).toBe(2048);
+  expect(positions("9", count(narrow, undefined, 2048))).toEqual([9]);
+  for (const reads of [undefined, NaN, 1e12]) {
+    expect(positions("0-999999999", count(null, "", reads))).toBeNull();
+  }
 });
 
 test("numbers are read as somebody pastes them, and nothing else is", () => {
