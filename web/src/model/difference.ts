@@ -11,11 +11,18 @@ export interface Side {
   readonly topology: Topology | null;
 }
 
+/** One quantity under several names: what components write, in a plain run or in either of a stimulation. */
+const RUNS: readonly string[] = ["activity", "before", "after"];
+
 /** Why two pictures cannot be subtracted; null where they can. */
 export function incomparable(current: Side, prior: Side): Message | null {
   if (current.field === null) return "There is no current scan of this sequence yet.";
   if (prior.field === null) return "There is no prior scan of this sequence yet.";
   if (current.field.unit !== prior.field.unit) return "The two are counted in different units.";
+  const [own, other] = [current.field.id, prior.field.id];
+  if (own !== other && !(RUNS.includes(own) && RUNS.includes(other))) {
+    return "The two show different quantities.";
+  }
   const [a, b] = [current.topology, prior.topology];
   if (a?.nLayers !== b?.nLayers || a?.headsInAll !== b?.headsInAll) {
     return "The two models differ in shape: no component of one is a component of the other.";

@@ -166,10 +166,16 @@ describe("the difference of two scans", () => {
     expect([...(differenceOf(long, short)?.fields[0]?.volume.data ?? [])]).toEqual([NaN, 1, 3]);
   });
 
-  test("other units and other shapes are refused, and say so", () => {
+  test("other units, other quantities and other shapes are refused, and say so", () => {
     const a = side(["embed"], 1, [1]);
     expect(incomparable(a, side(["embed"], 1, [1], "nats"))).toMatch(/units/);
     expect(incomparable(a, { ...a, topology: topologyOf(architecture(2, 4)) })).toMatch(/shape/);
+    // A prior by direct attribution has no effect, and what helps the answer has the other sign there.
+    const of = (id: string): Side => ({ ...a, field: { ...quantity(["embed"], 1, [1]), id } });
+    expect(incomparable(of("effect"), of("direct"))).toMatch(/quantities/);
+    expect(incomparable(of("change"), of("activity"))).toMatch(/quantities/);
+    expect(incomparable(of("after"), of("before"))).toBeNull();
+    expect(incomparable(of("after"), of("activity"))).toBeNull();
     expect(incomparable(a, { ...a, field: null })).toMatch(/prior/);
     expect(differenceOf(a, { ...a, topology: topologyOf(architecture(3, 3)) })).toBeNull();
   });
