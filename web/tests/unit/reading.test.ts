@@ -2,14 +2,14 @@
 import { describe, expect, test } from "vitest";
 
 import { moved } from "../../src/colour/window";
-import { besides, differenceOf, incomparable, type Side } from "../../src/model/difference";
+import { differenceOf, incomparable, type Side } from "../../src/model/difference";
 import { field } from "../../src/model/field";
 import { folded, foldingOf } from "../../src/model/fold";
 import { statistics, valuesIn } from "../../src/model/region";
 import { coronalOf } from "../../src/model/section";
 import { bare, type Acquisition } from "../../src/model/series";
 import { nodeAt, topologyOf } from "../../src/model/topology";
-import { Volume } from "../../src/model/volume";
+import { Volume, besides } from "../../src/model/volume";
 import { Crosshair } from "../../src/state/crosshair.svelte";
 import { Display } from "../../src/state/display.svelte";
 import { Reading, type Scene } from "../../src/state/reading.svelte";
