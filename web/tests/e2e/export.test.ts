@@ -105,6 +105,20 @@ test("a cine leaves as a film of WebM", async () => {
   await leave(open);
 });
 
+test("a film that is stopped is no failure", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  await page.keyboard.press("Shift+E");
+  const dialog = page.getByRole("dialog");
+  await dialog.getByRole("button", { name: "WebM" }).click();
+  await dialog.getByRole("button", { name: "Stop", exact: true }).first().click();
+  await dialog.getByRole("button", { name: "WebM" }).waitFor();
+  await expect.poll(() => dialog.getByRole("button", { name: "WebM" }).isEnabled()).toBe(true);
+  expect(await dialog.getByRole("alert").count()).toBe(0);
+  await leave(open);
+});
+
 test("one page opens from a disk without a network, and is the same again when it comes back", async () => {
   const open = await visit(browser);
   const { page } = open;
