@@ -174,7 +174,10 @@ export class Comparison {
 
   /** The structure of the model that stands there already: nobody can choose it once more. */
   async #anatomy(): Promise<void> {
-    if (this.other.series.T1.status === "absent") await this.other.begin();
+    if (this.other.series.T1.status !== "absent") return;
+    // By its name, as if it had been chosen: the address says it, and a saved page answers for it.
+    this.other.chosen ??= this.other.model?.name ?? null;
+    await this.other.begin();
   }
 }
 

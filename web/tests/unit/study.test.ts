@@ -107,8 +107,9 @@ test("of two models that one is there as well which stands chosen before anybody
   const [hung, turned] = [made(), made()];
   await hung.restore({ ...NO_PRIOR, kind: "model" }, "T1");
   await turned.choose("model");
-  for (const { other, prior } of [hung, turned]) {
-    expect(other.model?.name).toBe(OWN.name);
+  for (const comparison of [hung, turned]) {
+    const { other, prior } = comparison;
+    expect(comparison.place().model).toBe(OWN.name);
     expect(other.series.T1.status).toBe("ready");
     expect(prior.field?.id).toBe("parameters");
   }
