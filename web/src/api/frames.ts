@@ -54,6 +54,8 @@ export interface Neuron {
 export interface Prediction {
   readonly position: number;
   readonly rank: number;
+  /** In the model's vocabulary, where many may have one text; -1 where a share hides it. */
+  readonly id: number;
   readonly text: string;
   readonly logit: number;
   readonly probability: number;
@@ -119,6 +121,7 @@ export function readPredictions(bytes: ArrayBuffer): readonly Prediction[] {
   return openTable(bytes, "predictions").rows((row) => ({
     position: row.number("position"),
     rank: row.number("rank"),
+    id: row.number("token_id"),
     text: row.text("text"),
     logit: row.number("logit"),
     probability: row.number("probability"),

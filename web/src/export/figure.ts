@@ -11,7 +11,8 @@ import type { NodePaint } from "../render/paint";
 import { DIRECTIONS, HURTS, type Tract } from "../render/tracts";
 import { short, token } from "../ui/format";
 import { INKS, onGround, type Ground, type Ink } from "./ink";
-import { document, element, round, text } from "./svg";
+import { document, element, escaped, round, text } from "./svg";
+import { wrapped } from "./wrap";
 
 /** How values became colours: the same for pixels and for the bar beside them. */
 export interface Colours {
@@ -26,9 +27,9 @@ export interface Colours {
 
 export interface Caption {
   readonly title: string;
-  /** Under the title, a line each. */
+  /** Under the title, each on a line of its own, or on a few. */
   readonly lines: readonly string[];
-  /** Under the picture, a line each: method, window, scan. */
+  /** Under the picture, likewise: method, window, scan. */
   readonly notes: readonly string[];
 }
 
@@ -72,6 +73,9 @@ const LINE = 16;
 const NOTE = 13;
 /** Mean width of a character of a note. */
 const NOTE_CHARACTER = 5.2;
+/** The same of a line under the title; a prompt may be long, and has so many. */
+const LINE_CHARACTER = 6.5;
+const MOST_LINES = 3;
 const LONGEST_NAME = 14;
 const LEGEND = 148;
 const BAR = 14;
@@ -83,9 +87,9 @@ export function axialFigure(figure: AxialFigure, ground: Ground): string {
   const { caption, colours, layout, topology } = figure;
   const ink = INKS[ground];
   const lut = onGround(colours.lut, colours.signed, ground);
-  const top = EDGE + HEAD + caption.lines.length * LINE + 6;
   const width = EDGE * 2 + layout.width + LEGEND;
-  const said = wrapped(caption.notes, width);
+  const { lines, said } = broken(caption, width);
+  const top = EDGE + HEAD + lines.length * LINE + 6;
   const height = top + layout.height + said.length * NOTE + EDGE;
   const picture = [
     anatomy(layout, ink),
@@ -98,7 +102,7 @@ export function axialFigure(figure: AxialFigure, ground: Ground): string {
   const barTop = top + 46;
   const inside = [
     element("rect", { width, height, fill: ink.ground }),
-    headings(caption, ink),
+    headings(caption.title, lines, ink),
     element("g", { transform: `translate(${EDGE} ${round(top)})` }, picture),
     colourBar(colours, lut, legendX, barTop, ink),
     tractLegend(figure, legendX, barTop + BAR_HEIGHT + 34, ink),
@@ -111,7 +115,6 @@ export function axialFigure(figure: AxialFigure, ground: Ground): string {
 export function sectionFigure(figure: SectionFigure, ground: Ground): string {
   const { caption, panels } = figure;
   const ink = INKS[ground];
-  const top = EDGE + HEAD + caption.lines.length * LINE + 30;
   const names = panels.flatMap(({ section }) => section.names.map((name) => name.length));
   // Names stand aslant below the map: their height goes with the longest.
   const labels = 34 + Math.min(LONGEST_NAME, Math.max(...names)) * 5;
@@ -121,7 +124,8 @@ export function sectionFigure(figure: SectionFigure, ground: Ground): string {
   const columns = Math.max(1, ...panels.map(({ section }) => section.width));
   const panelWidth = Math.min(420, Math.max(180, columns * 22));
   const width = EDGE * 2 + left + panels.length * panelWidth + (panels.length - 1) * gap + LEGEND;
-  const said = wrapped(caption.notes, width);
+  const { lines, said } = broken(caption, width);
+  const top = EDGE + HEAD + lines.length * LINE + 30;
   const height = top + heightOfCells + labels + said.length * NOTE + EDGE;
   const drawn = panels.map(({ title, section, colours }, at) => {
     const x = EDGE + left + at * (panelWidth + gap);
@@ -138,7 +142,7 @@ export function sectionFigure(figure: SectionFigure, ground: Ground): string {
   });
   const inside = [
     element("rect", { width, height, fill: ink.ground }),
-    headings(caption, ink),
+    headings(caption.title, lines, ink),
     element(
       "text",
       {
@@ -159,30 +163,25 @@ export function sectionFigure(figure: SectionFigure, ground: Ground): string {
   return document(width, height, caption.title, inside);
 }
 
-function headings(caption: Caption, ink: Ink): string {
-  const title = text(EDGE, EDGE + 15, caption.title, {
+/** A caption's texts in lines no longer than the figure is wide. */
+function broken({ lines, notes }: Caption, width: number) {
+  const room = (character: number) => Math.floor((width - 2 * EDGE) / character);
+  return {
+    lines: lines.flatMap((line) => wrapped(line, room(LINE_CHARACTER), MOST_LINES)),
+    said: notes.flatMap((note) => wrapped(note, room(NOTE_CHARACTER))),
+  };
+}
+
+function headings(words: string, lines: readonly string[], ink: Ink): string {
+  const title = text(EDGE, EDGE + 15, words, {
     "font-size": 17,
     "font-weight": 700,
     fill: ink.text,
   });
-  const lines = caption.lines.map((line, at) =>
+  const below = lines.map((line, at) =>
     text(EDGE, EDGE + HEAD + 12 + at * LINE, line, { "font-size": 12.5, fill: ink.quiet }),
   );
-  return title + lines.join("");
-}
-
-/** Lines no longer than the figure is wide, broken between words. */
-function wrapped(lines: readonly string[], width: number): readonly string[] {
-  const most = Math.floor((width - 2 * EDGE) / NOTE_CHARACTER);
-  return lines.flatMap((line) => {
-    const broken: string[] = [];
-    for (const word of line.split(" ")) {
-      const last = broken.at(-1);
-      if (last === undefined || last.length + 1 + word.length > most) broken.push(word);
-      else broken[broken.length - 1] = `${last} ${word}`;
-    }
-    return broken;
-  });
+  return title + below.join("");
 }
 
 function notes(lines: readonly string[], height: number, ink: Ink): string {
@@ -526,7 +525,7 @@ function tokenAxis(section: Section, box: Box, figure: SectionFigure, ink: Ink):
           "font-size": 10.5,
           fill: ink.text,
         },
-        words.slice(0, LONGEST_NAME).replaceAll("&", "&amp;").replaceAll("<", "&lt;"),
+        escaped(words.slice(0, LONGEST_NAME)),
       );
     })
     .join("");

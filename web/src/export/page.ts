@@ -32,20 +32,27 @@ export async function viewingIn(html: string): Promise<Archive> {
 
 export type Ask = (path: string) => Promise<Pick<Answer, "type" | "body">>;
 
-/** The answers that a picture of these jobs is made of. T1 is asked for by its endpoint, not by its id. */
+/**
+ * The answers that a picture of these jobs is made of, each once. T1 is asked for by its endpoint, not by its id:
+ * the first is the shown model's, others are of models that it is compared with.
+ */
 export async function gather(
   ask: Ask,
-  structural: string,
+  structural: readonly string[],
   jobs: readonly string[],
 ): Promise<readonly Answer[]> {
   const get = async (path: string): Promise<Answer> => ({
     request: `GET ${path}`,
     ...(await ask(path)),
   });
-  const all = await Promise.all([structural, ...jobs].map((job) => answersOf(get, job)));
-  const [first] = all[0] ?? [];
+  const once = [...new Set([...structural, ...jobs])];
+  const all = await Promise.all(once.map((job) => answersOf(get, job)));
   const models = await get("/api/models");
-  const taken = first === undefined ? [] : [{ ...first, request: "POST /api/scan/structural" }];
+  const taken = all
+    .slice(0, new Set(structural).size)
+    .flatMap(([first]) =>
+      first === undefined ? [] : { ...first, request: "POST /api/scan/structural" },
+    );
   return [models, ...taken, ...all.flat()];
 }
 

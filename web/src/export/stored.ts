@@ -3,11 +3,17 @@ import type { Archive } from "./archive";
 
 /** A `fetch` that knows what was saved, and refuses the rest as the service would. */
 export function storedFetch({ answers }: Pick<Archive, "answers">, refusal: string): typeof fetch {
-  const saved = new Map(answers.map((answer) => [answer.request, answer]));
   return (input, init) => {
     init?.signal?.throwIfAborted();
     const path = typeof input === "string" ? input : input instanceof URL ? input.href : input.url;
-    const answer = saved.get(`${init?.method ?? "GET"} ${path}`);
+    const request = `${init?.method ?? "GET"} ${path}`;
+    const model = typeof init?.body === "string" ? modelIn(init.body) : undefined;
+    // Of the models whose anatomy was saved the first is the one that is asked for without a name.
+    const answer = answers.find(
+      (one) =>
+        one.request === request &&
+        (model === undefined || modelIn(new TextDecoder().decode(one.body)) === model),
+    );
     if (answer !== undefined) {
       return Promise.resolve(
         new Response(answer.body, { headers: { "Content-Type": answer.type } }),
@@ -21,4 +27,9 @@ export function storedFetch({ answers }: Pick<Archive, "answers">, refusal: stri
       }),
     );
   };
+}
+
+/** The model that a request or a job is of. */
+function modelIn(json: string): unknown {
+  return (JSON.parse(json) as { readonly model?: unknown }).model;
 }

@@ -14,8 +14,12 @@ export function text(x: number, y: number, words: string, attributes: Attributes
   return words === "" ? "" : element("text", { x, y, ...attributes }, escaped(words));
 }
 
+/** What XML 1.0 has no way to say: control characters, halves of a character, two that are none. */
+const UNSAYABLE = /[^\t\n\r\x20-\ud7ff\ue000-\ufffd\u{10000}-\u{10ffff}]/gu;
+
 export function escaped(words: string): string {
   return words
+    .replaceAll(UNSAYABLE, "")
     .replaceAll("&", "&amp;")
     .replaceAll("<", "&lt;")
     .replaceAll(">", "&gt;")

@@ -3,7 +3,7 @@ import type { Message } from "../words/words.svelte";
 import { field, type Field } from "./field";
 import type { Series } from "./series";
 import type { Topology } from "./topology";
-import { Volume } from "./volume";
+import { Volume, besides } from "./volume";
 
 export interface Side {
   readonly series: Series | null;
@@ -11,25 +11,23 @@ export interface Side {
   readonly topology: Topology | null;
 }
 
+/** One quantity under several names: what components write, in a plain run or in either of a stimulation. */
+const RUNS: readonly string[] = ["activity", "before", "after"];
+
 /** Why two pictures cannot be subtracted; null where they can. */
 export function incomparable(current: Side, prior: Side): Message | null {
   if (current.field === null) return "There is no current scan of this sequence yet.";
   if (prior.field === null) return "There is no prior scan of this sequence yet.";
   if (current.field.unit !== prior.field.unit) return "The two are counted in different units.";
+  const [own, other] = [current.field.id, prior.field.id];
+  if (own !== other && !(RUNS.includes(own) && RUNS.includes(other))) {
+    return "The two show different quantities.";
+  }
   const [a, b] = [current.topology, prior.topology];
   if (a?.nLayers !== b?.nLayers || a?.headsInAll !== b?.headsInAll) {
     return "The two models differ in shape: no component of one is a component of the other.";
   }
   return null;
-}
-
-/**
- * Which column of the prior stands beside a column of the current: prompts of different lengths meet at
- * their ends, where both are about to answer. -1 where there is none. A still image stands beside all.
- */
-export function besides(column: number, width: number, priorWidth: number): number {
-  if (priorWidth <= 1 && width <= 1) return 0;
-  return Math.max(-1, priorWidth - (width - column));
 }
 
 /** Current minus prior, component by component. In float64: of two float32 values it is exact. */

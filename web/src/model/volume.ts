@@ -52,6 +52,15 @@ export class Volume {
   }
 }
 
+/**
+ * Which column of the prior stands beside a column of the current: prompts of different lengths meet at
+ * their ends, where both are about to answer. -1 where there is none. A still image stands beside all.
+ */
+export function besides(column: number, width: number, priorWidth: number): number {
+  if (priorWidth <= 1 && width <= 1) return 0;
+  return Math.max(-1, priorWidth - (width - column));
+}
+
 /** Ranks of values, 1 the largest; equal values share a rank; 0 for NaN. */
 export function ranks(values: Float64Array): Uint32Array {
   const order = [...values.keys()]

@@ -120,6 +120,7 @@ export class Comparison {
     const missing = place.jobs.filter((job) => !there.includes(job));
     if (missing.length > 0) await this.other.openAll(missing, shownNow);
     else if (place.model !== null) await this.other.choose(place.model);
+    if (this.kind === "model" && models.length === 0) await this.#anatomy();
   }
 
   /** Another kind of prior: what belonged to the one before is taken away. */
@@ -128,6 +129,7 @@ export class Comparison {
     this.kind = kind;
     this.#share();
     if (kind === "prompt") await this.#sameModel();
+    else if (kind === "model") await this.#anatomy();
   }
 
   /** The model that the prior is of; its structure is there at once. */
@@ -167,7 +169,15 @@ export class Comparison {
     if (this.other.model?.name === name && this.other.series.T1.status !== "absent") return;
     this.other.chosen = null;
     await this.other.choose(name);
-    if (this.other.series.T1.status === "absent") await this.other.begin();
+    await this.#anatomy();
+  }
+
+  /** The structure of the model that stands there already: nobody can choose it once more. */
+  async #anatomy(): Promise<void> {
+    if (this.other.series.T1.status !== "absent") return;
+    // By its name, as if it had been chosen: the address says it, and a saved page answers for it.
+    this.other.chosen ??= this.other.model?.name ?? null;
+    await this.other.begin();
   }
 }
 

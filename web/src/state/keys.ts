@@ -142,6 +142,8 @@ const byKey = new Map(
 
 export interface Pressed {
   readonly key: string;
+  /** The key's place on the keyboard: `KeyA` where a Latin A would be. */
+  readonly code?: string;
   readonly shiftKey: boolean;
   readonly ctrlKey: boolean;
   readonly altKey: boolean;
@@ -161,9 +163,11 @@ export function actionOf(
     // A key that is held saves once.
     return action === "save" && press.repeat === true ? null : action;
   };
-  const letter = /^[a-z]$/i.test(press.key);
+  // Another script's letters stand where Latin ones do on the same keyboard.
+  const foreign = /^[^ -~]$/u.test(press.key) ? /^Key(.)$/.exec(press.code ?? "")?.[1] : undefined;
+  const letter = foreign ?? press.key;
   const shift = press.shiftKey ? "Shift+" : "";
-  if (letter) return meaning(shift + press.key.toLowerCase());
+  if (/^[a-z]$/i.test(letter)) return meaning(shift + letter.toLowerCase());
   // Shift makes another sign of a sign; with an arrow it means something only where it is asked for.
   return (press.shiftKey ? differs.get(shift + press.key) : null) ?? meaning(press.key);
 }

@@ -11,14 +11,13 @@ import type { Token } from "../api/frames";
 import type { ModelInfo } from "../api/schema";
 import { lut, type Lut, type MapName } from "../colour/lut";
 import { automatic, coordinates, symmetric, type Scale, type Window } from "../colour/window";
-import { besides } from "../model/difference";
 import { source, type Field } from "../model/field";
 import { folded, foldingOf, type Folding } from "../model/fold";
 import type { Series } from "../model/series";
 import { sequence, type Sequence, type SequenceId } from "../model/sequences";
 import { nodeOf, topologyOf, type Topology } from "../model/topology";
 import { USUAL_VIEW, type SeriesView, type ViewId } from "../model/views";
-import { ranks, type Volume } from "../model/volume";
+import { besides, ranks, type Volume } from "../model/volume";
 import type { Crosshair } from "./crosshair.svelte";
 import type { Display } from "./display.svelte";
 import { shown, type AllSeries, type SeriesState } from "./study.svelte";
@@ -116,7 +115,8 @@ export class Reading {
 
   /** Column of the volume that is shown: one it has, or -1 beside a longer prompt's first tokens. */
   readonly column: number = $derived.by(() => {
-    const width = this.volume?.width ?? 0;
+    // Where nothing was painted, as by FLAIR without sublayers, there are still tokens to go through.
+    const width = this.volume?.width ?? this.tokens.length;
     const leader = this.#role.leader;
     if (leader?.volume != null) return besides(leader.column, leader.volume.width, width);
     return Math.max(0, Math.min(width - 1, this.#crosshair.token));
@@ -172,7 +172,9 @@ export class Reading {
     const leader = this.#role.leader;
     // One window for both, so that a colour means the same in either.
     if (leader?.volume != null && leader.scale === this.scale) return leader.window;
-    return this.view.window ?? this.automatic;
+    const own = this.view.window ?? this.automatic;
+    // The middle of a diverging map is 0, and stays there.
+    return this.field?.signed === true ? { level: 0, width: own.width } : own;
   });
   readonly inverted: boolean = $derived.by(() => this.view.inverted);
   readonly lut: Lut = $derived.by(() => lut(this.map, this.inverted));

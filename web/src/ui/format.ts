@@ -24,7 +24,8 @@ export function short(x: number): string {
     [1e6, "M"],
     [1e3, "k"],
   ] as const) {
-    if (size >= unit) return `${(x / unit).toPrecision(3)}${symbol}`;
+    // What is rounded up to a unit is written in it.
+    if (size >= 0.9995 * unit) return `${(x / unit).toPrecision(3)}${symbol}`;
   }
   if (size >= 0.01 || size === 0) return x.toPrecision(3);
   return x.toExponential(1);
@@ -55,10 +56,15 @@ export function clock(elapsed: number): string {
   return `${String(Math.floor(whole / 60)).padStart(2, "0")}:${String(whole % 60).padStart(2, "0")}`;
 }
 
-/** A token with its white space to be seen. An empty one is the rest of a character before it. */
+/** White space, controls, joiners and marks of direction: all that a token may have and nobody sees. */
+const UNSEEN = /[\p{C}\p{Z}]/gu;
+const SIGNS: Readonly<Record<string, string>> = { " ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥" };
+
+/** A token with all of it to be seen, by a sign or a code. An empty one is the rest of a character before it. */
 export function token(text: string): string {
   if (text === "") return "◌";
-  return text.replaceAll(" ", "·").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  const code = (one: string) => one.codePointAt(0)?.toString(16).padStart(4, "0");
+  return text.replaceAll(UNSEEN, (one) => SIGNS[one] ?? `\\u${code(one)}`);
 }
 
 /** What of a text fits into so many characters; that more was there is seen. */
@@ -66,10 +72,11 @@ export function shortened(text: string, room: number): string {
   return text.length > room ? `${text.slice(0, room - 1)}…` : text;
 }
 
-/** A token as it is spoken: white space is no word. */
+/** A token as it is spoken: white space is no word, and what has no sound is spelled. */
 export function spoken(text: string): string {
   const bare = text.trim();
-  return bare === "" ? t("white space") : bare;
+  if (bare === "") return t("white space");
+  return bare.replaceAll(UNSEEN, "") === "" ? token(bare) : bare;
 }
 
 /** The first characters of a digest or id. */

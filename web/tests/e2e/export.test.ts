@@ -23,7 +23,7 @@ afterAll(async () => {
 /** Opens the export, presses one of its buttons and returns the file's path. */
 async function exported(page: Page, button: string, nth = 0): Promise<string> {
   if ((await page.getByRole("dialog").count()) === 0) {
-    await page.getByTestId("axial").focus();
+    await page.getByTestId(/^axial(-current)?$/).focus();
     await page.keyboard.press("Shift+E");
   }
   const control = page
@@ -105,6 +105,20 @@ test("a cine leaves as a film of WebM", async () => {
   await leave(open);
 });
 
+test("a film that is stopped is no failure", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  await page.keyboard.press("Shift+E");
+  const dialog = page.getByRole("dialog");
+  await dialog.getByRole("button", { name: "WebM" }).click();
+  await dialog.getByRole("button", { name: "Stop", exact: true }).first().click();
+  await dialog.getByRole("button", { name: "WebM" }).waitFor();
+  await expect.poll(() => dialog.getByRole("button", { name: "WebM" }).isEnabled()).toBe(true);
+  expect(await dialog.getByRole("alert").count()).toBe(0);
+  await leave(open);
+});
+
 test("one page opens from a disk without a network, and is the same again when it comes back", async () => {
   const open = await visit(browser);
   const { page } = open;
@@ -162,6 +176,30 @@ test("one page opens from a disk without a network, and is the same again when i
   const { size } = await stat(path);
   const data = size - (await stat(new URL("../../dist/page.html", import.meta.url))).size;
   expect(size - data).toBeLessThanOrEqual(150_000);
+  await leave(open);
+});
+
+test("what hangs beside the picture is saved with it", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  await page.getByTestId("protocol").selectOption("prior");
+  await page.getByTestId("prior-prompt").fill("The Big Ben is in the city of");
+  await page.getByRole("button", { name: "Scan the prior" }).click();
+  const prior = (on: Page) =>
+    on
+      .getByTestId("corner-value-prior")
+      .evaluate((corner) => ({ ...(corner as HTMLElement).dataset }));
+  await page.getByTestId("corner-value-difference").waitFor();
+  const before = await prior(page);
+  const path = await exported(page, "HTML");
+
+  const away = await browser.newContext({ offline: true });
+  const saved = await away.newPage();
+  await saved.goto(pathToFileURL(path).href);
+  await saved.getByTestId("corner-value-difference").waitFor();
+  expect(await prior(saved)).toEqual(before);
+  await away.close();
   await leave(open);
 });
 

@@ -180,6 +180,21 @@ test("DTI paints estimates first, then what was measured, then tracts", async ()
   await leave(open);
 });
 
+test("no key moves the middle of a diverging map off 0", async () => {
+  const open = await visit(browser, { fragment: `seq=DTI&${QUESTION}` });
+  const { page } = open;
+  await take(page, "DTI");
+  const corner = page.getByTestId("corner-window");
+  const width = await corner.getAttribute("data-width");
+  for (const key of ["=", "=", "="]) await page.keyboard.press(key);
+  expect(await corner.getAttribute("data-level")).toBe("0");
+  expect(await corner.getAttribute("data-width")).toBe(width);
+  await page.keyboard.press("]");
+  await expect.poll(() => corner.getAttribute("data-width")).not.toBe(width);
+  expect(await corner.getAttribute("data-level")).toBe("0");
+  await leave(open);
+});
+
 test("FLAIR says what each layer would answer, in step with the crosshair", async () => {
   const open = await visit(browser, { fragment: `seq=FLAIR&${QUESTION}` });
   const { page } = open;
@@ -264,6 +279,41 @@ test("a component is stimulated by keyboard alone, compared, and let go", async 
   await page.getByTestId("comparison").waitFor({ state: "detached" });
   expect(await page.getByTestId("corner-value").count()).toBe(1);
   await leave(open);
+});
+
+test("of a stimulation's two runs that one says the next token which is looked at", async () => {
+  const { page, ...open } = await visit(browser, {
+    fragment: `seq=fMRI&panel=stimulate&do=zero~blocks.1.mlp~~&${QUESTION}`,
+  });
+  await page.getByRole("button", { name: "Run" }).click();
+  await page.locator(".status", { hasText: "Stimulation complete" }).waitFor();
+  await page.getByRole("tab", { name: "Inspect" }).click();
+  const next = page.getByRole("region", { name: "Next token" });
+  const rows = oracle("perturbation");
+  await page.getByTestId("axial").focus();
+  for (const key of ["Home", ".", ".", "."]) await page.keyboard.press(key);
+  /** The likeliest logits of a run after token 3. */
+  const logits = (table: string) => {
+    const { position = [], logit = [] } = rows[table] ?? {};
+    return logit
+      .filter((_, row) => position[row] === 3)
+      .slice(0, 6)
+      .map((each) => `logit ${(each as number).toFixed(3)}`);
+  };
+  const said = () =>
+    next.locator("li").evaluateAll((all) => all.map((row) => (row as HTMLElement).title));
+  expect(logits("predictions")).not.toEqual(logits("predictions_after"));
+  for (const [picture, run, table] of [
+    ["difference", "stimulated", "predictions_after"],
+    ["change", "stimulated", "predictions_after"],
+    ["after", "stimulated", "predictions_after"],
+    ["before", "clean", "predictions"],
+  ] as const) {
+    await next.getByText(`· ${run}`).waitFor();
+    expect(await said(), picture).toEqual(logits(table));
+    await page.keyboard.press("f");
+  }
+  await leave({ page, ...open });
 });
 
 test("a fact is traced, and its map stands in the sagittal plane", async () => {

@@ -136,6 +136,21 @@ test("a scan that fails on the way says why", async () => {
   await leave(open);
 });
 
+test("a prompt of several lines stands on one, and keeps its lines", async () => {
+  const fragment = new URLSearchParams({ prompt: "one\ntwo" }).toString();
+  const open = await visit(browser, { fragment });
+  const { page } = open;
+  await settled(page);
+  expect(await page.inputValue("#prompt")).toBe("one⏎two");
+  await page.focus("#prompt");
+  await page.keyboard.press("End");
+  await page.keyboard.type("!");
+  expect(await page.inputValue("#prompt")).toBe("one⏎two!");
+  await page.waitForFunction(() => location.hash.includes("%21"));
+  expect(new URLSearchParams(new URL(page.url()).hash.slice(1)).get("prompt")).toBe("one\ntwo!");
+  await leave(open);
+});
+
 test("without the service the viewer says so, and tries again when told", async () => {
   const open = await visit(browser, { behaviour: { down: true } });
   const { page } = open;

@@ -63,6 +63,24 @@ test("three planes are cut where the one crosshair is, and each says the stored 
   await leave(open);
 });
 
+test("a box that the system takes away while it is drawn is not measured", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  await page.keyboard.press("d");
+  await page.mouse.move(...(await at(page, "axial", 0.05, 0.4)));
+  await page.mouse.down();
+  await page.mouse.move(...(await at(page, "axial", 0.5, 0.5)), { steps: 4 });
+  const box = page.getByTestId("axial").locator("rect.region");
+  expect(await box.count()).toBe(1);
+  await page.getByTestId("axial").dispatchEvent("pointercancel");
+  expect(await box.count()).toBe(0);
+  await page.mouse.up();
+  await drawn(page);
+  expect(await page.getByTestId("statistics").count()).toBe(0);
+  await leave(open);
+});
+
 test("a region's numbers are those of the floats in it", async () => {
   const open = await visit(browser);
   const { page } = open;

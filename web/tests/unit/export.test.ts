@@ -6,11 +6,13 @@ import { dense, densely } from "../../scripts/dense.mjs";
 import { UnreadableArchive, pack, stateHash, unpack, type Archive } from "../../src/export/archive";
 import { csvOf } from "../../src/export/csv";
 import { fileName } from "../../src/export/download";
-import { colourBar } from "../../src/export/figure";
+import { colourBar, sectionFigure, type SectionFigure } from "../../src/export/figure";
 import { INKS, onGround } from "../../src/export/ink";
+import { gather } from "../../src/export/page";
 import { sha256 } from "../../src/export/sha256";
 import { storedFetch } from "../../src/export/stored";
-import { document } from "../../src/export/svg";
+import { document, escaped } from "../../src/export/svg";
+import { wrapped } from "../../src/export/wrap";
 import { lut } from "../../src/colour/lut";
 import { field } from "../../src/model/field";
 import { Volume } from "../../src/model/volume";
@@ -76,6 +78,30 @@ test("a saved page answers what it holds, and refuses the rest as the service wo
   expect(await refused.json()).toMatchObject({ title: "This page was saved without it" });
 });
 
+test("no model's anatomy is answered for another's", async () => {
+  const ask = (path: string) => {
+    const [, job = ""] = /^\/api\/jobs\/([^/]+)/.exec(path) ?? [];
+    const said = path.endsWith("/manifest")
+      ? { tables: [] }
+      : { id: job, model: `model of ${job}` };
+    const body = new TextEncoder().encode(JSON.stringify(said));
+    return Promise.resolve({ type: "application/json", body });
+  };
+  const answers = await gather(ask, ["1", "2"], ["3", "2"]);
+  const requests = answers.map(({ request }) => request);
+  expect(requests.filter((request) => request === "GET /api/jobs/2")).toHaveLength(1);
+  const stored = storedFetch({ answers }, "This page was saved without it");
+  const structural = async (model?: string) => {
+    const body = JSON.stringify({ model });
+    const answer = await stored("/api/scan/structural", { method: "POST", body });
+    return answer.ok ? ((await answer.json()) as { id: string }).id : answer.status;
+  };
+  expect(await structural()).toBe("1");
+  expect(await structural("model of 1")).toBe("1");
+  expect(await structural("model of 2")).toBe("2");
+  expect(await structural("model of 3")).toBe(404);
+});
+
 test("rows keep every digit, and leave empty what was not measured", () => {
   const values = Float32Array.of(Math.PI, NaN, -0.1, 1e-30);
   const quantity = field({
@@ -126,6 +152,68 @@ test("the end of a scale says when values lie beyond it", () => {
 test("a figure's words are escaped, whatever the prompt was", () => {
   const svg = document(10, 10, `</title><script>"&`, "");
   expect(svg).toContain("<title>&lt;/title&gt;&lt;script&gt;&quot;&amp;</title>");
+});
+
+/** A map of one layer against these tokens, under these lines. */
+function drawn(names: readonly string[], lines: readonly string[]): string {
+  const distribution = new Float64Array(0);
+  const figure: SectionFigure = {
+    caption: { title: "fMRI", lines, notes: ["L2 norm"] },
+    panels: [
+      {
+        title: "",
+        section: {
+          width: names.length,
+          height: 1,
+          values: Float64Array.from(names, () => 1),
+          across: "tokens",
+          names,
+          top: 0,
+          unit: "",
+          shared: true,
+          marks: null,
+          word: null,
+        },
+        colours: {
+          lut: lut("inferno"),
+          window: { level: 0, width: 2 },
+          scale: "linear",
+          signed: false,
+          unit: "",
+          distribution,
+        },
+      },
+    ],
+    across: "token",
+    depth: "layer",
+    numbers: [],
+    promptShown: true,
+  };
+  return sectionFigure(figure, "paper");
+}
+
+test("what XML cannot say is left out of a figure, and nothing else is", () => {
+  expect(escaped("a\u0000\u001b\f\ud800b\uffff\ufffe")).toBe("ab");
+  expect(escaped("\t\n 한국어 🗼 \u{10ffff}")).toBe("\t\n 한국어 🗼 \u{10ffff}");
+  const svg = drawn(["\u001b[1m", "<&", "thirteen char🗼"], ["\u001b[1m", "\f"]);
+  expect(svg).toMatch(/^[\t\n\r\x20-\ud7ff\ue000-\ufffd]*$/u);
+  expect(svg).toContain(">&lt;&amp;<");
+});
+
+test("a long prompt stands on a few lines, and says where it was cut", () => {
+  const shown = (prompt: string) =>
+    [...drawn(["a"], [prompt]).matchAll(/<text[^>]*font-size="12.5"[^>]*>([^<]*)</g)].map(
+      ([, line]) => line ?? "",
+    );
+  const words = Array.from({ length: 12 }, (_, at) => `word${at}`).join(" ");
+  expect(shown(words).length).toBeGreaterThan(1);
+  expect(shown(words).join(" ")).toBe(words);
+  const long = shown(`${words} ${words} ${words} ${words}`);
+  expect(long).toHaveLength(3);
+  expect(long.at(-1)).toMatch(/…$/);
+  // Without spaces, and in full width.
+  expect(wrapped("에펠탑은 도시에", 5)).toEqual(["에펠", "탑은", "도시", "에"]);
+  expect(wrapped("abcdefg hi", 4)).toEqual(["abcd", "efg", "hi"]);
 });
 
 test("a file's name says what is in it, in any script", () => {

@@ -28,6 +28,13 @@ test("short numbers fit beside a colour bar", () => {
   expect(short(28311552)).toBe("28.3M");
   expect(short(0.104)).toBe("0.104");
   expect(short(576)).toBe("576");
+  expect([999.4, 999.5, 999.9, -999999, 999.96e6].map(short)).toEqual([
+    "999",
+    "1.00k",
+    "1.00k",
+    "-1.00M",
+    "1.00B",
+  ]);
 });
 
 test("times, shares and sizes carry their unit", () => {
@@ -43,6 +50,22 @@ test("white space in tokens is seen, and not read out as a word", () => {
   expect(token("")).toBe("◌");
   expect(spoken(" Paris")).toBe("Paris");
   expect(spoken("\n")).toBe("white space");
+});
+
+test("what nobody would see in a token is shown by a sign or a code, and spelled where it has no sound", () => {
+  expect(token("\r\n")).toBe("␍⏎");
+  expect(["\u00a0", "\u200b", "\u202e", "\ufeff", "\u001b", "\u3000"].map(token)).toEqual([
+    "\\u00a0",
+    "\\u200b",
+    "\\u202e",
+    "\\ufeff",
+    "\\u001b",
+    "\\u3000",
+  ]);
+  for (const seen of ["한국", "é", "🗼", "�", "◌"]) expect(token(seen)).toBe(seen);
+  expect(spoken("\u200b")).toBe("\\u200b");
+  expect(spoken("\u200bParis")).toBe("\u200bParis");
+  expect(spoken("\u00a0")).toBe("white space");
 });
 
 test("a text that is cut says so", () => {

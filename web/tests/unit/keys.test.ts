@@ -39,6 +39,18 @@ test("a key that is held moves on and on, and saves once", () => {
   expect(actionOf(press("u", { repeat: true }))).toBeNull();
 });
 
+test("letters of another script mean what stands in their place, and nothing else does", () => {
+  expect(actionOf(press("р", { code: "KeyH" }))).toBe("hottest");
+  expect(actionOf(press("Р", { code: "KeyH", shiftKey: true }))).toBe("strongest-head");
+  expect(actionOf(press("σ", { code: "KeyS" }))).toBe("scale");
+  expect(actionOf(press("ㅔ", { code: "KeyP" }))).toBe("stimulate");
+  // A Latin letter means itself wherever it stands, and so do signs.
+  expect(actionOf(press("a", { code: "KeyQ" }))).toBe("automatic");
+  expect(actionOf(press("/", { code: "KeyQ" }))).toBe("prompt");
+  expect(actionOf(press("é", { code: "Digit2" }))).toBeNull();
+  expect(actionOf(press("Dead", { code: "KeyH" }))).toBeNull();
+});
+
 test("signs that need Shift on some keyboards work either way", () => {
   expect(actionOf(press("?", { shiftKey: true }))).toBe("help");
   expect(actionOf(press("/"))).toBe("prompt");

@@ -5,23 +5,20 @@ import { source } from "../../src/model/field";
 import { layOut } from "../../src/model/layout";
 import { load as loadAnomalies } from "../../src/model/modes/anomalies";
 import { GrowingEffects, load as loadCircuits } from "../../src/model/modes/circuits";
-import { difference, load as loadStimulation } from "../../src/model/modes/stimulation";
+import { difference, likeliest, load as loadStimulation } from "../../src/model/modes/stimulation";
 import { load as loadTracing } from "../../src/model/modes/tracing";
 import { load as loadWeights, outlying } from "../../src/model/modes/weights";
 import { asToken, askedOfCircuit, NO_QUESTION } from "../../src/model/question";
 import { sectionOf } from "../../src/model/section";
 import type { Loader, Series } from "../../src/model/series";
-import {
-  injected,
-  named,
-  numbers,
-  positions,
-  read,
-  written,
-  type Stimulus,
-} from "../../src/model/stimulus";
+import { countable, injected, named, numbers, positions } from "../../src/model/operations";
+import { read, written, type Stimulus } from "../../src/model/stimulus";
 import { columnOf, topologyOf } from "../../src/model/topology";
 import { Volume } from "../../src/model/volume";
+import { Crosshair } from "../../src/state/crosshair.svelte";
+import { Display } from "../../src/state/display.svelte";
+import { Reading } from "../../src/state/reading.svelte";
+import type { AllSeries } from "../../src/state/study.svelte";
 import { directionOf, shareOf, tractsOf } from "../../src/render/tracts";
 import { SMOLLM2 } from "./architectures";
 import { bytes, json } from "./fixtures";
@@ -37,14 +34,14 @@ function oracle(mode: string): Rows {
 }
 
 /** A scan's stored tables, as the service's manifest names them. */
-function stored(mode: string, load: Loader): Promise<Series> {
+function stored(mode: string, load: Loader, without = ""): Promise<Series> {
   const manifest = {
     model: "smollm2",
     revision: "ab",
     request: { prompt: "The Eiffel Tower is located in the city of", perturbations: [] },
     numerics: { dtype: "float32", device: "cpu", attention: "eager" },
     created_at: "2026-11-23T14:32:05Z",
-    tables: Object.keys(oracle(mode)).map((name) => ({ name })),
+    tables: Object.keys(oracle(mode)).flatMap((name) => (name === without ? [] : { name })),
   } as unknown as Manifest;
   return load(manifest, "job", (name) => Promise.resolve(bytes(`${mode}/${name}`)));
 }
@@ -211,6 +208,19 @@ test("the lens grid has a row a place and says each place's likeliest token", as
   expect(section?.word?.(topology.nLayers, series.tokens.length - 1)).toBe(" Paris");
 });
 
+test("a scan that painted no component is still read token by token", async () => {
+  const series = await stored("FLAIR", loadAnomalies, "nodes");
+  expect(series.fields).toEqual([]);
+  const all = { FLAIR: { status: "ready", series } } as unknown as AllSeries;
+  const [display, crosshair] = [new Display(), new Crosshair()];
+  display.sequence = "FLAIR";
+  const reading = new Reading({ model: null, topology, series: all }, display, crosshair);
+  crosshair.token = 4;
+  expect([reading.column, reading.token?.position]).toEqual([4, 4]);
+  crosshair.token = 99;
+  expect(reading.column).toBe(series.tokens.length - 1);
+});
+
 test("three channels a token, none at the sink", async () => {
   const { anomalies, tokens } = await stored("FLAIR", loadAnomalies);
   expect(anomalies?.findings).toHaveLength(tokens.length);
@@ -247,6 +257,42 @@ test("the comparison says what the service stored", async () => {
   expect(lesion?.comparison?.before).toBe(column(rows, "comparison", "metric_before")[0]);
   expect(lesion?.comparison?.after).toBe(column(rows, "comparison", "metric_after")[0]);
   expect(lesion?.shifts.map(({ kl }) => kl)).toEqual(column(rows, "shift", "kl"));
+});
+
+test("either run's likeliest tokens meet by what they are, not by how they are written", async () => {
+  const { lesion } = await stored("perturbation", loadStimulation);
+  const rows = oracle("perturbation");
+  if (lesion == null) throw new Error("there is no lesion");
+  const ids = (table: string) => column(rows, table, "token_id").slice(0, 6) as number[];
+  const [first] = likeliest(lesion, 0, 6);
+  expect(first).toMatchObject({
+    key: ids("predictions")[0],
+    before: column(rows, "predictions", "probability")[0],
+    after: column(rows, "predictions_after", "probability")[
+      column(rows, "predictions_after", "token_id").indexOf(ids("predictions")[0])
+    ],
+  });
+
+  const one = (id: number, probability: number) =>
+    ({ position: 3, rank: 0, id, text: "\ufffd", logit: 0, probability }) as const;
+  const either = (before: readonly number[], after: readonly number[]) =>
+    likeliest(
+      { before: before.map((id) => one(id, 0.5)), after: after.map((id) => one(id, 0.25)) },
+      3,
+      6,
+    ).map((row) => [row.before, row.after]);
+  // Bytes of a character are different tokens with one text.
+  expect(either([7, 8], [8, 9])).toEqual([
+    [0.5, NaN],
+    [0.5, 0.25],
+    [NaN, 0.25],
+  ]);
+  // Where a share hides what they are, none is taken for another.
+  expect(either([-1], [-1, -1])).toEqual([
+    [0.5, NaN],
+    [NaN, 0.25],
+    [NaN, 0.25],
+  ]);
 });
 
 test("a dense image of a static scan has every component where the axial plane has it", async () => {
@@ -310,6 +356,25 @@ test("tokens are counted from 1 by people and from 0 by the service", () => {
   expect(positions("0-2, 6", 9)).toEqual([0, 1, 2, 6]);
   expect(positions("8 1 1", 9)).toEqual([1, 8]);
   for (const wrong of ["9", "10", "3-1", "x", "1-", "-1"]) expect(positions(wrong, 9)).toBeNull();
+});
+
+test("tokens are bounded by a scan of all of the prompt, else by what the model reads", async () => {
+  const series = await stored("FLAIR", loadAnomalies);
+  const { prompt } = series.acquisition;
+  const narrow = {
+    ...series,
+    acquisition: { ...series.acquisition, request: { token_positions: [3] } },
+    tokens: series.tokens.slice(3, 4),
+  };
+  const count = (one: Series | null, text = prompt ?? "", reads?: number) =>
+    countable(one, text, reads);
+  expect(count(series, undefined, 2048)).toBe(series.tokens.length);
+  expect(count(series, "another", 2048)).toBe(2048);
+  expect(count({ ...series, sequence: "tracing" }, undefined, 2048)).toBe(2048);
+  expect(positions("9", count(narrow, undefined, 2048))).toEqual([9]);
+  for (const reads of [undefined, NaN, 1e12]) {
+    expect(positions("0-999999999", count(null, "", reads))).toBeNull();
+  }
 });
 
 test("numbers are read as somebody pastes them, and nothing else is", () => {

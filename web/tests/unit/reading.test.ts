@@ -1,14 +1,15 @@
 /** Folding, regions and differences: what is computed from stored numbers, held against plain arithmetic. */
 import { describe, expect, test } from "vitest";
 
-import { besides, differenceOf, incomparable, type Side } from "../../src/model/difference";
+import { moved } from "../../src/colour/window";
+import { differenceOf, incomparable, type Side } from "../../src/model/difference";
 import { field } from "../../src/model/field";
 import { folded, foldingOf } from "../../src/model/fold";
 import { statistics, valuesIn } from "../../src/model/region";
 import { coronalOf } from "../../src/model/section";
 import { bare, type Acquisition } from "../../src/model/series";
 import { nodeAt, topologyOf } from "../../src/model/topology";
-import { Volume } from "../../src/model/volume";
+import { Volume, besides } from "../../src/model/volume";
 import { Crosshair } from "../../src/state/crosshair.svelte";
 import { Display } from "../../src/state/display.svelte";
 import { Reading, type Scene } from "../../src/state/reading.svelte";
@@ -115,6 +116,26 @@ describe("a region", () => {
   });
 });
 
+describe("a window", () => {
+  const reading = (signed: boolean) => {
+    const own = { ...quantity(["embed"], 1, [-3]), signed };
+    const series = { ...bare("DTI", {} as Acquisition), fields: [own] };
+    const all = { DTI: { status: "ready", series } } as unknown as AllSeries;
+    const display = new Display();
+    display.sequence = "DTI";
+    const scene = { model: null, topology: TINY, series: all };
+    return new Reading(scene, display, new Crosshair());
+  };
+
+  test("lies about 0 where values have a direction, however it was moved", () => {
+    const [signed, plain] = [reading(true), reading(false)];
+    expect(signed.window).toEqual({ level: 0, width: 6 });
+    for (const one of [signed, plain]) one.change({ window: moved({ level: 0, width: 4 }, 0.5) });
+    expect(signed.window).toEqual({ level: 0, width: 4 });
+    expect(plain.window).toEqual({ level: 2, width: 4 });
+  });
+});
+
 describe("the difference of two scans", () => {
   test("is exact in float64, and not a number wherever one has none", () => {
     const a = side(["embed", "blocks.0.mlp", "unembed"], 1, [0.1, 3e8, 1]);
@@ -145,10 +166,16 @@ describe("the difference of two scans", () => {
     expect([...(differenceOf(long, short)?.fields[0]?.volume.data ?? [])]).toEqual([NaN, 1, 3]);
   });
 
-  test("other units and other shapes are refused, and say so", () => {
+  test("other units, other quantities and other shapes are refused, and say so", () => {
     const a = side(["embed"], 1, [1]);
     expect(incomparable(a, side(["embed"], 1, [1], "nats"))).toMatch(/units/);
     expect(incomparable(a, { ...a, topology: topologyOf(architecture(2, 4)) })).toMatch(/shape/);
+    // A prior by direct attribution has no effect, and what helps the answer has the other sign there.
+    const of = (id: string): Side => ({ ...a, field: { ...quantity(["embed"], 1, [1]), id } });
+    expect(incomparable(of("effect"), of("direct"))).toMatch(/quantities/);
+    expect(incomparable(of("change"), of("activity"))).toMatch(/quantities/);
+    expect(incomparable(of("after"), of("before"))).toBeNull();
+    expect(incomparable(of("after"), of("activity"))).toBeNull();
     expect(incomparable(a, { ...a, field: null })).toMatch(/prior/);
     expect(differenceOf(a, { ...a, topology: topologyOf(architecture(3, 3)) })).toBeNull();
   });

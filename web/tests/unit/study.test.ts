@@ -3,6 +3,10 @@ import { beforeEach, expect, test } from "vitest";
 
 import { Client } from "../../src/api/client";
 import type { ModelInfo } from "../../src/api/schema";
+import { NO_PRIOR } from "../../src/model/protocols";
+import { Comparison } from "../../src/state/comparison.svelte";
+import { Crosshair } from "../../src/state/crosshair.svelte";
+import { Display } from "../../src/state/display.svelte";
 import { Log } from "../../src/state/log.svelte";
 import { Study } from "../../src/state/study.svelte";
 import { bytes, json } from "./fixtures";
@@ -95,4 +99,18 @@ test("a scan that is cancelled leaves the picture there was", async () => {
     status: "ready",
     series: { acquisition: { prompt: "one" } },
   });
+});
+
+test("of two models that one is there as well which stands chosen before anybody chooses", async () => {
+  const made = () =>
+    new Comparison(new Client("", service.fetch), new Log(), study, new Display(), new Crosshair());
+  const [hung, turned] = [made(), made()];
+  await hung.restore({ ...NO_PRIOR, kind: "model" }, "T1");
+  await turned.choose("model");
+  for (const comparison of [hung, turned]) {
+    const { other, prior } = comparison;
+    expect(comparison.place().model).toBe(OWN.name);
+    expect(other.series.T1.status).toBe("ready");
+    expect(prior.field?.id).toBe("parameters");
+  }
 });

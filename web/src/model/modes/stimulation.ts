@@ -42,6 +42,39 @@ export interface Lesion {
   readonly after: readonly Prediction[];
 }
 
+/** A likely next token with its probability in either run; NaN where it is not among a run's top. */
+export interface Likely {
+  /** Different for each row. */
+  readonly key: number;
+  readonly text: string;
+  readonly before: number;
+  readonly after: number;
+}
+
+/** The likeliest of either run after a position, each token once. Hidden tokens are nobody's match. */
+export function likeliest(
+  { before, after }: Pick<Lesion, "before" | "after">,
+  position: number,
+  most: number,
+): readonly Likely[] {
+  const here = (all: readonly Prediction[]) => all.filter((one) => one.position === position);
+  const [clean, changed] = [here(before), here(after)];
+  const of = (id: number, run: readonly Prediction[]) =>
+    (id < 0 ? undefined : run.find((one) => one.id === id))?.probability ?? NaN;
+  const rows = new Map<number, Likely>();
+  const add = (id: number, row: Omit<Likely, "key">) => {
+    const key = id < 0 ? -1 - rows.size : id;
+    rows.set(key, { key, ...row });
+  };
+  for (const { id, text, probability } of clean.slice(0, most)) {
+    add(id, { text, before: probability, after: of(id, changed) });
+  }
+  for (const { id, text, probability } of changed.slice(0, most)) {
+    add(id, { text, before: of(id, clean), after: probability });
+  }
+  return [...rows.values()];
+}
+
 export const load: Loader = async (manifest, job, read) => {
   const table = (name: string) => read(name).then((bytes) => openTable(bytes, name));
   const scanned = stored(manifest, "change");

@@ -53,6 +53,7 @@ export const hanging = {
   "There is no current scan of this sequence yet.": "이 시퀀스의 현재 스캔이 아직 없습니다.",
   "There is no prior scan of this sequence yet.": "이 시퀀스의 이전 스캔이 아직 없습니다.",
   "The two are counted in different units.": "둘의 단위가 다릅니다.",
+  "The two show different quantities.": "둘은 서로 다른 양을 나타냅니다.",
   "The two models differ in shape: no component of one is a component of the other.":
     "두 모델의 형태가 달라 서로 대응하는 컴포넌트가 없습니다.",
   "Compare with": "비교 대상",
