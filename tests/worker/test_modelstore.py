@@ -235,3 +235,11 @@ def test_the_command_line_says_in_one_sentence_what_is_wrong(settings: Settings)
     )
     assert refused.returncode == 1
     assert refused.stderr.splitlines() == ["neural-mri: there is no folder /nowhere/at/all"]
+
+
+def test_who_registers_a_model_needs_no_gpu_to_say_that_workers_have_one(
+    settings: Settings, tiny_folder: Path
+) -> None:
+    told = msgspec.structs.replace(settings, device="cuda:1")
+    model = modelstore.add(told, "tiny", f"folder:{tiny_folder}")
+    assert model.numerics.device == "cuda"
