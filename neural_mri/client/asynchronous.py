@@ -281,7 +281,7 @@ class AsyncClient(_Opened[Client]):
         async with AsyncClient() as mri:
             scans = await asyncio.gather(*(mri.scan_activation(prompt) for prompt in prompts))
 
-    `watch` is for `async for`. Results are plain `Result` objects.
+    What comes one by one, as from `watch` and `sessions.list`, is for `async for`. Results are plain `Result` objects.
     """
 
     def __init__(
