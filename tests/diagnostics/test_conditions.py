@@ -112,8 +112,9 @@ PLACES = ("blocks.0.mlp", "blocks.1.attn.head_0", "blocks.1.attn.head_2", "block
 
 
 def effects(size: int) -> npt.NDArray[np.float64]:
-    wobble = np.resize([-0.1, 0.1], size)[:, None]
-    return np.array([-3.0, -1.0, 2.0, -0.5]) + wobble
+    wobble: npt.NDArray[np.float64] = np.resize([-0.1, 0.1], size)[:, None]
+    found: npt.NDArray[np.float64] = np.array([-3.0, -1.0, 2.0, -0.5]) + wobble
+    return found
 
 
 def test_what_is_larger_than_what_carries_an_answer_is_told_as_larger(
