@@ -119,7 +119,7 @@ def test_the_gates_are_told_by_the_exit_code_though_nobody_reads_or_a_disk_is_fu
         done = subprocess.run(
             [sys.executable, "-m", "neural_mri.cli", *arguments],
             cwd=world.folder,
-            env=world.environment(),
+            env=world.environment(NMRI_BASELINES=str(world.folder / "unread")),
             stdout=to,
             stderr=subprocess.PIPE,
             text=True,
