@@ -140,14 +140,16 @@ const byKey = new Map(
   BINDINGS.flatMap((binding) => binding.keys.map((key) => [key, binding.action] as const)),
 );
 
+/** What a key that is held does on and on: it moves. Everything else is done once. */
+export const REPEATED =
+  /^(up|down|left|right|narrower|wider|lower|higher|closer|farther)$|-(token|sequence|mark)$/;
+
 export interface Pressed {
   readonly key: string;
   readonly shiftKey: boolean;
   readonly ctrlKey: boolean;
   readonly altKey: boolean;
   readonly metaKey: boolean;
-  /** Whether the key is held, and this is not the first of it. */
-  readonly repeat?: boolean;
 }
 
 /** What a key press means, or null. Chords with Ctrl, Alt or Meta belong to the browser. */
@@ -156,11 +158,7 @@ export function actionOf(
   differs: ReadonlyMap<string, Action> = new Map(),
 ): Action | null {
   if (press.ctrlKey || press.altKey || press.metaKey) return null;
-  const meaning = (key: string) => {
-    const action = differs.get(key) ?? byKey.get(key) ?? null;
-    // A key that is held saves once.
-    return action === "save" && press.repeat === true ? null : action;
-  };
+  const meaning = (key: string) => differs.get(key) ?? byKey.get(key) ?? null;
   const letter = /^[a-z]$/i.test(press.key);
   const shift = press.shiftKey ? "Shift+" : "";
   if (letter) return meaning(shift + press.key.toLowerCase());
