@@ -144,7 +144,7 @@ test("tracts join the nodes of their path, thicker where it is stronger, on top 
   const { circuit } = await stored("DTI", loadCircuits);
   const layout = layOut("brain", topology, { width: 740, height: 590 });
   const paths = circuit?.paths ?? [];
-  const tracts = tractsOf(paths, 40, topology, layout, null);
+  const tracts = tractsOf(paths, 40, topology, layout, -1);
   expect(tracts).toHaveLength(40);
   expect(tracts.at(-1)?.path).toBe(paths[0]);
   tracts.forEach(({ curve, path, width, helps }, index) => {
@@ -160,9 +160,24 @@ test("what touches the chosen component is lit, the rest dimmed", async () => {
   const { circuit } = await stored("DTI", loadCircuits);
   const layout = layOut("brain", topology, { width: 740, height: 590 });
   const lit = "blocks.0.mlp";
-  for (const { path, opacity } of tractsOf(circuit?.paths ?? [], 300, topology, layout, lit)) {
+  const node = topology.indexOf.get(lit) ?? -1;
+  for (const { path, opacity } of tractsOf(circuit?.paths ?? [], 300, topology, layout, node)) {
     const touches = path.source === lit || path.target === lit;
     expect(opacity > 0.28).toBe(touches);
+  }
+});
+
+test("where heads are folded, the paths of a layer's heads are lit with it", async () => {
+  const { circuit } = await stored("DTI", loadCircuits);
+  const folded = topologyOf(SMOLLM2, true);
+  const layout = layOut("brain", folded, { width: 740, height: 590 });
+  const head = circuit?.paths.find(({ source }) => source.includes(".head_"))?.source ?? "";
+  const layer = head.replace(/head_\d+$/, "");
+  const node = folded.indexOf.get(layer.slice(0, -1)) ?? -1;
+  expect(node).toBeGreaterThan(0);
+  for (const { path, opacity } of tractsOf(circuit?.paths ?? [], 300, folded, layout, node)) {
+    const touches = path.source.startsWith(layer) || path.target.startsWith(layer);
+    expect(opacity > 0.28, path.source).toBe(touches);
   }
 });
 
