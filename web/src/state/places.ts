@@ -17,6 +17,7 @@ export function placeOf(room: Room): Place {
     focus: crosshair.locked,
     layout: display.layout,
     swapped: display.swapped,
+    sagittal: display.sagittal,
     protocol: display.protocol,
     folded: display.folded,
     zoom: display.zoom,
@@ -40,6 +41,7 @@ export function goTo(room: Room, place: Place): void {
   display.sequence = place.sequence;
   display.layout = place.layout;
   display.swapped = place.swapped;
+  display.sagittal = place.sagittal;
   display.protocol = place.protocol;
   display.folded = place.folded;
   display.zoom = place.zoom;

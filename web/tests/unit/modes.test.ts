@@ -1,7 +1,7 @@
 import { expect, test } from "vitest";
 
 import type { EffectsFrame, JobView, Manifest } from "../../src/api/schema";
-import { source } from "../../src/model/field";
+import { field, source } from "../../src/model/field";
 import { layOut } from "../../src/model/layout";
 import { load as loadAnomalies } from "../../src/model/modes/anomalies";
 import { GrowingEffects, load as loadCircuits } from "../../src/model/modes/circuits";
@@ -10,7 +10,7 @@ import { load as loadTracing } from "../../src/model/modes/tracing";
 import { load as loadWeights, outlying } from "../../src/model/modes/weights";
 import { asToken, askedOfCircuit, NO_QUESTION } from "../../src/model/question";
 import { sectionOf } from "../../src/model/section";
-import type { Loader, Series } from "../../src/model/series";
+import { bare, type Acquisition, type Loader, type Series } from "../../src/model/series";
 import {
   injected,
   named,
@@ -274,6 +274,21 @@ test("a dense image of a static scan has every component where the axial plane h
   }
 });
 
+test("where a layer's attention was taken as a whole, each of its heads shows that number", () => {
+  const whole = field({
+    id: "effect",
+    title: "Effect",
+    unit: "",
+    method: "",
+    volume: new Volume(["blocks.4.attn", "blocks.4.mlp"], 1, Float32Array.of(3, 5)),
+    map: "inferno",
+  });
+  const series = { ...bare("DTI", {} as Acquisition), fields: [whole] };
+  const section = sectionOf(topology, series, whole, 0);
+  const row = [...(section?.values.slice(4 * 10, 5 * 10) ?? [])];
+  expect(row).toEqual(section?.names.map((name) => (name === "MLP" ? 5 : 3)));
+});
+
 test("a trace is a map of layer x position, and brings the answer back at the subject's last token", async () => {
   const series = await stored("tracing", loadTracing);
   const rows = oracle("tracing");
@@ -287,6 +302,12 @@ test("a trace is a map of layer x position, and brings the answer back at the su
   const across = section?.width ?? 0;
   const early = [...(section?.values.slice(5 * across, 6 * across) ?? [])];
   expect(early.indexOf(Math.max(...early))).toBe(2);
+  // A head stands for its layer's attention, as it does in the other planes.
+  const [head, whole] = [3, "attn" as const].map((cut) =>
+    sectionOf(topology, series, series.fields[0] ?? null, cut),
+  );
+  expect(head?.values.every(Number.isNaN)).toBe(false);
+  expect(head?.values).toEqual(whole?.values);
   const { clean = NaN, corrupted = NaN } = series.trace ?? {};
   expect(clean).toBeGreaterThan(corrupted);
 });
