@@ -28,9 +28,12 @@ export function placeOf(room: Room): Place {
   };
 }
 
-/** What is seen as an address without the session that it is of: a link's token is nobody else's matter. */
+/**
+ * What is seen as an address without the session that it is of: a link's token is nobody else's matter. The model is
+ * named even where it is the default: what is seen later, or elsewhere, must not be another's.
+ */
 export function viewOf(room: Room): string {
-  return encode({ ...placeOf(room), ...NOWHERE });
+  return encode({ ...placeOf(room), ...NOWHERE, model: room.study.model?.name ?? null });
 }
 
 const NOWHERE = { session: null, revision: null, shared: null, beside: null };
