@@ -84,7 +84,7 @@ class Service {
   }
 
   #manifest(id: string) {
-    const { request } = this.#jobs[Number(id)] ?? { request: {} };
+    const request = this.#jobs[Number(id)]?.request ?? {};
     const { revision, numerics } = OWN;
     const kind = request["scan_mode"];
     const tables = (kind === "T1" ? ["topology", "parameters"] : TABLES).map((name) => ({ name }));
