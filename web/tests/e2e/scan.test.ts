@@ -176,7 +176,7 @@ test("while a scan runs that the address names, the address follows what is done
   await page.press("#prompt", "Enter");
   await page.waitForFunction(() => location.hash.includes("job="));
   await page.reload();
-  await page.locator(".sweep").waitFor();
+  await page.getByRole("button", { name: "CANCEL" }).waitFor();
   await page.getByTestId("axial").focus();
   await page.keyboard.press("l");
   await page.waitForFunction(() => location.hash.includes("layout="));
