@@ -165,7 +165,7 @@ export class Study {
     this.#asked.set("model", asked);
     if (name === this.model?.name) return;
     this.#turnTo(name);
-    await this.#structural();
+    await this.#structural(asked);
   }
 
   /** Goes to a model, without a name to the service's default, and to scans of it that are not there yet. */
@@ -276,7 +276,7 @@ export class Study {
       if ([...this.#asked.keys()].some(isLate)) return;
       this.#turnTo(first.model);
       // Without a worker it may be long in coming; what is stored is shown meanwhile.
-      if (!known.some((job) => seriesOf(job) === "T1")) void this.#structural();
+      if (!known.some((job) => seriesOf(job) === "T1")) void this.#structural(asked);
     }
     await Promise.all(
       known.map((job) => {
@@ -386,14 +386,14 @@ export class Study {
   }
 
   /** T1 of the model. Where it has to be measured first, it is not waited for. */
-  #structural(): Promise<void> {
+  #structural(asked?: number): Promise<void> {
     return new Promise((resolve) => {
       const work = async (signal: AbortSignal) => {
         const job = await this.#client.structural(this.chosen, signal);
         if (job.state !== "succeeded") resolve();
         return this.#follow("T1", job, null, signal);
       };
-      void this.#run("T1", work).then(resolve);
+      void this.#run("T1", work, false, asked).then(resolve);
     });
   }
 

@@ -247,6 +247,15 @@ test("a place of no model is the default model's, unless its scans are another's
   await study.choose(OTHER.name);
   await study.visit(null, [], "T1");
   expect(study.model?.name).toBe(OWN.name);
-  await study.visit(null, [scanned("one", { model: OTHER.name }).id], "fMRI");
-  expect(study.model?.name).toBe(OTHER.name);
+  const { id } = scanned("one", { model: OTHER.name });
+  for (const model of [null, OWN.name]) {
+    await study.choose(OWN.name);
+    await study.visit(model, [id], "fMRI");
+    expect([study.model?.name, shownPrompt()]).toEqual([OTHER.name, "one"]);
+  }
+  // Whatever an address says of the model, a scan is of its own.
+  const own = scanned("two");
+  await study.choose(OWN.name);
+  await study.visit(OTHER.name, [own.id], "fMRI");
+  expect([study.model?.name, shownPrompt()]).toEqual([OWN.name, "two"]);
 });
