@@ -49,7 +49,7 @@ export function axialOf(room: Room, size: Viewport = PAGE): AxialFigure | null {
     topology,
     values: reading.values,
     paint,
-    tracts: circuit === null ? [] : tractsOf(circuit.paths, shown, topology, layout, null),
+    tracts: circuit === null ? [] : tractsOf(circuit.paths, shown, topology, layout, -1),
     tractNote:
       circuit === null
         ? ""

@@ -55,6 +55,7 @@ export function differenceOf(current: Side, prior: Side): Series | null {
         volume: new Volume(volume.components, width, data),
         map: "blue-orange",
         signed: true,
+        adds: own.adds,
       }),
     ],
     // What one modality alone has belongs to either picture, not to what lies between them.

@@ -119,7 +119,7 @@ function profiles(
   const width = tokens.length;
   const values = new Float64Array(topology.nLayers * width).fill(NaN);
   columnAddresses(topology, column).forEach((address, layer) => {
-    const profile = field.volume.profile(address);
+    const profile = field.volume.profile(source(field.volume, address) ?? "");
     if (profile !== null) values.set(profile, layer * width);
   });
   return {
@@ -145,7 +145,7 @@ function components(topology: Topology, field: Field): Section {
     names.push(columnName(topology, column));
     for (let layer = 0; layer < topology.nLayers; layer++) {
       const address = topology.addresses[nodeAt(topology, layer, column)] ?? "";
-      values[layer * width + column] = field.volume.at(address, 0);
+      values[layer * width + column] = field.volume.at(source(field.volume, address) ?? "", 0);
     }
   }
   return {

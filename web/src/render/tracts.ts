@@ -38,13 +38,16 @@ const THICKEST = 4.2;
 const BOW = 0.16;
 const UNLIT = 0.22;
 
-/** Tracts of the strongest `count` paths, the strongest last so that it lies on top. */
+/**
+ * Tracts of the strongest `count` paths, the strongest last so that it lies on top; where a node is lit, all that do
+ * not touch it are dimmed. -1 for none.
+ */
 export function tractsOf(
   paths: readonly Path[],
   count: number,
   topology: Topology,
   layout: Layout,
-  lit: string | null,
+  lit: number,
 ): readonly Tract[] {
   const shown = paths.slice(0, count);
   const most = Math.abs(shown[0]?.strength ?? 1) || 1;
@@ -55,7 +58,7 @@ export function tractsOf(
       if (from < 0 || to < 0) return [];
       const share = Math.sqrt(Math.abs(path.strength) / most);
       const direction = directionOf(path.target);
-      const dimmed = lit !== null && path.source !== lit && path.target !== lit;
+      const dimmed = lit >= 0 && from !== lit && to !== lit;
       return [
         {
           curve: bowed(layout, from, to),

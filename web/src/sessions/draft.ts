@@ -21,6 +21,8 @@ export interface Draft {
   readonly numberOf: (job: string) => number;
   /** Scans of other sessions, which this cannot hold. */
   readonly foreign: readonly string[];
+  /** Scans, as a person knows them, whose jobs were deleted before anybody saved them. */
+  readonly gone: readonly string[];
 }
 
 /** What a draft is made of. */
@@ -50,8 +52,9 @@ export interface Asked {
   readonly structure: (model: string) => Promise<string | null>;
 }
 
-/** Not there, not succeeded, gone. */
-const NO_RESULT: readonly number[] = [404, 409, 410];
+const GONE: readonly number[] = [404, 410];
+/** Gone, or not succeeded. */
+const NO_RESULT: readonly number[] = [...GONE, 409];
 
 export async function draftOf(asked: Asked): Promise<Draft> {
   const { document, images, isOurs, jobOf, keyOf, labelOf, left, notes, scans } = asked;
@@ -62,10 +65,15 @@ export async function draftOf(asked: Asked): Promise<Draft> {
   for (const image of images) wanted.push(...jobsIn(image.view));
   wanted.push(...notes.flatMap(({ scan }) => scan ?? []));
   const held = new Set([...scans.map(({ job }) => job), ...notes.map(({ scan }) => scan)]);
+  const named = (job: string) => {
+    const known = [labelOf(job), scans.find((scan) => scan.job === job)?.kind ?? "", job];
+    return known.filter((text) => text !== "").join(" · ");
+  };
   const numbers = new Map<string, number>();
   const keys = new Map<string, number>();
   const references: ScanReference[] = [];
   const foreign: string[] = [];
+  const gone: string[] = [];
   for (const { result, scan_key } of document.scans) {
     if (left.includes(result)) continue;
     numbers.set(result, references.length);
@@ -87,8 +95,15 @@ export async function draftOf(asked: Asked): Promise<Draft> {
       if (anatomy === undefined) foreign.push(job);
       continue;
     }
-    const key = await (held.has(job) ? keyOf(measured) : keyOf(measured).catch(unfinished));
-    if (key === null) continue;
+    const isHeld = held.has(job);
+    const key = await keyOf(measured).catch((error: unknown) =>
+      without(isHeld ? GONE : NO_RESULT, error),
+    );
+    if (key === null) {
+      // What was only looked at loses nothing but the look of it; for the rest, all but the scan can be saved.
+      if (isHeld) gone.push(named(job));
+      continue;
+    }
     const known = keys.get(key);
     for (const each of [job, measured]) numbers.set(each, known ?? references.length);
     if (known !== undefined) continue;
@@ -106,12 +121,12 @@ export async function draftOf(asked: Asked): Promise<Draft> {
     key_images: images.map((image) => savedImage(image, numberOf, placed)),
     view: viewOf(view, numberOf),
   };
-  return { content, numberOf, foreign };
+  return { content, numberOf, foreign, gone };
 }
 
-/** What was only looked at may still run, or be there no more: nothing but the look of it is lost. */
-function unfinished(error: unknown): null {
-  if (error instanceof Refusal && NO_RESULT.includes(error.status)) return null;
+/** A scan of which there is no result, for a reason that it may have. */
+function without(statuses: readonly number[], error: unknown): null {
+  if (error instanceof Refusal && statuses.includes(error.status)) return null;
   throw error;
 }
 

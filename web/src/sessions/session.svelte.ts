@@ -25,10 +25,10 @@ export interface Listed {
   readonly isForeign: boolean;
 }
 
-const KEPT_AS = "neural-mri.session";
+/** Each session's by itself: a page that is loaded with another takes nothing from it. */
+const KEPT_AS = "neural-mri.session ";
 
 interface Kept {
-  readonly of: string;
   readonly revision: string;
   readonly notes: readonly Note[];
   /** Those that the revision does not hold. */
@@ -235,19 +235,31 @@ export class Session {
   #keep(): void {
     const { document, labels, left, notes, revision } = this;
     const added = besides(notes, document);
-    try {
-      const all: Kept = { of: this.#tag, revision, notes, added, labels, left };
-      sessionStorage.setItem(KEPT_AS, JSON.stringify(all));
-    } catch {
-      // A browser may forbid storage: what is not saved is then lost with the page.
-    }
+    const isSaved =
+      noted(notes) === noted(document.notes) &&
+      left.length === 0 &&
+      Object.keys(labels).length === 0;
+    keep(this.#tag, isSaved ? null : { revision, notes, added, labels, left });
+  }
+
+  /** What is not saved of it is given up, or has been saved as another. */
+  forget(instead: Session): void {
+    if (this.#tag !== instead.#tag) keep(this.#tag, null);
+  }
+}
+
+function keep(of: string, all: Kept | null): void {
+  try {
+    if (all === null) sessionStorage.removeItem(KEPT_AS + of);
+    else sessionStorage.setItem(KEPT_AS + of, JSON.stringify(all));
+  } catch {
+    // A browser may forbid storage: what is not saved is then lost with the page.
   }
 }
 
 function kept(of: string): Kept | null {
   try {
-    const found = JSON.parse(sessionStorage.getItem(KEPT_AS) ?? "null") as Kept | null;
-    return found?.of === of ? found : null;
+    return JSON.parse(sessionStorage.getItem(KEPT_AS + of) ?? "null") as Kept | null;
   } catch {
     return null;
   }

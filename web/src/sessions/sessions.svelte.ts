@@ -101,6 +101,14 @@ export class Sessions {
     return true;
   }
 
+  /** Leaves what is not saved behind, where something else could be opened. */
+  async giveUp(work: () => Promise<boolean>): Promise<boolean> {
+    const { open } = this;
+    const done = await work();
+    if (done) open.forget(this.open);
+    return done;
+  }
+
   // Opening
 
   /** Goes where an address says. False, with the reason told, where that cannot be. */
@@ -406,19 +414,24 @@ export class Sessions {
     session.detail = saved;
     session.name = saved.name;
     this.conflict = null;
-    if (!stays) this.joins = false;
+    if (!stays) {
+      this.joins = false;
+      this.open.forget(session);
+    }
     if (isSettled) session.read(saved.document, saved.opened, true);
     else {
       session.notes = this.open.notes;
       session.grow(saved.document, saved.opened);
     }
     this.open = session;
-    const { length } = draft.foreign;
-    const foreign =
-      length === 0
-        ? ""
-        : ` ${t("Left out: {count} that another session keeps.", { count: length })}`;
-    this.told = `${t("Saved as revision {number}.", { number: saved.revision })}${foreign}`;
+    const { foreign, gone } = draft;
+    this.told = [
+      t("Saved as revision {number}.", { number: saved.revision }),
+      ...(foreign.length === 0
+        ? []
+        : [t("Left out: {count} that another session keeps.", { count: foreign.length })]),
+      ...gone.map((scan) => t("Left out: {scan}, which the service has no more.", { scan })),
+    ].join(" ");
     this.#room.announce(this.told);
     if (!stays) void this.following.follow(session);
   }

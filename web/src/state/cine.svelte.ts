@@ -38,7 +38,8 @@ export class Cine {
     const due = Math.max(lastDue + 1000 / clampFps(this.fps), now);
     this.#timer = setTimeout(() => {
       this.#step();
-      this.#schedule(due);
+      // There may be nothing more to show.
+      if (this.playing) this.#schedule(due);
     }, due - now);
   }
 }

@@ -13,7 +13,8 @@ import {
 } from "../model/views";
 
 /** Which column of components the sagittal plane cuts. */
-export type SagittalColumn = "crosshair" | "attn" | "mlp" | "resid_post";
+export const SAGITTAL_COLUMNS = ["crosshair", "attn", "mlp", "resid_post"] as const;
+export type SagittalColumn = (typeof SAGITTAL_COLUMNS)[number];
 
 /** What dragging over a picture does. */
 export type Tool = "window" | "region" | "pan";

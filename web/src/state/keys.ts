@@ -140,6 +140,10 @@ const byKey = new Map(
   BINDINGS.flatMap((binding) => binding.keys.map((key) => [key, binding.action] as const)),
 );
 
+/** What a key that is held does on and on: it moves. Everything else is done once. */
+export const REPEATED =
+  /^(up|down|left|right|narrower|wider|lower|higher|closer|farther)$|-(token|sequence|mark)$/;
+
 export interface Pressed {
   readonly key: string;
   /** The key's place on the keyboard: `KeyA` where a Latin A would be. */
@@ -148,8 +152,6 @@ export interface Pressed {
   readonly ctrlKey: boolean;
   readonly altKey: boolean;
   readonly metaKey: boolean;
-  /** Whether the key is held, and this is not the first of it. */
-  readonly repeat?: boolean;
 }
 
 /** What a key press means, or null. Chords with Ctrl, Alt or Meta belong to the browser. */
@@ -158,11 +160,7 @@ export function actionOf(
   differs: ReadonlyMap<string, Action> = new Map(),
 ): Action | null {
   if (press.ctrlKey || press.altKey || press.metaKey) return null;
-  const meaning = (key: string) => {
-    const action = differs.get(key) ?? byKey.get(key) ?? null;
-    // A key that is held saves once.
-    return action === "save" && press.repeat === true ? null : action;
-  };
+  const meaning = (key: string) => differs.get(key) ?? byKey.get(key) ?? null;
   // Another script's letters stand where Latin ones do on the same keyboard.
   const foreign = /^[^ -~]$/u.test(press.key) ? /^Key(.)$/.exec(press.code ?? "")?.[1] : undefined;
   const letter = foreign ?? press.key;

@@ -17,6 +17,7 @@ export function placeOf(room: Room): Place {
     focus: crosshair.locked,
     layout: display.layout,
     swapped: display.swapped,
+    sagittal: display.sagittal,
     protocol: display.protocol,
     folded: display.folded,
     zoom: display.zoom,
@@ -27,9 +28,12 @@ export function placeOf(room: Room): Place {
   };
 }
 
-/** What is seen as an address without the session that it is of: a link's token is nobody else's matter. */
+/**
+ * What is seen as an address without the session that it is of: a link's token is nobody else's matter. The model is
+ * named even where it is the default: what is seen later, or elsewhere, must not be another's.
+ */
 export function viewOf(room: Room): string {
-  return encode({ ...placeOf(room), ...NOWHERE });
+  return encode({ ...placeOf(room), ...NOWHERE, model: room.study.model?.name ?? null });
 }
 
 const NOWHERE = { session: null, revision: null, shared: null, beside: null };
@@ -40,6 +44,7 @@ export function goTo(room: Room, place: Place): void {
   display.sequence = place.sequence;
   display.layout = place.layout;
   display.swapped = place.swapped;
+  display.sagittal = place.sagittal;
   display.protocol = place.protocol;
   display.folded = place.folded;
   display.zoom = place.zoom;

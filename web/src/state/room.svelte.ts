@@ -17,7 +17,7 @@ import {
 } from "../model/question";
 import { statistics, valuesIn, type Region, type Statistics } from "../model/region";
 import { SEQUENCES, sequence, type SequenceId } from "../model/sequences";
-import type { SeriesId } from "../model/series";
+import type { Series } from "../model/series";
 import type { Stimulus } from "../model/stimulus";
 import { columnOf, headsLeft, nodeAt } from "../model/topology";
 import { value } from "../ui/format";
@@ -106,15 +106,13 @@ export class Room {
       tokenReached: (id, column) => {
         if (id === this.display.sequence) this.crosshair.token = column;
       },
-      finished: (series) => {
-        this.#finished(series.sequence, series.tokens.length);
+      finished: (series, isRestored) => {
+        this.#finished(series, isRestored);
         if (series.sequence === this.display.sequence) this.#raise();
-        if (!this.#restoring) this.sessions?.scanned(series);
+        if (!isRestored) this.sessions?.scanned(series);
       },
     });
   }
-
-  #restoring = false;
 
   /** The first picture: what the address says, or T1 of the default model. */
   async enter(place: Place): Promise<void> {
@@ -125,11 +123,11 @@ export class Room {
     const kept = place.session ?? place.shared;
     const isOpened = kept !== null && (await (await this.withSessions()).arrive(place));
     if (!isOpened) {
-      this.#restoring = true;
-      await this.study.begin(kept === null ? place.jobs : [], place.sequence);
-      this.#suggest();
-      if (protocol(place.protocol).compares) await this.#compared(place.prior);
-      this.#restoring = false;
+      const begun = this.study.begin(kept === null ? place.jobs : [], place.sequence);
+      await this.#compare(
+        place,
+        begun.then(() => this.#suggest()),
+      );
     }
     this.#raise();
     const isShown = isOpened || (kept === null && this.study.models.status === "ready");
@@ -163,11 +161,12 @@ export class Room {
     jobs: readonly string[],
   ): Promise<void> {
     goTo(this, place);
-    this.#restoring = true;
-    await this.study.restore(models, jobs, place.sequence);
-    this.#suggest();
-    if (protocol(place.protocol).compares) await this.#compared(place.prior, models);
-    this.#restoring = false;
+    const restored = this.study.restore(models, jobs, place.sequence);
+    await this.#compare(
+      place,
+      restored.then(() => this.#suggest()),
+      models,
+    );
   }
 
   /** Hangs kept scans beside what is shown, with what lies between them. */
@@ -236,13 +235,22 @@ export class Room {
   /** Goes to another place in what is open. */
   async #within(place: Place): Promise<void> {
     goTo(this, place);
-    if (place.model !== null) await this.study.choose(place.model);
-    const there = this.study.jobs();
-    const missing = place.jobs.filter((job) => !there.includes(job));
-    this.#restoring = true;
-    if (missing.length > 0) await this.study.openAll(missing, place.sequence);
-    if (protocol(place.protocol).compares) await this.#compared(place.prior);
-    this.#restoring = false;
+    await this.#compare(place, this.study.visit(place.model, place.jobs, place.sequence));
+  }
+
+  /** Counts the places gone to: of several at once the last one stands. */
+  #places = 0;
+
+  /** What a place is compared with, once its scans are there. */
+  async #compare(
+    place: Place,
+    scans: Promise<void>,
+    models: readonly ModelInfo[] = [],
+  ): Promise<void> {
+    const nth = ++this.#places;
+    await scans;
+    if (nth !== this.#places || !protocol(place.protocol).compares) return;
+    await this.#compared(place.prior, models);
   }
 
   /** The comparison, with what an address asks for. Its code comes with the first. */
@@ -377,9 +385,9 @@ export class Room {
     void this.study.scan("tracing", "/api/perturb/patching", request);
   }
 
-  #finished(id: SeriesId, tokens: number): void {
+  #finished({ sequence: id, tokens }: Series, isRestored: boolean): void {
     const changed = id === "stimulation" || id === "tracing";
-    if (changed && !this.#restoring) {
+    if (changed && !isRestored) {
       if (id === "stimulation") this.rescans++;
       this.display.sequence = "fMRI";
       this.display.showField(id === "tracing" ? "trace" : "difference");
@@ -391,7 +399,7 @@ export class Room {
       }
     }
     if (id !== this.display.sequence && !changed) return;
-    if (!this.#restoring && tokens > 0) this.crosshair.token = tokens - 1;
+    if (!isRestored && tokens.length > 0) this.crosshair.token = tokens.length - 1;
     this.#suggest();
     this.announce(`${t("{what} complete", { what: titleOf(id) })}. ${this.describe()}`);
   }

@@ -50,7 +50,8 @@ export function shown(state: SeriesState): Series | null {
 /** Told of what arrives while a scan runs, so that the crosshair can go along. */
 export interface ScanListener {
   readonly tokenReached?: (sequence: SeriesId, column: number) => void;
-  readonly finished?: (series: Series) => void;
+  /** `isRestored` where it was finished already, and belongs to a place that was gone to. */
+  readonly finished?: (series: Series, isRestored: boolean) => void;
 }
 
 /** How each series' tables are read. What only one modality needs is fetched with its first scan. */
@@ -90,6 +91,10 @@ export class Study {
   // Nothing is drawn from it, so it need not be reactive.
   // eslint-disable-next-line svelte/prefer-svelte-reactivity
   readonly #runs = new Map<SeriesId, AbortController>();
+  /** When each series and the model were last asked for: an answer that comes late displaces nothing newer. */
+  // eslint-disable-next-line svelte/prefer-svelte-reactivity
+  readonly #asked = new Map<SeriesId | "model", number>();
+  #clock = 0;
   #listener: ScanListener = {};
 
   models = $state.raw<Loadable<readonly ModelInfo[]>>({ status: "loading" });
@@ -105,12 +110,15 @@ export class Study {
   /** A model being loaded or unloaded now, and how far that is. */
   loading = $state.raw<{ readonly model: string; readonly share: number | null } | null>(null);
 
-  readonly model: ModelInfo | null = $derived.by(() => {
+  readonly model: ModelInfo | null = $derived.by(() => this.#named(this.chosen));
+
+  /** The service's default where nothing has the name. */
+  #named(name: string | null): ModelInfo | null {
     if (this.models.status !== "ready") return null;
     const { value } = this.models;
-    const named = value.find((model) => model.name === this.chosen);
+    const named = value.find((model) => model.name === name);
     return named ?? value.find((model) => model.default) ?? value[0] ?? null;
-  });
+  }
 
   readonly topology: Topology | null = $derived.by(() => {
     const architecture = this.model?.architecture;
@@ -130,7 +138,7 @@ export class Study {
   async begin(jobs: readonly string[] = [], shown: SequenceId = "fMRI"): Promise<void> {
     const stored = async () => {
       await this.refreshModels();
-      await this.openAll(jobs, shown);
+      await this.#open(jobs, shown, true);
     };
     // How the scan is read is fetched beside it.
     if (jobs.length > 0) LOADERS[shown]().catch(() => undefined);
@@ -153,16 +161,30 @@ export class Study {
     }
   }
 
-  async choose(name: string): Promise<void> {
+  async choose(name: string, asked = ++this.#clock): Promise<void> {
+    this.#asked.set("model", asked);
     if (name === this.model?.name) return;
     this.#turnTo(name);
-    await this.#structural();
+    await this.#structural(asked);
+  }
+
+  /** Goes to a model, without a name to the service's default, and to scans of it that are not there yet. */
+  async visit(model: string | null, jobs: readonly string[], shown: SequenceId): Promise<void> {
+    const asked = ++this.#clock;
+    const name = model ?? (jobs.length === 0 ? this.#named(null)?.name : null);
+    if (name != null) await this.choose(name, asked);
+    const there = this.jobs();
+    await this.#open(
+      jobs.filter((job) => !there.includes(job)),
+      shown,
+      true,
+      asked,
+    );
   }
 
   #turnTo(name: string): void {
     // Forgotten as well: a run that is given up alone puts back what there was, which is of the other model here.
-    for (const run of this.#runs.values()) run.abort();
-    this.#runs.clear();
+    for (const id of this.#runs.keys()) this.#drop(id);
     this.chosen = name;
     this.series = none();
     this.#log.add(t("Model {name}.", { name }));
@@ -183,7 +205,7 @@ export class Study {
     this.models = { status: "ready", value: [...listed, ...added] };
     const [first] = await Promise.all(jobs.slice(0, 1).map((job) => this.#client.job(job)));
     if (first !== undefined) this.#turnTo(first.model);
-    await this.openAll(jobs, shown);
+    await this.#open(jobs, shown, true);
   }
 
   /** Calls scans by other ids from now on: a session names them by their results. */
@@ -220,7 +242,18 @@ export class Study {
   }
 
   /** Shows scans by their jobs' ids, finished or not; what cannot be found is told where `shown` stands. */
-  async openAll(jobs: readonly string[], shown: SequenceId): Promise<void> {
+  openAll(jobs: readonly string[], shown: SequenceId): Promise<void> {
+    return this.#open(jobs, shown, false);
+  }
+
+  /** Those that still run are not waited for. */
+  async #open(
+    jobs: readonly string[],
+    shown: SequenceId,
+    isPlace: boolean,
+    asked = ++this.#clock,
+  ): Promise<void> {
+    const isLate = (id: SeriesId | "model") => (this.#asked.get(id) ?? 0) > asked;
     const found = await Promise.all(
       jobs.map(async (id) => {
         try {
@@ -228,35 +261,47 @@ export class Study {
         } catch (error) {
           const text = error instanceof Refusal && error.status === 404 ? gone() : explain(error);
           this.#log.add(text, "error");
-          this.#set(shown, { status: "failed", sentence: text, series: null });
+          if (!isLate("model") && !isLate(shown)) {
+            this.#set(shown, { status: "failed", sentence: text, series: null });
+          }
           return null;
         }
       }),
     );
     const known = found.filter((job) => job !== null);
     const [first] = known;
-    if (first !== undefined && first.model !== this.model?.name) {
+    if (first === undefined || isLate("model")) return;
+    if (first.model !== this.model?.name) {
+      // What somebody has begun meanwhile is of the model that they see.
+      if ([...this.#asked.keys()].some(isLate)) return;
       this.#turnTo(first.model);
       // Without a worker it may be long in coming; what is stored is shown meanwhile.
-      if (!known.some((job) => seriesOf(job) === "T1")) void this.#structural();
+      if (!known.some((job) => seriesOf(job) === "T1")) void this.#structural(asked);
     }
     await Promise.all(
-      known
-        .filter((job) => job.model === first?.model)
-        .map((job) => {
-          const id = seriesOf(job);
-          return id === null
-            ? null
-            : this.#run(id, (signal) => this.#follow(id, job, null, signal));
-        }),
+      known.map((job) => {
+        const id = seriesOf(job);
+        if (id === null || job.model !== first.model || isLate(id)) return null;
+        const isFinished = job.state === "succeeded";
+        const follow = (signal: AbortSignal) => this.#follow(id, job, null, signal);
+        const run = this.#run(id, follow, isPlace && isFinished, asked);
+        return isFinished ? run : null;
+      }),
     );
   }
 
   /** Forgets a series, as if it had never been taken. */
   clear(id: SeriesId): void {
+    this.#asked.set(id, ++this.#clock);
+    this.#drop(id);
+    this.#set(id, { status: "absent" });
+  }
+
+  /** Gives up what runs of a series. With the last that runs, nothing is held back any more. */
+  #drop(id: SeriesId): void {
     this.#runs.get(id)?.abort();
     this.#runs.delete(id);
-    this.#set(id, { status: "absent" });
+    if (this.#runs.size === 0) this.hold(false);
   }
 
   /** Ids of the jobs behind everything that is shown but T1, which is always taken anew. */
@@ -340,16 +385,27 @@ export class Study {
     return this.#client.attention(job, layer, signal);
   }
 
-  async #structural(): Promise<void> {
-    await this.#run("T1", async (signal) => {
-      const job = await this.#client.structural(this.chosen, signal);
-      return this.#follow("T1", job, null, signal);
+  /** T1 of the model. Where it has to be measured first, it is not waited for. */
+  #structural(asked?: number): Promise<void> {
+    return new Promise((resolve) => {
+      const work = async (signal: AbortSignal) => {
+        const job = await this.#client.structural(this.chosen, signal);
+        if (job.state !== "succeeded") resolve();
+        return this.#follow("T1", job, null, signal);
+      };
+      void this.#run("T1", work, false, asked).then(resolve);
     });
   }
 
   /** Runs one acquisition of a sequence, and puts whatever comes of it into `series`. */
-  async #run(id: SeriesId, work: (signal: AbortSignal) => Promise<Series>): Promise<void> {
-    this.#runs.get(id)?.abort();
+  async #run(
+    id: SeriesId,
+    work: (signal: AbortSignal) => Promise<Series>,
+    isRestored = false,
+    asked = ++this.#clock,
+  ): Promise<void> {
+    this.#drop(id);
+    this.#asked.set(id, asked);
     const run = new AbortController();
     this.#runs.set(id, run);
     const before = shown(this.series[id]);
@@ -368,7 +424,7 @@ export class Study {
       if (run.signal.aborted) return;
       this.#set(id, { status: "ready", series });
       this.#log.add(finishedSentence(series), "note", id);
-      this.#listener.finished?.(series);
+      this.#listener.finished?.(series, isRestored);
     } catch (error) {
       if (this.#runs.get(id) !== run) return;
       const kept = before?.complete === true ? before : null;
@@ -379,7 +435,7 @@ export class Study {
         this.#log.add(explain(error), "error");
       }
     } finally {
-      if (this.#runs.get(id) === run) this.#runs.delete(id);
+      if (this.#runs.get(id) === run) this.#drop(id);
     }
   }
 

@@ -26,7 +26,7 @@ import {
   type ViewId,
   type Views,
 } from "../model/views";
-import { USUAL_TRACTS } from "./display.svelte";
+import { SAGITTAL_COLUMNS, USUAL_TRACTS, type SagittalColumn } from "./display.svelte";
 
 const SCALES: readonly Scale[] = ["linear", "log", "size"];
 const MOST_TRACTS = 5000;
@@ -45,6 +45,8 @@ export interface Place {
   readonly focus: string | null;
   readonly layout: LayoutName;
   readonly swapped: boolean;
+  /** The column that the sagittal plane cuts. */
+  readonly sagittal: SagittalColumn;
   readonly protocol: ProtocolId;
   readonly folded: boolean;
   readonly zoom: Zoom;
@@ -73,6 +75,7 @@ export const START: Place = {
   focus: null,
   layout: "brain",
   swapped: false,
+  sagittal: "crosshair",
   protocol: "planes",
   folded: false,
   zoom: WHOLE,
@@ -105,6 +108,7 @@ export function encode(place: Place): string {
   write("layout", place.layout, START.layout);
   write("hang", place.protocol, START.protocol);
   write("swap", String(place.swapped), "false");
+  write("cut", place.sagittal, START.sagittal);
   write("fold", String(place.folded), "false");
   const { scale, x, y } = place.zoom;
   write("zoom", [scale, x, y].join(), [WHOLE.scale, WHOLE.x, WHOLE.y].join());
@@ -156,6 +160,7 @@ export function decode(fragment: string): Place {
     layout: oneOf<LayoutName>(LAYOUT_NAMES, fields.get("layout"), START.layout),
     protocol: oneOf<ProtocolId>(PROTOCOL_IDS, fields.get("hang"), START.protocol),
     swapped: fields.get("swap") === "true",
+    sagittal: oneOf<SagittalColumn>(SAGITTAL_COLUMNS, fields.get("cut"), START.sagittal),
     folded: fields.get("fold") === "true",
     zoom: decodeZoom(fields.get("zoom") ?? ""),
     prior: {

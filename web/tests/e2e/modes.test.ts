@@ -333,8 +333,18 @@ test("a fact is traced, and its map stands in the sagittal plane", async () => {
     height: (canvas as HTMLCanvasElement).height,
   }));
   expect([width, height]).toEqual([10, 30]);
-  expect(await page.getByLabel("Sagittal column").inputValue()).toBe("resid_post");
+  const column = page.getByLabel("Sagittal column");
+  expect(await column.inputValue()).toBe("resid_post");
   expect(await violations(page)).toEqual([]);
+  // Whoever is given the address sees the same map.
+  await page.waitForFunction(() => /job=.*cut=resid_post/.test(location.hash));
+  await page.reload();
+  await page.getByTestId("trace").waitFor();
+  expect(await column.inputValue()).toBe("resid_post");
+  // A trace has no heads of its own: at one its layer's attention is read.
+  await column.selectOption("crosshair");
+  await page.keyboard.press("Shift+h");
+  await page.getByText("at crosshair: attention").waitFor({ state: "attached" });
   await leave(open);
 });
 

@@ -183,6 +183,26 @@ test("a reload shows the same picture from the stored result", async () => {
   await leave(open);
 });
 
+test("while a scan runs that the address names, the address follows what is done", async () => {
+  const open = await visit(browser, { behaviour: { pause: 100 } });
+  const { page, server } = open;
+  await settled(page);
+  await page.fill("#prompt", PROMPT);
+  await page.press("#prompt", "Enter");
+  await page.waitForFunction(() => location.hash.includes("job="));
+  await page.reload();
+  await page.getByRole("button", { name: "CANCEL" }).waitFor();
+  await page.getByTestId("axial").focus();
+  await page.keyboard.press("l");
+  await page.waitForFunction(() => location.hash.includes("layout="));
+  expect(server.requests.filter((r) => r === "GET /api/login")).toHaveLength(2);
+  // It counts as any other that ends here.
+  server.behaviour.pause = 1;
+  await page.locator(".status", { hasText: "fMRI scan complete" }).waitFor();
+  expect((await reading(page)).column).toBe(FRAMES.texts.length - 1);
+  await leave(open);
+});
+
 test("an address with a scan that is gone says so, and still shows T1", async () => {
   const open = await visit(browser, {
     fragment: "seq=fMRI&job=01930000-0000-7000-8000-0000000000ff",

@@ -129,7 +129,8 @@ test("a layout, folded or enlarged, keeps the selection, and the address brings 
     expect((await reading(page)).component).toBe("blocks.17.attn.head_4");
   }
   await page.keyboard.press("x");
-  expect((await reading(page)).component).toBe("blocks.17.attn");
+  expect(await reading(page)).toMatchObject({ component: "blocks.17.attn", value: 885_312 });
+  await page.getByText("attn 885,312", { exact: true }).waitFor();
   await page.keyboard.press("x");
   expect((await reading(page)).component).toBe("blocks.17.attn.head_0");
   await page.keyboard.press("z");

@@ -24,6 +24,20 @@ test("no timer is left when it stands still", () => {
   expect(vi.getTimerCount()).toBe(0);
 });
 
+test("a cine that has nothing more to show stops, and leaves no timer either", () => {
+  let shown = 0;
+  const cine = new Cine(() => {
+    shown++;
+    cine.pause();
+  });
+  cine.play();
+  vi.advanceTimersByTime(500);
+  expect(vi.getTimerCount()).toBe(0);
+  vi.advanceTimersByTime(5000);
+  expect(shown).toBe(1);
+  expect(cine.playing).toBe(false);
+});
+
 test("playing twice is playing once", () => {
   const cine = new Cine(() => undefined);
   cine.play();

@@ -2,7 +2,7 @@ import { expect, test } from "vitest";
 
 import { SEQUENCES } from "../../src/model/sequences";
 import { KEY_MAPS, keyMap, keysOf, unreachable } from "../../src/state/keymaps";
-import { BINDINGS, actionOf, keyCap, type Pressed } from "../../src/state/keys";
+import { BINDINGS, REPEATED, actionOf, keyCap, type Pressed } from "../../src/state/keys";
 
 function press(key: string, modifiers: Partial<Pressed> = {}): Pressed {
   return { key, shiftKey: false, ctrlKey: false, altKey: false, metaKey: false, ...modifiers };
@@ -33,10 +33,14 @@ test("chords belong to the browser", () => {
   expect(actionOf(press("ArrowLeft", { altKey: true }))).toBeNull();
 });
 
-test("a key that is held moves on and on, and saves once", () => {
-  expect(actionOf(press("ArrowLeft", { repeat: true }))).toBe("left");
-  expect(actionOf(press("u"))).toBe("save");
-  expect(actionOf(press("u", { repeat: true }))).toBeNull();
+test("a key that is held moves on and on, and does anything else once", () => {
+  const moving = BINDINGS.flatMap(({ action }) => (REPEATED.test(action) ? action : []));
+  expect(moving).toContain("left");
+  expect(moving).toContain("next-token");
+  expect(moving).toContain("wider");
+  for (const once of ["save", "mark", "play", "note", "map", "next-protocol", "sequence:T1"]) {
+    expect(moving).not.toContain(once);
+  }
 });
 
 test("letters of another script mean what stands in their place, and nothing else does", () => {

@@ -1,7 +1,7 @@
 import { expect, test } from "vitest";
 
 import type { EffectsFrame, JobView, Manifest } from "../../src/api/schema";
-import { source } from "../../src/model/field";
+import { field, source } from "../../src/model/field";
 import { layOut } from "../../src/model/layout";
 import { load as loadAnomalies } from "../../src/model/modes/anomalies";
 import { GrowingEffects, load as loadCircuits } from "../../src/model/modes/circuits";
@@ -10,8 +10,8 @@ import { load as loadTracing } from "../../src/model/modes/tracing";
 import { load as loadWeights, outlying } from "../../src/model/modes/weights";
 import { asToken, askedOfCircuit, NO_QUESTION } from "../../src/model/question";
 import { sectionOf } from "../../src/model/section";
-import type { Loader, Series } from "../../src/model/series";
 import { countable, injected, named, numbers, positions } from "../../src/model/operations";
+import { bare, type Acquisition, type Loader, type Series } from "../../src/model/series";
 import { read, written, type Stimulus } from "../../src/model/stimulus";
 import { columnOf, topologyOf } from "../../src/model/topology";
 import { Volume } from "../../src/model/volume";
@@ -141,7 +141,7 @@ test("tracts join the nodes of their path, thicker where it is stronger, on top 
   const { circuit } = await stored("DTI", loadCircuits);
   const layout = layOut("brain", topology, { width: 740, height: 590 });
   const paths = circuit?.paths ?? [];
-  const tracts = tractsOf(paths, 40, topology, layout, null);
+  const tracts = tractsOf(paths, 40, topology, layout, -1);
   expect(tracts).toHaveLength(40);
   expect(tracts.at(-1)?.path).toBe(paths[0]);
   tracts.forEach(({ curve, path, width, helps }, index) => {
@@ -157,9 +157,24 @@ test("what touches the chosen component is lit, the rest dimmed", async () => {
   const { circuit } = await stored("DTI", loadCircuits);
   const layout = layOut("brain", topology, { width: 740, height: 590 });
   const lit = "blocks.0.mlp";
-  for (const { path, opacity } of tractsOf(circuit?.paths ?? [], 300, topology, layout, lit)) {
+  const node = topology.indexOf.get(lit) ?? -1;
+  for (const { path, opacity } of tractsOf(circuit?.paths ?? [], 300, topology, layout, node)) {
     const touches = path.source === lit || path.target === lit;
     expect(opacity > 0.28).toBe(touches);
+  }
+});
+
+test("where heads are folded, the paths of a layer's heads are lit with it", async () => {
+  const { circuit } = await stored("DTI", loadCircuits);
+  const folded = topologyOf(SMOLLM2, true);
+  const layout = layOut("brain", folded, { width: 740, height: 590 });
+  const head = circuit?.paths.find(({ source }) => source.includes(".head_"))?.source ?? "";
+  const layer = head.replace(/head_\d+$/, "");
+  const node = folded.indexOf.get(layer.slice(0, -1)) ?? -1;
+  expect(node).toBeGreaterThan(0);
+  for (const { path, opacity } of tractsOf(circuit?.paths ?? [], 300, folded, layout, node)) {
+    const touches = path.source.startsWith(layer) || path.target.startsWith(layer);
+    expect(opacity > 0.28, path.source).toBe(touches);
   }
 });
 
@@ -305,6 +320,21 @@ test("a dense image of a static scan has every component where the axial plane h
   }
 });
 
+test("where a layer's attention was taken as a whole, each of its heads shows that number", () => {
+  const whole = field({
+    id: "effect",
+    title: "Effect",
+    unit: "",
+    method: "",
+    volume: new Volume(["blocks.4.attn", "blocks.4.mlp"], 1, Float32Array.of(3, 5)),
+    map: "inferno",
+  });
+  const series = { ...bare("DTI", {} as Acquisition), fields: [whole] };
+  const section = sectionOf(topology, series, whole, 0);
+  const row = [...(section?.values.slice(4 * 10, 5 * 10) ?? [])];
+  expect(row).toEqual(section?.names.map((name) => (name === "MLP" ? 5 : 3)));
+});
+
 test("a trace is a map of layer x position, and brings the answer back at the subject's last token", async () => {
   const series = await stored("tracing", loadTracing);
   const rows = oracle("tracing");
@@ -318,6 +348,12 @@ test("a trace is a map of layer x position, and brings the answer back at the su
   const across = section?.width ?? 0;
   const early = [...(section?.values.slice(5 * across, 6 * across) ?? [])];
   expect(early.indexOf(Math.max(...early))).toBe(2);
+  // A head stands for its layer's attention, as it does in the other planes.
+  const [head, whole] = [3, "attn" as const].map((cut) =>
+    sectionOf(topology, series, series.fields[0] ?? null, cut),
+  );
+  expect(head?.values.every(Number.isNaN)).toBe(false);
+  expect(head?.values).toEqual(whole?.values);
   const { clean = NaN, corrupted = NaN } = series.trace ?? {};
   expect(clean).toBeGreaterThan(corrupted);
 });

@@ -4,12 +4,15 @@ import { readFileSync } from "node:fs";
 import { beforeEach, expect, test, vi } from "vitest";
 
 import { Client } from "../../src/api/client";
+import type { ModelInfo } from "../../src/api/schema";
 import { readNmri } from "../../src/sessions/nmri";
 import type * as Nmri from "../../src/sessions/nmri";
 import type { Sessions } from "../../src/sessions/sessions.svelte";
 import type { Note, SessionDocument } from "../../src/sessions/wire";
 import type { Series } from "../../src/model/series";
+import { viewOf } from "../../src/state/places";
 import { Room } from "../../src/state/room.svelte";
+import { decode } from "../../src/state/url";
 import { json } from "./fixtures";
 
 const SAID = json("session") as {
@@ -159,6 +162,7 @@ beforeEach(() => {
   vi.stubGlobal("sessionStorage", {
     getItem: (name: string) => kept.get(name) ?? null,
     setItem: (name: string, value: string) => kept.set(name, value),
+    removeItem: (name: string) => kept.delete(name),
     clear: () => kept.clear(),
   });
 });
@@ -205,6 +209,37 @@ test("what was noted before anything was saved outlives a reload of the page, un
   expect(after.sessions.isUnsaved).toBe(true);
   after.sessions.undo();
   expect((await viewer(service)).sessions.open.notes).toEqual([]);
+});
+
+test("what was noted in a session outlives a page that was loaded with another", async () => {
+  const before = await opened(service);
+  before.sessions.open.add(note("mine"));
+  await opened(service, OTHER);
+  const after = await opened(service);
+  expect(after.sessions.open.notes).toContainEqual(note("mine"));
+  expect(after.sessions.isUnsaved).toBe(true);
+  // What was given up for another session is given up.
+  await after.sessions.giveUp(() => after.sessions.openOwn(OTHER));
+  expect((await opened(service)).sessions.isUnsaved).toBe(false);
+});
+
+test("what was noted before a first save is in what was saved, and nowhere else", async () => {
+  const { sessions } = await viewer(service);
+  sessions.open.add(note("mine"));
+  const { document } = await readNmri(FILE);
+  service.on("POST /api/sessions", () =>
+    detail(ID, { ...document, scans: [], notes: [note("mine")], key_images: [] }),
+  );
+  expect(await sessions.save(), sessions.problem).toBe(true);
+  expect((await viewer(service)).sessions.isUnsaved).toBe(false);
+});
+
+test("a view says of which model it is, also where that is the service's own", async () => {
+  const { room } = await viewer(service);
+  const value = json("models") as readonly ModelInfo[];
+  room.study.models = { status: "ready", value };
+  expect(room.place().model).toBeNull();
+  expect(decode(viewOf(room)).model).toBe(value[0]?.name);
 });
 
 test("a note that is written while the first save is under way loses none", async () => {

@@ -1,13 +1,14 @@
 /** Folding, regions and differences: what is computed from stored numbers, held against plain arithmetic. */
 import { describe, expect, test } from "vitest";
 
+import type { Manifest } from "../../src/api/schema";
 import { moved } from "../../src/colour/window";
 import { differenceOf, incomparable, type Side } from "../../src/model/difference";
 import { field } from "../../src/model/field";
 import { folded, foldingOf } from "../../src/model/fold";
 import { statistics, valuesIn } from "../../src/model/region";
 import { coronalOf } from "../../src/model/section";
-import { bare, type Acquisition } from "../../src/model/series";
+import { bare, loadStructural, type Acquisition } from "../../src/model/series";
 import { nodeAt, topologyOf } from "../../src/model/topology";
 import { Volume, besides } from "../../src/model/volume";
 import { Crosshair } from "../../src/state/crosshair.svelte";
@@ -15,7 +16,7 @@ import { Display } from "../../src/state/display.svelte";
 import { Reading, type Scene } from "../../src/state/reading.svelte";
 import type { AllSeries } from "../../src/state/study.svelte";
 import { architecture } from "./architectures";
-import { chance } from "./fixtures";
+import { bytes, chance } from "./fixtures";
 
 const TINY = topologyOf(architecture(2, 3));
 const HEADS = [0, 1].flatMap((l) => [0, 1, 2].map((h) => `blocks.${l}.attn.head_${h}`));
@@ -72,6 +73,27 @@ describe("folded heads", () => {
     const measured = quantity([...HEADS, "blocks.0.attn"], 1, [...values, 9]);
     expect(foldingOf(measured)).toBe("own");
     expect(folded(measured.volume, "own", 2, 3).at("blocks.0.attn", 0)).toBe(9);
+  });
+
+  test("where parts add up, what belongs to no head is one of them", () => {
+    const counted = { ...quantity([...HEADS, "blocks.0.attn"], 1, [...values, 9]), adds: true };
+    expect(foldingOf(counted)).toBe("sum");
+    const volume = folded(counted.volume, "sum", 2, 3);
+    expect(volume.at("blocks.0.attn", 0)).toBe(7);
+    expect(volume.at("blocks.1.attn", 0)).toBe(0.25);
+    const side = { series: bare("T1", {} as Acquisition), field: counted, topology: TINY };
+    const [difference] = differenceOf(side, side)?.fields ?? [];
+    expect(difference?.adds).toBe(true);
+  });
+
+  test("a layer's attention has all its parameters", async () => {
+    const manifest = { request: {}, numerics: {}, created_at: 0 } as unknown as Manifest;
+    const read = (name: string) => Promise.resolve(bytes(name));
+    const [parameters] = (await loadStructural(manifest, "job", read)).fields;
+    if (parameters === undefined) throw new Error("T1 has no field");
+    expect(parameters.volume.at("blocks.0.attn", 0)).toBe(221_760);
+    const volume = folded(parameters.volume, foldingOf(parameters), 30, 9);
+    expect(volume.at("blocks.0.attn", 0)).toBe(885_312);
   });
 
   test("nothing measured is still nothing", () => {

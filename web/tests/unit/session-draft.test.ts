@@ -149,6 +149,31 @@ test("a scan that still runs, or was cancelled, is no scan of a view and of a ke
   await expect(draftOf(asked({ view: `job=${NEW}`, keyOf: refused(0) }))).rejects.toThrow();
 });
 
+test("a scan that was deleted before anybody saved it is left out and told, and its note stays", async () => {
+  const { scans } = asked();
+  const about = (scan: string) => ({
+    text: "here",
+    scan,
+    component: "blocks.1.mlp",
+    position: 2,
+    author: "",
+  });
+  for (const status of [404, 410]) {
+    const { content, gone } = await draftOf(
+      asked({
+        scans: [...scans, scan(NEW)],
+        notes: [about(ACTIVITY), about(NEW), about(AGAIN)],
+        keyOf: () => Promise.reject(new Refusal({ title: "There is no such job", status })),
+        labelOf: (job) => (job === AGAIN ? "corrupt" : ""),
+      }),
+    );
+    expect(gone).toEqual([`fMRI · ${NEW}`, `corrupt · ${AGAIN}`]);
+    expect(content.scans).toHaveLength(2);
+    expect(content.notes.map((note) => note.scan)).toEqual([ACTIVITY, null, null]);
+    expect(content.notes[1]).toMatchObject({ component: "blocks.1.mlp", position: 2 });
+  }
+});
+
 const EMPTY: SessionDocument = {
   version: 1,
   parent: null,

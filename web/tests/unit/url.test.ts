@@ -8,6 +8,7 @@ import { METHODS } from "../../src/model/question";
 import { SEQUENCES } from "../../src/model/sequences";
 import type { Stimulus } from "../../src/model/stimulus";
 import { PANEL_NAMES, VIEW_IDS, type Views } from "../../src/model/views";
+import { SAGITTAL_COLUMNS } from "../../src/state/display.svelte";
 import { START, decode, encode, type Place } from "../../src/state/url";
 import { chance } from "./fixtures";
 
@@ -57,6 +58,7 @@ function place(): Place {
     layout: pick(LAYOUT_NAMES),
     protocol: pick(PROTOCOL_IDS),
     swapped: random() < 0.3,
+    sagittal: pick(SAGITTAL_COLUMNS),
     folded: random() < 0.3,
     zoom: random() < 0.5 ? WHOLE : clampZoom({ scale: 1 + random() * 9, x: random(), y: random() }),
     prior: {
@@ -100,7 +102,7 @@ test("the view a visitor begins with has an empty address", () => {
 
 test("an address that says nonsense shows the default, not an error", () => {
   const nonsense =
-    "hang=upside-down&zoom=4,x&prior=oracle&do=explode~blocks.1.mlp&do=zero~unembed&do=inject~blocks.1.mlp~add~~x&do=patch~embed&method=magic&tracts=-1&seq=T9&token=-3&layout=cube&panel=x&fMRI.map=mud&fMRI.scale=cube&fMRI.wl=0,1";
+    "hang=upside-down&cut=across&zoom=4,x&prior=oracle&do=explode~blocks.1.mlp&do=zero~unembed&do=inject~blocks.1.mlp~add~~x&do=patch~embed&method=magic&tracts=-1&seq=T9&token=-3&layout=cube&panel=x&fMRI.map=mud&fMRI.scale=cube&fMRI.wl=0,1";
   expect(decode(nonsense)).toEqual(START);
   expect(decode("fMRI.wl=,").views.fMRI.window).toBeNull();
 });

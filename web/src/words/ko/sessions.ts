@@ -175,6 +175,7 @@ export const sessions = {
   "Nothing is open. What is on the screen can be saved as a session.":
     "열린 세션이 없습니다. 화면에 있는 것을 세션으로 저장할 수 있습니다.",
   "Left out: {count} that another session keeps.": "다른 세션의 스캔 {count}개는 뺐습니다.",
+  "Left out: {scan}, which the service has no more.": "서비스에 더는 없는 스캔은 뺐습니다: {scan}.",
   "Saved as revision {number}.": "개정 {number}(으)로 저장했습니다.",
   Untitled: "제목 없음",
   "Compared with “{name}”.": "“{name}”과(와) 비교했습니다.",
