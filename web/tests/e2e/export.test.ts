@@ -150,6 +150,7 @@ test("one page opens from a disk without a network, and is the same again when i
   expect(await known.getAttribute("data-hash")).toMatch(new RegExp(`^${hash}`));
   // It is alive: another view of it is another state.
   await saved.keyboard.press("Escape");
+  await saved.getByRole("dialog").waitFor({ state: "hidden" });
   await saved.getByTestId("axial").focus();
   await saved.keyboard.press(".");
   expect((await reading(saved)).column).toBe(before.column + 1);
