@@ -92,7 +92,8 @@ export const load: Loader = async (manifest, job, read) => {
   const [compared] = comparison.rows((row) => ({
     position: row.number("position"),
     answer: row.text("answer"),
-    foil: row.number("foil_id") >= 0,
+    // Of a redacted session the id is hidden; the unit tells all the same.
+    foil: comparison.provenance.unit === "logits",
     unit: comparison.provenance.unit,
     method: comparison.provenance.method,
     before: row.number("metric_before"),
