@@ -191,6 +191,9 @@ test("what hangs beside the picture is saved with it", async () => {
     on
       .getByTestId("corner-value-prior")
       .evaluate((corner) => ({ ...(corner as HTMLElement).dataset }));
+  // It is shown while it comes in; what is saved is whole.
+  await page.getByRole("button", { name: "Scanning…" }).waitFor();
+  await page.getByRole("button", { name: "Scan the prior" }).waitFor();
   await page.getByTestId("corner-value-difference").waitFor();
   const before = await prior(page);
   const path = await exported(page, "HTML");
@@ -199,7 +202,7 @@ test("what hangs beside the picture is saved with it", async () => {
   const saved = await away.newPage();
   await saved.goto(pathToFileURL(path).href);
   await saved.getByTestId("corner-value-difference").waitFor();
-  expect(await prior(saved)).toEqual(before);
+  await expect.poll(() => prior(saved), { timeout: 10_000 }).toEqual(before);
   await away.close();
   await leave(open);
 });
