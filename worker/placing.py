@@ -239,11 +239,11 @@ class Placing:
             yield
             return
         models_held = self._residency.held()
-        held = sum(each.memory_bytes or 0 for each in models_held)
+        held = sum(map(self._in_the_way, models_held))
         if not self._memory.has_amply(n_bytes, held):
-            total, left = self._memory.reading(held)
+            total, left = self._memory.for_scans(held)
             stays = sum(
-                each.memory_bytes or 0
+                self._in_the_way(each)
                 for each in models_held
                 if each.pinned or each.revision == revision
             )
@@ -264,7 +264,11 @@ class Placing:
             self._in_use.remove(revision)
 
     def _make_room(self, room: WorkerRoom, n_bytes: int, left: int, *, beside: set[str]) -> None:
-        others = tuple(each for each in room.held if each.revision not in beside)
+        others = tuple(
+            each._replace(memory_bytes=self._in_the_way(each))
+            for each in room.held
+            if each.revision not in beside
+        )
         beside_it = sum(each.memory_bytes for each in others)
         evicted = placement.evictions(
             WorkerRoom(room.worker, beside_it + left, left, others),
@@ -279,7 +283,14 @@ class Placing:
 
     def left(self) -> int:
         """Bytes that a scan could have now."""
-        return self._memory.reading(sum(each.memory_bytes for each in self.room().held)).available
+        return self._memory.for_scans(sum(map(self._in_the_way, self.room().held))).available
+
+    def _in_the_way(self, model: HeldModel | Held) -> int:
+        """Bytes that scans would have if a model went: of a spread one what is on the first GPU."""
+        resident = self._residency.get(model.revision)
+        if resident is not None and self._memory.is_of_several:
+            return resident.main_bytes
+        return model.memory_bytes or 0
 
     # On any thread.
 

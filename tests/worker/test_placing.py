@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
+import torch
 from sqlalchemy import update
 
 from neural_mri.backing import events, keys, models, residences
@@ -24,8 +26,9 @@ from neural_mri.contract.scans import ActivationScan
 from tests.tiny import save_tiny_model
 from tests.worker.bench import Bench
 from worker import metrics, modelstore
-from worker.admission import estimate
+from worker.admission import OutOfMemory, estimate
 from worker.calibrations import Calibrations
+from worker.memory import Memory
 from worker.scanner import loading
 from worker.scanner.listening import Silent
 
@@ -439,6 +442,31 @@ def test_another_model_goes_where_a_scan_needs_its_memory(
         assert serve(worker, ask(worker, registered["c"], n_tokens=50)) == [JobState.SUCCEEDED]
         assert names(worker) == {"c"}
         assert metrics.EVICTED.labels("b")._value.get() == before + 1
+
+
+def test_what_another_gpu_has_is_no_room_for_a_scan(
+    bench: Bench, registered: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors stand on the first, and so does what of a spread model is in their way."""
+    model = registered["b"]
+    held = bench.placing.hold("b", Silent())
+    on_first, n_bytes = held.memory_bytes // 2, needed(model, 50)
+    bench.residency._residents[model.revision] = held._replace(main_bytes=on_first)
+    free = [0, 10**12]
+    gpus = SimpleNamespace(
+        device_count=lambda: 2,
+        is_available=lambda: False,
+        mem_get_info=lambda index: (free[index], free[index] + on_first),
+        memory_reserved=lambda _: 0,
+        memory_allocated=lambda _: 0,
+    )
+    monkeypatch.setattr(torch, "cuda", gpus)
+    monkeypatch.setattr(bench.placing, "_memory", Memory(Settings(), "cuda"))
+    for free[0], fits in ((2 * n_bytes, True), (n_bytes // 2, False)):
+        assert bench.placing.left() == free[0]
+        refused = nullcontext() if fits else pytest.raises(OutOfMemory)
+        with refused, bench.placing.admitted(model.revision, n_bytes):
+            pass
 
 
 def test_as_many_rows_share_a_pass_as_fit(bench: Bench, registered: Registered, size: int) -> None:
