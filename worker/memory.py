@@ -7,6 +7,8 @@ them: then models and scans together are held to that.
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +54,7 @@ class Memory:
         self._device = device
         self._spreads = settings.spread == "auto"
         self._seen = _Seen(0, 0, 0.0)
+        self._scans = 0
 
     def has_amply(self, n_bytes: int, held_bytes: int) -> bool:
         """Whether so much is little of what scans had left a moment ago, beside the same models.
@@ -89,6 +92,20 @@ class Memory:
         Models take `held_bytes` of it.
         """
         return _gpu(0) if self.is_of_several else self.reading(held_bytes)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While the block runs a scan has a part of it, and what is missing need not be others'."""
+        self._scans += 1
+        try:
+            yield
+        finally:
+            self._scans -= 1
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether no scan has a part of it. Asked by any thread."""
+        return self._scans == 0
 
     def _gpus(self) -> Reading:
         count = torch.cuda.device_count() if self._spreads else 1

@@ -24,6 +24,13 @@ def test_what_is_stated_is_what_there_is() -> None:
     assert stated.for_models(held_bytes=9 * GIB) == (8 * GIB, 0)
 
 
+def test_what_a_scan_has_lent_is_known_until_it_ends() -> None:
+    memory = Memory(Settings(memory_bytes=GIB), "cpu")
+    with memory.lent(), memory.lent():
+        assert not memory.is_resting
+    assert memory.is_resting
+
+
 def test_on_the_cpu_it_is_no_more_than_the_machine_has() -> None:
     found = Memory(Settings(), "cpu").reading()
     assert 0 < found.available <= found.total <= psutil.virtual_memory().total
