@@ -48,7 +48,7 @@ from neural_mri.contract.scans import (
 )
 from worker import metrics
 from worker.scanner.attribution import steps_at_once
-from worker.scanner.halving import halved, ran_out
+from worker.scanner.halving import halved, has_lost_device, ran_out
 from worker.scanner.interventions import width
 from worker.scanner.sampling import TEXT_TOKENS
 
@@ -56,6 +56,7 @@ __all__ = (
     "MOST_HALVINGS",
     "OutOfMemory",
     "estimate",
+    "give_back",
     "halving",
     "has_lost_device",
     "shown",
@@ -259,15 +260,6 @@ def _grid(maps: int, draws: int, sizes: _Sizes) -> int:
     """Two recorded runs, or one and its draws, and a row a cell that holds half of the positions."""
     cells = maps * draws * sizes.shape.n_layers * sizes.n_tokens
     return (1 + draws) * sizes.recorded + sizes.rows(cells // 2 + 1) + sizes.logits(8)
-
-
-def has_lost_device(error: BaseException) -> bool:
-    """Whether an error says that the device will compute nothing more for this process.
-
-    Whatever an accelerator refuses that is not memory stays refused: the context is lost, and what is asked of
-    it later, by whomever, fails likewise.
-    """
-    return isinstance(error, torch.AcceleratorError) and not ran_out(error)
 
 
 def halving(work: Callable[[], T]) -> T:

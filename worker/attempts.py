@@ -4,7 +4,6 @@ Every move names its attempt; where the fence has fallen the attempt stops, and 
 under their own hash. Runs on one thread, the one that runs torch.
 """
 
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -42,6 +41,7 @@ from worker.intake import Intake
 from worker.interludes import Interludes, Lending
 from worker.keeper import Holding, Keeper, LeaseLost
 from worker.placing import Placing
+from worker.refusals import InternalError, incident
 from worker.reporter import Outbox, Reporter
 from worker.residency import Residency
 from worker.scanner.halving import ran_out
@@ -62,12 +62,6 @@ NO_RESULTS: Mapping[UUID, SavedResult] = MappingProxyType({})
 T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
-
-
-class InternalError(Problem):
-    """The job failed for a reason of the service's own."""
-
-    status = 500
 
 
 class _Load(NamedTuple):
@@ -641,8 +635,4 @@ def _diagnosis(error: Exception) -> Problem:
         return OutOfMemory(
             "the worker's memory does not hold this scan: send a shorter prompt, or ask for less"
         )
-    incident = secrets.token_hex(4)
-    log.error("attempt_failed", incident=incident, exc_info=error)
-    return InternalError(
-        f"the service failed; its log knows more under incident {incident}", incident=incident
-    )
+    return incident("attempt_failed", error)

@@ -15,7 +15,6 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import pyarrow as pa
 import structlog
-import torch
 
 from neural_mri.backing import keys
 from neural_mri.backing.saving import save_result
@@ -25,9 +24,11 @@ from neural_mri.contract.problems import Conflict, Gone, Problem, Unavailable
 from neural_mri.contract.results import Manifest, signed
 from neural_mri.contract.scan_keys import SCANNER_VERSION, calibration_key
 from neural_mri.contract.scans import CalibrationScan, ScanKind
+from worker.admission import give_back
 from worker.resident import Resident
 from worker.scanner.calibrating import calibrate
 from worker.scanner.calibration import Calibration
+from worker.scanner.halving import ran_out
 from worker.scanner.listening import Listener, Timed
 
 __all__ = ("Calibrations",)
@@ -69,8 +70,14 @@ class Calibrations:
         """
         try:
             self._found(resident, None, listener, patience_seconds=0.0)
-        except (Problem, torch.OutOfMemoryError) as error:
+        except Exception as error:
+            if not isinstance(error, Problem) and not ran_out(error):
+                raise
             log.warning("not_calibrated", model=resident.registered.name, reason=str(error))
+        else:
+            return
+        # Outside the handler: the error's frames hold what there may have been no room for.
+        give_back()
 
     def of(self, resident: Resident, wanted: str | None, listener: Listener) -> Calibration:
         """The calibration of that scan key, or the model's own, which is measured where it is missing.

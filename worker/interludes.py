@@ -119,7 +119,8 @@ class Interludes:
     def _lend(self, claimed: Sequence[Job], began: float) -> float:
         """Run jobs while the own ones stand still; for how long."""
         allowed = max(job.deadline_seconds for job in claimed)
-        self._reckon(deadline_seconds=allowed)
+        # What is not known to have been added is not taken away: their deadline would be past.
+        added = allowed if self._reckon(deadline_seconds=allowed) else 0.0
         started = time.monotonic()
         try:
             with ExitStack() as aside:
@@ -129,14 +130,14 @@ class Interludes:
         finally:
             lent = time.monotonic() - started
             self.lent_seconds += lent
-            self._reckon(deadline_seconds=-allowed, begun_seconds=lent)
+            self._reckon(deadline_seconds=-added, begun_seconds=lent)
         log.info("time_lent", jobs=len(claimed), seconds=round(lent, 4))
         return lent
 
-    def _reckon(self, *, deadline_seconds: float, begun_seconds: float = 0.0) -> None:
-        """Keep time that is others' out of the jobs' own."""
+    def _reckon(self, *, deadline_seconds: float, begun_seconds: float = 0.0) -> bool:
+        """Keep time that is others' out of the jobs' own; whether that was written."""
         if not self._attempts:
-            return
+            return False
         try:
             self._sessions.write(
                 jobs.reckon,
@@ -147,6 +148,8 @@ class Interludes:
             )
         except Unavailable as error:
             log.warning("time_not_reckoned", error=str(error))
+            return False
+        return True
 
 
 class Lending(Silent):

@@ -7,6 +7,8 @@ them: then models and scans together are held to that.
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,15 +54,16 @@ class Memory:
         self._device = device
         self._spreads = settings.spread == "auto"
         self._seen = _Seen(0, 0, 0.0)
+        self._scans = 0
 
     def has_amply(self, n_bytes: int, held_bytes: int) -> bool:
-        """Whether so much is little of what was left a moment ago, beside the same models.
+        """Whether so much is little of what scans had left a moment ago, beside the same models.
 
-        To look again takes as long as recording a job.
+        `held_bytes` as for `for_scans`. To look again takes as long as recording a job.
         """
         now = time.monotonic()
         if held_bytes != self._seen.held or now > self._seen.until:
-            left = self.reading(held_bytes).available
+            left = self.for_scans(held_bytes).available
             self._seen = _Seen(held_bytes, left, now + MOMENT_SECONDS)
         return n_bytes <= LITTLE * self._seen.left
 
@@ -76,15 +79,45 @@ class Memory:
         budget = int(total * (1.0 - SCANS_SHARE))
         return Reading(budget, max(0, min(budget - held_bytes, available)))
 
+    @property
+    def is_of_several(self) -> bool:
+        """Whether models may be spread over several GPUs, on the first of which scans are."""
+        if self._stated or self._device != "cuda" or not self._spreads:
+            return False
+        return torch.cuda.device_count() > 1
+
+    def for_scans(self, held_bytes: int = 0) -> Reading:
+        """What there is for what scans make: of several GPUs the first, where activations are.
+
+        Models take `held_bytes` of it.
+        """
+        return _gpu(0) if self.is_of_several else self.reading(held_bytes)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While the block runs a scan has a part of it, and what is missing need not be others'."""
+        self._scans += 1
+        try:
+            yield
+        finally:
+            self._scans -= 1
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether no scan has a part of it. Asked by any thread."""
+        return self._scans == 0
+
     def _gpus(self) -> Reading:
         count = torch.cuda.device_count() if self._spreads else 1
-        readings = []
-        for index in range(count):
-            free, total = torch.cuda.mem_get_info(index)
-            # What torch keeps for itself it gives to whoever asks next.
-            kept = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
-            readings.append(Reading(total, free + kept))
+        readings = [_gpu(index) for index in range(count)]
         return Reading(sum(one.total for one in readings), sum(one.available for one in readings))
+
+
+def _gpu(index: int) -> Reading:
+    free, total = torch.cuda.mem_get_info(index)
+    # What torch keeps for itself it gives to whoever asks next.
+    kept = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return Reading(total, free + kept)
 
 
 def free_of_each(settings: Settings, device: str) -> tuple[int, ...]:

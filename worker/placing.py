@@ -4,41 +4,42 @@ The decisions are `backing.placement`'s, the claims `backing.residences`'. A thr
 second; where there is something to do, it puts a ticket into the worker's own queue, because models are
 loaded and released by the task thread alone, between jobs.
 
-A model that cannot be loaded is said to be so to everybody who waits for it, and so is one that fits into no
-worker's memory: nobody waits for what will not come.
+A model that cannot be loaded is said to be so to everybody who waits for it, unless another worker has it:
+nobody waits for what will not come (`worker.refusals`).
 """
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Self
+from typing import Self
 
 import structlog
 
-from neural_mri.backing import events, jobs, keys, models, placement, residences
+from neural_mri.backing import events, keys, models, placement, residences
 from neural_mri.backing.broker import AWAY, SyncRedis
 from neural_mri.backing.database import Sessions
-from neural_mri.backing.events import HeldModel, WorkerBeat
+from neural_mri.backing.events import HeldModel
 from neural_mri.backing.leases import LeaseOwner
 from neural_mri.backing.models import RegisteredModel
-from neural_mri.backing.placement import Cost, Demand, Held, Move, Policy, WorkerRoom
+from neural_mri.backing.placement import Cost, Held, Move, Policy, WorkerRoom
 from neural_mri.backing.queue import send_tickets
 from neural_mri.backing.residences import Claim
 from neural_mri.backing.settings import Settings
-from neural_mri.contract.jobs import JobState
 from neural_mri.contract.models import ModelState
 from neural_mri.contract.problems import Problem, Unavailable, UnknownModel
 from worker import metrics
 from worker.admission import OutOfMemory, give_back, shown
 from worker.intake import Intake
 from worker.memory import Memory
+from worker.refusals import Refusals, Seen, incident, too_large
 from worker.reporter import Outbox
 from worker.residency import Residency
 from worker.resident import Resident
-from worker.scanner.halving import ran_out
+from worker.rooms import are_all_loaded, held_as, room_of
+from worker.scanner.halving import has_lost_device, ran_out
 from worker.scanner.listening import Listener, Silent, Timed
 
 __all__ = ("LoadsKillWorkers", "Placing")
@@ -46,13 +47,14 @@ __all__ = ("LoadsKillWorkers", "Placing")
 LOOK_SECONDS = 1.0
 POKED_SECONDS = 5.0
 """When a ticket to oneself counts as lost."""
-HOPELESS_SECONDS = 10.0
-"""How long a model that fits nowhere may wait for a worker with more memory to come up."""
+RETRY_SECONDS = 5.0
+"""When a load is tried again that a database was away for."""
+AVOIDED_SECONDS = 60.0
+"""When a load is tried again that has failed here, while others may do better."""
 QUEUE_SECONDS = 60
 """When the own queue is forgotten: its worker may have died."""
 GUESSED_LOW = 1.5
 """What a model is taken to need, in what it was, once loading it has run out of memory."""
-AT_ONCE = 64
 
 SILENT = Silent()
 
@@ -63,17 +65,6 @@ class LoadsKillWorkers(Problem):
     """Every worker that loaded this model was lost."""
 
     status = 500
-
-
-class _Seen(NamedTuple):
-    """What there is to decide about."""
-
-    rooms: tuple[WorkerRoom, ...]
-    """This worker's first."""
-    demands: tuple[Demand, ...]
-    costs: dict[str, Cost]
-    are_all_heard: bool
-    """Whether the other workers' heartbeats could be read."""
 
 
 class Placing:
@@ -101,8 +92,8 @@ class Placing:
         self._residency = residency
         self._memory = memory
         self._intake = intake
-        self._outbox = outbox
         self._beat = beat
+        self._refusals = Refusals(settings=settings, sessions=sessions, owner=owner, outbox=outbox)
         self._policy = Policy(
             settings.model_residence_seconds,
             settings.model_patience_seconds,
@@ -117,6 +108,8 @@ class Placing:
         self._renew_at = 0.0
         self._poked_at = -POKED_SECONDS
         self._loading: Timed | None = None
+        self._avoided: dict[str, float] = {}
+        """Weights that are not loaded on demand before a time on the monotonic clock."""
         self._in_use: list[str] = []
         """Models that scans run on: more than one where a short scan runs inside a long one."""
 
@@ -138,8 +131,9 @@ class Placing:
         Raises what a pinned model's load does; a wanted one may have gone bad since.
         """
         for name in self._settings.pinned:
-            self._claim(self._registered(name).revision, copies=None)
-            self._load(name, SILENT, pin=True)
+            revision = self._registered(name).revision
+            self._claim(revision, copies=None)
+            self._load(name, revision, SILENT, pin=True)
         for model in self._sessions.read(models.all):
             if not model.wanted or model.name in self._settings.pinned:
                 continue
@@ -149,9 +143,16 @@ class Placing:
             if not self._claim(model.revision, copies=1).is_granted:
                 continue
             try:
-                self._load(model.name, SILENT)
+                self._load(model.name, model.revision, SILENT)
             except Problem as problem:
                 log.warning("wanted_model_not_loaded", model=model.name, reason=problem.detail)
+            except Exception as error:
+                if has_lost_device(error):
+                    raise
+                log.exception("wanted_model_not_loaded", model=model.name)
+            else:
+                continue
+            give_back()
 
     def act(self, listener: Listener = SILENT) -> None:
         """Let go and load what should be let go and loaded now; most often nothing.
@@ -165,14 +166,17 @@ class Placing:
             self.drop(revision)
         try:
             seen = self._look()
+            if self._refusals.due(seen):
+                give_back()  # before it is said that there is too little
+                seen = self._look()
+            for refused in self._refusals.due(seen):
+                self._refusals.refuse(refused.revision, refused.problem)
+                self._forget_guess(refused.revision)
+            move = self._next_move(seen)
+            if move is not None:
+                self._make(move, seen, listener)
         except Unavailable as error:
             log.warning("nothing_placed", error=str(error))
-            return
-        for demand in self._hopeless(seen):
-            self._refuse_hopeless(demand, seen)
-        move = placement.next_move(self._worker, seen.rooms, seen.demands, seen.costs, self._policy)
-        if move is not None:
-            self._make(move, seen, listener)
 
     def hold(self, name: str, listener: Listener) -> Resident:
         """Hold a model because somebody asks for it by name; what is in least demand makes room.
@@ -183,15 +187,40 @@ class Placing:
         registered = self._registered(name)
         if resident := self._residency.get(registered.revision):
             return resident
-        cost, room = self._cost(registered), self.room()
-        requests = self._requests(room)
-        evicted = placement.evictions(room, cost.memory_bytes, requests, self._policy, at_once=True)
-        if evicted is None:
-            raise self._too_large(registered.name, cost, [room])
-        for held in evicted:
+        for held in self._in_its_way(registered):
             self._evict(held.revision, in_favour_of=name)
         self._claim(registered.revision, copies=None)
-        return self._load(name, listener)
+        try:
+            return self._load(name, registered.revision, listener)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            log.warning("out_of_memory", model=name, error=str(error).partition("\n")[0])
+        # Outside the handler: the error's frames hold what there was no room for.
+        metrics.OUT_OF_MEMORY.labels("load").inc()
+        give_back()
+        raise OutOfMemory(
+            f"memory ran out while {name} was loaded, beside the models that are pinned: a smaller model, or a "
+            "worker with more memory is needed",
+            model=name,
+        )
+
+    def _in_its_way(self, model: RegisteredModel) -> list[Held]:
+        """What is let go for a model that is asked for by name. Raises `OutOfMemory` where that is not enough.
+
+        What it was guessed to take, since loading it ran out of memory, keeps nobody from trying.
+        """
+        costs = [self._cost(model), self._cost(model, also_guessed=False)]
+        for cost in costs:
+            room = self.room()
+            requests = self._requests(room)
+            evicted = placement.evictions(
+                room, cost.memory_bytes, requests, self._policy, at_once=True
+            )
+            if evicted is not None:
+                return evicted
+            give_back()
+        raise too_large(model.name, costs[-1], [self.room()])
 
     def leave_to_others(self) -> bool:
         """Whether the next request to load a model is better left to another worker for a moment."""
@@ -236,14 +265,15 @@ class Placing:
         Raises `OutOfMemory` where it would not fit with all of them gone.
         """
         if n_bytes == 0:
-            yield
+            with self._memory.lent():
+                yield
             return
         models_held = self._residency.held()
-        held = sum(each.memory_bytes or 0 for each in models_held)
+        held = sum(map(self._in_the_way, models_held))
         if not self._memory.has_amply(n_bytes, held):
-            total, left = self._memory.reading(held)
+            total, left = self._memory.for_scans(held)
             stays = sum(
-                each.memory_bytes or 0
+                self._in_the_way(each)
                 for each in models_held
                 if each.pinned or each.revision == revision
             )
@@ -259,12 +289,17 @@ class Placing:
                 self._make_room(room, n_bytes, left, beside={revision, *self._in_use})
         self._in_use.append(revision)
         try:
-            yield
+            with self._memory.lent():
+                yield
         finally:
             self._in_use.remove(revision)
 
     def _make_room(self, room: WorkerRoom, n_bytes: int, left: int, *, beside: set[str]) -> None:
-        others = tuple(each for each in room.held if each.revision not in beside)
+        others = tuple(
+            each._replace(memory_bytes=self._in_the_way(each))
+            for each in room.held
+            if each.revision not in beside
+        )
         beside_it = sum(each.memory_bytes for each in others)
         evicted = placement.evictions(
             WorkerRoom(room.worker, beside_it + left, left, others),
@@ -279,7 +314,14 @@ class Placing:
 
     def left(self) -> int:
         """Bytes that a scan could have now."""
-        return self._memory.reading(sum(each.memory_bytes for each in self.room().held)).available
+        return self._memory.for_scans(sum(map(self._in_the_way, self.room().held))).available
+
+    def _in_the_way(self, model: HeldModel | Held) -> int:
+        """Bytes that scans would have if a model went: of a spread one what is on the first GPU."""
+        resident = self._residency.get(model.revision)
+        if resident is not None and self._memory.is_of_several:
+            return resident.main_bytes
+        return model.memory_bytes or 0
 
     # On any thread.
 
@@ -289,7 +331,7 @@ class Placing:
 
     # What there is to see.
 
-    def _look(self) -> _Seen:
+    def _look(self) -> Seen:
         settings = self._settings
         demands = self._sessions.read(
             residences.demands,
@@ -300,7 +342,7 @@ class Placing:
         costs = self._sessions.read(residences.costs, settings.dtype)
         waiting = {demand.revision: demand.waiting for demand in demands}
         rooms, are_all_heard = self._rooms(waiting, costs)
-        return _Seen(rooms, tuple(demands), costs, are_all_heard)
+        return Seen(rooms, tuple(demands), costs, are_all_heard)
 
     def _rooms(
         self, waiting: Mapping[str, int] | None = None, costs: Mapping[str, Cost] | None = None
@@ -311,14 +353,15 @@ class Placing:
             beats = events.heartbeats(self._redis)
         except AWAY:
             return (own,), False
-        others = (_room_of(beat, waiting, costs) for beat in beats if beat.worker != self._worker)
+        others = (room_of(beat, waiting, costs) for beat in beats if beat.worker != self._worker)
         return (own, *(room for room in others if room is not None)), True
 
     def _own_room(self, waiting: Mapping[str, int], costs: Mapping[str, Cost]) -> WorkerRoom:
         models_held = self._residency.held()
-        held = tuple(_held(model, waiting, costs) for model in models_held)
+        held = tuple(held_as(model, waiting, costs) for model in models_held)
         room = self._memory.for_models(sum(each.memory_bytes for each in held))
-        return WorkerRoom(self._worker, room.total, room.available, held)
+        resting = self._memory.is_resting and are_all_loaded(models_held)
+        return WorkerRoom(self._worker, room.total, room.available, held, resting)
 
     def _requests(self, room: WorkerRoom) -> dict[str, float]:
         """What is asked of the models that this worker holds."""
@@ -335,22 +378,33 @@ class Placing:
             raise UnknownModel(f"no model {name!r} is registered", model=name)
         return registered
 
-    def _cost(self, model: RegisteredModel) -> Cost:
-        costs = self._sessions.read(residences.costs, self._settings.dtype)
-        guess = residences.estimate(model.n_parameters, model.weights_bytes, self._settings.dtype)
-        return costs.get(model.revision, guess)
+    def _cost(self, model: RegisteredModel, *, also_guessed: bool = True) -> Cost:
+        dtype = self._settings.dtype
+        costs = self._sessions.read(residences.costs, dtype, also_guessed=also_guessed)
+        estimated = residences.estimate(model.n_parameters, model.weights_bytes, dtype)
+        return costs.get(model.revision, estimated)
+
+    def _next_move(self, seen: Seen) -> Move | None:
+        now = time.monotonic()
+        costs = {
+            revision: cost
+            for revision, cost in seen.costs.items()
+            if self._avoided.get(revision, now) <= now
+        }
+        return placement.next_move(self._worker, seen.rooms, seen.demands, costs, self._policy)
 
     # Loading and letting go.
 
-    def _make(self, move: Move, seen: _Seen, listener: Listener) -> None:
+    def _make(self, move: Move, seen: Seen, listener: Listener) -> None:
+        name = self._name_of(move)
         others = sum(room.holds(move.revision) for room in seen.rooms[1:])
         claim = self._claim(move.revision, copies=others + 1)
         if not claim.is_granted:
             return
         if claim.losses >= self._settings.max_attempts:
             self._quietly(residences.release, move.revision)
-            self._refuse(
-                move.revision,
+            self._give_up(
+                move,
                 LoadsKillWorkers(
                     f"{claim.losses} workers were lost while they loaded {move.model}: it is not tried "
                     "again by itself; POST /api/model/load tries once more",
@@ -361,27 +415,61 @@ class Placing:
         for revision in move.evicted:
             self._evict(revision, in_favour_of=move.model)
         try:
-            self._load(move.model, listener)
+            self._load(name, move.revision, listener)
+        except Unavailable as problem:
+            log.warning("model_not_loaded", model=move.model, reason=problem.detail)
+            self._avoid(move.revision, RETRY_SECONDS)
+            return
         except Problem as problem:
             log.warning("model_not_loaded", model=move.model, reason=problem.detail)
-            self._refuse(move.revision, problem)
+            self._give_up(move, problem)
             return
         except Exception as error:
-            if not ran_out(error):
+            if has_lost_device(error):
                 raise
-            self._guess_higher(move, seen.costs[move.revision])
+            if not ran_out(error):
+                self._give_up(move, incident("load_failed", error))
+                return
+        else:
+            log.info(
+                "model_placed",
+                model=move.model,
+                evicted=len(move.evicted),
+                is_copy=move.is_copy,
+            )
+            self._intake.open(keys.scan_queue(move.revision))
             return
-        log.info(
-            "model_placed",
-            model=move.model,
-            evicted=len(move.evicted),
-            is_copy=move.is_copy,
-        )
-        self._intake.open(keys.scan_queue(move.revision))
+        # Outside the handler: the error's frames hold what there was no room for.
+        self._guess_higher(move, seen.costs[move.revision])
 
-    def _load(self, name: str, listener: Listener, *, pin: bool = False) -> Resident:
-        """Load a model that this worker has claimed."""
-        revision = self._registered(name).revision
+    def _give_up(self, move: Move, problem: Problem) -> None:
+        """Say that a model is not to be had, unless others have it: then it is only not to be had here."""
+        if move.is_copy or self._is_held_elsewhere(move.revision):
+            self._avoid(move.revision, AVOIDED_SECONDS)
+            return
+        self._refusals.refuse(move.revision, problem)
+
+    def _is_held_elsewhere(self, revision: str) -> bool:
+        try:
+            owners = self._sessions.read(residences.holders, revision)
+        except Unavailable:
+            return True  # nobody is refused for what is not known
+        return any(owner != self._owner for owner in owners)
+
+    def _avoid(self, revision: str, seconds: float) -> None:
+        self._avoided[revision] = time.monotonic() + seconds
+
+    def _name_of(self, move: Move) -> str:
+        """A name that has the weights now: the one that was asked for may have others by now."""
+        names = [
+            model.name
+            for model in self._sessions.read(models.all)
+            if model.revision == move.revision
+        ]
+        return move.model if move.model in names or not names else names[0]
+
+    def _load(self, name: str, revision: str, listener: Listener, *, pin: bool = False) -> Resident:
+        """Load a model that this worker has claimed. What it raises has given the claim back."""
         self._loading = Timed(listener)
         try:
             resident = self._residency.load(name, self._loading, pin=pin)
@@ -419,41 +507,6 @@ class Placing:
         except Unavailable as error:
             log.warning("residence_not_told", revision=revision[:16], error=str(error))
 
-    # Telling those who wait in vain.
-
-    def _hopeless(self, seen: _Seen) -> Iterator[Demand]:
-        """What waits and fits into no worker that was heard of."""
-        if not seen.are_all_heard:
-            return
-        for demand in seen.demands:
-            cost = seen.costs.get(demand.revision)
-            if cost is None or not demand.waiting or demand.oldest_seconds < HOPELESS_SECONDS:
-                continue
-            fits = any(
-                room.holds(demand.revision) or room.can_ever_hold(cost.memory_bytes)
-                for room in seen.rooms
-            )
-            if not fits:
-                yield demand
-
-    def _refuse_hopeless(self, demand: Demand, seen: _Seen) -> None:
-        cost = seen.costs[demand.revision]
-        self._refuse(demand.revision, self._too_large(demand.model, cost, seen.rooms))
-
-    def _too_large(self, model: str, cost: Cost, rooms: Sequence[WorkerRoom]) -> OutOfMemory:
-        free = max(
-            room.budget_bytes - sum(each.memory_bytes for each in room.held if each.pinned)
-            for room in rooms
-        )
-        return OutOfMemory(
-            f"{model} takes about {shown(cost.memory_bytes)}, and a worker has at most "
-            f"{shown(max(0, free))} for it beside the models that are pinned: a smaller model, or a worker "
-            "with more memory (NEURAL_MRI_MEMORY_BYTES) is needed",
-            model=model,
-            estimated_bytes=cost.memory_bytes,
-            budget_bytes=max(0, free),
-        )
-
     def _guess_higher(self, move: Move, cost: Cost) -> None:
         """Loading ran out of memory: the next worker to think of it should know that it takes more."""
         give_back()
@@ -461,34 +514,17 @@ class Placing:
         metrics.OUT_OF_MEMORY.labels("load").inc()
         log.warning("out_of_memory", model=move.model, guessed_bytes=guess)
         try:
-            self._sessions.write(residences.note_memory, move.revision, guess)
+            self._sessions.write(residences.guess_memory, move.revision, guess)
         except Unavailable as error:
             log.warning("residence_not_told", revision=move.revision[:16], error=str(error))
 
-    def _refuse(self, revision: str, problem: Problem) -> None:
-        """End every job that waits for these weights."""
-        queue = keys.scan_queue(revision)
+    def _forget_guess(self, revision: str) -> None:
+        """Who waited has been told what it was guessed to take; who asks later has it tried again, not at once."""
         try:
-            while claimed := self._sessions.write(
-                jobs.claim,
-                queue=queue,
-                owner=self._owner,
-                limit=AT_ONCE,
-                lease_seconds=self._settings.lease_seconds,
-            ):
-                for job in claimed:
-                    ended = self._sessions.write(
-                        jobs.advance,
-                        job.id,
-                        JobState.FAILED,
-                        attempt=job.attempt,
-                        problem=problem.document(),
-                    )
-                    if ended is not None:
-                        metrics.ENDED.labels(job.model, JobState.FAILED.value).inc()
-                        self._outbox.post(job.id, events.change_of(ended))
+            if self._sessions.write(residences.forget_guess, revision):
+                self._avoid(revision, AVOIDED_SECONDS)
         except Unavailable as error:
-            log.warning("jobs_not_refused", queue=queue, error=str(error))
+            log.warning("residence_not_told", revision=revision[:16], error=str(error))
 
     # On the watching thread.
 
@@ -543,34 +579,8 @@ class Placing:
             return
         if not self._withdrawn:
             seen = self._look()
-            move = placement.next_move(
-                self._worker, seen.rooms, seen.demands, seen.costs, self._policy
-            )
-            if move is None and next(self._hopeless(seen), None) is None:
+            if not self._refusals.due(seen) and self._next_move(seen) is None:
                 return
         if send_tickets(self._redis, self.queue):
             self._redis.expire(self.queue, QUEUE_SECONDS)
             self._poked_at = time.monotonic()
-
-
-def _room_of(
-    beat: WorkerBeat, waiting: Mapping[str, int], costs: Mapping[str, Cost]
-) -> WorkerRoom | None:
-    """A worker as its heartbeat tells of it; None where it tells nothing of its memory."""
-    if beat.budget_bytes is None or beat.free_bytes is None:
-        return None
-    held = tuple(_held(model, waiting, costs) for model in beat.models)
-    return WorkerRoom(beat.worker, beat.budget_bytes, beat.free_bytes, held)
-
-
-def _held(model: HeldModel, waiting: Mapping[str, int], costs: Mapping[str, Cost]) -> Held:
-    cost = costs.get(model.revision, Cost(0, 0.0))
-    is_loaded = model.state is ModelState.RESIDENT
-    return Held(
-        revision=model.revision,
-        memory_bytes=model.memory_bytes or cost.memory_bytes,
-        held_seconds=model.held_seconds or 0.0,
-        load_seconds=model.load_seconds or cost.load_seconds,
-        pinned=model.pinned,
-        settled=is_loaded and (model.has_served or not waiting.get(model.revision)),
-    )

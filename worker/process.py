@@ -43,7 +43,7 @@ def run(settings: Settings, life: Life) -> int:
     intake = CeleryIntake()
 
     def describe() -> events.WorkerBeat:
-        held = residency.held()
+        resting, held = memory.is_resting, residency.held()
         room = memory.for_models(sum(model.memory_bytes or 0 for model in held))
         metrics.MEMORY.labels("budget").set(room.total)
         metrics.MEMORY.labels("free").set(room.available)
@@ -53,6 +53,7 @@ def run(settings: Settings, life: Life) -> int:
             models=held,
             budget_bytes=room.total,
             free_bytes=room.available,
+            resting=resting and memory.is_resting,
             at=time.time(),
             version=__version__,
         )

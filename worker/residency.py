@@ -123,9 +123,14 @@ class Residency:
             crash_point("worker.loading")
             free = free_of_each(self._settings, self.device)
             model = loading.load(self._models_dir / registered.folder, numerics, free)
-            resident = Resident(self._published(registered, numerics), model, model.memory_bytes)
-            listener.progress("load", registered.weights_bytes, registered.weights_bytes)
             try:
+                resident = Resident(
+                    self._published(registered, numerics),
+                    model,
+                    model.memory_bytes,
+                    main_bytes=model.main_bytes,
+                )
+                listener.progress("load", registered.weights_bytes, registered.weights_bytes)
                 self._calibrations.prepare(resident, listener)
             except BaseException:
                 model.release()

@@ -18,3 +18,5 @@ class Resident(NamedTuple):
     """What loading took, calibration included."""
     loaded_at: float = 0.0
     """On the monotonic clock."""
+    main_bytes: int = 0
+    """Of `memory_bytes`, those on the device where scans are."""

@@ -303,6 +303,8 @@ class WorkerBeat(msgspec.Struct, frozen=True, kw_only=True):
     """What its models may take in all."""
     free_bytes: int | None = None
     """What it could load now without letting anything go."""
+    resting: bool = False
+    """Whether no scan had a part of its memory then."""
     at: float
     """By the worker's clock, seconds since 1970; for people."""
     version: str = ""

@@ -109,15 +109,28 @@ class WorkerRoom(NamedTuple):
     free_bytes: int
     """What it could load now without letting anything go."""
     held: tuple[Held, ...] = ()
+    resting: bool = False
+    """Whether nothing runs or is loaded on it now: memory that it lacks is then taken by others."""
 
     def holds(self, revision: str) -> bool:
         """Whether it holds these weights, or is about to."""
         return any(held.revision == revision for held in self.held)
 
-    def can_ever_hold(self, memory_bytes: int) -> bool:
-        """Whether so much would fit beside what is pinned."""
-        pinned = sum(held.memory_bytes for held in self.held if held.pinned)
-        return pinned + memory_bytes <= self.budget_bytes
+    @property
+    def most_bytes(self) -> int:
+        """What a model could take beside what is pinned, if nobody else had a part of the memory."""
+        return self.budget_bytes - sum(held.memory_bytes for held in self.held if held.pinned)
+
+    @property
+    def could_have_bytes(self) -> int:
+        """What a model could take now, if all went that is not pinned: others may have memory too.
+
+        While something runs nobody can tell whose memory is missing: then it is the most.
+        """
+        if not self.resting:
+            return self.most_bytes
+        evictable = sum(held.memory_bytes for held in self.held if not held.pinned)
+        return min(self.most_bytes, self.free_bytes + evictable)
 
 
 class Move(NamedTuple):
@@ -180,7 +193,7 @@ def next_move(
     }
     for demand in _in_turn(by_revision.values(), costs, policy):
         cost, copies = costs[demand.revision], _copies(workers, demand.revision)
-        if own.holds(demand.revision) or not own.can_ever_hold(cost.memory_bytes):
+        if own.holds(demand.revision) or cost.memory_bytes > own.could_have_bytes:
             continue
         if copies and not _deserves_a_copy(demand, cost):
             continue

@@ -20,7 +20,6 @@ from sqlalchemy import (
     func,
     insert,
     literal,
-    or_,
     select,
     union_all,
     update,
@@ -43,9 +42,10 @@ __all__ = (
     "costs",
     "demands",
     "estimate",
+    "forget_guess",
+    "guess_memory",
     "holders",
     "next_load",
-    "note_memory",
     "release",
     "renew",
     "settle",
@@ -159,12 +159,32 @@ def settle(
     )
 
 
-def note_memory(session: Session, revision: str, memory_bytes: int) -> None:
-    """Say that a model takes at least so much: loading it has run out of memory."""
+def guess_memory(session: Session, revision: str, memory_bytes: int) -> None:
+    """Take a model to need so much, because loading it has run out of memory, until it is loaded.
+
+    Memory without a time to load is such a guess: what is measured has both.
+    """
     _in_turn(session, revision)
     session.execute(
-        update(MODEL_COSTS).where(_cost.revision == revision).values(memory_bytes=memory_bytes)
+        update(MODEL_COSTS)
+        .where(_cost.revision == revision)
+        .values(memory_bytes=memory_bytes, load_seconds=None)
     )
+
+
+def forget_guess(session: Session, revision: str) -> bool:
+    """Take a model for as large as it was before loading it ran out of memory; whether that was guessed."""
+    forgotten = session.execute(
+        update(MODEL_COSTS)
+        .where(
+            _cost.revision == revision,
+            _cost.load_seconds.is_(None),
+            _cost.memory_bytes.is_not(None),
+        )
+        .values(memory_bytes=None)
+        .returning(_cost.revision)
+    )
+    return forgotten.one_or_none() is not None
 
 
 def renew(session: Session, owner: LeaseOwner, revisions: Collection[str]) -> frozenset[str]:
@@ -212,8 +232,8 @@ def demands(
 ) -> list[Demand]:
     """What is asked of every model that scans wait for, or waited for lately.
 
-    Of those alone that a worker is asked to hold, unless `also_unwanted`. Jobs that follow another ask for
-    nothing, nor do those whose result was known.
+    Of registered ones, of those alone that a worker is asked to hold, unless `also_unwanted`. Jobs that follow
+    another ask for nothing, nor do those whose result was known.
     """
     step = demand_seconds / STEPS
     age = epoch() - _job.created_at
@@ -242,10 +262,10 @@ def demands(
         func.count().label("jobs"),
         func.max(asked.waited).label("oldest"),
     ).group_by(asked.revision, asked.step)
-    wanted = None if also_unwanted else _wanted(session, pinned)
+    unwanted = frozenset[str]() if also_unwanted else _unwanted(session, pinned)
     found: defaultdict[str, list[Demand]] = defaultdict(list)
     for row in session.execute(grouped):
-        if wanted is not None and row.revision not in wanted:
+        if row.revision in unwanted:
             continue
         is_waiting = row.step == WAITING
         middle = (row.step + 0.5) * step
@@ -286,11 +306,12 @@ def next_load(session: Session) -> Demand | None:
     return None if row is None else Demand(row.revision, row.model, 1, row.waited, 0.0)
 
 
-def _wanted(session: Session, pinned: Iterable[str]) -> frozenset[str]:
-    rows = session.execute(
-        select(_model.revision).where(or_(_model.wanted, _model.name.in_(list(pinned))))
-    )
-    return frozenset(row.revision for row in rows)
+def _unwanted(session: Session, pinned: Iterable[str]) -> frozenset[str]:
+    """Registered weights that no worker is asked to hold, by any of their names."""
+    rows = session.execute(select(_model.revision, _model.name, _model.wanted)).all()
+    pinned = frozenset(pinned)
+    wanted = {row.revision for row in rows if row.wanted or row.name in pinned}
+    return frozenset(row.revision for row in rows) - wanted
 
 
 def _id_of(session: Session, seconds_ago: float) -> UUID:
@@ -302,8 +323,11 @@ def _id_of(session: Session, seconds_ago: float) -> UUID:
     return UUID(int=int((now - seconds_ago) * 1000) << 80)
 
 
-def costs(session: Session, dtype: str) -> dict[str, Cost]:
-    """What holding each registered model takes, in a data type where it was never measured."""
+def costs(session: Session, dtype: str, *, also_guessed: bool = True) -> dict[str, Cost]:
+    """What holding each registered model takes, in a data type where it was never measured.
+
+    Also as it was guessed since loading it ran out of memory, unless that is not `also_guessed`.
+    """
     rows = session.execute(
         select(
             _model.revision,
@@ -315,9 +339,12 @@ def costs(session: Session, dtype: str) -> dict[str, Cost]:
     )
     known = {}
     for row in rows:
-        guess = estimate(row.n_parameters, row.weights_bytes, dtype)
+        estimated = estimate(row.n_parameters, row.weights_bytes, dtype)
+        is_guess = row.load_seconds is None
+        memory_bytes = None if is_guess and not also_guessed else row.memory_bytes
         known[row.revision] = Cost(
-            row.memory_bytes or guess.memory_bytes, row.load_seconds or guess.load_seconds
+            memory_bytes or estimated.memory_bytes,
+            row.load_seconds or estimated.load_seconds,
         )
     return known
 

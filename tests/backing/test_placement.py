@@ -34,9 +34,9 @@ def held(revision: str, *, seconds: float = 100.0, **changes: object) -> Held:
     return Held(revision, 100, seconds, 2.0)._replace(**changes)  # type: ignore[arg-type]  # by name
 
 
-def room(*models: Held, slots: int = 2, worker: str = "me") -> WorkerRoom:
+def room(*models: Held, slots: int = 2, worker: str = "me", resting: bool = False) -> WorkerRoom:
     taken = sum(model.memory_bytes for model in models)
-    return WorkerRoom(worker, slots * 100, slots * 100 - taken, models)
+    return WorkerRoom(worker, slots * 100, slots * 100 - taken, models, resting)
 
 
 def move(*demands: Demand, me: WorkerRoom, others: tuple[WorkerRoom, ...] = ()) -> Move | None:
@@ -123,6 +123,19 @@ def test_what_can_never_fit_keeps_nobody_waiting() -> None:
     costs = COSTS | {"e": Cost(memory_bytes=201, load_seconds=2.0)}
     waiting = [demand("e", 1, oldest=61.0), demand("c", 1)]
     assert loaded(next_move("me", [room()], waiting, costs, POLICY)) == "c"
+
+
+def test_memory_that_others_have_is_no_room_and_is_kept_for_nobody() -> None:
+    """Unless something runs there, which may have it itself."""
+    mine = room(held("a", pinned=True), held("b"), slots=5)._replace(free_bytes=50)
+    assert (mine.most_bytes, mine.could_have_bytes) == (400, 400)
+    resting = mine._replace(resting=True)
+    assert (resting.most_bytes, resting.could_have_bytes) == (400, 150)
+    assert room(held("a"), resting=True).could_have_bytes == 200
+    costs = COSTS | {"e": Cost(memory_bytes=160, load_seconds=2.0)}
+    waiting = [demand("e", 1, oldest=61.0), demand("c", 1)]
+    assert next_move("me", [mine], waiting, costs, POLICY) is None
+    assert loaded(next_move("me", [resting], waiting, costs, POLICY)) == "c"
 
 
 def test_the_worker_that_loses_least_loads_and_then_the_one_with_most_room() -> None:

@@ -176,6 +176,9 @@ def test_models_that_nobody_should_hold_can_be_left_out(sessions: Sessions) -> N
     assert len(asked(sessions)) == 3
     left = asked(sessions, also_unwanted=False, pinned=["anchor"])
     assert {demand.model for demand in left.values()} == {"kept", "anchor"}
+    gone = submitted(sessions, model="gone", revision="4" * 64, queue=keys.scan_queue("4" * 64))
+    left = asked(sessions, also_unwanted=False, pinned=["anchor"])
+    assert gone.revision in left, "who waits for what no model has is to be told so"
 
 
 def test_what_a_model_takes_is_guessed_until_it_was_measured(sessions: Sessions) -> None:
@@ -187,3 +190,21 @@ def test_what_a_model_takes_is_guessed_until_it_was_measured(sessions: Sessions)
         residences.settle, REVISION, LeaseOwner.here(), memory_bytes=5000, load_seconds=3.5
     )
     assert sessions.read(residences.costs, "float32")[REVISION] == (5000, 3.5)
+
+
+def test_what_a_load_without_memory_is_guessed_to_take_can_be_told_from_what_was_measured(
+    sessions: Sessions,
+) -> None:
+    sessions.write(register, "tiny", REVISION, wanted=False)
+    estimated = sessions.read(residences.costs, "float32")[REVISION]
+    sessions.write(residences.guess_memory, REVISION, 9000)
+    assert sessions.read(residences.costs, "float32")[REVISION].memory_bytes == 9000
+    untouched = sessions.read(residences.costs, "float32", also_guessed=False)
+    assert untouched[REVISION] == estimated
+    assert sessions.write(residences.forget_guess, REVISION)
+    assert sessions.read(residences.costs, "float32")[REVISION] == estimated
+    sessions.write(
+        residences.settle, REVISION, LeaseOwner.here(), memory_bytes=5000, load_seconds=3.5
+    )
+    assert not sessions.write(residences.forget_guess, REVISION)
+    assert sessions.read(residences.costs, "float32", also_guessed=False)[REVISION] == (5000, 3.5)

@@ -13,6 +13,7 @@ from tests.backing.stores import paths
 from tests.servers import Template, Valkey, database_copy, migrated_database, valkey
 from tests.tiny import save_tiny_model
 from tests.worker.bench import Bench
+from tests.worker.several import NAMES, Registered
 from worker import modelstore
 
 
@@ -87,3 +88,15 @@ def holding_tiny(bench: Bench, calibrated: dict[str, bytes]) -> Bench:
     if not calibrated:
         calibrated.update({path: bench.store.get(path) for path in paths(bench.store)})
     return bench
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of one shape and different weights."""
+    home = tmp_path_factory.mktemp("several")
+    return {name: save_tiny_model(home / name, seed=9 + i) for i, name in enumerate(NAMES)}
+
+
+@pytest.fixture
+def registered(settings: Settings, folders: dict[str, Path]) -> Registered:
+    return Registered(settings, folders)

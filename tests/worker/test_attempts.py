@@ -242,6 +242,7 @@ def test_a_bug_is_an_incident_outside_and_everything_in_the_log(
         MemoryError(),
         RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
         torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_too_little_memory_is_said_plainly(

@@ -199,15 +199,23 @@ def test_a_load_that_is_cancelled_while_it_calibrates_holds_nothing(
     assert held.get(tiny.revision) is None
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory"),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
 def test_a_model_that_cannot_be_calibrated_can_still_be_held(
     settings: Settings,
     sessions: Sessions,
     store: Store,
     tiny: RegisteredModel,
     monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
     def no_memory(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("no memory")
+        raise error
 
     monkeypatch.setattr(module, "calibrate", no_memory)
     held = Residency(settings, sessions, Calibrations(store))

@@ -9,10 +9,12 @@ import msgspec
 import pytest
 
 from neural_mri.backing import jobs, keys, stored
+from neural_mri.backing.database import Sessions
 from neural_mri.backing.events import Publisher
 from neural_mri.backing.jobs import Job
 from neural_mri.contract.circuits import CircuitMethod
 from neural_mri.contract.jobs import JobKind, JobState, Lane
+from neural_mri.contract.problems import Unavailable
 from neural_mri.contract.scans import (
     ActivationScan,
     AnomalyScan,
@@ -212,6 +214,32 @@ def test_what_is_lent_is_neither_held_against_a_scan_nor_counted(
     own = (done.finished_at - done.started_at).total_seconds()
     manifest = stored.load_manifest(bench.store, done.manifest or "")
     assert 0 < manifest.forward_seconds <= manifest.compute_seconds < own
+
+
+def test_a_database_that_is_away_while_time_is_lent_leaves_the_lender_its_deadline(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not added before is not taken away afterwards."""
+    bench, write, refused = holding_tiny, Sessions.write, list[str]()
+    long = long_scan(bench, deadline_seconds=20.0)
+    short: list[Job] = []
+
+    def somebody_asks(pause: int) -> None:
+        if pause == 0:
+            short.append(bench.submit(SHORT))
+
+    def away_once(self: Sessions, work: Any, *args: Any, **kwargs: Any) -> Any:
+        if work is jobs.reckon and not refused:
+            refused.append("away")
+            raise Unavailable("away")
+        return write(self, work, *args, **kwargs)
+
+    monkeypatch.setattr(Sessions, "write", away_once)
+    with at_each_pause(monkeypatch, somebody_asks):
+        bench.attempts().take(bench.queue)
+    done = bench.now(long)
+    assert (done.state, done.deadline_seconds) == (S.SUCCEEDED, 20.0)
+    assert (bench.now(short[0]).state, refused) == (S.SUCCEEDED, ["away"])
 
 
 def test_what_is_lent_while_a_lens_is_read_is_nobodys_though_mates_have_their_results(

@@ -24,6 +24,13 @@ def test_what_is_stated_is_what_there_is() -> None:
     assert stated.for_models(held_bytes=9 * GIB) == (8 * GIB, 0)
 
 
+def test_what_a_scan_has_lent_is_known_until_it_ends() -> None:
+    memory = Memory(Settings(memory_bytes=GIB), "cpu")
+    with memory.lent(), memory.lent():
+        assert not memory.is_resting
+    assert memory.is_resting
+
+
 def test_on_the_cpu_it_is_no_more_than_the_machine_has() -> None:
     found = Memory(Settings(), "cpu").reading()
     assert 0 < found.available <= found.total <= psutil.virtual_memory().total
@@ -122,3 +129,14 @@ def test_gpus_count_together_where_models_may_be_spread(monkeypatch: pytest.Monk
     assert free_of_each(together, "cuda") == (8 * GIB, 56 * GIB)
     assert free_of_each(alone, "cuda") == ()
     assert free_of_each(together, "cpu") == ()
+
+
+def test_scans_have_the_first_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "cuda", Gpus)
+    together, alone = Settings(), msgspec.structs.replace(Settings(), spread="off")
+    assert Memory(together, "cuda").is_of_several
+    assert Memory(together, "cuda").for_scans() == (80 * GIB, 12 * GIB)
+    assert not Memory(together, "cuda").has_amply(GIB // 2, 0), "of 84 GiB it would be little"
+    assert Memory(alone, "cuda").for_scans() == (80 * GIB, 12 * GIB)
+    stated = Memory(msgspec.structs.replace(together, memory_bytes=10 * GIB), "cuda")
+    assert (stated.is_of_several, stated.for_scans(4 * GIB)) == (False, (10 * GIB, 6 * GIB))

@@ -2,63 +2,37 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import nullcontext
+from types import SimpleNamespace
 
-import msgspec
 import pytest
+import torch
 from sqlalchemy import update
 
-from neural_mri.backing import events, keys, models, residences
-from neural_mri.backing.broker import SyncRedis
+from neural_mri.backing import keys, models, residences
 from neural_mri.backing.database import Sessions, epoch
-from neural_mri.backing.events import HeldModel, WorkerBeat
-from neural_mri.backing.jobs import Job, LeaseOwner
+from neural_mri.backing.jobs import LeaseOwner
 from neural_mri.backing.models import RegisteredModel
-from neural_mri.backing.rows import JOBS, RESIDENCES
+from neural_mri.backing.rows import JOBS
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.jobs import JobKind, JobState
-from neural_mri.contract.models import ModelState
 from neural_mri.contract.problems import Unavailable
 from neural_mri.contract.scans import ActivationScan
-from tests.tiny import save_tiny_model
 from tests.worker.bench import Bench
-from worker import metrics, modelstore
-from worker.admission import estimate
+from tests.worker.several import (
+    ELSEWHERE,
+    Registered,
+    ask,
+    names,
+    other_worker,
+    serve,
+    working,
+)
+from worker import metrics
+from worker.admission import OutOfMemory, estimate
 from worker.calibrations import Calibrations
-from worker.scanner import loading
+from worker.memory import Memory
 from worker.scanner.listening import Silent
-
-NAMES = ("anchor", "b", "c")
-ELSEWHERE = LeaseOwner("another-host", 4242, 99)
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of one shape and different weights."""
-    home = tmp_path_factory.mktemp("several")
-    return {name: save_tiny_model(home / name, seed=9 + i) for i, name in enumerate(NAMES)}
-
-
-class Registered(dict[str, RegisteredModel]):
-    """The models, each registered when a test first names it."""
-
-    def __init__(self, settings: Settings, folders: dict[str, Path]) -> None:
-        super().__init__()
-        self._settings, self._folders = settings, folders
-
-    def bring(self, name: str) -> None:
-        """Register it, if no test has named it yet."""
-        _ = self[name]
-
-    def __missing__(self, name: str) -> RegisteredModel:
-        self[name] = modelstore.add(self._settings, name, f"folder:{self._folders[name]}")
-        return self[name]
-
-
-@pytest.fixture
-def registered(settings: Settings, folders: dict[str, Path]) -> Registered:
-    return Registered(settings, folders)
 
 
 @pytest.fixture(autouse=True)
@@ -76,15 +50,6 @@ def size(bench: Bench, registered: Registered) -> int:
     return held
 
 
-@contextmanager
-def working(bench: Bench, **changes: object) -> Iterator[Bench]:
-    """The same bench with other settings."""
-    settings = msgspec.structs.replace(bench.settings, **changes)
-    other = Bench(settings, bench.sessions, bench.redis, bench.tiny)
-    with other.outbox, other.keeper:
-        yield other
-
-
 @pytest.fixture
 def two_places(bench: Bench, registered: Registered) -> Iterator[Bench]:
     """A worker with room for two of the models, one of them pinned, that keeps none for long."""
@@ -98,34 +63,6 @@ def two_places(bench: Bench, registered: Registered) -> Iterator[Bench]:
     ) as worker:
         worker.placing.begin()
         yield worker
-
-
-def ask(worker: Bench, model: RegisteredModel, *, n_tokens: int = 6) -> Job:
-    """A scan of a model that the bench does not know by name."""
-    return worker.submit(
-        ActivationScan(prompt="anything", model=model.name),
-        n_tokens=n_tokens,
-        model=model.name,
-        revision=model.revision,
-        queue=keys.scan_queue(model.revision),
-        scan_key=None,
-    )
-
-
-def serve(worker: Bench, *asked: Job) -> list[JobState]:
-    """What a worker's loop does: tickets of its own queue, and of the models that it holds."""
-    attempts = worker.attempts()
-    for _ in range(20):
-        attempts.take(worker.placing.queue)
-        for queue in sorted(worker.residency.queues()):
-            attempts.take(queue)
-        if all(worker.now(job).state is not JobState.QUEUED for job in asked):
-            break
-    return [worker.now(job).state for job in asked]
-
-
-def names(worker: Bench) -> set[str]:
-    return {model.name for model in worker.residency.held()}
 
 
 def test_a_scan_brings_its_model(two_places: Bench, registered: Registered) -> None:
@@ -206,116 +143,6 @@ def test_a_request_by_name_makes_room_at_once(bench: Bench, registered: Register
             f"close {keys.scan_queue(registered['b'].revision)}",
             f"open {worker.queue}",
         ]
-
-
-def test_what_fits_nowhere_is_said_to_everybody_who_waits(
-    bench: Bench, registered: Registered
-) -> None:
-    with working(bench, memory_bytes=20_000) as worker:
-        asked = [ask(worker, registered["b"], n_tokens=n) for n in (4, 5)]
-        attempts = worker.attempts()
-        attempts.take(worker.placing.queue)
-        assert {worker.now(job).state for job in asked} == {JobState.QUEUED}, (
-            "a larger one may come"
-        )
-        with worker.sessions.writing() as session:
-            session.execute(update(JOBS).values(created_at=epoch() - 11.0))
-        attempts.take(worker.placing.queue)
-        for job in asked:
-            ended = worker.now(job)
-            assert ended.state is JobState.FAILED
-            assert ended.problem is not None
-            assert ended.problem["type"] == "urn:neural-mri:problem:out-of-memory"
-            assert ended.problem["budget_bytes"] == 16_000
-            assert ended.problem["estimated_bytes"] > 16_000
-            assert "15.6 KiB" in ended.problem["detail"]
-            assert worker.told(job.id)[-1].state is JobState.FAILED  # type: ignore[union-attr]  # the end
-        load = worker.order(JobKind.LOAD)
-        attempts.take(keys.CONTROL_QUEUE)
-        problem = worker.now(load).problem
-        assert problem is not None
-        assert problem["type"] == "urn:neural-mri:problem:out-of-memory"
-
-
-def test_a_model_that_cannot_be_loaded_is_said_to_who_waits_for_it(
-    bench: Bench, registered: Registered
-) -> None:
-    weights = bench.settings.models_dir / registered["b"].folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    job = ask(bench, registered["b"])
-    assert serve(bench, job) == [JobState.FAILED]
-    problem = bench.now(job).problem
-    assert problem is not None
-    assert problem["type"] == "urn:neural-mri:problem:unsupported-model"
-    assert bench.sessions.read(residences.holders, registered["b"].revision) == []
-
-
-def test_a_load_that_runs_out_of_memory_costs_neither_worker_nor_jobs(
-    bench: Bench, registered: Registered, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is tried again with a higher guess, wherever there is so much room."""
-    load, refusals = loading.load, iter([MemoryError()])
-
-    def cramped(*args: object) -> object:
-        for refusal in refusals:
-            raise refusal
-        return load(*args)  # type: ignore[arg-type]  # passed on as they came
-
-    monkeypatch.setattr(loading, "load", cramped)
-    registered.bring("b")
-    guess = bench.sessions.read(residences.costs, "float32")[registered["b"].revision]
-    job = ask(bench, registered["b"])
-    bench.attempts().take(bench.placing.queue)
-    assert bench.now(job).state is JobState.QUEUED
-    higher = bench.sessions.read(residences.costs, "float32")[registered["b"].revision]
-    assert higher.memory_bytes == pytest.approx(1.5 * guess.memory_bytes, abs=1)
-    assert serve(bench, job) == [JobState.SUCCEEDED]
-
-
-def test_a_model_that_kills_its_workers_is_given_up(bench: Bench, registered: Registered) -> None:
-    revision = registered["b"].revision
-    for _ in range(bench.settings.max_attempts):
-        bench.sessions.write(residences.claim, revision, ELSEWHERE, copies=None)
-        with bench.sessions.writing() as session:
-            session.execute(update(RESIDENCES).values(until=epoch() - 1.0))
-        bench.sessions.write(residences.claim, revision, LeaseOwner("a-third", 1, 1), copies=None)
-        with bench.sessions.writing() as session:
-            session.execute(update(RESIDENCES).values(until=epoch() - 1.0, loaded=True))
-    job = ask(bench, registered["b"])
-    assert serve(bench, job) == [JobState.FAILED]
-    problem = bench.now(job).problem
-    assert problem is not None
-    assert problem["type"] == "urn:neural-mri:problem:loads-kill-workers"
-    assert names(bench) == set()
-
-
-def other_worker(
-    redis: SyncRedis, model: RegisteredModel | None = None, *, free_bytes: int = 10**12
-) -> None:
-    held: tuple[HeldModel, ...] = ()
-    if model is not None:
-        held = (
-            HeldModel(
-                name=model.name,
-                revision=model.revision,
-                state=ModelState.RESIDENT,
-                memory_bytes=10**5,
-                load_seconds=0.1,
-                held_seconds=100.0,
-                has_served=True,
-            ),
-        )
-    events.beat(
-        redis,
-        WorkerBeat(
-            worker="worker-2@there",
-            device="cpu",
-            models=held,
-            budget_bytes=10**12,
-            free_bytes=free_bytes,
-            at=time.time(),
-        ),
-    )
 
 
 def test_the_worker_with_more_room_is_given_a_moment(bench: Bench, registered: Registered) -> None:
@@ -448,6 +275,31 @@ def test_another_model_goes_where_a_scan_needs_its_memory(
         assert serve(worker, ask(worker, registered["c"], n_tokens=50)) == [JobState.SUCCEEDED]
         assert names(worker) == {"c"}
         assert metrics.EVICTED.labels("b")._value.get() == before + 1
+
+
+def test_what_another_gpu_has_is_no_room_for_a_scan(
+    bench: Bench, registered: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors stand on the first, and so does what of a spread model is in their way."""
+    model = registered["b"]
+    held = bench.placing.hold("b", Silent())
+    on_first, n_bytes = held.memory_bytes // 2, needed(model, 50)
+    bench.residency._residents[model.revision] = held._replace(main_bytes=on_first)
+    free = [0, 10**12]
+    gpus = SimpleNamespace(
+        device_count=lambda: 2,
+        is_available=lambda: False,
+        mem_get_info=lambda index: (free[index], free[index] + on_first),
+        memory_reserved=lambda _: 0,
+        memory_allocated=lambda _: 0,
+    )
+    monkeypatch.setattr(torch, "cuda", gpus)
+    monkeypatch.setattr(bench.placing, "_memory", Memory(Settings(), "cuda"))
+    for free[0], fits in ((2 * n_bytes, True), (n_bytes // 2, False)):
+        assert bench.placing.left() == free[0]
+        refused = nullcontext() if fits else pytest.raises(OutOfMemory)
+        with refused, bench.placing.admitted(model.revision, n_bytes):
+            pass
 
 
 def test_as_many_rows_share_a_pass_as_fit(bench: Bench, registered: Registered, size: int) -> None:

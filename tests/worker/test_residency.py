@@ -10,7 +10,7 @@ from neural_mri.backing.database import Sessions
 from neural_mri.backing.models import RegisteredModel
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.models import ModelState
-from neural_mri.contract.problems import UnknownModel, UnsupportedModel
+from neural_mri.contract.problems import Unavailable, UnknownModel, UnsupportedModel
 from worker import modelstore
 from worker.calibrations import Calibrations
 from worker.residency import Residency
@@ -92,6 +92,25 @@ def test_another_data_type_is_published_with_the_model_that_has_it(
     assert registered is not None
     assert registered.numerics == resident.model.numerics
     assert registered.numerics.dtype == "bfloat16"
+
+
+def test_a_model_that_is_loaded_and_cannot_be_published_gives_its_memory_back(
+    settings: Settings, sessions: Sessions, tiny: RegisteredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = list[loading.LoadedModel]()
+
+    def away(*_: object, **__: object) -> None:
+        raise Unavailable("away")
+
+    def release(self: loading.LoadedModel) -> None:
+        released.append(self)
+
+    monkeypatch.setattr(loading.LoadedModel, "release", release)
+    monkeypatch.setattr(Sessions, "write", away)
+    held = residency(msgspec.structs.replace(settings, dtype="bfloat16"), sessions)
+    with pytest.raises(Unavailable):
+        held.load("tiny")
+    assert (len(released), held.held()) == (1, ())
 
 
 @pytest.mark.smollm2

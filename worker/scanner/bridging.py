@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import UnsupportedModel
-from worker.scanner.halving import ran_out
+from worker.scanner.halving import has_lost_device, ran_out
 
 __all__ = (
     "adapter",
@@ -74,7 +74,7 @@ def understood(family: str) -> Iterator[None]:
     try:
         yield
     except (AssertionError, RuntimeError, ValueError) as error:
-        if ran_out(error):
+        if ran_out(error) or has_lost_device(error):
             raise
         raise UnsupportedModel(f"TransformerLens cannot bridge {family}: {error}") from error
 
@@ -92,7 +92,9 @@ def plain_model(
 ) -> PreTrainedModel:
     """The model as Hugging Face runs it, frozen, from the folder's safetensors only.
 
-    Spread over several devices where `places` says so, by accelerate.
+    Spread over several devices where `places` says so, by accelerate. Raises `UnsupportedModel` where
+    transformers does not load it: it says so by `RuntimeError` where shapes are not the configuration's, by
+    `ImportError` where the weights are in a form whose library is not here.
     """
     try:
         model, report = _AutoModel.from_pretrained(
@@ -103,9 +105,13 @@ def plain_model(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            # They are refused below, by name.
+            ignore_mismatched_sizes=True,
             device_map=None if places is None else dict(places),
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError, ImportError) as error:
+        if ran_out(error) or has_lost_device(error):
+            raise
         raise UnsupportedModel(f"{folder.name} cannot be loaded: {error}") from error
     refuse_incomplete(folder.name, report)
     model.requires_grad_(False).eval()

@@ -11,9 +11,15 @@ from contextvars import ContextVar
 
 import torch
 
-__all__ = ("Halving", "halved", "portion", "ran_out")
+__all__ = ("Halving", "halved", "has_lost_device", "portion", "ran_out")
 
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory")
+_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate",
+    "CUDA error: out of memory",
+    # What a library of the accelerator's says that finds no room for its own workspace.
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 class Halving:
@@ -43,6 +49,15 @@ def ran_out(error: BaseException) -> bool:
         return True
     # On the CPU torch says it in words only, and of an accelerator's own libraries.
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def has_lost_device(error: BaseException) -> bool:
+    """Whether an error says that the device will compute nothing more for this process.
+
+    Whatever an accelerator refuses that is not memory stays refused: the context is lost, and what is asked of
+    it later, by whomever, fails likewise.
+    """
+    return isinstance(error, torch.AcceleratorError) and not ran_out(error)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import ctypes
 import gc
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -78,16 +78,18 @@ class LoadedModel:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory the model takes on its device: each storage once, whoever shares it."""
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in (
-                *_tensors(self.plain),
-                *_tensors(self.bridge),
-                *self.output_maps.tensors(),
-            )
-        }
-        return sum(storages.values())
+        """Memory the model takes on its devices: each storage once, whoever shares it."""
+        return _bytes_of(self._all_tensors())
+
+    @property
+    def main_bytes(self) -> int:
+        """Of them, those on the device where activations are: all, unless the weights are spread."""
+        return _bytes_of(each for each in self._all_tensors() if each.device == self.device)
+
+    def _all_tensors(self) -> Iterator[Tensor]:
+        yield from _tensors(self.plain)
+        yield from _tensors(self.bridge)
+        yield from self.output_maps.tensors()
 
     def release(self) -> None:
         """Give the memory back, to the device and to the operating system. Good for nothing after."""
@@ -106,6 +108,12 @@ class LoadedModel:
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Each storage once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
 def load(folder: Path, numerics: Numerics, free_bytes: Sequence[int] = ()) -> LoadedModel:

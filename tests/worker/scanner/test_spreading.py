@@ -80,6 +80,7 @@ def test_the_parts_of_a_spread_model_mean_what_they_say(spread: LoadedModel) -> 
     on = {str(parameter.device) for parameter in spread.plain.parameters()}
     assert on >= {"cpu", "meta:1"}
     assert spread.device.type == "cpu"
+    assert 0 < spread.main_bytes < spread.memory_bytes
     verification.verify(spread.plain, spread.bridge, spread.modules, spread.architecture)
 
 
