@@ -542,8 +542,9 @@ def advance(
     """Move a job, unless it has moved elsewhere; the moved job, or None.
 
     `attempt` is the mover's; None moves only a job that nobody holds. `scan_key` is the result's, where the job
-    succeeds with one: it may be another than the job was made for. A job asked to stop does not go back to the queue. An attempt that was handed over moves whom it was handed to: the answer bears the id that
-    the mover knows. Who follows the job goes with it, or on without it (`following`).
+    succeeds with one: it may be another than the job was made for. A job asked to stop does not go back to the
+    queue. An attempt that was handed over moves whom it was handed to: the answer bears the id that the mover
+    knows. Who follows the job goes with it, or on without it (`following`).
     """
     if to is JobState.CLAIMED:
         raise ValueError("a job is claimed by claim(), which gives it an owner and an attempt")
