@@ -71,6 +71,7 @@ def read_by_the_command(words: list[str]) -> None:
     command: Any = typer.main.get_command(app)
     context = command.context_class(command, info_name="neural-mri")
     while words and hasattr(command, "commands"):
+        _, words, _ = command.make_parser(context).parse_args(words)  # its own options come first
         name, command, words = command.resolve_command(context, words)
         context = command.context_class(command, info_name=name, parent=context)
     if words:

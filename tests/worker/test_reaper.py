@@ -824,9 +824,10 @@ def test_nobody_waits_for_the_reaper_to_look_at_batches_that_go_on(
         closing(database.sessions(settings)) as sessions,
         closing(database.sessions(settings)) as w,
     ):
-        wanted = NewBatch("ada", "", Lane.BATCH, 1, "0" * 64, max_failures=1)
+        wanted = NewBatch("ada", "", Lane.BATCH, 2, "0" * 64, max_failures=1)
         batch = sessions.write(batches.begin, wanted)
-        sessions.write(batches.fill, batch.id, [Line(1, scan_of("ada", 1))])
+        lines = [Line(number, scan_of("ada", number)) for number in (1, 2)]
+        sessions.write(batches.fill, batch.id, lines)
         sessions.write(feeding.feed, "ada", max_queued=9)
         reaper = Reaper(settings, sessions, client, storage.open_store(settings))
         with w.writing():
