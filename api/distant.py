@@ -87,7 +87,7 @@ class DistantTable:
 
 
 def hash_of(fetch: Fetch, size: int) -> str:
-    """What so many bytes hash to, or those that there are; no more than a piece of them in memory at once."""
+    """What so many bytes hash to, or those that there are, wherever they are; a piece is in memory at once."""
     hashed, at = hashlib.sha256(), 0
     while at < size and (piece := fetch(at, min(size, at + PIECE_BYTES))):
         hashed.update(piece)

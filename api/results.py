@@ -5,7 +5,6 @@ answers no later scan: the next one computes it again.
 """
 
 import asyncio
-import hashlib
 import struct
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
@@ -68,8 +67,6 @@ TABLE = {
 """How routes that give a table answer."""
 
 VERIFIED_KEPT = 4096
-HASHED_BYTES = 256 * 1024
-"""Read at once to be hashed."""
 _HEAD_BYTES = 8
 """The mark that an Arrow file begins with, and what aligns the rest."""
 _TAIL = struct.Struct("<i6s")
@@ -285,13 +282,13 @@ async def _verified_file(store: Store, table: StoredTable) -> FilePart | None:
 
 
 def _sha256(part: FilePart) -> str:
-    hashed, left = hashlib.sha256(), part.end - part.start
     with part.file.open("rb") as file:
-        file.seek(part.start)
-        while left > 0 and (piece := file.read(min(left, HASHED_BYTES))):
-            hashed.update(piece)
-            left -= len(piece)
-    return hashed.hexdigest()
+
+        def read(start: int, end: int) -> bytes:
+            file.seek(part.start + start)
+            return file.read(end - start)
+
+        return hash_of(read, part.end - part.start)
 
 
 async def _withdrawing(services: Services, job: Job, reading: Awaitable[T]) -> T:

@@ -4,8 +4,6 @@ Celery runs things; it remembers nothing. Its pool is a thread: nothing forks on
 """
 
 import logging
-import os
-import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +13,7 @@ from celery import Celery, signals
 from neural_mri.backing.queue import TaskName
 from worker.admission import has_lost_device
 from worker.attempts import Attempts
+from worker.ending import end_process
 from worker.hearing import Hearing
 
 __all__ = ("CeleryIntake", "serve")
@@ -69,7 +68,7 @@ def serve(
             if has_lost_device(error):
                 # At once, while it holds its jobs: the reaper sees that it is dead, and they are tried elsewhere.
                 log.critical("device_lost", error=str(error).partition("\n")[0])
-                os.kill(os.getpid(), signal.SIGKILL)
+                end_process()
             raise
         served()
 

@@ -4,8 +4,6 @@ Its parent sees a process, other workers hear its heartbeat, and no job of its o
 tickets lie in its queues while it does nothing gives it away: an idle worker takes one as soon as it is there.
 """
 
-import os
-import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ import structlog
 
 from neural_mri.backing.broker import AWAY, SyncRedis
 from neural_mri.backing.queue import waiting_tickets
+from worker.ending import end_process
 
 __all__ = ("Hearing",)
 
@@ -34,7 +33,7 @@ class Hearing:
         self,
         redis: SyncRedis,
         queues: Callable[[], Collection[str]],
-        give_up: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
+        give_up: Callable[[], None] = end_process,
     ) -> None:
         self._redis = redis
         self._queues = queues

@@ -6,8 +6,6 @@ taken back by the reaper, and a supervisor starts another worker.
 """
 
 import math
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,7 @@ from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.contract.problems import Unavailable
+from worker.ending import end_process
 from worker.scanner.listening import Cancelled
 
 __all__ = ("Holding", "Keeper", "LeaseLost")
@@ -102,7 +101,7 @@ class Keeper:
         owner: LeaseOwner,
         lease_seconds: float,
         describe: Callable[[], events.WorkerBeat],
-        give_up: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
+        give_up: Callable[[], None] = end_process,
     ) -> None:
         self._sessions = sessions
         self._redis = redis

@@ -32,6 +32,7 @@ from neural_mri.contract.models import ModelState
 from neural_mri.contract.problems import Problem, Unavailable, UnknownModel
 from worker import metrics
 from worker.admission import OutOfMemory, give_back, shown
+from worker.ending import end_process
 from worker.intake import Intake
 from worker.memory import Memory
 from worker.refusals import Refusals, Seen, incident, too_large
@@ -551,7 +552,7 @@ class Placing:
         loading = self._loading
         if loading is not None and loading.own_seconds > self._settings.job_deadline_seconds:
             log.error("load_unheeded", seconds=self._settings.job_deadline_seconds)
-            os.kill(os.getpid(), signal.SIGKILL)
+            end_process()
         if time.monotonic() < self._renew_at:
             return
         # Sooner than a claim ends, and soon enough for who asked for a model to be let go.

@@ -8,8 +8,6 @@ the scan does not.
 """
 
 import math
-import os
-import signal
 import threading
 import time
 from collections import deque
@@ -30,6 +28,7 @@ from neural_mri.contract.events import (
     Progress,
     StateChanged,
 )
+from worker.ending import end_process
 from worker.unseen import Frames, Unseen
 
 __all__ = ("EventSink", "Outbox", "Reporter")
@@ -66,7 +65,7 @@ class Outbox:
     def __init__(
         self,
         sink: EventSink,
-        give_up: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGKILL),
+        give_up: Callable[[], None] = end_process,
     ) -> None:
         """`give_up` ends a process that can tell nothing more."""
         self._sink = sink

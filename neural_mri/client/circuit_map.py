@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from neural_mri.client.activation_map import Grid, by_layer
 from neural_mri.contract.components import Component, Kind
-from neural_mri.contract.results import provenance_of
+from neural_mri.contract.results import has_foil, provenance_of
 
 __all__ = ("CircuitMap", "Edge", "Effect", "Question")
 
@@ -82,8 +82,7 @@ class CircuitMap(NamedTuple):
             question=Question(
                 position=asked["position"],
                 answer=asked["answer"],
-                # Not by its id: a redacted link shows none.
-                foil=asked["foil"] if provenance_of(metric).unit == "logits" else None,
+                foil=asked["foil"] if has_foil(metric) else None,
                 clean=asked["clean"],
                 corrupted=asked["corrupted"],
                 probability_clean=asked["probability_clean"],

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 
 from neural_mri.client.activation_map import ActivationMap
-from neural_mri.contract.results import provenance_of
+from neural_mri.contract.results import has_foil, provenance_of
 
 __all__ = ("BeforeAfter", "Comparison", "Guess")
 
@@ -63,8 +63,7 @@ class Comparison(NamedTuple):
         return cls(
             position=asked["position"],
             answer=asked["answer"],
-            # Not by its id: a redacted link shows none.
-            has_foil=provenance.unit == "logits",
+            has_foil=has_foil(tables["comparison"]),
             metric=BeforeAfter(asked["metric_before"], asked["metric_after"]),
             metric_sd=asked["metric_sd"],
             unit=provenance.unit,

@@ -9,7 +9,7 @@ import pyarrow as pa
 from neural_mri.client.activation_map import value_matrix
 from neural_mri.client.colour import Values
 from neural_mri.contract.components import Component, Kind
-from neural_mri.contract.results import provenance_of
+from neural_mri.contract.results import has_foil, provenance_of
 
 __all__ = ("Peak", "Restoration", "RestorationMap")
 
@@ -90,7 +90,6 @@ class Restoration(NamedTuple):
             wanted = [name == "indirect_effect" for name in maps["quantity"].to_pylist()]
             maps = maps.filter(pa.array(wanted))
         asked: dict[str, Any] = contrast.to_pylist()[0]
-        metric_unit = provenance_of(contrast).unit
         positions = provenance.positions or ()
         components = tuple(map(Component.parse, maps["component"].to_pylist()))
         values = value_matrix(maps)
@@ -103,11 +102,10 @@ class Restoration(NamedTuple):
             unit=provenance.unit,
             position=asked["position"],
             answer=asked["answer"],
-            # Not by its id: a redacted link shows none.
-            foil=asked["foil"] if metric_unit == "logits" else None,
+            foil=asked["foil"] if has_foil(contrast) else None,
             clean=asked["clean"],
             corrupted=asked["corrupted"],
-            metric_unit=metric_unit,
+            metric_unit=provenance_of(contrast).unit,
             probability_clean=asked["probability_clean"],
             probability_corrupted=asked["probability_corrupted"],
             parameters=provenance.parameters,

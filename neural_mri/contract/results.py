@@ -30,6 +30,7 @@ __all__ = (
     "TableRef",
     "component_columns",
     "from_ipc",
+    "has_foil",
     "positions_column",
     "provenance_of",
     "signed",
@@ -153,6 +154,14 @@ def signed(tables: Mapping[str, pa.Table], manifest: Manifest) -> dict[str, pa.T
         )
         for name, table in tables.items()
     }
+
+
+def has_foil(metric: pa.Table) -> bool:
+    """Whether what a table says of a metric is the difference from a foil; else it is the answer's log-probability.
+
+    By the unit, not by `foil_id`: a redacted link shows no ids. Raises as `provenance_of` does.
+    """
+    return provenance_of(metric).unit == "logits"
 
 
 def provenance_of(table: pa.Table) -> Provenance:

@@ -4,7 +4,7 @@ import msgspec
 
 from neural_mri.contract.circuits import Ablation, CircuitMethod, Granularity
 from neural_mri.contract.components import Kind
-from neural_mri.contract.results import provenance_of
+from neural_mri.contract.results import has_foil, provenance_of
 from neural_mri.contract.summaries.base import (
     Measured,
     NamedToken,
@@ -123,11 +123,10 @@ def circuit_summary(stored: Stored) -> CircuitSummary:
 def _metric(stored: Stored) -> CircuitMetric:
     table = stored.tables["metric"]
     provenance, (row,) = provenance_of(table), records(table)
-    has_foil = row["foil_id"] >= 0
     return CircuitMetric(
         position=row["position"],
         answer=NamedToken(token=row["answer"], token_id=row["answer_id"]),
-        foil=NamedToken(token=row["foil"], token_id=row["foil_id"]) if has_foil else None,
+        foil=NamedToken(token=row["foil"], token_id=row["foil_id"]) if has_foil(table) else None,
         unit=provenance.unit,
         method=provenance.method,
         clean=row["clean"],

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from neural_mri.contract.components import Kind
 from neural_mri.contract.perturbations import Direction
-from neural_mri.contract.results import provenance_of
+from neural_mri.contract.results import has_foil, provenance_of
 from neural_mri.contract.summaries.base import (
     Measured,
     NamedToken,
@@ -133,11 +133,10 @@ def tracing_summary(stored: Stored) -> TracingSummary:
 
 def _contrast(table: pa.Table) -> Contrast:
     (row,) = records(table)
-    has_foil = row["foil_id"] >= 0
     return Contrast(
         position=row["position"],
         answer=NamedToken(token=row["answer"], token_id=row["answer_id"]),
-        foil=NamedToken(token=row["foil"], token_id=row["foil_id"]) if has_foil else None,
+        foil=NamedToken(token=row["foil"], token_id=row["foil_id"]) if has_foil(table) else None,
         unit=provenance_of(table).unit,
         clean=row["clean"],
         corrupted=row["corrupted"],

@@ -63,14 +63,19 @@ test("three planes are cut where the one crosshair is, and each says the stored 
   await leave(open);
 });
 
-test("a box that the system takes away while it is drawn is not measured", async () => {
-  const open = await visit(browser);
-  const { page } = open;
-  await scan(page);
+/** A box drawn over the axial plane, its button still held. */
+async function boxed(page: Page): Promise<void> {
   await page.keyboard.press("d");
   await page.mouse.move(...(await at(page, "axial", 0.05, 0.4)));
   await page.mouse.down();
   await page.mouse.move(...(await at(page, "axial", 0.5, 0.5)), { steps: 4 });
+}
+
+test("a box that the system takes away while it is drawn is not measured", async () => {
+  const open = await visit(browser);
+  const { page } = open;
+  await scan(page);
+  await boxed(page);
   const box = page.getByTestId("axial").locator("rect.region");
   expect(await box.count()).toBe(1);
   await page.getByTestId("axial").dispatchEvent("pointercancel");
@@ -85,10 +90,7 @@ test("a region's numbers are those of the floats in it", async () => {
   const open = await visit(browser);
   const { page } = open;
   await scan(page);
-  await page.keyboard.press("d");
-  await page.mouse.move(...(await at(page, "axial", 0.05, 0.4)));
-  await page.mouse.down();
-  await page.mouse.move(...(await at(page, "axial", 0.5, 0.5)), { steps: 4 });
+  await boxed(page);
   await page.mouse.up();
   await page.getByTestId("statistics").waitFor();
   const xs = await page.getByTestId("region").boundingBox();
