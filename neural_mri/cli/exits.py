@@ -21,7 +21,8 @@ class ExitCode(IntEnum):
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 the scan failed or the service refused it; 2 bad usage; 3 the service does not \
-answer; 4 the job was cancelled; 130 interrupted (what the command itself asked for and waits for, and the job of `job --watch`, is cancelled on the service too; anything else goes on)."""
+answer; 4 the job was cancelled; 130 interrupted (what the command itself asked for and waits for, and the \
+job of `job --watch`, is cancelled on the service too; anything else goes on)."""
 
 
 def exit_code_of(error: ClientError) -> ExitCode:
