@@ -2,7 +2,8 @@
 
 Off unless the process was started with `NMRI_CRASH_POINTS` in its environment, a folder: whoever puts a file
 of a point's name there ends the next process that comes to the point, as a power cut would, or has something
-else befall it that the file names. It is no setting, and no request reaches it.
+else befall it that the file names. Whoever comes to the point takes the file away, unless its second line says
+`again`: then it befalls each process that comes, until the file is gone. It is no setting, and no request reaches it.
 """
 
 import os
@@ -10,7 +11,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ("POINTS", "WAYS", "crash_point")
+__all__ = ("AGAIN", "POINTS", "WAYS", "crash_point")
 
 POINTS = (
     "api.recorded",
@@ -34,6 +35,9 @@ are taken back, nobody was told."""
 WAYS: dict[str, Callable[[], None]] = {"": lambda: os.kill(os.getpid(), signal.SIGKILL)}
 """What befalls a process at a point, by what stands in the file. Whoever starts it may know of more."""
 
+AGAIN = "again"
+"""The second line of a file that stays where it is."""
+
 _FOLDER = os.environ.get("NMRI_CRASH_POINTS")
 
 
@@ -43,8 +47,9 @@ def crash_point(name: str) -> None:
         return
     place = Path(_FOLDER, name)
     try:
-        way = place.read_text()
-        place.unlink()
+        way, _, times = place.read_text().partition("\n")
+        if times != AGAIN:
+            place.unlink()
     except FileNotFoundError:
         return
     WAYS[way]()

@@ -172,11 +172,14 @@ class Service:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def arm(self, point: str, way: str = "") -> Path:
-        """Have the next process that comes to a crash point die there, or what `ways.WAYS` names befall it."""
+    def arm(self, point: str, way: str = "", times: str = "") -> Path:
+        """Have the next process that comes to a crash point die there, or what `ways.WAYS` names befall it.
+
+        With `faults.AGAIN` it befalls each that comes, until the file is taken away.
+        """
         place = self.crash_points / point
         written = self.crash_points / f".{point}"
-        written.write_text(way)
+        written.write_text(f"{way}\n{times}")
         written.rename(place)
         return place
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import httpx
 import pytest
 
-from neural_mri.backing import events, jobs
+from neural_mri.backing import events, faults, jobs
 from neural_mri.backing.events import WorkerBeat
 from neural_mri.backing.jobs import Job
 from neural_mri.contract.jobs import JobState
@@ -34,13 +34,10 @@ def asked(stage: Stage, words: str) -> UUID:
         return UUID(client.post("/api/scan/activation", json=body).raise_for_status().json()["id"])
 
 
-def ended(
-    stage: Stage, job_id: UUID, meanwhile: Callable[[], object] = lambda: None, seconds: float = 60
-) -> Job:
+def ended(stage: Stage, job_id: UUID, seconds: float = 60) -> Job:
     """The job, once it has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        meanwhile()
         job = stage.sessions.read(jobs.get, job_id)
         assert job is not None
         if job.finished_at is not None:
@@ -103,9 +100,11 @@ def test_a_scan_whose_worker_dies_of_a_segmentation_fault_is_done_by_another(sta
 
 def test_a_scan_that_every_device_fails_of_is_set_aside_and_costs_no_other(stage: Stage) -> None:
     """Each worker that has lost its device ends: the next scan on it would have failed too."""
-    poison = asked(stage, "w2 w3 w4 w5 w6 w7 w8")
-    aside = ended(stage, poison, lambda: stage.service.arm("worker.computing", "lost device"))
-    (stage.service.crash_points / "worker.computing").unlink(missing_ok=True)
+    point = stage.service.arm("worker.computing", "lost device", faults.AGAIN)
+    try:
+        aside = ended(stage, asked(stage, "w2 w3 w4 w5 w6 w7 w8"))
+    finally:
+        point.unlink()
     assert (aside.state, aside.attempt) == (JobState.QUARANTINED, 3)
     assert aside.problem is not None
     assert "3 workers were lost while they held this job" in aside.problem["detail"]
