@@ -115,8 +115,13 @@ def test_a_model_that_is_loaded_and_cannot_be_published_gives_its_memory_back(
 
 @pytest.mark.smollm2
 def test_a_released_model_gives_its_memory_back_to_the_system(
-    settings: Settings, sessions: Sessions, smollm2_folder: Path
+    settings: Settings,
+    sessions: Sessions,
+    smollm2_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # What is ordinary for it takes half a minute to measure, and is no part of the model.
+    monkeypatch.setattr(Calibrations, "prepare", lambda *_: None)
     model = modelstore.add(settings, "smollm2", f"folder:{smollm2_folder}")
     held = residency(settings, sessions)
     before = resident_bytes()
