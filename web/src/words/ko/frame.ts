@@ -55,7 +55,7 @@ export const frame = {
   "Tokens of the prompt": "프롬프트의 토큰",
   "attention sink": "어텐션 싱크",
   "attention sink, left out of the window": "어텐션 싱크, 윈도에서 제외됨",
-  "attention sink, not windowed": "어텐션 싱크, 윈도 제외",
+  "attention sink, unwindowed": "어텐션 싱크, 윈도 제외",
   "token {n}": "토큰 {n}",
   "The prompt's tokens stand here once it is scanned.":
     "스캔하면 프롬프트의 토큰이 여기에 나타납니다.",
