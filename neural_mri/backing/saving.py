@@ -15,7 +15,7 @@ import pyarrow as pa
 from neural_mri.backing import keys
 from neural_mri.backing.faults import crash_point
 from neural_mri.backing.storage import MOST_OPEN, NamedBytes, Store, Writing
-from neural_mri.backing.stored import pack
+from neural_mri.backing.stored import pack, sealed
 from neural_mri.contract.results import Manifest, TableRef, provenance_of, to_ipc
 
 __all__ = ("PACKED_BYTES", "SavedResult", "Saving", "Unsaved", "save_result")
@@ -221,7 +221,7 @@ class _Begun:
     def _named(self) -> bytes:
         """The manifest, once all tables have been encoded."""
         self._whole = msgspec.structs.replace(self.result.manifest, tables=tuple(self._refs))
-        return msgspec.json.encode(self._whole)
+        return sealed(self._whole)
 
     def _tell_all(self) -> None:
         """Where all are one file each is told of when it only lacks its name."""

@@ -5,9 +5,13 @@ order, each from the next multiple of `ALIGNMENT` bytes on: where each lies foll
 `head -1` shows. A manifest alone is what a large result has, a calibration, and a result that a session keeps.
 The path says which of them stands there (`keys.table_path`). Tables of an attempt are its own: what is
 deleted with it is needed by nobody else. Knows nothing of jobs' states.
+
+No byte is believed that is not the one that was written: tables are named by their hash, and a manifest ends
+with its own, its seal.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -36,6 +40,7 @@ __all__ = (
     "read_part",
     "read_table",
     "read_tables",
+    "sealed",
 )
 
 ALIGNMENT = 64
@@ -45,6 +50,11 @@ HEAD_BYTES = 64 << 10
 
 _END = b"\n"
 """Of the manifest: in the JSON itself there is none."""
+
+_SEAL = re.compile(rb',"seal":"([0-9a-f]{64})"\}\Z')
+"""SHA-256 of all that stands before it."""
+_FIRST_SEALED = 2
+"""The version of manifests from which on each has a seal."""
 
 _manifest = msgspec.json.Decoder(Manifest)
 
@@ -66,6 +76,15 @@ class StoredTable(NamedTuple):
 def by_itself(manifest: str, ref: TableRef) -> StoredTable:
     """A table that is a file, by where the manifest that names it stands."""
     return StoredTable(ref, keys.table_path(manifest, ref.chunk), 0)
+
+
+def sealed(manifest: Manifest) -> bytes:
+    """A manifest as it is stored: its JSON, with its seal as the last member.
+
+    Whoever knows of no seals reads past it.
+    """
+    body = msgspec.json.encode(manifest)[:-1]
+    return b'%b,"seal":"%b"}' % (body, hashlib.sha256(body).hexdigest().encode())
 
 
 def pack(manifest: bytes, tables: Iterable[bytes]) -> bytes:
@@ -245,6 +264,15 @@ def _first_line(path: str, body: bytes) -> bytes:
 
 def _decoded(path: str, body: bytes) -> Manifest:
     try:
-        return _manifest.decode(body)
+        manifest = _manifest.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Damaged(f"{path} is not a manifest: {error}", path=path) from error
+    seal = _SEAL.search(body)
+    if seal is None:
+        if manifest.version >= _FIRST_SEALED:
+            raise Damaged(f"{path} is a manifest whose seal is broken", path=path)
+        return manifest
+    found = hashlib.sha256(body[: seal.start()]).hexdigest()
+    if found != seal[1].decode():
+        raise Damaged(f"{path} is a manifest whose hash is {found}, not its seal's", path=path)
+    return manifest

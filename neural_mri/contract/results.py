@@ -78,7 +78,8 @@ class TableRef(msgspec.Struct, frozen=True, kw_only=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Names a result's tables. Written last: a result with a manifest is whole."""
 
-    version: int = 1
+    version: int = 2
+    """From 2 on it is stored with a seal (`backing.stored`)."""
     scan_key: str
     kind: ScanKind
     model: str

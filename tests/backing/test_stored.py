@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,6 +127,27 @@ def test_in_one_file_or_not_the_same_bytes_have_the_same_hashes(store: Store) ->
         assert packed.bytes_of(one) == old.bytes_of(other) == store.get(other.path)
 
 
+def test_no_bit_of_a_manifest_changes_unnoticed(folder: FolderStore, *, packs: bool) -> None:
+    saved = save(folder, unsaved(packs=packs))
+    body = folder.get(saved.path)
+    for place in range(len(open_result(folder, saved.path).body)):
+        spoilt = bytearray(body)
+        spoilt[place] ^= 1 << place % 8
+        overwrite(folder, saved.path, bytes(spoilt))
+        with pytest.raises(Damaged, match=re.escape(saved.path)):
+            open_result(folder, saved.path)
+        assert not stored.is_whole(folder, saved.path)
+
+
+def test_a_manifest_from_before_there_were_seals_is_read(store: Store) -> None:
+    older = msgspec.structs.replace(manifest(), version=1)
+    path = keys.pieces_path(JOB, 1)
+    store.put(path, msgspec.json.encode(older))
+    assert stored.load_manifest(store, path) == older
+    # Whoever knows of no seals reads past one.
+    assert msgspec.json.decode(stored.sealed(older), type=Manifest) == older
+
+
 def test_a_file_is_one_line_and_then_the_tables_aligned_with_nothing_but_zeros_between(
     folder: FolderStore, root: Path
 ) -> None:
@@ -168,7 +190,7 @@ def test_whatever_tables_are_packed_each_is_found_again(bodies: list[bytes]) -> 
         )
         for index, body in enumerate(bodies)
     )
-    line = msgspec.json.encode(msgspec.structs.replace(manifest(), tables=refs))
+    line = stored.sealed(msgspec.structs.replace(manifest(), tables=refs))
     store = InMemory({"x.result": pack(line, bodies)})
     result = open_result(store, "x.result")  # type: ignore[arg-type]
     assert [result.bytes_of(each) for each in result.tables] == bodies
@@ -513,7 +535,7 @@ def test_a_manifest_that_says_nonsense_of_its_tables_is_found_out(
 ) -> None:
     saved = save(folder, unsaved())
     refs = tuple(msgspec.structs.replace(ref, bytes=size) for ref in saved.manifest.tables)
-    line = msgspec.json.encode(msgspec.structs.replace(saved.manifest, tables=refs))
+    line = stored.sealed(msgspec.structs.replace(saved.manifest, tables=refs))
     folder.put(saved.path, pack(line, map(to_ipc, TABLES.values())))
     result = open_result(folder, saved.path)
     assert not result.is_whole()

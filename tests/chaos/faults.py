@@ -18,7 +18,8 @@ import redis
 from neural_mri.backing import faults, keys, leftovers
 from neural_mri.backing.queue import ticket_message
 from neural_mri.backing.storage import Store
-from neural_mri.contract.problems import Unavailable
+from neural_mri.backing.stored import open_result
+from neural_mri.contract.problems import Gone, Unavailable
 from tests.chaos.clock import Clock
 from tests.chaos.premises import Disk, Host, Postgresql, Sqlite, frozen
 from tests.chaos.relay import Relay
@@ -234,6 +235,15 @@ class Faults:
         with suppress(redis.RedisError), self._service.broker.client() as client:
             client.lpush(queue, *(ticket_message(queue) for _ in range(count)), *noise)
 
+    def _place(self, chance: random.Random, path: str, size: int) -> int:
+        """A byte of a result that means something: not one of those that keep tables apart."""
+        parts = [range(size)]
+        with suppress(Gone):  # spoilt already
+            result = open_result(self._store, path)
+            tables = [range(each.start, each.end) for each in result.tables if each.path == path]
+            parts = [range(len(result.body)), *tables]
+        return chance.choice([place for part in parts for place in part])
+
     def _spoil(self, chance: random.Random) -> None:
         """Take a result away, or change a byte of it."""
         with suppress(Unavailable):
@@ -246,6 +256,6 @@ class Faults:
                 self._store.delete(path)
                 return
             body = bytearray(self._store.get(path))
-            body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
+            body[self._place(chance, path, len(body))] ^= 1 << chance.randrange(8)
             self.spoilt[path] = bytes(body)
             self._store.put(path, bytes(body))
