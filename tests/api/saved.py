@@ -9,16 +9,7 @@ from neural_mri.contract.archives import SESSION_FILE, Archive, open_archive
 from tests.api.specimens import PROMPT
 from tests.api.world import World
 
-__all__ = (
-    "Session",
-    "archived",
-    "deep",
-    "made",
-    "read",
-    "save",
-    "scanned",
-    "send_file",
-)
+__all__ = ("Session", "archived", "deep", "made", "read", "save", "scanned", "send_file")
 
 
 def scanned(api: httpx.Client, world: World, prompt: str = PROMPT, **more: Any) -> str:

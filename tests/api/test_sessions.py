@@ -16,10 +16,7 @@ from sqlalchemy import delete, update
 
 from neural_mri.backing import keys
 from neural_mri.backing.rows import JOBS, KEPT_RESULTS, SESSION_RESULTS
-from neural_mri.contract.archives import (
-    canonical,
-    open_archive,
-)
+from neural_mri.contract.archives import canonical, open_archive
 from neural_mri.contract.results import from_ipc
 from tests.api.keyed import keyed
 from tests.api.saved import Session, made, read, save, scanned, send_file
