@@ -17,7 +17,7 @@ import torch
 
 from neural_mri.backing.settings import Settings
 
-__all__ = ("Memory", "Reading", "control_group", "free_of_each")
+__all__ = ("Memory", "Reading", "control_group", "room_of_each")
 
 SCANS_SHARE = 0.2
 """Of the budget, kept for what scans need beside the models."""
@@ -120,12 +120,12 @@ def _gpu(index: int) -> Reading:
     return Reading(total, free + kept)
 
 
-def free_of_each(settings: Settings, device: str) -> tuple[int, ...]:
+def room_of_each(settings: Settings, device: str) -> tuple[Reading, ...]:
     """What each GPU of several has for a model that one is too small for; empty where none is spread."""
     if device != "cuda" or settings.spread == "off" or torch.cuda.device_count() < 2:
         return ()
-    readings = (torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count()))
-    return tuple(int(free * (1.0 - SCANS_SHARE)) for free, _ in readings)
+    readings = map(_gpu, range(torch.cuda.device_count()))
+    return tuple(Reading(*(int(each * (1.0 - SCANS_SHARE)) for each in one)) for one in readings)
 
 
 def least(*readings: Reading) -> Reading:

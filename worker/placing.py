@@ -132,9 +132,7 @@ class Placing:
         Raises what a pinned model's load does; a wanted one may have gone bad since.
         """
         for name in self._settings.pinned:
-            revision = self._registered(name).revision
-            self._claim(revision, copies=None)
-            self._load(name, revision, SILENT, pin=True)
+            self._load_alone(name, self._registered(name).revision, SILENT, pin=True)
         for model in self._sessions.read(models.all):
             if not model.wanted or model.name in self._settings.pinned:
                 continue
@@ -190,16 +188,32 @@ class Placing:
             return resident
         for held in self._in_its_way(registered):
             self._evict(held.revision, in_favour_of=name)
-        self._claim(registered.revision, copies=None)
-        try:
-            return self._load(name, registered.revision, listener)
-        except Exception as error:
-            if not ran_out(error):
-                raise
-            log.warning("out_of_memory", model=name, error=str(error).partition("\n")[0])
-        # Outside the handler: the error's frames hold what there was no room for.
-        metrics.OUT_OF_MEMORY.labels("load").inc()
-        give_back()
+        return self._load_alone(name, registered.revision, listener)
+
+    def _load_alone(
+        self, name: str, revision: str, listener: Listener, *, pin: bool = False
+    ) -> Resident:
+        """Claim and load a model, whoever has it; where memory runs out, once more without any that is not pinned.
+
+        Raises `OutOfMemory` where that does not help.
+        """
+        others = list[Held]()
+        while True:
+            for held in others:
+                self._evict(held.revision, in_favour_of=name)
+            self._claim(revision, copies=None)
+            try:
+                return self._load(name, revision, listener, pin=pin)
+            except Exception as error:
+                if not ran_out(error):
+                    raise
+                log.warning("out_of_memory", model=name, error=str(error).partition("\n")[0])
+            # Outside the handler: the error's frames hold what there was no room for.
+            metrics.OUT_OF_MEMORY.labels("load").inc()
+            give_back()
+            others = [held for held in self.room().held if not held.pinned]
+            if not others:
+                break
         raise OutOfMemory(
             f"memory ran out while {name} was loaded, beside the models that are pinned: a smaller model, or a "
             "worker with more memory is needed",
@@ -511,13 +525,26 @@ class Placing:
     def _guess_higher(self, move: Move, cost: Cost) -> None:
         """Loading ran out of memory: the next worker to think of it should know that it takes more."""
         give_back()
-        guess = int(cost.memory_bytes * GUESSED_LOW)
+        guess = self._guess(cost)
         metrics.OUT_OF_MEMORY.labels("load").inc()
         log.warning("out_of_memory", model=move.model, guessed_bytes=guess)
         try:
             self._sessions.write(residences.guess_memory, move.revision, guess)
         except Unavailable as error:
             log.warning("residence_not_told", revision=move.revision[:16], error=str(error))
+
+    def _guess(self, cost: Cost) -> int:
+        """What a model is taken to need that loading ran out of memory for, in bytes.
+
+        Others may have stood in its way: all of them go before it is taken for larger than a worker.
+        """
+        guess = int(cost.memory_bytes * GUESSED_LOW)
+        # Resting: what is there now counts, whoever has the rest.
+        room = self.room()._replace(resting=True)
+        has_others = any(not held.pinned for held in room.held)
+        if has_others and room.could_have_bytes > cost.memory_bytes:
+            return min(guess, room.could_have_bytes)
+        return guess
 
     def _forget_guess(self, revision: str) -> None:
         """Who waited has been told what it was guessed to take; who asks later has it tried again, not at once."""

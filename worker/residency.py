@@ -23,7 +23,7 @@ from neural_mri.contract.models import ModelState, Numerics
 from neural_mri.contract.problems import UnknownModel
 from worker import metrics
 from worker.calibrations import Calibrations
-from worker.memory import free_of_each
+from worker.memory import room_of_each
 from worker.resident import Resident
 from worker.scanner import loading
 from worker.scanner.listening import Listener, Silent, Timed
@@ -105,7 +105,7 @@ class Residency:
 
         `listener` hears of bytes, as stage `load`, then of the calibration where that is not stored yet,
         and may stop it. Raises `UnknownModel`, and `UnsupportedModel` when the model cannot be loaded or
-        is not what it says.
+        is not what it says. Where memory is lacking now, what `ran_out` knows.
         """
         registered = self._sessions.read(models.get, name)
         if registered is None:
@@ -121,8 +121,13 @@ class Residency:
         listener = Timed(listener)
         with self._announced(registered, ModelState.LOADING):
             crash_point("worker.loading")
-            free = free_of_each(self._settings, self.device)
-            model = loading.load(self._models_dir / registered.folder, numerics, free)
+            rooms = room_of_each(self._settings, self.device)
+            model = loading.load(
+                self._models_dir / registered.folder,
+                numerics,
+                [room.available for room in rooms],
+                [room.total for room in rooms],
+            )
             try:
                 resident = Resident(
                     self._published(registered, numerics),

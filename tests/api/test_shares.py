@@ -20,8 +20,8 @@ from neural_mri.contract.sessions import MOST_DEPTH, SessionDocument, depth_of
 from neural_mri.contract.tables import TableSchema
 from tests.api.keyed import Door, keyed
 from tests.api.reading import Stream, Unanswered
+from tests.api.saved import deep, made, read, save, scanned
 from tests.api.specimens import PROMPT, filled
-from tests.api.test_sessions import deep, made, read, save, scanned
 from tests.api.world import World
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from neural_mri.backing import broker, database
+from neural_mri.backing import broker, database, storage
 from neural_mri.backing.broker import SyncRedis
 from neural_mri.backing.database import Sessions
 from neural_mri.backing.models import RegisteredModel
@@ -15,6 +15,7 @@ from tests.tiny import save_tiny_model
 from tests.worker.bench import Bench
 from tests.worker.several import NAMES, Registered
 from worker import modelstore
+from worker.reaper import Reaper
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,7 @@ def settings(template: Template, tmp_path: Path, shared_valkey: Valkey) -> Setti
     return msgspec.structs.replace(
         database_copy(template, tmp_path / "data"),
         redis_url=shared_valkey.url,
+        reaper_interval_seconds=0.05,
         pinned_models="",
         device="cpu",
     )
@@ -51,6 +53,11 @@ def redis(settings: Settings) -> Iterator[SyncRedis]:
     client.flushall()
     yield client
     client.close()
+
+
+@pytest.fixture
+def reaper(settings: Settings, sessions: Sessions, redis: SyncRedis) -> Reaper:
+    return Reaper(settings, sessions, redis, storage.open_store(settings))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Whether scans fit, and what happens when memory runs out: for real, in a process that may have little."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -134,6 +135,11 @@ def test_running_out_is_told_from_other_errors() -> None:
     assert ran_out(MemoryError())
     assert ran_out(torch.OutOfMemoryError("CUDA out of memory"))
     assert ran_out(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8"))
+    assert ran_out(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert ran_out(
+        RuntimeError("unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)")
+    )
+    assert not ran_out(OSError(errno.ENOENT, "No such file or directory"))
     assert not ran_out(RuntimeError("a bug"))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from neural_mri.backing.settings import Settings
-from worker.memory import Memory, Reading, control_group, free_of_each, least
+from worker.memory import Memory, Reading, control_group, least, room_of_each
 
 GIB = 1 << 30
 
@@ -126,9 +126,17 @@ def test_gpus_count_together_where_models_may_be_spread(monkeypatch: pytest.Monk
     together, alone = Settings(), msgspec.structs.replace(Settings(), spread="off")
     assert Memory(together, "cuda").reading() == (160 * GIB, 84 * GIB)
     assert Memory(alone, "cuda").reading() == (80 * GIB, 12 * GIB)
-    assert free_of_each(together, "cuda") == (8 * GIB, 56 * GIB)
-    assert free_of_each(alone, "cuda") == ()
-    assert free_of_each(together, "cpu") == ()
+
+
+def test_a_model_that_is_spread_has_of_each_gpu_what_torch_keeps_for_itself_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "cuda", Gpus)
+    together, alone = Settings(), msgspec.structs.replace(Settings(), spread="off")
+    free = (int(12 * GIB * 0.8), int(72 * GIB * 0.8))
+    assert room_of_each(together, "cuda") == tuple((64 * GIB, each) for each in free)
+    assert room_of_each(alone, "cuda") == ()
+    assert room_of_each(together, "cpu") == ()
 
 
 def test_scans_have_the_first_of_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,15 +23,17 @@ from tests.worker.several import (
     ELSEWHERE,
     Registered,
     ask,
+    kind_of_end,
     names,
     other_worker,
     serve,
+    short_of_memory,
     working,
 )
-from worker import metrics
+from worker import metrics, residency
 from worker.admission import OutOfMemory, estimate
 from worker.calibrations import Calibrations
-from worker.memory import Memory
+from worker.memory import Memory, Reading
 from worker.scanner.listening import Silent
 
 
@@ -143,6 +145,79 @@ def test_a_request_by_name_makes_room_at_once(bench: Bench, registered: Register
             f"close {keys.scan_queue(registered['b'].revision)}",
             f"open {worker.queue}",
         ]
+
+
+class TwoGpus:
+    """A worker, and what it is told of its GPUs."""
+
+    def __init__(self, worker: Bench, total_bytes: int) -> None:
+        self.worker = worker
+        self.total_bytes = total_bytes
+
+    def rooms(self, *_: object) -> tuple[Reading, ...]:
+        is_empty = len(names(self.worker)) == 1  # the one that is coming
+        return (Reading(self.total_bytes, self.total_bytes if is_empty else 0),) * 2
+
+
+@pytest.fixture
+def on_two_gpus(bench: Bench, registered: Registered, size: int) -> Iterator[TwoGpus]:
+    """A worker that holds `b`, which is small, and has room for another, and not on any GPU beside it.
+
+    One that took half as much again would be too large for it.
+    """
+    memory_bytes = int(1.4 * size / 0.8)
+    with working(bench, memory_bytes=memory_bytes, model_residence_seconds=0.0) as worker:
+        assert serve(worker, ask(worker, registered["b"])) == [JobState.SUCCEEDED]
+        worker.sessions.write(a_while_ago)
+        revision = registered["b"].revision
+        held = worker.residency._residents[revision]
+        worker.residency._residents[revision] = held._replace(memory_bytes=size // 4)
+        yield TwoGpus(worker, size)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_model_that_fits_on_gpus_only_without_others_has_them_go(
+    on_two_gpus: TwoGpus, registered: Registered, monkeypatch: pytest.MonkeyPatch, *, by_name: bool
+) -> None:
+    worker = on_two_gpus.worker
+    monkeypatch.setattr(residency, "room_of_each", on_two_gpus.rooms)
+    if by_name:
+        load = worker.order(JobKind.LOAD)
+        worker.attempts().take(keys.CONTROL_QUEUE)
+        assert worker.now(load).state is JobState.SUCCEEDED
+    else:
+        assert serve(worker, ask(worker, registered["c"])) == [JobState.SUCCEEDED]
+    assert names(worker) == {"tiny" if by_name else "c"}
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_nothing_goes_for_a_model_that_fits_on_gpus_in_no_way(
+    on_two_gpus: TwoGpus, registered: Registered, monkeypatch: pytest.MonkeyPatch, *, by_name: bool
+) -> None:
+    worker = on_two_gpus.worker
+    on_two_gpus.total_bytes //= 8
+    monkeypatch.setattr(residency, "room_of_each", on_two_gpus.rooms)
+    if by_name:
+        job = worker.order(JobKind.LOAD)
+        worker.attempts().take(keys.CONTROL_QUEUE)
+    else:
+        job = ask(worker, registered["c"])
+        serve(worker, job)
+    assert kind_of_end(worker, job) == "unsupported-model"
+    assert names(worker) == {"b"}
+
+
+def test_pinned_models_that_are_too_large_together_are_said_to_be_so_at_the_start(
+    bench: Bench, registered: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered.bring("anchor")
+    registered.bring("b")
+    short_of_memory(monkeypatch, 1)
+    with (
+        working(bench, pinned_models="anchor,b") as worker,
+        pytest.raises(OutOfMemory, match="while anchor was loaded"),
+    ):
+        worker.placing.begin()
 
 
 def test_the_worker_with_more_room_is_given_a_moment(bench: Bench, registered: Registered) -> None:

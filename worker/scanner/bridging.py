@@ -46,6 +46,8 @@ def read_configuration(folder: Path) -> PretrainedConfig:
             folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
+        if ran_out(error):
+            raise
         raise UnsupportedModel(
             f"{folder.name} has no configuration that transformers can read: {error}"
         ) from error

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from neural_mri.contract.problems import UnsupportedModel
 from worker.scanner import bridging
+from worker.scanner.halving import ran_out
 
 __all__ = (
     "TOKENIZER_FILE",
@@ -98,6 +99,8 @@ def _contents(source: Path) -> tuple[str | None, int]:
     try:
         tensors = GGUFReader(source).tensors
     except (OSError, ValueError) as error:
+        if ran_out(error):
+            raise
         raise UnsupportedModel(f"{source.name} is not a GGUF file: {error}") from error
     elements: Counter[str] = Counter()
     for tensor in tensors:
@@ -122,6 +125,8 @@ def _write_model(source: Path, folder: Path) -> None:
             source.parent, gguf_file=source.name, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        if ran_out(error):
+            raise
         raise UnsupportedModel(f"transformers cannot read {source.name}: {error}") from error
     bridging.refuse_incomplete(source.name, report)
     model.save_pretrained(folder)

@@ -5,6 +5,7 @@ same scan runs again with a half of them, and a half of that. Digits then differ
 batch sizes: in the last but one.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,8 @@ _NO_MEMORY = (
     # What a library of the accelerator's says that finds no room for its own workspace.
     "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    # Of a file that it maps.
+    "Cannot allocate memory",
 )
 
 
@@ -47,6 +50,8 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error says that there was not enough memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     # On the CPU torch says it in words only, and of an accelerator's own libraries.
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 

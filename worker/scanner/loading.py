@@ -116,13 +116,19 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
-def load(folder: Path, numerics: Numerics, free_bytes: Sequence[int] = ()) -> LoadedModel:
+def load(
+    folder: Path,
+    numerics: Numerics,
+    free_bytes: Sequence[int] = (),
+    total_bytes: Sequence[int] = (),
+) -> LoadedModel:
     """Load a model folder: `config.json`, safetensors, and `tokenizer.json` for the texts.
 
-    On GPUs with so many bytes free it is spread where the first is too small for it.
+    On GPUs with so many bytes free, of so many in all, it is spread where the first is too small for it.
 
     Nothing else is read, nothing is downloaded, no code of the model's is run. The model is verified
-    before it is handed out. Raises `UnsupportedModel`, naming what is missing or does not hold.
+    before it is handed out. Raises `UnsupportedModel`, naming what is missing or does not hold, and
+    `MemoryError` where only what is free now is too small for it.
     """
     possible = published_numerics(folder).attention
     if numerics.attention not in (possible, "eager"):
@@ -134,7 +140,8 @@ def load(folder: Path, numerics: Numerics, free_bytes: Sequence[int] = ()) -> Lo
     places = None
     if len(free_bytes) > 1:
         skeleton = bridging.skeleton(bridging.read_configuration(folder))
-        places = spreading.places(skeleton, free_bytes, getattr(torch, numerics.dtype))
+        dtype = getattr(torch, numerics.dtype)
+        places = spreading.places(skeleton, free_bytes, total_bytes, dtype)
     model = LoadedModel(
         bridging.plain_model(folder, numerics, places),
         numerics,

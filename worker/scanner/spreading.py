@@ -27,36 +27,54 @@ Places = Mapping[str, int]
 
 
 def places(
-    skeleton: PreTrainedModel, free_bytes: Sequence[int], dtype: torch.dtype
+    skeleton: PreTrainedModel,
+    free_bytes: Sequence[int],
+    total_bytes: Sequence[int],
+    dtype: torch.dtype,
 ) -> Places | None:
     """Where each part of a model should stand on devices with so much memory; None where it fits on the first.
 
     Blocks stand in their order, and every device is as full as the others, as far as that goes. Raises
-    `UnsupportedModel` where all of them together are too small.
+    `MemoryError` where it would fit if nothing else were there, `UnsupportedModel` where it would not.
     """
-    total = _bytes(skeleton, dtype)
-    if total <= free_bytes[0]:
+    weights = _bytes(skeleton, dtype)
+    if weights <= free_bytes[0]:
         return None
     blocks = _blocks(skeleton)
     sizes = [_bytes(skeleton.get_submodule(name), dtype) for name in blocks]
-    ends = total - sum(sizes)
-    room = [free_bytes[0] - ends, *free_bytes[1:]]
-    # Each device as full as it must be for all to be as full: tried in percents of what is free.
-    for percent in range(1, 101):
-        found = _packed(sizes, [each * percent // 100 for each in room])
-        if found is not None:
-            on_blocks = dict(zip(blocks, found, strict=True))
-            return dict.fromkeys(_beside(skeleton, blocks), 0) | on_blocks
-    devices = " and ".join(f"{free / 2**30:.1f} GiB" for free in free_bytes)
+    found = _spread(sizes, weights - sum(sizes), free_bytes)
+    if found is not None:
+        on_blocks = dict(zip(blocks, found, strict=True))
+        return dict.fromkeys(_beside(skeleton, blocks), 0) | on_blocks
+    says = f"{type(skeleton).__name__} has {weights / 2**30:.1f} GiB of weights: they do not fit "
+    if weights <= total_bytes[0] or _spread(sizes, weights - sum(sizes), total_bytes) is not None:
+        raise MemoryError(f"{says}beside what is there: devices have {_shown(free_bytes)} free")
+    if not blocks:
+        raise UnsupportedModel(
+            f"{type(skeleton).__name__} does not say what its blocks are: it cannot be spread"
+        )
     raise UnsupportedModel(
-        f"{type(skeleton).__name__} has {total / 2**30:.1f} GiB of weights: they do not fit block by "
-        f"block on devices with {devices} free, its embeddings on the first"
+        f"{says}block by block on devices with {_shown(total_bytes)} for them, its embeddings on the first"
     )
+
+
+def _shown(n_bytes: Sequence[int]) -> str:
+    return " and ".join(f"{each / 2**30:.1f} GiB" for each in n_bytes)
 
 
 def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
     """Of its weights, each once, whoever shares it."""
     return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+
+
+def _spread(sizes: Sequence[int], ends: int, room: Sequence[int]) -> list[int] | None:
+    """A device for each block, the ends on the first; None where they do not fit, or there are no blocks."""
+    if not sizes or room[0] < ends:
+        return None
+    room = [room[0] - ends, *room[1:]]
+    # Each device as full as it must be for all to be as full: tried in percents of the room.
+    tried = (_packed(sizes, [each * percent // 100 for each in room]) for percent in range(1, 101))
+    return next((found for found in tried if found is not None), None)
 
 
 def _packed(sizes: Sequence[int], room: Sequence[int]) -> list[int] | None:
@@ -74,14 +92,9 @@ def _packed(sizes: Sequence[int], room: Sequence[int]) -> list[int] | None:
 
 
 def _blocks(skeleton: PreTrainedModel) -> list[str]:
-    """The family's blocks, which stay whole, in the order in which they run."""
+    """The blocks, which stay whole, in the order in which they run; none where the family does not say."""
     whole = frozenset(getattr(skeleton, "_no_split_modules", None) or ())
-    found = [name for name, module in skeleton.named_modules() if type(module).__name__ in whole]
-    if not found:
-        raise UnsupportedModel(
-            f"{type(skeleton).__name__} does not say what its blocks are: it cannot be spread"
-        )
-    return found
+    return [name for name, module in skeleton.named_modules() if type(module).__name__ in whole]
 
 
 def _beside(skeleton: PreTrainedModel, blocks: Sequence[str]) -> list[str]:

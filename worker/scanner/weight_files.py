@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from neural_mri.contract.problems import UnsupportedModel
+from worker.scanner.halving import ran_out
 from worker.scanner.topology import ParameterRow
 
 __all__ = ("FloatArray", "StoredTensor", "WeightFiles", "shards")
@@ -212,6 +213,8 @@ def _stored(paths: Sequence[Path], folder: str) -> Iterable[StoredTensor]:
         try:
             yield from _tensors(path)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
+            if ran_out(error):
+                raise
             raise UnsupportedModel(
                 f"{folder}: {path.name} is not a safetensors file: {error}"
             ) from error

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing_behind(tmp_path: P
     with pytest.raises(UnsupportedModel, match=r"model.gguf is not a GGUF file"):
         conversion.convert_gguf(source, tmp_path / "store" / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_a_gguf_file_that_there_is_no_memory_for_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(conversion, "GGUFReader", full)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        conversion.convert_gguf(tmp_path / "model.gguf", tmp_path / "store" / "model")
 
 
 def test_a_conversion_that_fails_midway_leaves_no_folder(

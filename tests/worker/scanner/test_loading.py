@@ -1,3 +1,4 @@
+import errno
 import json
 import weakref
 from collections.abc import Callable
@@ -189,6 +190,18 @@ def test_a_variant_that_cannot_be_scanned_is_refused_by_name(
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=refusal):
         loading.load(tmp_path, loading.published_numerics(tmp_path))
+
+
+@pytest.mark.parametrize("reader", ["_AutoConfig", "_AutoModel"])
+def test_what_there_is_no_memory_for_now_is_no_fault_of_the_models(
+    folder: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(getattr(bridging, reader), "from_pretrained", full)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        loading.load(folder, Numerics())
 
 
 def test_what_transformer_lens_lacks_memory_for_is_no_variant() -> None:

@@ -163,14 +163,15 @@ def size(part: Any) -> int:
 
 def test_what_fits_on_one_device_is_not_spread() -> None:
     model = skeleton()
-    assert places(model, [size(model), MIB], torch.float32) is None
-    assert places(model, [size(model) // 2, MIB], torch.float16) is None
+    assert places(model, [size(model), MIB], [0, 0], torch.float32) is None
+    assert places(model, [size(model) // 2, MIB], [0, 0], torch.float16) is None
 
 
 def test_blocks_stand_whole_and_in_order_and_every_device_is_as_full_as_the_others() -> None:
     model = skeleton()
     block, ends = size(model.model.layers[0]), size(model) - 8 * size(model.model.layers[0])
-    found = places(model, [6 * block + ends, 6 * block, 6 * block], torch.float32)
+    free = [6 * block + ends, 6 * block, 6 * block]
+    found = places(model, free, free, torch.float32)
     assert found is not None
     on = [found[f"model.layers.{layer}"] for layer in range(8)]
     assert on == sorted(on)
@@ -186,7 +187,7 @@ def test_no_device_holds_more_than_it_has() -> None:
     model = skeleton()
     block, ends = size(model.model.layers[0]), size(model) - 8 * size(model.model.layers[0])
     free = [ends + block, 5 * block + 7, 2 * block]
-    found = places(model, free, torch.float32)
+    found = places(model, free, free, torch.float32)
     assert found is not None
     on = [found[f"model.layers.{layer}"] for layer in range(8)]
     assert [on.count(index) for index in range(3)] == [1, 5, 2]
@@ -194,14 +195,34 @@ def test_no_device_holds_more_than_it_has() -> None:
 
 def test_what_fits_on_no_devices_is_refused_with_what_they_have() -> None:
     model = skeleton()
-    with pytest.raises(UnsupportedModel, match=r"do not fit block by block .* and 0\.0 GiB free"):
-        places(model, [size(model) // 3, size(model) // 3], torch.float32)
+    block, ends = size(model.model.layers[0]), size(model) - 8 * size(model.model.layers[0])
+    for free in ([size(model) // 3] * 2, [ends - 1, 9 * block]):
+        with pytest.raises(
+            UnsupportedModel, match=r"do not fit block by block .* and 0\.0 GiB for"
+        ):
+            places(model, free, free, torch.float32)
+
+
+@pytest.mark.parametrize("has_blocks", [True, False])
+def test_what_fits_on_devices_without_others_lacks_memory_for_now(*, has_blocks: bool) -> None:
+    model = skeleton()
+    block, ends = size(model.model.layers[0]), size(model) - 8 * size(model.model.layers[0])
+    crowded, first = [ends - 1, 9 * block], [size(model), 0]
+    alone = [4 * block + ends] * 2
+    if not has_blocks:
+        model._no_split_modules = None
+    with pytest.raises(MemoryError, match=r"beside what is there: .* and 0\.0 GiB free"):
+        places(model, crowded, alone if has_blocks else first, torch.float32)
+    with pytest.raises(MemoryError):
+        places(model, crowded, first, torch.float32)
+    with pytest.raises(UnsupportedModel):
+        places(model, crowded, crowded, torch.float32)
 
 
 def test_every_weight_has_a_place(family: str) -> None:
     model = bridging.skeleton(models.configuration(family))
     half = size(model) * 2 // 3
-    found = places(model, [half, half, half], torch.float32)
+    found = places(model, [half] * 3, [half] * 3, torch.float32)
     assert found is not None
     for name, _ in model.named_parameters():
         assert any(name.startswith(f"{place}.") for place in found), name

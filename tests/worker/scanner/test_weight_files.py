@@ -1,6 +1,8 @@
 """What is read from a model folder, and what is refused."""
 
+import errno
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +130,18 @@ def test_a_damaged_file_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
     path.write_bytes((2**40).to_bytes(8, "little") + body[8:])
     with pytest.raises(UnsupportedModel, match="bytes long"):
         opened(tmp_path)
+
+
+def test_a_file_that_there_is_no_memory_for_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    folder = models.save("gpt2", tmp_path)
+    monkeypatch.setattr(mmap, "mmap", full)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        opened(folder)
 
 
 def test_an_index_cannot_point_out_of_its_folder(tmp_path: Path) -> None:
