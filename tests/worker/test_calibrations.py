@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 import torch
 
@@ -55,7 +56,7 @@ def same(one: Calibration, other: Calibration) -> bool:
 def test_a_model_that_is_loaded_has_its_calibration_in_the_store(
     resident: Resident, store: Store
 ) -> None:
-    manifest = stored.load_manifest(store, keys.calibration_path(own_key(resident)))
+    manifest = stored.stored.load_manifest(store, keys.calibration_path(own_key(resident)))
     assert manifest.scan_key == own_key(resident)
     assert manifest.revision == resident.registered.revision
     assert {ref.name for ref in manifest.tables} >= {"calibration_means", "calibration_lens"}
@@ -121,13 +122,9 @@ def test_a_database_that_is_away_for_a_moment_costs_no_scan(
 
 
 def test_one_of_other_weights_is_refused(resident: Resident, store: Store) -> None:
-    path = keys.calibration_path(own_key(resident))
-    store.put(
-        keys.calibration_path("e" * 64),
-        store.get(path).replace(
-            resident.registered.revision.encode(), b"0" * len(resident.registered.revision)
-        ),
-    )
+    own = stored.load_manifest(store, keys.calibration_path(own_key(resident)))
+    other = msgspec.structs.replace(own, revision="0" * len(resident.registered.revision))
+    store.put(keys.calibration_path("e" * 64), stored.sealed(other))
     with pytest.raises(Conflict, match="not of tiny's"):
         Calibrations(store).of(resident, "e" * 64, Silent())
 

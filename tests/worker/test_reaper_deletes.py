@@ -18,6 +18,7 @@ from neural_mri.backing.jobs import Job, LeaseOwner
 from neural_mri.backing.rows import DISCARDS, JOBS, KEPT_RESULTS
 from neural_mri.backing.settings import Settings
 from neural_mri.backing.storage import FolderStore, Store, StoreUnavailable
+from neural_mri.backing.stored import sealed
 from neural_mri.contract.jobs import JobState
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import Unavailable
@@ -292,7 +293,7 @@ def test_copies_of_calibrations_on_somebodys_texts_are_taken_away_and_models_own
         keys.calibration_path(f"{begins}{'0' * 62}") for begins in ("0a", "0b", "0a0b")
     )
     for path, texts in ((own, []), (theirs, ["a secret"])):
-        store.put(path, msgspec.json.encode(calibration(texts)))
+        store.put(path, sealed(calibration(texts)))
     store.put(damaged, b"{")
     reaper.round()
     assert paths(store) == [own, theirs], "a folder a round"
