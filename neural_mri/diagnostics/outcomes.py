@@ -173,8 +173,8 @@ def _change(case: Case, record: Record, baseline: Record) -> Score | None:
     if after is not None and before is not None:
         if len(after) != len(before):
             return None
-        change = after.astype(np.float64) - before.astype(np.float64)
-        return mean_score(change, least=-1.0, most=1.0)
+        gained = after.astype(np.float64) - before.astype(np.float64)
+        return mean_score(gained, least=-1.0, most=1.0)
     if case.expectation is Expectation.BALANCE:
         of = Measure.SCORES, "margin"
     else:
