@@ -33,6 +33,8 @@ __all__ = (
     "IMMUTABLE",
     "TABLE",
     "FinishedJob",
+    "IfNoneMatch",
+    "IfRange",
     "Range",
     "is_whole",
     "kept_table_answer",
@@ -48,6 +50,20 @@ __all__ = (
 IMMUTABLE = "private, max-age=31536000, immutable"
 """A job's table never changes: another attempt would be another job's result."""
 
+IfNoneMatch = Annotated[
+    str | None,
+    HeaderParameter(
+        name="If-None-Match", description="The ETag of what you have already.", required=False
+    ),
+]
+IfRange = Annotated[
+    str | None,
+    HeaderParameter(
+        name="If-Range",
+        description="The ETag of the file that a Range is of: of another all is given.",
+        required=False,
+    ),
+]
 Range = Annotated[
     str | None,
     HeaderParameter(

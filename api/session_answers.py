@@ -27,7 +27,6 @@ __all__ = (
     "FILE",
     "KNOWN",
     "AtRevision",
-    "IfNoneMatch",
     "LastEventId",
     "answered",
     "archive_of",
@@ -37,12 +36,6 @@ __all__ = (
     "session_table",
 )
 
-IfNoneMatch = Annotated[
-    str | None,
-    HeaderParameter(
-        name="If-None-Match", description="A revision that you have already.", required=False
-    ),
-]
 LastEventId = Annotated[
     str | None,
     HeaderParameter(

@@ -15,7 +15,15 @@ from api.answers import Prefer, plain_answer
 from api.dependencies import Services
 from api.negotiation import Accept, preferred
 from api.problems import refusals
-from api.results import TABLE, Range, manifest_of, summary_of, table_answer
+from api.results import (
+    TABLE,
+    IfNoneMatch,
+    IfRange,
+    Range,
+    manifest_of,
+    summary_of,
+    table_answer,
+)
 from api.submissions import submit_attention
 from api.waiting import settled, wait_seconds
 from neural_mri.contract.jobs import TERMINAL, JobState, JobView
@@ -37,6 +45,7 @@ ATTENTION_WAIT_SECONDS = 10
     summary="A result: a summary in JSON, or its main table in Arrow",
     tags=["results"],
     responses={
+        **TABLE,
         # A union is a type to Litestar's own document, though not to its signature.
         200: ResponseSpec(
             cast("type[Any]", Summary), description="The summary", generate_examples=False
@@ -45,7 +54,12 @@ ATTENTION_WAIT_SECONDS = 10
     },
 )
 async def get_result(
-    job_id: FromPath[UUID], services: NamedDependency[Services], accept: Accept = None
+    job_id: FromPath[UUID],
+    services: NamedDependency[Services],
+    accept: Accept = None,
+    if_none_match: IfNoneMatch = None,  # noqa: ARG001 (read where the bytes are sent)
+    if_range: IfRange = None,  # noqa: ARG001
+    byte_range: Range = None,  # noqa: ARG001
 ) -> ASGIApp:
     """Read a result."""
     media_type = preferred(accept, (JSON, ARROW_FILE, ARROW_STREAM))
@@ -85,7 +99,9 @@ async def get_table(
     table: FromPath[str],
     services: NamedDependency[Services],
     accept: Accept = None,
-    byte_range: Range = None,  # noqa: ARG001 (read where the bytes are sent)
+    if_none_match: IfNoneMatch = None,  # noqa: ARG001 (read where the bytes are sent)
+    if_range: IfRange = None,  # noqa: ARG001
+    byte_range: Range = None,  # noqa: ARG001
 ) -> ASGIApp:
     """Read a table."""
     media_type = preferred(accept, (ARROW_FILE, ARROW_STREAM))
@@ -113,7 +129,9 @@ async def get_attention(
     services: NamedDependency[Services],
     accept: Accept = None,
     prefer: Prefer = None,
-    byte_range: Range = None,  # noqa: ARG001 (read where the bytes are sent)
+    if_none_match: IfNoneMatch = None,  # noqa: ARG001 (read where the bytes are sent)
+    if_range: IfRange = None,  # noqa: ARG001
+    byte_range: Range = None,  # noqa: ARG001
 ) -> ASGIApp:
     """Read attention patterns."""
     media_type = preferred(accept, (ARROW_FILE, ARROW_STREAM))

@@ -14,12 +14,11 @@ from api.dependencies import Services
 from api.differences import Revision, difference
 from api.negotiation import Accept, preferred
 from api.problems import refusals
-from api.results import TABLE, Range
+from api.results import TABLE, IfNoneMatch, IfRange, Range
 from api.session_answers import (
     FILE,
     KNOWN,
     AtRevision,
-    IfNoneMatch,
     answered,
     archive_of,
     own_session,
@@ -75,7 +74,9 @@ async def get_session_table(
     table: FromPath[str],
     services: NamedDependency[Services],
     accept: Accept = None,
-    byte_range: Range = None,  # noqa: ARG001 (read where the bytes are sent)
+    if_none_match: IfNoneMatch = None,  # noqa: ARG001 (read where the bytes are sent)
+    if_range: IfRange = None,  # noqa: ARG001
+    byte_range: Range = None,  # noqa: ARG001
 ) -> ASGIApp:
     """Read a table."""
     media_type = preferred(accept, (ARROW_FILE, ARROW_STREAM))

@@ -16,11 +16,11 @@ from api.access import readmission
 from api.dependencies import Services
 from api.files import is_known
 from api.problems import refusals
+from api.results import IfNoneMatch
 from api.session_answers import (
     EVENTS,
     KNOWN,
     AtRevision,
-    IfNoneMatch,
     LastEventId,
     answered,
     own_session,

@@ -23,12 +23,11 @@ from api.files import Payload, is_known
 from api.negotiation import Accept, preferred
 from api.problems import refusals
 from api.redaction import Redaction
-from api.results import IMMUTABLE, TABLE, Range
+from api.results import IMMUTABLE, TABLE, IfNoneMatch, IfRange, Range
 from api.session_answers import (
     EVENTS,
     FILE,
     KNOWN,
-    IfNoneMatch,
     LastEventId,
     archive_of,
     detail_of,
@@ -296,7 +295,9 @@ async def get_shared_table(
     services: NamedDependency[Services],
     token: ShareToken,
     accept: Accept = None,
-    byte_range: Range = None,  # noqa: ARG001 (read where the bytes are sent)
+    if_none_match: IfNoneMatch = None,  # noqa: ARG001 (read where the bytes are sent)
+    if_range: IfRange = None,  # noqa: ARG001
+    byte_range: Range = None,  # noqa: ARG001
 ) -> ASGIApp:
     """Read a table."""
     link = await _link(services, token)

@@ -2,8 +2,9 @@
 
 Every call is made by the plain client in a thread of a pool, which waits for the network there; arguments,
 answers, errors and their types are the plain client's. A call whose task is cancelled goes on in its thread to
-its end, and its answer is dropped. What `run` and the methods that scan have begun is cancelled on the service first,
-as where they are interrupted; what `submit` has begun is stopped with `cancel`.
+its end, and its answer is dropped. What `run`, `diagnose` and the methods that scan have begun is cancelled on the
+service first, as where they are interrupted, and a diagnosis asks for nothing more; what `submit` has begun is stopped
+with `cancel`.
 """
 
 import asyncio

@@ -3,8 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
 from typing import Protocol
 from uuid import UUID
@@ -14,6 +13,7 @@ import msgspec
 from neural_mri.client.batches import Batches
 from neural_mri.client.errors import ClientError, Refused
 from neural_mri.client.exchange import PARTING_SECONDS
+from neural_mri.client.parting import Begun, begun, stay
 from neural_mri.client.result import Result
 from neural_mri.contract.baselines import Subject, check_comparable, record_key
 from neural_mri.contract.batches import BatchView, LineEnded
@@ -93,14 +93,21 @@ class ServiceScans:
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
         """Texts as the checkpoint reads them."""
-        return [self._service.tokenize(text, model=self._info.name) for text in texts]
+        return [self._tokens(text) for text in texts]
+
+    def _tokens(self, text: str) -> Tokens:
+        stay()
+        return self._service.tokenize(text, model=self._info.name)
 
     def scan(self, scans: Sequence[Scan]) -> Generator[Scanned, None, None]:
         """What each scan measured, in their order. Left before the end, it cancels what is under way."""
         left = [msgspec.structs.replace(scan, model=self._info.name) for scan in scans]
         while left:
-            some, batch = self._submitted(left)
-            yield from self._together(batch, some)
+            with begun() as work:
+                some, batch = self._submitted(left)
+                cancel = partial(self._service.batches.cancel, batch)
+                work.until(partial(cancel, most_seconds=PARTING_SECONDS))
+                yield from self._together(batch, some, work)
             left = left[some:]
 
     def _submitted(self, scans: Sequence[Scan]) -> tuple[int, BatchView]:
@@ -120,7 +127,7 @@ class ServiceScans:
             else:
                 return some, batch
 
-    def _together(self, batch: BatchView, n_scans: int) -> Iterator[Scanned]:
+    def _together(self, batch: BatchView, n_scans: int, work: Begun) -> Iterator[Scanned]:
         batches = self._service.batches
         ended: dict[int, UUID] = {}
         n_given = 0
@@ -132,6 +139,7 @@ class ServiceScans:
                     self._service.wait(event.job)
                 ended[event.line] = event.job
                 while n_given + 1 in ended:
+                    stay()
                     n_given += 1
                     yield self._measured(ended.pop(n_given))
             if n_given < n_scans:
@@ -142,8 +150,8 @@ class ServiceScans:
                 )
         finally:
             if n_given < n_scans:
-                with suppress(ClientError):  # what ended it is what the caller must hear of
-                    batches.cancel(batch, most_seconds=PARTING_SECONDS)
+                work.stop()
+                work.end()
 
     def _measured(self, job: UUID) -> Scanned:
         result = self._service.result(job)

@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from neural_mri.client.errors import ClientError
 
-__all__ = ("Begun", "Parting", "begun")
+__all__ = ("Begun", "Parting", "begun", "stay")
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
@@ -68,9 +68,13 @@ class Parting:
     def begin(self, something: Begun) -> None:
         """The call is about to ask for this. Raises `ClientError` where nobody is there to want it."""
         with self._lock:
-            if self._has_left:
-                raise ClientError("who asked for it has left")
+            self.stay()
             self._begun = something
+
+    def stay(self) -> None:
+        """The call is about to go on. Raises `ClientError` where nobody is there to want it."""
+        if self._has_left:
+            raise ClientError("who asked for it has left")
 
     def leave(self) -> Begun | None:
         """The caller has gone; what the call has begun until now, and will begin no more."""
@@ -104,3 +108,10 @@ def begun() -> Iterator[Begun]:
         raise
     finally:
         something.end()
+
+
+def stay() -> None:
+    """Between two steps of a long call: raises `ClientError` where who asked for it has left."""
+    parting = _PARTING.get()
+    if parting is not None:
+        parting.stay()

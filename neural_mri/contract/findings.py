@@ -79,7 +79,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     interval: Interval
     n: int
     method: str
-    """`wilson`, `bootstrap`, `welch`; `none` where there are too few for an interval."""
+    """`wilson`, `student`, `bootstrap`, `welch`; `none` where there are too few for an interval."""
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from neural_mri.contract.findings import Carrier, CaseOutcome, Score
 from neural_mri.contract.suites import Case, Expectation, Measure
 from neural_mri.diagnostics.records import Block, Record
 from neural_mri.diagnostics.statistics import (
+    UNKNOWN,
     Groups,
     Welch,
     auroc_change_score,
@@ -95,7 +96,7 @@ def case_outcome(case: Case, record: Record, baseline: Record | None = None) -> 
         attributed=0 if mine is None else len(mine.prompts),
         settles=_over_prompts(case, record, Measure.RISK, "depth", median=True),
         support=_over_prompts(case, record, Measure.RISK, "support"),
-        entropy=_over_prompts(case, record, Measure.RISK, "entropy"),
+        entropy=_over_prompts(case, record, Measure.RISK, "entropy", least=0.0),
     )
 
 
@@ -120,12 +121,19 @@ def _values(case: Case, record: Record, measure: Measure, name: str) -> Block | 
 
 
 def _over_prompts(
-    case: Case, record: Record, measure: Measure, name: str, *, median: bool = False
+    case: Case,
+    record: Record,
+    measure: Measure,
+    name: str,
+    *,
+    median: bool = False,
+    least: float = UNKNOWN.low,
 ) -> Score | None:
     block = _values(case, record, measure, name)
     if block is None or not np.isfinite(block.values).any():
         return None
-    return (median_score if median else mean_score)(block.values[:, 0])
+    values = block.values[:, 0]
+    return median_score(values) if median else mean_score(values, least=least)
 
 
 def _score(case: Case, record: Record) -> Score:
@@ -165,7 +173,8 @@ def _change(case: Case, record: Record, baseline: Record) -> Score | None:
     if after is not None and before is not None:
         if len(after) != len(before):
             return None
-        return mean_score(after.astype(np.float64) - before.astype(np.float64))
+        gained = after.astype(np.float64) - before.astype(np.float64)
+        return mean_score(gained, least=-1.0, most=1.0)
     if case.expectation is Expectation.BALANCE:
         of = Measure.SCORES, "margin"
     else:

@@ -57,19 +57,41 @@ def proportion_score(right: int, n: int) -> Score:
     )
 
 
-def mean_score(values: Floats, *, seed: int = 0) -> Score:
-    """A mean, with its percentile bootstrap interval over prompts (Efron 1979)."""
-    return _bootstrapped(values[np.isfinite(values)], np.mean, seed)
+def mean_score(values: Floats, *, least: float = UNKNOWN.low, most: float = UNKNOWN.high) -> Score:
+    """A mean, with Student's interval over prompts (1908), as much of it as lies from `least` to `most`.
+
+    Resampling a few values draws their spread too small: of 8 that are normal the bootstrap's 95 % hold the truth
+    in 89 % of experiments, and Student's in 95 %. Of values as skewed as the exponential it is 84 % and 89 %.
+    """
+    known = values[np.isfinite(values)].astype(np.float64)
+    n = len(known)
+    if n == 0:
+        return NOTHING
+    value = float(known.mean())
+    if n < FEWEST:
+        return Score(value=value, interval=UNKNOWN, n=n, method="none")
+    ends = _students(value, float(known.std(ddof=1)) / math.sqrt(n), n - 1)
+    interval = Interval(max(ends.low, least), min(ends.high, most))
+    return Score(value=value, interval=interval, n=n, method="student")
 
 
 def median_score(values: Floats, *, seed: int = 0) -> Score:
-    """A median, with its bootstrap interval."""
-    return _bootstrapped(values[np.isfinite(values)], np.median, seed)
+    """A median, with its percentile bootstrap interval over prompts (Efron 1979)."""
+    known = values[np.isfinite(values)].astype(np.float64)
+    n = len(known)
+    if n == 0:
+        return NOTHING
+    value = float(np.median(known))
+    if n < FEWEST:
+        return Score(value=value, interval=UNKNOWN, n=n, method="none")
+    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    low, high = _ends(np.median(known[draws], axis=1))
+    return Score(value=value, interval=Interval(low, high), n=n, method="bootstrap")
 
 
-def rms_score(values: Floats, *, seed: int = 0) -> Score:
-    """A root mean square, with its bootstrap interval."""
-    squares = mean_score(values.astype(np.float64) ** 2, seed=seed)
+def rms_score(values: Floats) -> Score:
+    """A root mean square, with the roots of where the mean square lies: of 8 normal values it holds the truth in 85 %."""
+    squares = mean_score(values.astype(np.float64) ** 2)
     if not squares.n:
         return NOTHING
     low, high = squares.interval.low, squares.interval.high
@@ -79,18 +101,6 @@ def rms_score(values: Floats, *, seed: int = 0) -> Score:
         n=squares.n,
         method=squares.method,
     )
-
-
-def _bootstrapped(values: Floats, statistic: Any, seed: int) -> Score:
-    n = len(values)
-    if n == 0:
-        return NOTHING
-    value = float(statistic(values.astype(np.float64)))
-    if n < FEWEST:
-        return Score(value=value, interval=UNKNOWN, n=n, method="none")
-    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    low, high = _ends(statistic(values[draws].astype(np.float64), axis=1))
-    return Score(value=value, interval=Interval(low, high), n=n, method="bootstrap")
 
 
 def difference_score(first: Floats, second: Floats) -> Score:
@@ -134,12 +144,7 @@ class Welch(NamedTuple):
     @property
     def interval(self) -> Interval:
         """Where the difference lies, at the level `CONFIDENCE`."""
-        low, high = 0.0, math.pi / 2
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._within(middle) < CONFIDENCE else (low, middle)
-        half = math.sqrt(self.freedom) * math.tan((low + high) / 2) * self.error
-        return Interval(self.difference - half, self.difference + half)
+        return _students(self.difference, self.error, self.freedom)
 
     @property
     def p_value(self) -> float:
@@ -147,18 +152,29 @@ class Welch(NamedTuple):
         if self.error == 0:
             return float(self.difference == 0)
         t = abs(self.difference) / self.error
-        return max(0.0, 1 - self._within(math.atan(t / math.sqrt(self.freedom))))
+        return max(0.0, 1 - _within(math.atan(t / math.sqrt(self.freedom)), self.freedom))
 
-    def _within(self, angle: float) -> float:
-        """Student's P(|t| < sqrt(freedom) tan(angle)): with that angle in the place of t a smooth integral.
 
-        Cut off where nothing is left to add up, so that the nodes of many degrees stand where the density does.
-        """
-        angle = min(angle, 12 / math.sqrt(self.freedom), math.pi / 2)
-        at = angle / 2 * (_NODES + 1)
-        sum_of = float((_NODE_WEIGHTS * np.cos(at) ** (self.freedom - 1)).sum()) * angle / 2
-        scale = math.lgamma((self.freedom + 1) / 2) - math.lgamma(self.freedom / 2)
-        return min(1.0, 2 * math.exp(scale) / math.sqrt(math.pi) * sum_of)
+def _students(value: float, error: float, freedom: float) -> Interval:
+    """Where what was estimated lies, at the level `CONFIDENCE`, from its standard error."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < CONFIDENCE else (low, middle)
+    half = math.sqrt(freedom) * math.tan((low + high) / 2) * error
+    return Interval(value - half, value + half)
+
+
+def _within(angle: float, freedom: float) -> float:
+    """Student's P(|t| < sqrt(freedom) tan(angle)): with that angle in the place of t a smooth integral.
+
+    Cut off where nothing is left to add up, so that the nodes of many degrees stand where the density does.
+    """
+    angle = min(angle, 12 / math.sqrt(freedom), math.pi / 2)
+    at = angle / 2 * (_NODES + 1)
+    sum_of = float((_NODE_WEIGHTS * np.cos(at) ** (freedom - 1)).sum()) * angle / 2
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    return min(1.0, 2 * math.exp(scale) / math.sqrt(math.pi) * sum_of)
 
 
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)

@@ -84,6 +84,22 @@ def test_every_route_is_documented_once_under_a_name_of_its_own(document: dict[s
     assert len(set(ids)) == len(ids)
 
 
+def test_whatever_can_be_known_or_come_in_parts_says_by_which_headers(
+    document: dict[str, Any],
+) -> None:
+    asked_by = {"304": {"If-None-Match"}, "206": {"If-None-Match", "If-Range", "Range"}}
+    in_parts = set()
+    for operation in operations(document):
+        spec = operation.spec
+        headers = {each["name"] for each in spec.get("parameters", []) if each["in"] == "header"}
+        for status, names in asked_by.items():
+            if status in spec["responses"]:
+                assert names <= headers, spec["operationId"]
+        in_parts |= {spec["operationId"]} if "206" in spec["responses"] else set()
+    tables = {"getResult", "getTable", "getAttention", "getSessionTable", "getSharedTable"}
+    assert in_parts == tables
+
+
 def test_every_documented_route_answers_as_documented(
     api: httpx.Client, world: World, document: dict[str, Any]
 ) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 from uuid import UUID, uuid4
 
@@ -35,6 +36,9 @@ from neural_mri.contract.events import Ended
 from neural_mri.contract.jobs import JobState, Lane
 from neural_mri.contract.scans import ActivationScan
 from neural_mri.contract.sessions import SessionPage
+from neural_mri.contract.suites import Case, Expectation, Item, Language, Measure, Suite
+from neural_mri.contract.tokens import Span, Tokens
+from neural_mri.diagnostics import Records
 from tests.client.wire import Wire, json_answer, life_of_a_scan
 
 PROMPT = "The Eiffel Tower is in"
@@ -230,6 +234,79 @@ def test_a_batch_whose_task_is_cancelled_is_cancelled_on_the_service(wire: Wire)
 
     asyncio.run(leave())
     assert wire.paths("DELETE") == [path]
+
+
+def read(*texts: str) -> Tokens:
+    spans = tuple(Span(at, at + 1) for at in range(len(texts)))
+    return Tokens(ids=tuple(map(ord, texts)), texts=texts, spans=spans)
+
+
+def suite_of(*prompts: str) -> Suite:
+    words = {Language.EN: "letters"}
+    case = Case(
+        id="letters",
+        title=words,
+        about=words,
+        expectation=Expectation.TOP,
+        source="here",
+        licence="none",
+        items=tuple(Item(prompt=prompt, answer="z") for prompt in prompts),
+    )
+    measures = (Measure.NORMS,)
+    return Suite(name="small", version="1.0.0", title=words, measures=measures, cases=(case,))
+
+
+def test_a_diagnosis_whose_task_is_cancelled_is_cancelled_on_the_service(
+    wire: Wire, tmp_path: Path
+) -> None:
+    batch = BatchView(
+        id=uuid4(),
+        state=BatchState.RUNNING,
+        lane=Lane.BATCH,
+        lines=3,
+        refused=0,
+        repeated=0,
+        counts=BatchCounts(queued=3),
+        created_at=datetime.now(UTC),
+    )
+    path = f"/api/batches/{batch.id}"
+    wire.answers["POST", "/api/tokenize"] = [
+        json_answer(read(*text)) for text in ("ab", "abz", "cd", "cdz")
+    ]
+    wire.answers["POST", "/api/batches"] = [json_answer(batch, 202)]
+    wire.answers["GET", f"{path}/events"] = [json_answer({})._replace(seconds=5)]
+    wire.answers["DELETE", path] = [json_answer(batch)]
+
+    async def leave() -> None:
+        async with AsyncClient(wire.url) as client:
+            running = client.diagnose(suite_of("ab", "cd"), records=Records(tmp_path))
+            await cancelled(running, lambda: f"{path}/events" in wire.paths())
+
+    asyncio.run(leave())
+    assert wire.paths("DELETE")[0] == path
+
+
+def test_a_diagnosis_whose_task_is_cancelled_asks_for_nothing_more(
+    wire: Wire, tmp_path: Path
+) -> None:
+    prompts = [f"a{chr(ord('b') + n)}" for n in range(20)]
+    texts = [text for prompt in prompts for text in (prompt, f"{prompt}z")]
+    wire.answers["POST", "/api/tokenize"] = [
+        json_answer(read(*text))._replace(seconds=0.05) for text in texts
+    ]
+
+    def asked() -> list[str]:
+        return wire.paths("POST")
+
+    async def leave() -> None:
+        async with AsyncClient(wire.url) as client:
+            running = client.diagnose(suite_of(*prompts), records=Records(tmp_path))
+            await cancelled(running, lambda: bool(asked()))
+            at_most = len(asked()) + 1
+            await asyncio.sleep(0.5)
+            assert len(asked()) <= at_most
+
+    asyncio.run(leave())
 
 
 def test_what_waits_when_the_client_is_closed_waits_no_longer(wire: Wire) -> None:

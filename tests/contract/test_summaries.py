@@ -24,6 +24,7 @@ from neural_mri.contract.results import (
 )
 from neural_mri.contract.scans import ScanKind, reporting_order
 from neural_mri.contract.summaries import Summary, main_table, summarise, tables_needed
+from neural_mri.contract.summaries.perturbation import _metric
 
 TINY = Architecture(
     family="llama",
@@ -277,6 +278,20 @@ def test_an_attention_summary_names_patterns_by_url_and_reads_one_table() -> Non
 def test_only_the_small_tables_are_needed() -> None:
     raw = manifest(ScanKind.FMRI, ("tokens", "activations", "vectors.0", "neurons", "predictions"))
     assert tables_needed(raw) == ("activations", "neurons", "predictions")
+
+
+@pytest.mark.parametrize(("unit", "foil_id"), [("logits", -1), ("nats", None)])
+def test_a_foil_is_known_by_the_unit_where_no_id_is_shown(unit: str, foil_id: int | None) -> None:
+    numbers = {
+        field.name: pa.array([-1 if field.name == "foil_id" else 1], field.type)
+        for field in SCHEMAS["comparison"].fields
+        if field.type != pa.string()
+    }
+    table = build("comparison", {**numbers, "answer": pa.array([" Paris"])})
+    provenance = Provenance(
+        table="comparison", version=str(SCHEMAS["comparison"].version), unit=unit, method=""
+    )
+    assert _metric(stamp(table, provenance)).foil_id == foil_id
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`neural-mri diagnose --local` and `neural-mri report`, as processes; and what CI templates make of them."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -131,6 +132,11 @@ def test_the_gates_are_told_by_the_exit_code_though_nobody_reads_or_a_disk_is_fu
     assert "Traceback" not in done.stderr
 
 
+def mark_of(name: str) -> str:
+    """What tells a gate's name from others that are written alike."""
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
 class Ran(NamedTuple):
     """A job of the action: the exit code of each shell step, and what of it ran."""
 
@@ -227,7 +233,7 @@ def test_the_github_action_runs_as_the_shell_steps_it_contains(
     assert ran.codes == [0, 0, 1, 0], ran.said
     assert ran.steps[-4:] == AFTER, "what was measured and found is kept though the gate failed"
     assert ran.outputs == {
-        "gate": {"slug": "tiny.toml-broken"},
+        "gate": {"slug": f"tiny.toml-broken-{mark_of('tiny.toml broken')}"},
         "diagnose": {"outcome": "failed", "reported": "true"},
     }
     assert "L1H0 is where the change begins" in (world.folder / "summary").read_text()
@@ -263,10 +269,10 @@ def test_gates_of_one_pull_request_keep_their_own_comments_artifacts_and_records
         {"model": "main", "name": "nightly, 밤\noutcome=passed"},
     ):
         ran = run_action(world, {**given, **wanted}, code_host)
-        slugs.append(ran.outputs["gate"])
-    assert slugs[:2] == [{"slug": "tiny.toml-main"}, {"slug": "tiny.toml-.-main"}]
-    (slug,) = slugs[2].values()
-    assert re.fullmatch(r"nightly--[^,\s=]+-outcome-passed", slug)
+        slugs.append(ran.outputs["gate"]["slug"])
+    assert slugs[0] == f"tiny.toml-main-{mark_of('tiny.toml main')}"
+    assert slugs[1] == f"tiny.toml-.-main-{mark_of('tiny.toml ./main')}"
+    assert re.fullmatch(r"nightly--[^,\s=]+-outcome-passed-[0-9a-f]{8}", slugs[2])
     marks = [comment["body"].splitlines()[0] for comment in code_host.comments]
     named = ("tiny.toml_main", "tiny.toml_./main", "nightly_밤_outcome_passed")
     for mark, name in zip(marks, named, strict=True):
@@ -280,6 +286,37 @@ def test_gates_of_one_pull_request_keep_their_own_comments_artifacts_and_records
     assert slug in used["actions/upload-artifact"]["name"]
     assert slug in used["actions/cache/save"]["key"]
     assert slug in used["github/codeql-action/upload-sarif"]["category"]
+
+
+def test_no_two_gates_of_the_github_action_share_an_artifact_or_a_cache(world: World) -> None:
+    action = yaml.safe_load((ROOT / "deploy/ci/github/action.yml").read_text())
+    [naming, fetching] = action["runs"]["steps"][:2]
+    output = world.folder / "output"
+
+    def slug(**given: str) -> str:
+        output.write_text("")
+        asked = {"NMRI_PYTHON": sys.executable, "NMRI_NAME": "", "NMRI_SUITE": "", "NMRI_MODEL": ""}
+        subprocess.run(
+            ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", naming["run"]],
+            env=world.environment(**{**asked, **given}, GITHUB_OUTPUT=str(output)),
+            check=True,
+        )
+        [line] = output.read_text().splitlines()
+        return line.removeprefix("slug=")
+
+    asked = [
+        *({"NMRI_SUITE": "quick", "NMRI_MODEL": model} for model in ("a/b", "a-b", "a b", "a")),
+        *({"NMRI_NAME": name} for name in ("a-b", "a/b", "a", "quick-a-b")),
+    ]
+    slugs = [slug(**each) for each in asked]
+    assert len(set(slugs)) == len(slugs)
+    assert slugs[4] == "a-b", "which needs no mark"
+    assert not [each for each in slugs if set(each) & set('":<>|*?\r\n\\/,+')]
+    begins = [
+        fetching["with"]["restore-keys"].replace("${{ steps.gate.outputs.slug }}", each)
+        for each in slugs
+    ]
+    assert not [a for a in begins for b in begins if a != b and b.startswith(a)]
 
 
 def test_the_github_action_saves_its_cache_whatever_the_gate_says(world: World) -> None:

@@ -32,13 +32,26 @@ def test_a_share_has_wilsons_interval() -> None:
         assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_a_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("n", [3, 8, 30])
+def test_an_interval_of_a_mean_holds_the_truth_as_often_as_it_says_however_few_the_values(
+    n: int,
+) -> None:
     draw = np.random.default_rng(0)
-    covered = 0
-    for seed in range(200):
-        interval = mean_score(draw.standard_normal(30) + 3.0, seed=seed).interval
-        covered += interval.low <= 3.0 <= interval.high
-    assert 0.88 <= covered / 200 <= 0.99
+    missed = 0
+    for _ in range(1000):
+        interval = mean_score(draw.standard_normal(n) + 3.0).interval
+        missed += not interval.low <= 3.0 <= interval.high
+    assert 0.03 <= missed / 1000 <= 0.08
+
+
+def test_an_interval_of_a_mean_is_students_and_ends_where_no_mean_can_lie() -> None:
+    # Student's 4.30265 times a standard error of a third.
+    values = np.array([1.0, 1.0, 0.0])
+    score = mean_score(values)
+    ends = (score.value - 4.30265 / 3, score.value + 4.30265 / 3)
+    assert (score.interval.low, score.interval.high) == pytest.approx(ends, abs=1e-5)
+    bounded = mean_score(values, least=-0.5, most=1.0).interval
+    assert (bounded.low, bounded.high) == (-0.5, 1.0)
 
 
 @pytest.mark.parametrize("n", [4, 12])
@@ -77,8 +90,9 @@ def test_groups_that_do_not_vary_differ_by_what_they_differ() -> None:
 
 def test_intervals_are_seeded() -> None:
     values = np.random.default_rng(1).standard_normal(20)
-    assert mean_score(values, seed=4) == mean_score(values, seed=4)
-    assert mean_score(values, seed=4) != mean_score(values, seed=5)
+    first, second = values[:10], values[10:]
+    assert auroc_score(first, second, seed=4) == auroc_score(first, second, seed=4)
+    assert auroc_score(first, second, seed=4) != auroc_score(first, second, seed=5)
 
 
 def test_what_was_not_measured_counts_for_nothing() -> None:

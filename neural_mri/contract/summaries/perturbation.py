@@ -8,14 +8,13 @@ import msgspec
 import pyarrow as pa
 
 from neural_mri.contract.components import Kind
-from neural_mri.contract.results import provenance_of
+from neural_mri.contract.results import has_foil, provenance_of
 from neural_mri.contract.summaries.base import (
     Measured,
     NamedToken,
     Stored,
     SummaryBase,
     Values,
-    absent,
     only,
     records,
     rows,
@@ -71,6 +70,7 @@ class ComparedMetric(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     answer: NamedToken
     foil_id: int | None
+    """null without a foil; -1 where there is one of which no id is shown."""
     unit: str
     """`logits` with a foil: logit(answer) - logit(foil). `nats` without: log p(answer)."""
     before: Measured
@@ -156,7 +156,7 @@ def _metric(comparison: pa.Table) -> ComparedMetric:
     return ComparedMetric(
         position=row["position"],
         answer=NamedToken(token=row["answer"], token_id=row["answer_id"]),
-        foil_id=absent(row["foil_id"]),
+        foil_id=row["foil_id"] if has_foil(comparison) else None,
         unit=provenance_of(comparison).unit,
         before=row["metric_before"],
         after=row["metric_after"],
