@@ -11,7 +11,7 @@ const api = process.env["NEURAL_MRI_API"] ?? "http://127.0.0.1:8642";
 
 const EARLY = /src\/(early|api\/(foresight|requests)|state\/first)\.ts/;
 const FIRST =
-  /node_modules\/(svelte|d3-|internmap|esm-env)|virtual:colour-maps|src\/(main|App|theme|state|model|api|colour|words|render\/(ScanRenderer|hit|paint|tracts)|ui\/(Axial|ColourBar|Corners|ModelPicker|PromptBar|SidePanel|TopBar|Views|format)\.)/;
+  /node_modules\/(svelte|d3-|internmap|esm-env)|virtual:colour-maps|src\/(main|App|theme|state|model|api|colour|words|render\/(ScanRenderer|hit|paint|tracts)|ui\/(Axial|ColourBar|Corners|ModelPicker|PromptBar|SidePanel|TopBar|Views|format|lines)\.)/;
 const LATER =
   /src\/(words\/ko|model\/modes)\/|comparison|difference|api\/events|model\/(cards|operations|section)|keymaps|number-format/;
 

@@ -3,7 +3,6 @@
 /** The open session: the document that was read, and what has been changed of it since, before it is saved. */
 import type { Series } from "../model/series";
 import { read, written, type Stimulus } from "../model/stimulus";
-import type { KeyImage } from "../state/images.svelte";
 import type { Room } from "../state/room.svelte";
 import { viewOf as seen } from "../state/places";
 import { EMPTY, besides, noted, promptOf } from "./document";
@@ -52,8 +51,7 @@ export class Session {
   labels = $state.raw<Readonly<Record<string, string>>>({});
   /** Scans that are to be left out. */
   left = $state.raw<readonly string[]>([]);
-  /** What the rest is compared with to tell whether it has changed. */
-  #images = $state(pictured([]));
+  /** What the stimulations are compared with to tell whether they have changed. */
   #stimuli = $state("");
 
   constructor(room: Room, shelf: Shelf, origin: Origin) {
@@ -114,7 +112,7 @@ export class Session {
   /** Whether something is written here that the document does not say. Where one looks is no change. */
   readonly isEdited: boolean = $derived.by(() => {
     const { images, stimuli } = this.#room;
-    if (pictured(images.all) !== this.#images) return true;
+    if (images.isChanged) return true;
     if (noted(this.notes) !== noted(this.document.notes)) return true;
     if (this.origin.kind === "new") return false;
     return (
@@ -132,16 +130,18 @@ export class Session {
     return this.labels[job] ?? saved?.label ?? "";
   }
 
-  /** Where nothing was saved yet: what was noted before the page was loaded again. */
+  /** Where nothing was saved yet: what was noted and marked before the page was loaded again. */
   resume(): void {
     const before = kept(this.#tag);
     this.notes = before?.notes ?? [];
     this.labels = before?.labels ?? {};
+    this.#room.images.adopt(this.#tag, "", []);
   }
 
-  /** Where nothing was saved yet: nothing is noted any more. */
+  /** Where nothing was saved yet: nothing is noted or marked any more. */
   clear(): void {
     this.notes = [];
+    this.#room.images.adopt(this.#tag, "", [], []);
     this.#keep();
   }
 
@@ -150,15 +150,14 @@ export class Session {
     this.document = document;
     this.revision = revision;
     for (const { result } of document.scans) this.#ours.add(result);
-    const images = document.key_images.map((image, index) => imageOf(image, index, document));
-    this.#images = pictured(images);
     this.#stimuli = stimulated(this.#room.stimuli);
     const before = anew ? null : kept(this.#tag);
     const stays = before?.revision === revision;
     this.notes = stays ? before.notes : [...document.notes, ...besides(before?.added, document)];
     this.labels = stays ? before.labels : {};
     this.left = stays ? before.left : [];
-    this.#room.images.adopt(this.#tag, revision, images, anew);
+    const images = document.key_images.map((image, index) => imageOf(image, index, document));
+    this.#room.images.adopt(this.#tag, revision, images, anew ? images : undefined);
     this.#keep();
   }
 
@@ -167,7 +166,7 @@ export class Session {
     this.document = document;
     this.revision = revision;
     for (const { result } of document.scans) this.#ours.add(result);
-    this.#room.images.adopt(this.#tag, revision, this.#room.images.all, true);
+    this.#room.images.move(this.#tag, revision);
     this.#keep();
   }
 
@@ -244,7 +243,9 @@ export class Session {
 
   /** What is not saved of it is given up, or has been saved as another. */
   forget(instead: Session): void {
-    if (this.#tag !== instead.#tag) keep(this.#tag, null);
+    if (this.#tag === instead.#tag) return;
+    keep(this.#tag, null);
+    this.#room.images.forget(this.#tag);
   }
 }
 
@@ -268,11 +269,6 @@ function kept(of: string): Kept | null {
 function listed(scan: SavedScan): Listed {
   const { result: job, kind, model } = scan;
   return { job, kind, model, prompt: promptOf(scan), isSaved: true, isForeign: false };
-}
-
-/** Key images as they would be saved, to be compared. */
-function pictured(images: readonly KeyImage[]): string {
-  return JSON.stringify(images.map(({ note, title, view }) => [note, title, view]));
 }
 
 function stimulated(stimuli: readonly Stimulus[]): string {

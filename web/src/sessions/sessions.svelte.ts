@@ -179,7 +179,6 @@ export class Sessions {
   undo(): void {
     const { open } = this;
     if (open.origin.kind === "new") {
-      this.#room.images.adopt("", "", [], true);
       open.clear();
       return;
     }
@@ -298,7 +297,7 @@ export class Sessions {
     this.conflict = null;
     this.joins = false;
     this.open = new Session(this.#room, this.#shelf, { kind: "new" });
-    this.#room.images.adopt("", "", [], true);
+    this.open.resume();
   }
 
   /** An empty session, for what is on the screen. */

@@ -15,10 +15,12 @@ export interface KeyImage {
   readonly at: number;
 }
 
-const KEPT_AS = "neural-mri.images";
+/** Each session's by themselves, as its notes are: a page that is loaded with another takes none of them. */
+const KEPT_AS = "neural-mri.images ";
+/** What is open where no session is. */
+const NOTHING = "new";
 
 interface Kept {
-  readonly of: string;
   readonly revision: string;
   readonly images: readonly KeyImage[];
 }
@@ -28,32 +30,43 @@ export const SAVED = "saved-";
 
 export class KeyImages {
   #next = 0;
-  /** The session and the revision that they were added to; empty where no session is open. */
-  #of = "";
+  /** The session and the revision that they were added to. */
+  #of = NOTHING;
   #revision = "";
   all = $state.raw<readonly KeyImage[]>([]);
+  /** What all are compared with to tell whether they have changed. */
+  #saved = $state(pictured([]));
+  readonly isChanged: boolean = $derived.by(() => pictured(this.all) !== this.#saved);
 
   constructor() {
-    // A browser may forbid storage: images then last until the page is left.
-    try {
-      const kept = JSON.parse(sessionStorage.getItem(KEPT_AS) ?? "null") as Kept | null;
-      this.#of = kept?.of ?? "";
-      this.#revision = kept?.revision ?? "";
-      this.all = (kept?.images ?? []).filter(({ view }) => typeof view === "string");
-    } catch {
-      this.all = [];
-    }
+    this.all = kept(NOTHING)?.images ?? [];
     this.#next = this.all.length;
   }
 
   /** The images of a session that is opened; what was marked in it before the page was loaded again stays. */
-  adopt(of: string, revision: string, images: readonly KeyImage[], anew = false): void {
-    const isSame = of === this.#of && !anew;
-    if (isSame && revision === this.#revision) return;
-    const own = isSame ? this.all.filter(({ id }) => !id.startsWith(SAVED)) : [];
+  adopt(
+    of: string,
+    revision: string,
+    saved: readonly KeyImage[],
+    shown = this.#before(of, revision, saved),
+  ): void {
+    this.#saved = pictured(saved);
+    this.all = shown;
+    this.move(of, revision);
+  }
+
+  /** The same images, of another revision or session from now on. */
+  move(of: string, revision: string): void {
     this.#of = of;
     this.#revision = revision;
-    this.#set([...images, ...own]);
+    this.#set(this.all);
+  }
+
+  #before(of: string, revision: string, saved: readonly KeyImage[]): readonly KeyImage[] {
+    const before = of === this.#of ? { revision: this.#revision, images: this.all } : kept(of);
+    if (before?.revision === revision) return before.images;
+    const own = before?.images.filter(({ id }) => !id.startsWith(SAVED)) ?? [];
+    return [...saved, ...own];
   }
 
   mark(image: Omit<KeyImage, "id" | "note" | "at">): KeyImage {
@@ -66,24 +79,39 @@ export class KeyImages {
     this.#set(this.all.map((image) => (image.id === id ? { ...image, note } : image)));
   }
 
-  /** The same images, their scans called by other ids. */
-  rename(of: (view: string) => string): void {
-    this.#set(this.all.map((image) => ({ ...image, view: of(image.view) })));
-  }
-
   remove(id: string): void {
     this.#set(this.all.filter((image) => image.id !== id));
   }
 
+  /** What is not saved of a session is given up, or has been saved with another. */
+  forget(of: string): void {
+    keep(of, null);
+  }
+
   #set(images: readonly KeyImage[]): void {
     this.all = images;
-    try {
-      sessionStorage.setItem(
-        KEPT_AS,
-        JSON.stringify({ of: this.#of, revision: this.#revision, images } satisfies Kept),
-      );
-    } catch {
-      // As when reading.
-    }
+    keep(this.#of, this.isChanged ? { revision: this.#revision, images } : null);
+  }
+}
+
+/** Key images as they would be saved, to be compared. */
+function pictured(images: readonly KeyImage[]): string {
+  return JSON.stringify(images.map(({ note, title, view }) => [note, title, view]));
+}
+
+function keep(of: string, all: Kept | null): void {
+  try {
+    if (all === null) sessionStorage.removeItem(KEPT_AS + of);
+    else sessionStorage.setItem(KEPT_AS + of, JSON.stringify(all));
+  } catch {
+    // A browser may forbid storage: images then last until the page is left.
+  }
+}
+
+function kept(of: string): Kept | null {
+  try {
+    return JSON.parse(sessionStorage.getItem(KEPT_AS + of) ?? "null") as Kept | null;
+  } catch {
+    return null;
   }
 }

@@ -142,7 +142,19 @@ export class Room {
   }
 
   async introduce(): Promise<void> {
-    this.identity ??= await this.#client.whoAmI().catch(() => null);
+    if (this.identity !== null) return;
+    const identity = await this.#client.whoAmI().catch(() => null);
+    if (identity !== null) this.#meet(identity);
+  }
+
+  /** Whether the tab may stay as it is: it was nobody else's. What somebody else had in it goes. */
+  #meet(identity: Identity): boolean {
+    const { user } = identity;
+    const kept = handedTo(user);
+    const before = this.identity?.user ?? kept ?? user;
+    if (before === user) this.identity = identity;
+    else clearTab();
+    return before === user;
   }
 
   /** What is done with sessions. Its code comes with the first. */
@@ -184,7 +196,7 @@ export class Room {
 
   /** Says who we are; what the address asks for is then shown. Throws the service's refusal. */
   async logIn(key: string): Promise<void> {
-    this.identity = await this.#client.logIn(key);
+    if (!this.#meet(await this.#client.logIn(key))) return;
     this.isStranger = false;
     const { sessions, study } = this;
     if (study.models.status === "ready" && study.series.T1.status === "ready") {
@@ -206,8 +218,7 @@ export class Room {
       this.display.panel = "log";
       return;
     }
-    forgetTab();
-    location.replace(location.pathname + location.search);
+    clearTab();
   }
 
   /** What the address asked for, until it has been shown. */
@@ -558,8 +569,21 @@ export class Room {
   }
 }
 
-/** Takes away what is kept as long as the tab: whoever signs in next may be somebody else. */
-function forgetTab(): void {
+const TAB_OF = "neural-mri.user";
+
+/** Notes whose the tab is from now on, and tells whose it was. */
+function handedTo(user: string): string | null {
+  try {
+    const before = sessionStorage.getItem(TAB_OF);
+    sessionStorage.setItem(TAB_OF, user);
+    return before;
+  } catch {
+    return null;
+  }
+}
+
+/** Takes away what the screen, the address and the tab hold: whoever signs in next may be somebody else. */
+function clearTab(): void {
   try {
     for (const name of Object.keys(sessionStorage)) {
       if (name.startsWith("neural-mri.")) sessionStorage.removeItem(name);
@@ -567,4 +591,5 @@ function forgetTab(): void {
   } catch {
     // A browser may forbid storage: nothing was kept then.
   }
+  location.replace(location.pathname + location.search);
 }

@@ -36,6 +36,12 @@ async function exported(page: Page, button: string, nth = 0): Promise<string> {
   return path;
 }
 
+/** The address, once it names a scan. */
+async function fragment(page: Page): Promise<string> {
+  await page.waitForFunction(() => location.hash.includes("job="));
+  return new URL(page.url()).hash.slice(1);
+}
+
 test("a figure is vectors with axes, legend, names and how it was taken", async () => {
   const open = await visit(browser);
   const { page } = open;
@@ -203,6 +209,47 @@ test("what hangs beside the picture is saved with it", async () => {
   await saved.goto(pathToFileURL(path).href);
   await saved.getByTestId("corner-value-difference").waitFor();
   await expect.poll(() => prior(saved), { timeout: 10_000 }).toEqual(before);
+  await away.close();
+  await leave(open);
+});
+
+test("while a scan runs, a page is saved of what stands", async () => {
+  const open = await visit(browser);
+  const { page, server } = open;
+  await scan(page);
+  const [stands] = new URLSearchParams(await fragment(page)).getAll("job");
+  // It never ends; the service has no result of it, and says so.
+  server.behaviour.queue = Array.from({ length: 60 }, () => 1);
+  await page.getByTestId("protocol").selectOption("prior");
+  await page.getByTestId("prior-prompt").fill("The Big Ben is in the city of");
+  await page.getByRole("button", { name: "Scan the prior" }).click();
+  await page.locator("#tab-DTI").click();
+  await page.fill("#prompt", "One two three");
+  await page.press("#prompt", "Enter");
+  await page.getByTestId("status").filter({ hasText: "queued, place 1" }).waitFor();
+  await page.waitForFunction(() => /job=.*&job=.*prior\.job=/.test(location.hash));
+  const fields = new URLSearchParams(await fragment(page));
+  const running = [...fields.getAll("job"), ...fields.getAll("prior.job")];
+  running.splice(running.indexOf(stands ?? ""), 1);
+  expect(running).toHaveLength(2);
+  for (const job of running) {
+    await page.route(`**/api/jobs/${job}/manifest`, (route) =>
+      route.fulfill({ status: 409, json: { title: "No result yet", status: 409 } }),
+    );
+  }
+  const path = await exported(page, "HTML");
+  await page
+    .getByTestId("export-told")
+    .filter({ hasText: "What still runs is not in it." })
+    .waitFor();
+
+  const away = await browser.newContext({ offline: true });
+  const saved = await away.newPage();
+  await saved.goto(pathToFileURL(path).href);
+  await saved.getByRole("tab", { name: /^fMRI/ }).click();
+  await saved.getByTestId("corner-value-current").waitFor();
+  expect(new URLSearchParams(await fragment(saved)).getAll("job")).toEqual([stands]);
+  expect(await saved.getByTestId("problem").count()).toBe(0);
   await away.close();
   await leave(open);
 });

@@ -11,7 +11,7 @@ import {
   tableFromIPC,
   tableToIPC,
 } from "apache-arrow";
-import type { Browser } from "playwright-core";
+import type { Browser, Locator } from "playwright-core";
 import { afterAll, beforeAll, expect, test } from "vitest";
 
 import {
@@ -148,6 +148,42 @@ test("a prompt of several lines stands on one, and keeps its lines", async () =>
   expect(await page.inputValue("#prompt")).toBe("one⏎two!");
   await page.waitForFunction(() => location.hash.includes("%21"));
   expect(new URLSearchParams(new URL(page.url()).hash.slice(1)).get("prompt")).toBe("one\ntwo!");
+  await leave(open);
+});
+
+test("every prompt keeps the lines that are pasted into it, or come with the address", async () => {
+  const fragment = new URLSearchParams({
+    seq: "fMRI",
+    hang: "prior",
+    "prior.prompt": "p\nq",
+    corrupt: "r\ns",
+    focus: "blocks.3.mlp",
+    panel: "stimulate",
+  }).toString();
+  const open = await visit(browser, { fragment });
+  const { page } = open;
+  await page.context().grantPermissions(["clipboard-read", "clipboard-write"]);
+  const field = (name: string) => page.getByTestId(name);
+  const pasted = async (into: Locator, before: string) => {
+    await into.focus();
+    expect(await into.inputValue()).toBe(before);
+    await page.keyboard.press("End");
+    await page.evaluate(() => navigator.clipboard.writeText("one\r\ntwo"));
+    await page.keyboard.press("Control+V");
+    await expect.poll(() => into.inputValue()).toBe(`${before}one⏎two`);
+  };
+  await pasted(page.locator("#prompt"), "");
+  await pasted(field("prior-prompt"), "p⏎q");
+  await pasted(field("patching-corrupt"), "r⏎s");
+  await page.getByRole("button", { name: "Patch…" }).click();
+  await pasted(field("patch-source"), "");
+  await page.getByRole("button", { name: "Add the patch" }).click();
+  await page.waitForFunction(() => location.hash.includes("do="));
+  const fields = new URLSearchParams(new URL(page.url()).hash.slice(1));
+  expect(fields.get("prompt")).toBe("one\ntwo");
+  expect(fields.get("prior.prompt")).toBe("p\nqone\ntwo");
+  expect(fields.get("corrupt")).toBe("r\nsone\ntwo");
+  expect(fields.get("do")).toMatch(/~one\ntwo$/);
   await leave(open);
 });
 

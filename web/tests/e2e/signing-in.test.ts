@@ -196,6 +196,38 @@ test("who signs out leaves nothing in the tab for the next, and is told where th
   await context.close();
 });
 
+test.each(["", "and the page was loaded again"])(
+  "who signs in after another's time is over finds nothing of theirs %s",
+  async (reloaded) => {
+    const own = await visitor();
+    const { page } = own;
+    await sign(page, await service.key("ada"));
+    await scan(page);
+    await page.keyboard.press("k");
+    await note(page, "Ada thought of this");
+    await page.waitForFunction(() => location.hash.includes("job="));
+    await expire(own);
+    if (reloaded === "") {
+      await page.fill("#prompt", "One two three");
+      await page.press("#prompt", "Enter");
+    } else await page.reload();
+    await page.getByTestId("login").waitFor();
+
+    const bob = await service.key("bob");
+    await Promise.all([page.waitForEvent("load"), sign(page, bob)]);
+    await page.getByTestId("login").waitFor({ state: "detached" });
+    await settled(page);
+    expect(new URLSearchParams(new URL(page.url()).hash.slice(1)).has("job")).toBe(false);
+    expect(await page.inputValue("#prompt")).toBe("");
+    await page.keyboard.press("j");
+    await page.getByTestId("session-name").waitFor();
+    expect(await page.getByTestId("images").locator("li").count()).toBe(0);
+    expect(await notes(page)).toEqual([]);
+    expect(await page.content()).not.toContain(PROMPT);
+    await own.context.close();
+  },
+);
+
 test("who signs in again hears of what others save from then on", async () => {
   const key = await service.key("ada");
   const own = await visitor();

@@ -223,6 +223,48 @@ test("what was noted in a session outlives a page that was loaded with another",
   expect((await opened(service)).sessions.isUnsaved).toBe(false);
 });
 
+test("what was marked outlives a page that was loaded with another session, until it is given up", async () => {
+  const mark = (room: Room, title: string) =>
+    room.images.mark({ view: "seq=fMRI", title, thumbnail: "" });
+  const marked = ({ room }: Opened) => room.images.all.map(({ title }) => title);
+  const before = await viewer(service);
+  mark(before.room, "of no session");
+  const first = await opened(service);
+  expect(marked(first)).toHaveLength(1);
+  expect(first.sessions.isUnsaved).toBe(false);
+  mark(first.room, "mine");
+  expect(marked(await opened(service, OTHER))).not.toContain("mine");
+  const again = await opened(service);
+  expect(marked(again)).toContain("mine");
+  expect(again.sessions.isUnsaved).toBe(true);
+  // What is nowhere saved is there once more where no session is, also without another load.
+  await again.sessions.giveUp(() => again.sessions.openOwn(OTHER));
+  again.sessions.begin();
+  expect(marked(again)).toEqual(["of no session"]);
+  const given = await opened(service);
+  expect(marked(given)).not.toContain("mine");
+  expect(given.sessions.isUnsaved).toBe(false);
+  const after = await viewer(service);
+  expect(marked(after)).toEqual(["of no session"]);
+  after.sessions.undo();
+  expect(marked(await viewer(service))).toEqual([]);
+});
+
+test("what was marked while others add to a session is marked still after a reload", async () => {
+  const { document } = await readNmri(FILE);
+  later = [ACTIVITY];
+  const { room, sessions } = await opened(service);
+  await followed(service);
+  room.images.mark({ view: "seq=fMRI", title: "mine", thumbnail: "" });
+  later = [];
+  service.on(`GET /api/sessions/${ID}`, () => detail(ID, document, { revision: 2, opened: "02" }));
+  service.saved(2, "02");
+  await vi.waitFor(() => expect(sessions.arrived).toEqual([ACTIVITY]));
+  expect(sessions.isUnsaved).toBe(true);
+  const after = await opened(service);
+  expect(after.room.images.all.map(({ title }) => title)).toContain("mine");
+});
+
 test("what was noted before a first save is in what was saved, and nowhere else", async () => {
   const { sessions } = await viewer(service);
   sessions.open.add(note("mine"));

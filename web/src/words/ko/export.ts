@@ -23,6 +23,7 @@ export const leaving = {
   "One HTML file with the viewer and these scans in it. It opens from a disk, without a network.":
     "뷰어와 이 스캔들이 들어 있는 HTML 파일 하나. 네트워크 없이 디스크에서 열립니다.",
   "This is a saved page.": "저장된 페이지입니다.",
+  "What still runs is not in it.": "아직 실행 중인 스캔은 들어 있지 않습니다.",
   "Open a saved page": "저장한 페이지 열기",
   Recording: "녹화",
   "Records what you look at, step by step, to be played again; a saved page takes it along.":
