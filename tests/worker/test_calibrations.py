@@ -56,7 +56,7 @@ def same(one: Calibration, other: Calibration) -> bool:
 def test_a_model_that_is_loaded_has_its_calibration_in_the_store(
     resident: Resident, store: Store
 ) -> None:
-    manifest = stored.stored.load_manifest(store, keys.calibration_path(own_key(resident)))
+    manifest = stored.load_manifest(store, keys.calibration_path(own_key(resident)))
     assert manifest.scan_key == own_key(resident)
     assert manifest.revision == resident.registered.revision
     assert {ref.name for ref in manifest.tables} >= {"calibration_means", "calibration_lens"}
