@@ -6,7 +6,18 @@ import { afterAll, beforeAll, expect, test } from "vitest";
 
 import { lut, lutIndex, type MapName } from "../../src/colour/lut";
 import { position, type Scale } from "../../src/colour/window";
-import { PROMPT, counts, drawn, launch, leave, pixel, reading, violations, visit } from "./browser";
+import {
+  PROMPT,
+  counts,
+  drawn,
+  launch,
+  leave,
+  pixel,
+  reading,
+  rested,
+  violations,
+  visit,
+} from "./browser";
 
 let browser: Browser;
 beforeAll(async () => {
@@ -369,7 +380,7 @@ test("going through all five by key moves no node, and what stands still asks fo
     expect(await place()).toEqual(before);
   }
   // DTI's flow and FLAIR's pulse come to rest.
-  await page.waitForTimeout(6000);
+  await rested(page);
   const still = await counts(page);
   await page.waitForTimeout(1500);
   expect(await counts(page)).toEqual(still);
