@@ -57,7 +57,9 @@ export default defineConfig({
           include: ["tests/e2e/**/*.test.ts"],
           environment: "node",
           globalSetup: "tests/e2e/build.ts",
-          fileParallelism: false,
+          // A browser mostly waits: two keep two cores busy. They begin once the unit tests are through.
+          maxWorkers: 2,
+          sequence: { groupOrder: 1 },
           testTimeout: 60_000,
           hookTimeout: 60_000,
         },

@@ -71,10 +71,10 @@ export function axialOf(room: Room, size: Viewport = PAGE): AxialFigure | null {
 export function sectionsOf(room: Room): SectionFigure | null {
   const { display, reading } = room;
   const { field, series, topology } = reading;
-  if (topology === null || series === null || field === null || reading.volume === null) {
-    return null;
-  }
-  const quantity = { ...field, volume: reading.volume };
+  if (topology === null || series === null) return null;
+  // FLAIR without sublayers paints no component, and still has its lens.
+  const quantity =
+    field === null || reading.volume === null ? null : { ...field, volume: reading.volume };
   const head = topology.heads[reading.locked] ?? -1;
   const kind = topology.kinds[reading.locked];
   const own: Column =
@@ -85,7 +85,7 @@ export function sectionsOf(room: Room): SectionFigure | null {
         : kind === "mlp" || kind === "attn"
           ? kind
           : "resid_post";
-  const columns: readonly Column[] = field.id === "trace" ? ["resid_post", "attn", "mlp"] : [own];
+  const columns: readonly Column[] = field?.id === "trace" ? ["resid_post", "attn", "mlp"] : [own];
   const sections = columns.flatMap((column) => {
     const section = sectionOf(topology, series, quantity, column);
     return section === null || section.width === 0 ? [] : [{ column, section }];
@@ -115,9 +115,9 @@ export function sectionsOf(room: Room): SectionFigure | null {
       section,
       colours: {
         lut: lens ? lut("magma") : reading.lut,
-        window: section.shared && field.id !== "trace" ? reading.window : window,
+        window: section.shared && field?.id !== "trace" ? reading.window : window,
         scale,
-        signed: field.signed && !lens,
+        signed: field?.signed === true && !lens,
         unit: lens ? `KL, ${section.unit}` : section.unit,
         distribution: new Float64Array(0),
       },
@@ -139,9 +139,8 @@ export function filmOf(room: Room): Film | null {
   return {
     layout,
     framesPerSecond: cine.fps,
-    title: [figure.caption.title, display.promptShown ? (promptOf(room) ?? "") : ""]
-      .filter((part) => part !== "")
-      .join("  "),
+    title: figure.caption.title,
+    prompt: display.promptShown ? (promptOf(room) ?? "") : "",
     unit: reading.unit,
     lut: reading.lut,
     window: reading.window,

@@ -9,6 +9,7 @@ import type { NodePaint } from "../render/paint";
 import { ScanRenderer } from "../render/ScanRenderer";
 import { short } from "../ui/format";
 import { INKS } from "./ink";
+import { wrapped } from "./wrap";
 
 export interface Shot {
   readonly paint: NodePaint;
@@ -20,13 +21,22 @@ export interface Film {
   readonly shots: readonly Shot[];
   readonly framesPerSecond: number;
   readonly title: string;
+  /** Under the title, on as many lines as it takes; empty where it is not shown. */
+  readonly prompt: string;
   readonly unit: string;
   readonly lut: Lut;
   readonly window: Window;
   readonly scale: Scale;
 }
 
+const EDGE = 12;
 const STRIP = 46;
+/** Above the picture: the title, and each line under it. */
+const HEAD = 34;
+const LINE = 18;
+/** Mean width of a character under the title, and the most lines of them. */
+const CHARACTER = 7;
+const MOST_LINES = 3;
 const BITS_PER_SECOND = 6_000_000;
 /** Players show the last frame of a film for no time at all unless it is held. */
 const HOLD_MILLISECONDS = 600;
@@ -67,9 +77,13 @@ export async function record(
   const stage = document.createElement("canvas");
   // Encoders want even sides.
   stage.width = 2 * Math.ceil(layout.width / 2);
-  stage.height = 2 * Math.ceil((layout.height + STRIP) / 2);
+  const lines = linesOf(film);
+  const head = HEAD + lines.length * LINE;
+  stage.height = 2 * Math.ceil((head + layout.height + STRIP) / 2);
   const brush = stage.getContext("2d");
   if (brush === null) throw new Error("This browser has no canvas 2D context");
+  const show = (frame: number) =>
+    compose(brush, surfaces, { film, head, lines, frame, caption: shots[frame]?.caption ?? "" });
   const type = typeOf();
   if (type === undefined) throw new Error("This browser records no WebM");
   const stream = stage.captureStream();
@@ -86,17 +100,17 @@ export async function record(
   try {
     recorder.start();
     let due = performance.now();
-    for (const [frame, { paint, caption }] of shots.entries()) {
+    for (const [frame, { paint }] of shots.entries()) {
       signal.throwIfAborted();
       renderer.paint(paint, css(film.lut, 0.85), INKS.screen.mark, 0);
       await nextFrame();
-      compose(brush, surfaces, film, caption, frame);
+      show(frame);
       shown(frame);
       due += period;
       await until(due);
     }
     await until(performance.now() + HOLD_MILLISECONDS);
-    compose(brush, surfaces, film, shots.at(-1)?.caption ?? "", shots.length - 1);
+    show(shots.length - 1);
     await nextFrame();
   } finally {
     recorder.stop();
@@ -107,28 +121,45 @@ export async function record(
   return new Blob(parts, { type: "video/webm" });
 }
 
+function linesOf({ layout, prompt }: Film): readonly string[] {
+  const room = Math.floor((layout.width - 2 * EDGE) / CHARACTER);
+  return prompt === "" ? [] : wrapped(`“${prompt}”`, room, MOST_LINES);
+}
+
+interface Still {
+  readonly film: Film;
+  /** Room above the picture, for the title and these lines. */
+  readonly head: number;
+  readonly lines: readonly string[];
+  readonly frame: number;
+  readonly caption: string;
+}
+
 function compose(
   brush: CanvasRenderingContext2D,
   { anatomy, halos, nodes }: Readonly<Record<"anatomy" | "halos" | "nodes", HTMLCanvasElement>>,
-  film: Film,
-  caption: string,
-  frame: number,
+  { film, head, lines, frame, caption }: Still,
 ): void {
   const { layout, lut, shots } = film;
   const { width, height } = brush.canvas;
   brush.fillStyle = theme.background;
   brush.fillRect(0, 0, width, height);
-  brush.drawImage(anatomy, 0, 0);
+  brush.drawImage(anatomy, 0, head);
   brush.globalCompositeOperation = "lighter";
-  brush.drawImage(halos, 0, 0, layout.width, layout.height);
+  brush.drawImage(halos, 0, head, layout.width, layout.height);
   brush.globalCompositeOperation = "source-over";
-  brush.drawImage(nodes, 0, 0);
+  brush.drawImage(nodes, 0, head);
   brush.textBaseline = "middle";
+  brush.font = "13px sans-serif";
+  brush.fillStyle = INKS.screen.quiet;
+  // Characters that are wider than most are set closer: nothing goes over the edge.
+  const most = width - 2 * EDGE;
+  lines.forEach((line, at) => brush.fillText(line, EDGE, HEAD + (at + 0.5) * LINE, most));
   brush.font = "600 14px sans-serif";
   brush.fillStyle = INKS.screen.text;
-  brush.fillText(film.title, 12, 18);
-  const line = layout.height + STRIP / 2;
-  brush.fillText(`${frame + 1}/${shots.length}  ${caption}`, 12, line);
+  brush.fillText(film.title, EDGE, 18, most);
+  const line = head + layout.height + STRIP / 2;
+  brush.fillText(`${frame + 1}/${shots.length}  ${caption}`, EDGE, line, width - 256);
   const bar = { x: width - 232, width: 150, height: 10 };
   for (let x = 0; x < bar.width; x++) {
     const at = lutIndex(x / (bar.width - 1)) * 3;

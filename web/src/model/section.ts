@@ -41,7 +41,9 @@ export function sectionOf(
   if (series.sequence === "T2" && field !== null && field.id !== "copying") {
     return tensors(topology, weighedCells(series, field.id), field.unit);
   }
-  if (series.anomalies !== null) return lens(series.anomalies, series.tokens);
+  // Measured without `appearance`, the lens has the last place alone: nothing over depth.
+  const { anomalies } = series;
+  if (anomalies !== null && anomalies.places.length > 1) return lens(anomalies, series.tokens);
   if (field === null) return null;
   return series.tokens.length > 0
     ? profiles(topology, field, series.tokens, column)

@@ -24,15 +24,16 @@ afterAll(() => browser.close());
 
 const PROBLEM = { title: "The model ran out of memory", status: 500, detail: "asked for 9 GB" };
 
+type Reach = (open: Visit) => Promise<unknown>;
+
+/** States that one visit goes through, in this order. */
 interface Case {
-  readonly name: string;
   readonly options: VisitOptions;
-  readonly reach: (open: Visit) => Promise<unknown>;
+  readonly states: Readonly<Record<string, Reach>>;
 }
 
 /** Presses the sequence's key and takes its scan. */
 async function take({ page }: Visit, id: SequenceId): Promise<void> {
-  await settled(page);
   await page.getByTestId("axial").focus();
   await page.keyboard.press(String(SEQUENCES.findIndex((sequence) => sequence.id === id) + 1));
   if (id === "T1") return;
@@ -40,136 +41,150 @@ async function take({ page }: Visit, id: SequenceId): Promise<void> {
   await page.getByRole("button", { name: `SCAN ${id}` }).click();
 }
 
-async function complete(open: Visit, id: SequenceId): Promise<void> {
-  await take(open, id);
-  await open.page.locator(".status", { hasText: `${id} scan complete` }).waitFor();
+function complete({ page }: Visit, id: SequenceId): Promise<void> {
+  return page.locator(".status", { hasText: `${id} scan complete` }).waitFor();
+}
+
+async function compare({ page }: Visit): Promise<void> {
+  await page.getByTestId("axial").focus();
+  await page.keyboard.press("9");
+  await page.getByTestId("compare").waitFor();
 }
 
 /** Every sequence, where there is nothing, while it comes, with its scan, refused, and beside a prior. */
-const STATES: readonly Case[] = SEQUENCES.flatMap(({ id }): Case[] => [
+const STATES: readonly Case[] = SEQUENCES.flatMap(({ id }): Case[] =>
   id === "T1"
-    ? {
-        name: "T1, empty",
-        options: { behaviour: { bare: true } },
-        reach: ({ page }) => page.getByText("no model is registered").waitFor(),
-      }
-    : {
-        name: `${id}, empty`,
-        options: { fragment: `seq=${id}` },
-        reach: ({ page }) => page.getByText(`No ${id} scan yet`).waitFor(),
-      },
-  id === "T1"
-    ? {
-        name: "T1, loading",
-        options: { behaviour: { silent: true } },
-        reach: ({ page }) => page.getByText("Asking the service").waitFor(),
-      }
-    : {
-        name: `${id}, loading`,
-        options: { behaviour: { pause: 200 } },
-        reach: async (open) => {
-          await take(open, id);
-          await open.page.getByRole("button", { name: "CANCEL" }).waitFor();
+    ? [
+        {
+          options: { behaviour: { bare: true } },
+          states: { "T1, empty": ({ page }) => page.getByText("no model is registered").waitFor() },
         },
-      },
-  { name: `${id}, scan`, options: {}, reach: (open) => complete(open, id) },
-  id === "T1"
-    ? {
-        name: "T1, error",
-        options: { behaviour: { down: true } },
-        reach: ({ page }) => page.getByText("The service cannot be reached").first().waitFor(),
-      }
-    : {
-        name: `${id}, error`,
-        options: { behaviour: { problem: PROBLEM } },
-        reach: async (open) => {
-          await take(open, id);
-          await open.page.getByTestId("problem").waitFor();
+        {
+          options: { behaviour: { silent: true } },
+          states: { "T1, loading": ({ page }) => page.getByText("Asking the service").waitFor() },
         },
-      },
-  {
-    name: `${id}, compare`,
-    options: {},
-    reach: async (open) => {
-      await complete(open, id);
-      await open.page.getByTestId("axial").focus();
-      await open.page.keyboard.press("9");
-      await open.page.getByTestId("compare").waitFor();
-    },
-  },
-]);
+        {
+          options: {},
+          states: { "T1, scan": (open) => complete(open, id), "T1, compare": compare },
+        },
+        {
+          options: { behaviour: { down: true } },
+          states: {
+            "T1, error": ({ page }) =>
+              page.getByText("The service cannot be reached").first().waitFor(),
+          },
+        },
+      ]
+    : [
+        {
+          options: { fragment: `seq=${id}`, behaviour: { pause: 200 } },
+          states: {
+            [`${id}, empty`]: ({ page }) => page.getByText(`No ${id} scan yet`).waitFor(),
+            [`${id}, loading`]: async (open) => {
+              await take(open, id);
+              await open.page.getByRole("button", { name: "CANCEL" }).waitFor();
+            },
+            [`${id}, scan`]: async (open) => {
+              open.server.behaviour.pause = 1;
+              await complete(open, id);
+            },
+            [`${id}, compare`]: compare,
+          },
+        },
+        {
+          options: { behaviour: { problem: PROBLEM } },
+          states: {
+            [`${id}, error`]: async (open) => {
+              await settled(open.page);
+              await take(open, id);
+              await open.page.getByTestId("problem").waitFor();
+            },
+          },
+        },
+      ],
+);
+
+/** The next layout, by its key. */
+function layout(name: string): Reach {
+  return async ({ page }) => {
+    await page.getByTestId("axial").focus();
+    await page.keyboard.press("l");
+    await expect.poll(() => page.getByTestId("layout").inputValue()).toBe(name);
+  };
+}
 
 const OTHERS: readonly Case[] = [
   {
-    name: "fMRI, no worker holds the model",
     options: { fragment: "seq=fMRI", behaviour: { modelState: "available" } },
-    reach: ({ page }) => page.getByRole("button", { name: "Load" }).waitFor(),
+    states: {
+      "fMRI, no worker holds the model": ({ page }) =>
+        page.getByRole("button", { name: "Load" }).waitFor(),
+    },
   },
   {
-    name: "fMRI, table",
+    options: { fragment: "layout=brain&focus=blocks.14.attn.head_4" },
+    states: {
+      "fMRI, attention pattern": async ({ page }) => {
+        await scan(page);
+        await page.getByRole("button", { name: "Measure the pattern" }).click();
+        await page.getByTestId("attention").waitFor();
+      },
+      "fMRI, network": layout("network"),
+      "fMRI, radial": layout("radial"),
+      "fMRI, heads folded": async ({ page }) => {
+        await page.keyboard.press("x");
+        await page.locator("[data-testid=corner-value][data-component='blocks.14.attn']").waitFor();
+      },
+    },
+  },
+  {
     options: {},
-    reach: async ({ page }) => {
-      await scan(page);
-      await page.keyboard.press("t");
-      await page.getByRole("table").waitFor();
+    states: {
+      "fMRI, table": async ({ page }) => {
+        await scan(page);
+        await page.keyboard.press("t");
+        await page.getByRole("table").waitFor();
+      },
     },
   },
   {
-    name: "fMRI, attention pattern",
-    options: { fragment: "focus=blocks.14.attn.head_4" },
-    reach: async ({ page }) => {
-      await scan(page);
-      await page.getByRole("button", { name: "Measure the pattern" }).click();
-      await page.getByTestId("attention").waitFor();
-    },
-  },
-  {
-    name: "log",
-    options: { fragment: "panel=log" },
-    reach: ({ page }) => page.getByText("T1 scan complete").first().waitFor(),
-  },
-  {
-    name: "help",
-    options: {},
-    reach: async ({ page }) => {
-      await settled(page);
-      await page.keyboard.press("?");
-      await page.getByRole("dialog").waitFor();
-    },
-  },
-  ...["radial", "network"].map((layout): Case => ({
-    name: `fMRI, ${layout}`,
-    options: { fragment: `layout=${layout}` },
-    reach: ({ page }) => scan(page),
-  })),
-  {
-    name: "fMRI, heads folded",
-    options: { fragment: "fold=true" },
-    reach: ({ page }) => scan(page),
-  },
-  {
-    name: "five sequences at once",
     options: { fragment: "hang=five" },
-    reach: async ({ page }) => {
-      await page.getByTestId("corner-value-T1").waitFor();
-      await page.getByTestId("strip").waitFor();
+    states: {
+      "five sequences at once": async ({ page }) => {
+        await page.getByTestId("corner-value-T1").waitFor();
+        await page.getByTestId("strip").waitFor();
+      },
     },
   },
   {
-    name: "T1 at 200 %",
+    options: { fragment: "panel=log" },
+    states: {
+      log: ({ page }) => page.getByText("T1 scan complete").first().waitFor(),
+      help: async ({ page }) => {
+        await page.getByTestId("axial").focus();
+        await page.keyboard.press("?");
+        await page.getByRole("dialog").waitFor();
+      },
+    },
+  },
+  {
     options: { width: 640, height: 360, zoom: 2 },
-    reach: ({ page }) => settled(page),
+    states: { "T1 at 200 %": ({ page }) => settled(page) },
   },
 ];
 
 test("there are 25 states", () => {
-  expect(new Set(STATES.map(({ name }) => name)).size).toBe(25);
+  expect(new Set(STATES.flatMap(({ states }) => Object.keys(states))).size).toBe(25);
 });
 
-test.each([...STATES, ...OTHERS])("axe finds nothing: $name", async ({ options, reach }) => {
+test.each(
+  [...STATES, ...OTHERS].map((one) => ({ ...one, name: Object.keys(one.states).join("; ") })),
+)("axe finds nothing: $name", async ({ options, states }) => {
   const open = await visit(browser, options);
-  await reach(open);
-  expect(await violations(open.page)).toEqual([]);
+  for (const [name, reach] of Object.entries(states)) {
+    await reach(open);
+    expect(await violations(open.page), name).toEqual([]);
+  }
   await leave(open);
 });
 

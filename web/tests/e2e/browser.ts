@@ -83,6 +83,29 @@ export async function counts(page: Page): Promise<{ frames: number; timers: numb
   }));
 }
 
+/**
+ * Waits until no frame is asked for, no timer set, and nothing moves. What moves must end by itself in so many
+ * milliseconds; that is read, and its end not waited for.
+ */
+export async function rested(page: Page, within = 6000): Promise<void> {
+  for (let before = await counts(page), waited = 0; ; waited += 400) {
+    if (waited > within) throw new Error("The viewer does not come to rest");
+    const moving = await page.evaluate((limit) => {
+      const animations = document.getAnimations();
+      for (const animation of animations) {
+        const end = Number(animation.effect?.getComputedTiming().endTime);
+        if (end > limit) throw new Error(`An animation of ${end} ms`);
+        animation.finish();
+      }
+      return animations.length;
+    }, within);
+    await page.waitForTimeout(400);
+    const { frames, timers } = await counts(page);
+    if (moving === 0 && frames === before.frames && timers === before.timers) return;
+    before = { frames, timers };
+  }
+}
+
 /** Waits for the first true picture: T1, with its numbers. */
 export async function settled(page: Page): Promise<void> {
   await page.getByTestId("corner-value").waitFor();
@@ -144,7 +167,7 @@ export interface Violation {
 
 /** What axe finds against WCAG 2.2 AA and good practice. */
 export async function violations(page: Page): Promise<Violation[]> {
-  await page.evaluate(AXE);
+  if (!(await page.evaluate(() => "axe" in window))) await page.evaluate(AXE);
   return page.evaluate(async () => {
     const { axe } = window as unknown as {
       axe: {
@@ -155,6 +178,7 @@ export async function violations(page: Page): Promise<Violation[]> {
     };
     const found = await axe.run({
       runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
+      resultTypes: ["violations"],
     });
     return found.violations.map(({ id, nodes }) => ({
       rule: id,

@@ -111,6 +111,47 @@ test("a cine leaves as a film of WebM", async () => {
   await leave(open);
 });
 
+/** The first frame of a film: its size, and how far from the right edge its head's words end. */
+async function firstFrame(path: string) {
+  const blank = await browser.newPage();
+  const film = `data:video/webm;base64,${(await readFile(path)).toString("base64")}`;
+  const found = await blank.evaluate(async (source) => {
+    const video = Object.assign(document.createElement("video"), { src: source, muted: true });
+    await new Promise((resolve) => video.addEventListener("loadeddata", resolve));
+    const { videoWidth: width, videoHeight: height } = video;
+    const canvas = Object.assign(document.createElement("canvas"), { width, height });
+    const brush = canvas.getContext("2d");
+    brush?.drawImage(video, 0, 0);
+    const head = brush?.getImageData(0, 0, width, 30).data ?? [];
+    let right = 0;
+    for (let at = 0; at < head.length; at += 4) {
+      if ((head[at] ?? 0) > 90) right = Math.max(right, (at / 4) % width);
+    }
+    return { width, height, room: width - right };
+  }, film);
+  await blank.close();
+  return found;
+}
+
+test("a film's words end before its edge, however long the prompt is", async () => {
+  const filmed = async (prompt: string) => {
+    const open = await visit(browser);
+    const { page } = open;
+    await scan(page, prompt);
+    await page.getByRole("spinbutton").first().fill("20");
+    await page.getByRole("spinbutton").first().press("Tab");
+    const frame = await firstFrame(await exported(page, "WebM"));
+    await leave(open);
+    return frame;
+  };
+  const short = await filmed("One two three");
+  const long = await filmed("One two three four five six seven eight ".repeat(5));
+  expect(long.width).toBe(short.width);
+  // One more line of the prompt, and none of them over the picture.
+  expect(long.height).toBe(short.height + 18);
+  expect(long.room).toBeGreaterThan(8);
+});
+
 test("a film that is stopped is no failure", async () => {
   const open = await visit(browser);
   const { page } = open;

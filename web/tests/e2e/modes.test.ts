@@ -1,12 +1,24 @@
 /** T2, DTI, FLAIR and stimulation, on tables that the service's scanner measured on SmolLM2. */
 import { readFileSync } from "node:fs";
+import { readFile } from "node:fs/promises";
 
 import type { Browser, Page } from "playwright-core";
 import { afterAll, beforeAll, expect, test } from "vitest";
 
 import { lut, lutIndex, type MapName } from "../../src/colour/lut";
 import { position, type Scale } from "../../src/colour/window";
-import { PROMPT, counts, drawn, launch, leave, pixel, reading, violations, visit } from "./browser";
+import {
+  PROMPT,
+  counts,
+  drawn,
+  launch,
+  leave,
+  pixel,
+  reading,
+  rested,
+  violations,
+  visit,
+} from "./browser";
 
 let browser: Browser;
 beforeAll(async () => {
@@ -209,6 +221,28 @@ test("FLAIR says what each layer would answer, in step with the crosshair", asyn
   await leave(open);
 });
 
+test("FLAIR without sublayers shows and exports its lens, and says why the rest is empty", async () => {
+  const open = await visit(browser, { fragment: `seq=FLAIR&${QUESTION}` });
+  const { page } = open;
+  await page.route("**/manifest", async (route) => {
+    const response = await route.fetch();
+    const manifest = (await response.json()) as { tables: { name: string }[] };
+    const tables = manifest.tables.filter(({ name }) => name !== "nodes");
+    await route.fulfill({ response, json: { ...manifest, tables } });
+  });
+  await take(page, "FLAIR");
+  await page.getByText("This FLAIR scan was taken without").waitFor();
+  await page.getByText("This scan has no values of single components.").waitFor();
+  await page.locator('[data-testid=lens-word][data-row="30"]', { hasText: "Paris" }).waitFor();
+  await page.getByTestId("axial").focus();
+  await page.keyboard.press("Shift+E");
+  const exported = page.getByRole("dialog").getByRole("button", { name: "SVG" });
+  expect(await exported.first().isEnabled()).toBe(false);
+  const [file] = await Promise.all([page.waitForEvent("download"), exported.last().click()]);
+  expect(await readFile(await file.path(), "utf8")).toContain(">Logit lens<");
+  await leave(open);
+});
+
 test("a matrix's histogram, and a head's singular values", async () => {
   const open = await visit(browser, { fragment: "seq=T2&focus=blocks.3.attn.head_2" });
   const { page } = open;
@@ -369,7 +403,7 @@ test("going through all five by key moves no node, and what stands still asks fo
     expect(await place()).toEqual(before);
   }
   // DTI's flow and FLAIR's pulse come to rest.
-  await page.waitForTimeout(6000);
+  await rested(page);
   const still = await counts(page);
   await page.waitForTimeout(1500);
   expect(await counts(page)).toEqual(still);

@@ -152,7 +152,7 @@ test("a layout, folded or enlarged, keeps the selection, and the address brings 
 test("prior, current and difference hang side by side, and the difference is exact", async () => {
   const open = await visit(browser, { fragment: `seq=fMRI&prompt=${encodeURIComponent(PROMPT)}` });
   const { page } = open;
-  await settled(page).catch(() => undefined);
+  await page.getByTestId("axial").waitFor();
   await page.keyboard.press("/");
   await page.keyboard.press("Enter");
   await page.locator(".status", { hasText: "fMRI scan complete" }).waitFor();
@@ -250,19 +250,21 @@ test("a key image is marked, annotated, and shown again as it was", async () => 
 });
 
 test("a scan in the queue says its place and when it starts; held, the picture stands still", async () => {
-  const open = await visit(browser, { behaviour: { queue: [3, 1, 1, 1, 1], pause: 12 } });
-  const { page } = open;
+  const open = await visit(browser, { behaviour: { place: 3 } });
+  const { page, server } = open;
   await settled(page);
   await page.fill("#prompt", PROMPT);
   await page.press("#prompt", "Enter");
   await page.getByTestId("queue").filter({ hasText: "Place 3 in the queue" }).waitFor();
   expect(await page.getByTestId("queue").innerText()).toContain("about 12 seconds");
+  server.behaviour.place = 1;
   await page.getByTestId("queue").filter({ hasText: "Next in the queue" }).waitFor();
   await page.getByRole("button", { name: "PAUSE" }).click();
   // The stream ends meanwhile: what it brought waits until somebody lets it be shown.
-  const ended = () => open.server.requests.some((request) => request.endsWith("/events"));
-  await expect.poll(ended).toBe(true);
-  await page.waitForTimeout(4000);
+  server.behaviour.place = 0;
+  const ended = () => server.requests.some((request) => request.startsWith("ended "));
+  await expect.poll(ended, { timeout: 10_000 }).toBe(true);
+  await page.waitForTimeout(500);
   expect(await page.locator(".status", { hasText: "fMRI scan complete" }).count()).toBe(0);
   await page.getByRole("button", { name: "GO ON" }).click();
   await page.locator(".status", { hasText: "fMRI scan complete" }).waitFor();

@@ -223,6 +223,18 @@ test("the lens grid has a row a place and says each place's likeliest token", as
   expect(section?.word?.(topology.nLayers, series.tokens.length - 1)).toBe(" Paris");
 });
 
+test("without sublayers the lens is drawn all the same; without its layers nothing is", async () => {
+  const series = await stored("FLAIR", loadAnomalies, "nodes");
+  const whole = await stored("FLAIR", loadAnomalies);
+  const drawn = (one: Series) => sectionOf(topology, one, one.fields[0] ?? null, 0)?.values;
+  expect(drawn(series)).toEqual(drawn(whole));
+  const { anomalies } = series;
+  if (anomalies === null) throw new Error("it found nothing");
+  // So it is stored where FLAIR was asked for without `appearance`.
+  const last = { ...anomalies, places: anomalies.places.slice(-1) };
+  expect(sectionOf(topology, { ...series, anomalies: last }, null, 0)).toBeNull();
+});
+
 test("a scan that painted no component is still read token by token", async () => {
   const series = await stored("FLAIR", loadAnomalies, "nodes");
   expect(series.fields).toEqual([]);

@@ -40,6 +40,7 @@ export const hanging = {
   "layer {n}": "레이어 {n}",
   "head {n}": "헤드 {n}",
   "Fills with the scan: one layer's components.": "스캔하면 채워집니다: 한 레이어의 컴포넌트.",
+  "This scan has no values of single components.": "이 스캔에는 컴포넌트별 값이 없습니다.",
   "sum of its heads": "헤드의 합",
   "its strongest head": "가장 강한 헤드",
   "Heads folded into their layer's attention": "헤드를 레이어 어텐션으로 접음",
