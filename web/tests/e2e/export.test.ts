@@ -260,7 +260,7 @@ test("while a scan runs, a page is saved of what stands", async () => {
   await scan(page);
   const [stands] = new URLSearchParams(await fragment(page)).getAll("job");
   // It never ends; the service has no result of it, and says so.
-  server.behaviour.queue = Array.from({ length: 60 }, () => 1);
+  server.behaviour.place = 1;
   await page.getByTestId("protocol").selectOption("prior");
   await page.getByTestId("prior-prompt").fill("The Big Ben is in the city of");
   await page.getByRole("button", { name: "Scan the prior" }).click();
