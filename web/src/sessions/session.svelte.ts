@@ -4,6 +4,7 @@
 import type { Series } from "../model/series";
 import { read, written, type Stimulus } from "../model/stimulus";
 import type { Room } from "../state/room.svelte";
+import { keep, kept } from "../state/tab";
 import { viewOf as seen } from "../state/places";
 import { EMPTY, besides, noted, promptOf } from "./document";
 import { draftOf, imageOf, type Asked, type Draft } from "./draft";
@@ -25,7 +26,7 @@ export interface Listed {
 }
 
 /** Each session's by itself: a page that is loaded with another takes nothing from it. */
-const KEPT_AS = "neural-mri.session ";
+const KEPT_AS = "session ";
 
 interface Kept {
   readonly revision: string;
@@ -132,7 +133,7 @@ export class Session {
 
   /** Where nothing was saved yet: what was noted and marked before the page was loaded again. */
   resume(): void {
-    const before = kept(this.#tag);
+    const before = kept<Kept>(KEPT_AS + this.#tag);
     this.notes = before?.notes ?? [];
     this.labels = before?.labels ?? {};
     this.#room.images.adopt(this.#tag, "", []);
@@ -151,7 +152,7 @@ export class Session {
     this.revision = revision;
     for (const { result } of document.scans) this.#ours.add(result);
     this.#stimuli = stimulated(this.#room.stimuli);
-    const before = anew ? null : kept(this.#tag);
+    const before = anew ? null : kept<Kept>(KEPT_AS + this.#tag);
     const stays = before?.revision === revision;
     this.notes = stays ? before.notes : [...document.notes, ...besides(before?.added, document)];
     this.labels = stays ? before.labels : {};
@@ -238,31 +239,14 @@ export class Session {
       noted(notes) === noted(document.notes) &&
       left.length === 0 &&
       Object.keys(labels).length === 0;
-    keep(this.#tag, isSaved ? null : { revision, notes, added, labels, left });
+    keep(KEPT_AS + this.#tag, isSaved ? null : { revision, notes, added, labels, left });
   }
 
   /** What is not saved of it is given up, or has been saved as another. */
   forget(instead: Session): void {
     if (this.#tag === instead.#tag) return;
-    keep(this.#tag, null);
+    keep(KEPT_AS + this.#tag, null);
     this.#room.images.forget(this.#tag);
-  }
-}
-
-function keep(of: string, all: Kept | null): void {
-  try {
-    if (all === null) sessionStorage.removeItem(KEPT_AS + of);
-    else sessionStorage.setItem(KEPT_AS + of, JSON.stringify(all));
-  } catch {
-    // A browser may forbid storage: what is not saved is then lost with the page.
-  }
-}
-
-function kept(of: string): Kept | null {
-  try {
-    return JSON.parse(sessionStorage.getItem(KEPT_AS + of) ?? "null") as Kept | null;
-  } catch {
-    return null;
   }
 }
 

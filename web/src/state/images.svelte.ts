@@ -2,6 +2,7 @@
  * Key images: views that somebody marked, with a note, to come back to. They last as long as the tab, and for
  * good once they are saved with a session.
  */
+import { keep, kept } from "./tab";
 
 export interface KeyImage {
   readonly id: string;
@@ -16,7 +17,7 @@ export interface KeyImage {
 }
 
 /** Each session's by themselves, as its notes are: a page that is loaded with another takes none of them. */
-const KEPT_AS = "neural-mri.images ";
+const KEPT_AS = "images ";
 /** What is open where no session is. */
 const NOTHING = "new";
 
@@ -39,7 +40,7 @@ export class KeyImages {
   readonly isChanged: boolean = $derived.by(() => pictured(this.all) !== this.#saved);
 
   constructor() {
-    this.all = kept(NOTHING)?.images ?? [];
+    this.all = kept<Kept>(KEPT_AS + NOTHING)?.images ?? [];
     this.#next = this.all.length;
   }
 
@@ -63,7 +64,8 @@ export class KeyImages {
   }
 
   #before(of: string, revision: string, saved: readonly KeyImage[]): readonly KeyImage[] {
-    const before = of === this.#of ? { revision: this.#revision, images: this.all } : kept(of);
+    const before =
+      of === this.#of ? { revision: this.#revision, images: this.all } : kept<Kept>(KEPT_AS + of);
     if (before?.revision === revision) return before.images;
     const own = before?.images.filter(({ id }) => !id.startsWith(SAVED)) ?? [];
     return [...saved, ...own];
@@ -85,33 +87,16 @@ export class KeyImages {
 
   /** What is not saved of a session is given up, or has been saved with another. */
   forget(of: string): void {
-    keep(of, null);
+    keep(KEPT_AS + of, null);
   }
 
   #set(images: readonly KeyImage[]): void {
     this.all = images;
-    keep(this.#of, this.isChanged ? { revision: this.#revision, images } : null);
+    keep(KEPT_AS + this.#of, this.isChanged ? { revision: this.#revision, images } : null);
   }
 }
 
 /** Key images as they would be saved, to be compared. */
 function pictured(images: readonly KeyImage[]): string {
   return JSON.stringify(images.map(({ note, title, view }) => [note, title, view]));
-}
-
-function keep(of: string, all: Kept | null): void {
-  try {
-    if (all === null) sessionStorage.removeItem(KEPT_AS + of);
-    else sessionStorage.setItem(KEPT_AS + of, JSON.stringify(all));
-  } catch {
-    // A browser may forbid storage: images then last until the page is left.
-  }
-}
-
-function kept(of: string): Kept | null {
-  try {
-    return JSON.parse(sessionStorage.getItem(KEPT_AS + of) ?? "null") as Kept | null;
-  } catch {
-    return null;
-  }
 }

@@ -33,6 +33,7 @@ import { Log } from "./log.svelte";
 import { perform } from "./perform";
 import { Reading } from "./reading.svelte";
 import { Study, titleOf } from "./study.svelte";
+import { keep, keepNothing, kept } from "./tab";
 import { decode, encode, type Place } from "./url";
 import { goTo, placeOf, viewOf } from "./places";
 import type { Sessions } from "../sessions/sessions.svelte";
@@ -150,8 +151,8 @@ export class Room {
   /** Whether the tab may stay as it is: it was nobody else's. What somebody else had in it goes. */
   #meet(identity: Identity): boolean {
     const { user } = identity;
-    const kept = handedTo(user);
-    const before = this.identity?.user ?? kept ?? user;
+    const before = this.identity?.user ?? kept<string>(TAB_OF) ?? user;
+    keep(TAB_OF, user);
     if (before === user) this.identity = identity;
     else clearTab();
     return before === user;
@@ -569,27 +570,10 @@ export class Room {
   }
 }
 
-const TAB_OF = "neural-mri.user";
-
-/** Notes whose the tab is from now on, and tells whose it was. */
-function handedTo(user: string): string | null {
-  try {
-    const before = sessionStorage.getItem(TAB_OF);
-    sessionStorage.setItem(TAB_OF, user);
-    return before;
-  } catch {
-    return null;
-  }
-}
+const TAB_OF = "user";
 
 /** Takes away what the screen, the address and the tab hold: whoever signs in next may be somebody else. */
 function clearTab(): void {
-  try {
-    for (const name of Object.keys(sessionStorage)) {
-      if (name.startsWith("neural-mri.")) sessionStorage.removeItem(name);
-    }
-  } catch {
-    // A browser may forbid storage: nothing was kept then.
-  }
+  keepNothing();
   location.replace(location.pathname + location.search);
 }
