@@ -172,7 +172,9 @@ def colour_bar(
     *,
     aspect: float = 40,
 ) -> None:
-    """What the colours mean, with the unit; `axes` are the panels that share it."""
+    """What the colours mean, with the unit; `axes` are the panels that share it. Without a picture in any of them, none."""
+    if not any(axis.images for axis in axes):
+        return
     bar = figure.colorbar(
         ScalarMappable(_norm(scale), colours),
         ax=list(axes),

@@ -116,7 +116,12 @@ def test_a_bar_of_less_than_a_decade_has_numbers_and_no_formulas(client: Client)
 def test_a_scan_of_which_nothing_lies_on_the_grid_says_so(
     client: Client, layers: list[str]
 ) -> None:
-    assert NOTHING in labels(client.scan_activation("a", layers=layers).plot())
+    figure = client.scan_activation("a", layers=layers).plot()
+    assert NOTHING in labels(figure)
+    # Nor are there limits of colours where there are none.
+    assert len(figure.axes) == sum(
+        NOTHING in [text.get_text() for text in axis.texts] for axis in figure.axes
+    )
 
 
 @pytest.mark.parametrize(
