@@ -154,10 +154,13 @@ def _shares(cluster: Cluster) -> dict[str, int]:
         user: LIGHT_JOBS * (HEAVY if number < N_USERS // 2 else LIGHT)
         for number, user in enumerate(USERS[:N_USERS])
     }
-    # Nine lengths in an order that repeats after all of them: every user's work is alike in the mean.
-    for seed, (user, count) in enumerate(loads.items()):
-        _send(cluster, submissions(cluster, user, count, lengths=LENGTHS, seed=seed))
-    asked = _now(cluster)
+    # Nobody is served before all have asked: who is alone is given mates from far ahead of their turn, and has
+    # so much less of what comes next.
+    with cluster.resting():
+        # Nine lengths in an order that repeats after all of them: every user's work is alike in the mean.
+        for seed, (user, count) in enumerate(loads.items()):
+            _send(cluster, submissions(cluster, user, count, lengths=LENGTHS, seed=seed))
+        asked = _now(cluster)
     small = [user for user, count in loads.items() if count == LIGHT_JOBS]
     while (done := _first_done(cluster, small)) is None:
         time.sleep(0.2)
