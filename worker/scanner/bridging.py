@@ -5,8 +5,8 @@ forward. So the model is kept twice, on the same tensors: plain for reading, bri
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from neural_mri.contract.models import Numerics
 from neural_mri.contract.problems import UnsupportedModel
-from worker.scanner.halving import has_lost_device, ran_out
+from worker.scanner.refusing import refused
 
 __all__ = (
     "adapter",
@@ -41,44 +41,30 @@ _AutoModel: Any = AutoModelForCausalLM
 
 def read_configuration(folder: Path) -> PretrainedConfig:
     """The model's `config.json`. Raises `UnsupportedModel` when transformers cannot read it."""
-    try:
+    says = f"{folder.name} has no configuration that transformers can read"
+    with refused(says, OSError, ValueError, KeyError):
         found: PretrainedConfig = _AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        if ran_out(error):
-            raise
-        raise UnsupportedModel(
-            f"{folder.name} has no configuration that transformers can read: {error}"
-        ) from error
     return found
 
 
 def skeleton(configuration: PretrainedConfig) -> PreTrainedModel:
     """The model's modules on the meta device: shapes and names, no weights, no memory."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = _AutoModel.from_config(configuration, trust_remote_code=False)
-    except ValueError as error:
-        raise UnsupportedModel(
-            f"{configuration.model_type} is not a causal language model: {error}"
-        ) from error
+    says = f"{configuration.model_type} is not a causal language model"
+    with refused(says, ValueError), torch.device("meta"):
+        model: PreTrainedModel = _AutoModel.from_config(configuration, trust_remote_code=False)
     model.tie_weights()
     return model
 
 
-@contextmanager
-def understood(family: str) -> Iterator[None]:
+def understood(family: str) -> AbstractContextManager[None]:
     """Raises `UnsupportedModel` where TransformerLens does not know a variant of the family.
 
     It says so in many ways: by what it raises itself, or by shapes that do not fit.
     """
-    try:
-        yield
-    except (AssertionError, RuntimeError, ValueError) as error:
-        if ran_out(error) or has_lost_device(error):
-            raise
-        raise UnsupportedModel(f"TransformerLens cannot bridge {family}: {error}") from error
+    says = f"TransformerLens cannot bridge {family}"
+    return refused(says, AssertionError, RuntimeError, ValueError)
 
 
 def adapter(model: PreTrainedModel) -> Any:
@@ -98,7 +84,8 @@ def plain_model(
     transformers does not load it: it says so by `RuntimeError` where shapes are not the configuration's, by
     `ImportError` where the weights are in a form whose library is not here.
     """
-    try:
+    kinds = (OSError, ValueError, SafetensorError, RuntimeError, ImportError)
+    with refused(f"{folder.name} cannot be loaded", *kinds):
         model, report = _AutoModel.from_pretrained(
             folder,
             dtype=getattr(torch, numerics.dtype),
@@ -111,10 +98,6 @@ def plain_model(
             ignore_mismatched_sizes=True,
             device_map=None if places is None else dict(places),
         )
-    except (OSError, ValueError, SafetensorError, RuntimeError, ImportError) as error:
-        if ran_out(error) or has_lost_device(error):
-            raise
-        raise UnsupportedModel(f"{folder.name} cannot be loaded: {error}") from error
     refuse_incomplete(folder.name, report)
     model.requires_grad_(False).eval()
     placed: PreTrainedModel = model if places is not None else model.to(numerics.device)

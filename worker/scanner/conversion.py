@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from neural_mri.contract.problems import UnsupportedModel
 from worker.scanner import bridging
-from worker.scanner.halving import ran_out
+from worker.scanner.refusing import refused
 
 __all__ = (
     "TOKENIZER_FILE",
@@ -96,12 +96,8 @@ def convert_gguf(
 
 def _contents(source: Path) -> tuple[str | None, int]:
     """The tensor type that holds most of a GGUF file's weights, and the bytes of all its tensors."""
-    try:
+    with refused(f"{source.name} is not a GGUF file", OSError, ValueError):
         tensors = GGUFReader(source).tensors
-    except (OSError, ValueError) as error:
-        if ran_out(error):
-            raise
-        raise UnsupportedModel(f"{source.name} is not a GGUF file: {error}") from error
     elements: Counter[str] = Counter()
     for tensor in tensors:
         elements[tensor.tensor_type.name] += int(tensor.n_elements)
@@ -111,7 +107,8 @@ def _contents(source: Path) -> tuple[str | None, int]:
 
 
 def _write_model(source: Path, folder: Path) -> None:
-    try:
+    kinds = (OSError, ValueError, KeyError, NotImplementedError)
+    with refused(f"transformers cannot read {source.name}", *kinds):
         model, report = _AutoModel.from_pretrained(
             source.parent,
             gguf_file=source.name,
@@ -124,10 +121,6 @@ def _write_model(source: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             source.parent, gguf_file=source.name, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        if ran_out(error):
-            raise
-        raise UnsupportedModel(f"transformers cannot read {source.name}: {error}") from error
     bridging.refuse_incomplete(source.name, report)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from neural_mri.contract.problems import UnsupportedModel
-from worker.scanner.halving import ran_out
+from worker.scanner.refusing import refused
 from worker.scanner.topology import ParameterRow
 
 __all__ = ("FloatArray", "StoredTensor", "WeightFiles", "shards")
@@ -210,14 +210,9 @@ def shards(folder: Path) -> tuple[Path, ...]:
 
 def _stored(paths: Sequence[Path], folder: str) -> Iterable[StoredTensor]:
     for path in paths:
-        try:
+        says = f"{folder}: {path.name} is not a safetensors file"
+        with refused(says, OSError, ValueError, msgspec.MsgspecError):
             yield from _tensors(path)
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
-            if ran_out(error):
-                raise
-            raise UnsupportedModel(
-                f"{folder}: {path.name} is not a safetensors file: {error}"
-            ) from error
 
 
 def _tensors(path: Path) -> Iterable[StoredTensor]:
