@@ -1,7 +1,7 @@
 """Estimates, intervals and tests, each with its reference. Seeded: equal numbers give equal intervals."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,30 +63,41 @@ def mean_score(values: Floats, *, least: float = UNKNOWN.low, most: float = UNKN
     Resampling a few values draws their spread too small: of 8 that are normal the bootstrap's 95 % hold the truth
     in 89 % of experiments, and Student's in 95 %. Of values as skewed as the exponential it is 84 % and 89 %.
     """
-    known = values[np.isfinite(values)].astype(np.float64)
-    n = len(known)
-    if n == 0:
-        return NOTHING
-    value = float(known.mean())
-    if n < FEWEST:
-        return Score(value=value, interval=UNKNOWN, n=n, method="none")
-    ends = _students(value, float(known.std(ddof=1)) / math.sqrt(n), n - 1)
-    interval = Interval(max(ends.low, least), min(ends.high, most))
-    return Score(value=value, interval=interval, n=n, method="student")
+
+    def ends(known: Floats, mean: float) -> Interval:
+        n = len(known)
+        found = _students(mean, float(known.std(ddof=1)) / math.sqrt(n), n - 1)
+        return Interval(max(found.low, least), min(found.high, most))
+
+    return _over_known(values, np.mean, "student", ends)
 
 
 def median_score(values: Floats, *, seed: int = 0) -> Score:
     """A median, with its percentile bootstrap interval over prompts (Efron 1979)."""
+
+    def ends(known: Floats, _median: float) -> Interval:
+        n = len(known)
+        draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+        return Interval(*_ends(np.median(known[draws], axis=1)))
+
+    return _over_known(values, np.median, "bootstrap", ends)
+
+
+def _over_known(
+    values: Floats,
+    statistic: Callable[[Floats], Any],
+    method: str,
+    ends: Callable[[Floats, float], Interval],
+) -> Score:
+    """A statistic of the values that were measured, with the interval that `ends` gives for them and for it."""
     known = values[np.isfinite(values)].astype(np.float64)
     n = len(known)
     if n == 0:
         return NOTHING
-    value = float(np.median(known))
+    value = float(statistic(known))
     if n < FEWEST:
         return Score(value=value, interval=UNKNOWN, n=n, method="none")
-    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    low, high = _ends(np.median(known[draws], axis=1))
-    return Score(value=value, interval=Interval(low, high), n=n, method="bootstrap")
+    return Score(value=value, interval=ends(known, value), n=n, method=method)
 
 
 def rms_score(values: Floats) -> Score:
