@@ -25,6 +25,7 @@ from neural_mri.contract.jobs import JobKind
 from neural_mri.contract.scan_keys import scan_key
 from neural_mri.contract.scans import ActivationScan, encode_scan
 from neural_mri.contract.tokens import Operands, Span, Tokens
+from tests.chaos.premises import frozen
 
 __all__ = ("flood", "jain", "shares", "submissions")
 
@@ -156,7 +157,7 @@ def _shares(cluster: Cluster) -> dict[str, int]:
     }
     # Nobody is served before all have asked: who is alone is given mates from far ahead of their turn, and has
     # so much less of what comes next.
-    with cluster.resting():
+    with frozen([cluster.service.child("worker").pid]):
         # Nine lengths in an order that repeats after all of them: every user's work is alike in the mean.
         for seed, (user, count) in enumerate(loads.items()):
             _send(cluster, submissions(cluster, user, count, lengths=LENGTHS, seed=seed))

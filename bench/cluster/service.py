@@ -62,18 +62,6 @@ class Cluster:
                 seconds[name] = seconds.get(name, 0.0) + times.user + times.system
         return Spent(seconds)
 
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """No worker does anything inside."""
-        workers = [each for each in self.service.processes() if each.cmdline()[-1:] == ["worker"]]
-        for worker in workers:
-            worker.suspend()
-        try:
-            yield
-        finally:
-            for worker in workers:
-                worker.resume()
-
     def passes(self) -> int:
         """Passes that the worker has made, by its own count."""
         url = f"http://{self.settings.host}:{self.settings.worker_metrics_port}/metrics"
