@@ -37,6 +37,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
+from neural_mri.backing.prepared import transaction
 from neural_mri.backing.settings import Settings
 from neural_mri.contract.problems import Problem, Unavailable
 
@@ -281,7 +282,7 @@ def _prepare_sqlite(engine: Engine, *, waits: bool) -> None:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         options = connection.get_execution_options()
-        if options.get("looking", False):
+        if options.get("begun_by_hand", False):
             return
         connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writing", False) else "BEGIN")
 
@@ -389,8 +390,8 @@ class Sessions:
         self._kept = list[_Kept]()
         # SQLite's readers see one state by nature, and a look needs to be told nothing.
         self._reader = self._sessions("REPEATABLE READ")
-        self._looker = self._sessions("AUTOCOMMIT", looking=True)
-        self._writer = self._sessions(writing=True)
+        self._looker = self._sessions("AUTOCOMMIT", begun_by_hand=True)
+        self._writer = self._sessions(begun_by_hand=True)
 
     def _sessions(
         self, isolation_level: str | None = None, **kind: bool
@@ -413,9 +414,18 @@ class Sessions:
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """A session whose changes are seen all together or not at all."""
-        with _answering(), self._writer() as session, session.begin():
-            session.connection()  # begins now, not with the first statement: the lock is ours from here
+        with _answering(), self._writer() as session, self._transaction(session):
             yield session
+
+    @contextmanager
+    def _transaction(self, session: Session) -> Iterator[None]:
+        """Begun at once, not with the first statement: on SQLite the lock is ours from here."""
+        if self.engine.dialect.name == "sqlite":
+            with transaction(session.connection()):
+                yield
+        else:
+            with session.begin():
+                yield
 
     def read(
         self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
