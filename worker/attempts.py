@@ -55,6 +55,10 @@ DATABASE_PAUSE_SECONDS = 0.5
 STORE_PAUSE_SECONDS = 0.5
 STORE_SECONDS = 60.0
 """How long a result may wait for a store that does not take it."""
+QUICK_STORE_SECONDS = 0.005
+"""How long the ends of jobs may stand uncommitted until their results are there to stay."""
+SLOW_STORE_SECONDS = 10.0
+"""How long a store that took longer than that is taken to be slow."""
 KNOWN_SECONDS = 1.0
 """How long a model that is asked for again counts as registered as it was."""
 NO_RESULTS: Mapping[UUID, SavedResult] = MappingProxyType({})
@@ -94,6 +98,19 @@ class _Known(NamedTuple):
     """How long that counts, on the monotonic clock."""
 
 
+class _Ended(NamedTuple):
+    """A job whose result is stored."""
+
+    holding: Holding
+    result: SavedResult
+    job: Job | None
+    """As it stands; None where it was no longer ours to move."""
+
+
+class _NotYet(Exception):
+    """Results are not there to stay."""
+
+
 class Attempts:
     """Runs what this worker claims."""
 
@@ -126,6 +143,7 @@ class Attempts:
         self._models_dir = settings.models_dir
         self._traces = Traces()
         self._known: dict[str, _Known] = {}
+        self._store_slow_until = 0.0
 
     def take(self, queue: str) -> int:
         """Claim from a queue and run what was claimed; how many jobs that were.
@@ -372,18 +390,14 @@ class Attempts:
         wanted = [each for each in measured if self._guarded(each, Holding.check)]
         unsaved = [self._unsaved(each, results[each.job.id]) for each in wanted]
         with Saving(self._store, unsaved) as saving:
-            # Small files are there sooner than jobs are moved; else the disk works meanwhile.
-            storing = wanted if saving.is_quick else self._moved(wanted, JobState.STORING)
-            with self._traces.part("store", [holding.job for holding in storing]):
-                stored = self._stored(storing, results, saving)
-        crash_point("worker.named")
-        saved = {}
-        for holding, result in zip(storing, stored, strict=True):
-            if self._guarded(holding, partial(_raise, result)) and isinstance(result, SavedResult):
-                saved[holding.job.id] = result
-        whole = [holding for holding in storing if holding.job.id in saved]
-        for holding, ended in self._advanced(whole, JobState.SUCCEEDED, results=saved):
-            result = saved[holding.job.id]
+            moved = self._ended_meanwhile(wanted, saving) if saving.is_quick else None
+            if moved is None:
+                # Small files are there sooner than jobs are moved; else the disk works meanwhile.
+                storing = wanted if saving.is_quick else self._moved(wanted, JobState.STORING)
+                with self._traces.part("store", [holding.job for holding in storing]):
+                    stored = self._stored(storing, results, saving)
+                moved = self._ended(storing, stored)
+        for _, result, ended in moved:
             if ended is None:
                 self._take_away(result.path, result.manifest.scan_key)
                 continue
@@ -393,6 +407,48 @@ class Attempts:
                 self._outbox.post(ended.id, artifact)
             self._tell(ended)
         crash_point("worker.succeeded")
+
+    def _ended_meanwhile(self, holdings: Sequence[Holding], saving: Saving) -> list[_Ended] | None:
+        """End jobs while the disk writes their small results, and commit it once they are there to stay.
+
+        Either takes about as long. None where the store is slow, or does not take one of them: nothing is lost then,
+        but who else writes to SQLite has waited for `QUICK_STORE_SECONDS`.
+        """
+        if time.monotonic() < self._store_slow_until:
+            return None
+        with self._traces.part("store", [holding.job for holding in holdings]):
+            placed = saving.place()
+        if placed is None:
+            return None
+        crash_point("worker.named")
+        saved = {holding.job.id: placed[_manifest_path(holding.job)] for holding in holdings}
+        try:
+            return self._succeeded(
+                holdings, saved, stand=lambda: saving.settles(QUICK_STORE_SECONDS)
+            )
+        except _NotYet:
+            self._store_slow_until = time.monotonic() + SLOW_STORE_SECONDS
+            return None
+
+    def _ended(
+        self, holdings: Sequence[Holding], stored: Sequence[SavedResult | Exception]
+    ) -> list[_Ended]:
+        """End jobs by what became of storing their results: those that are stored, and how they stand."""
+        crash_point("worker.named")
+        saved = {}
+        for holding, result in zip(holdings, stored, strict=True):
+            if self._guarded(holding, partial(_raise, result)) and isinstance(result, SavedResult):
+                saved[holding.job.id] = result
+        return self._succeeded([each for each in holdings if each.job.id in saved], saved)
+
+    def _succeeded(
+        self,
+        holdings: Sequence[Holding],
+        saved: Mapping[UUID, SavedResult],
+        stand: Callable[[], bool] = lambda: True,
+    ) -> list[_Ended]:
+        moved = self._advanced(holdings, JobState.SUCCEEDED, results=saved, stand=stand)
+        return [_Ended(holding, saved[holding.job.id], ended) for holding, ended in moved]
 
     def _stored(
         self, holdings: Sequence[Holding], results: Mapping[UUID, Scanned], saving: Saving
@@ -533,8 +589,12 @@ class Attempts:
         *,
         results: Mapping[UUID, SavedResult] = NO_RESULTS,
         problem: ProblemDocument | None = None,
+        stand: Callable[[], bool] = lambda: True,
     ) -> list[tuple[Holding, Job | None]]:
-        """Move jobs in one transaction; None for those that are no longer ours to move."""
+        """Move jobs in one transaction; None for those that are no longer ours to move.
+
+        Raises `_NotYet`, and moves none, where their results do not `stand` by then.
+        """
         tries = count()
 
         def advance(session: Session, job: Job, *, again: bool) -> Job | None:
@@ -558,7 +618,10 @@ class Attempts:
             again = next(tries) > 0
             # In one order, so that two who move some of the same jobs never wait for each other.
             in_order = sorted((holding.job for holding in holdings), key=lambda job: job.id)
-            return {job.id: advance(session, job, again=again) for job in in_order}
+            advanced = {job.id: advance(session, job, again=again) for job in in_order}
+            if not stand():
+                raise _NotYet
+            return advanced
 
         moved = self._insisting(lambda: self._sessions.write(advance_all)) if holdings else {}
         for holding in holdings:

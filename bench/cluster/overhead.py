@@ -1,12 +1,16 @@
 """What the queue costs a job: from the request to its recorded end, the scanner's own time taken off.
 
-A model of three layers, so that there is little else. Where the time goes is read from the job's row.
+A model of three layers, so that there is little else. Where the time goes is read from the job's row, and when its end
+was committed from what its worker logged next: the row says when it was written, which is before.
 """
 
 import asyncio
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from typing import NamedTuple
+
+import msgspec
 
 from bench.cluster.caller import Caller
 from bench.cluster.figures import Figure, at_most, percentile, plain
@@ -23,8 +27,6 @@ but for the last row: it grows with whatever else runs, and with the disk under 
 flushed before it counts.
 """
 BAR_MILLISECONDS = 5.0
-CLOCK_SECONDS = 1e-3
-"""What SQLite's clock counts in, whole ones alone: on the average it is half of one behind."""
 WARM_UP = 30
 
 
@@ -36,7 +38,7 @@ class Timing(NamedTuple):
     waited: float
     """Until a worker held it."""
     held: float
-    """Until its end stood in the database, the scanner's time taken off."""
+    """Until its end was committed and logged, the scanner's time taken off."""
     answered: float
     """From the request to the answer that waited for the end, the scanner's time taken off."""
 
@@ -48,30 +50,48 @@ class Timing(NamedTuple):
 
 async def _timings(cluster: Cluster, n_jobs: int) -> list[Timing]:
     store = storage.open_store(cluster.settings)
-    timings = []
+    answers = []
     async with Caller(cluster.settings, cluster.keys["user-00"]) as caller:
         for number in range(WARM_UP + n_jobs):
             words = " ".join(f"w{(number // 40**place) % 40}" for place in range(8))
             began, wall = time.perf_counter(), time.time()
             answer = await caller.post("/api/scan/activation", {"prompt": words}, wait=20)
             answered = time.perf_counter() - began
-            if number < WARM_UP:
-                continue
-            job = cluster.job(answer.json()["id"])
-            if job.manifest is None or job.started_at is None or job.finished_at is None:
-                raise RuntimeError(f"job {job.id} is {job.state}")
-            own = load_manifest(store, job.manifest).compute_seconds
-            created, started = job.created_at.timestamp(), job.started_at.timestamp()
-            finished = job.finished_at.timestamp() + CLOCK_SECONDS / 2
-            timings.append(
-                Timing(
-                    1e3 * (created - wall),
-                    1e3 * (started - created),
-                    1e3 * (finished - started - own),
-                    1e3 * (answered - own),
-                )
+            answers.append(_Asked(answer.json()["id"], wall, answered))
+    ended, timings = _ends(cluster), []
+    for asked in answers[WARM_UP:]:
+        job = cluster.job(asked.job_id)
+        if job.manifest is None or job.started_at is None:
+            raise RuntimeError(f"job {job.id} is {job.state}")
+        own = load_manifest(store, job.manifest).compute_seconds
+        created, started = job.created_at.timestamp(), job.started_at.timestamp()
+        timings.append(
+            Timing(
+                1e3 * (created - asked.at),
+                1e3 * (started - created),
+                1e3 * (ended[asked.job_id] - started - own),
+                1e3 * (asked.seconds - own),
             )
+        )
     return timings
+
+
+class _Asked(NamedTuple):
+    job_id: str
+    at: float
+    """In seconds since 1970."""
+    seconds: float
+    """Until it was answered."""
+
+
+def _ends(cluster: Cluster) -> dict[str, float]:
+    """When the worker was done with each job, in seconds since 1970, by the job's id."""
+    ends = {}
+    for line in cluster.service.log("worker").splitlines():
+        if '"attempt_ended"' in line:
+            said = msgspec.json.decode(line)
+            ends[said["job_id"]] = datetime.fromisoformat(said["timestamp"]).timestamp()
+    return ends
 
 
 def figures(cluster: Cluster, *, n_jobs: int = 400) -> list[Figure]:

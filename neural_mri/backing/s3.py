@@ -184,6 +184,10 @@ class _Uploads:
         if self._last is not None:
             self._send(self._last)
 
+    def settles(self, within: float) -> bool:
+        """Whether the last is there: for so many seconds it is waited for here."""
+        return not wait(self._sending, within).not_done
+
     def settle(self) -> None:
         """Wait for the last."""
         for sent in self._sending:

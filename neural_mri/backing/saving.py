@@ -4,6 +4,7 @@ Several at once, so that their files share the disk's commits. Knows nothing of 
 """
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -97,6 +98,31 @@ class Saving:
             begun.is_packed and not begun.has_failed for begun in self._begun
         )
 
+    def place(self) -> dict[str, SavedResult] | None:
+        """Let quick results be found, and the disk write them; None where it cannot, and `finish` will say why.
+
+        They are not there to stay before it has: see `settles`.
+        """
+        for begun in self._begun:
+            begun.attempt(_Begun.place)
+            begun.attempt(_Begun.flush)
+        outcomes = {begun.result.path: begun.outcome for begun in self._begun}
+        placed = {at: saved for at, saved in outcomes.items() if isinstance(saved, SavedResult)}
+        return placed if len(placed) == len(outcomes) else None
+
+    def settles(self, within: float) -> bool:
+        """Whether what is placed is there to stay, or is within so many seconds.
+
+        Where it is not, or cannot be, `finish` waits for it.
+        """
+        give_up_at = time.monotonic() + within
+        for begun in self._begun:
+            if not begun.settles(max(0.0, give_up_at - time.monotonic())):
+                return False
+        for begun in self._begun:
+            begun.attempt(_Begun.settle)
+        return not any(begun.has_failed for begun in self._begun)
+
     def finish(self, paths: Collection[str]) -> dict[str, SavedResult | Exception]:
         """What became of the results whose manifests were to stand under these paths, packed or not."""
         finished: dict[str, SavedResult | Exception] = {}
@@ -134,6 +160,7 @@ class _Begun:
         self._path = result.path
         self._whole = result.manifest
         self._writing: Writing | None = None
+        self._is_placed = False
         self._error: Exception | None = None
 
     @property
@@ -175,13 +202,18 @@ class _Begun:
             self._writing.flush()
 
     def place(self) -> None:
-        """Let the tables be found, and then the manifest; or all at once."""
-        if self._writing is None:
+        """Let the tables be found, and then the manifest; or all at once. Once is enough."""
+        if self._writing is None or self._is_placed:
             return
         if self.is_packed:
             self._writing.place(lambda _index: None, last=self._tell_all)
         else:
             self._writing.place(self._tell)
+        self._is_placed = True
+
+    def settles(self, within: float) -> bool:
+        """Whether `settle` has not to wait, or for so many seconds, which have passed then."""
+        return self._writing is None or self._writing.settles(within)
 
     def settle(self) -> None:
         """Wait until it is there to stay."""

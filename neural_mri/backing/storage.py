@@ -89,7 +89,7 @@ class Writing(Protocol):
     """Files on their way into a store, together: placed, then settled, or else dropped."""
 
     def flush(self) -> None:
-        """Let them be written meanwhile: there is something else to do before they are placed."""
+        """Let them be written meanwhile: there is something else to do before they are placed, or settled."""
 
     def place(self, placed: Callable[[int], None], last: Callable[[], None] = lambda: None) -> None:
         """Let all be found under their paths, the last only once all others are.
@@ -97,6 +97,9 @@ class Writing(Protocol):
         Says of each but the last, by its index, that it stands, and of the last that it comes next; what
         either raises stops it there. Raises `StoreUnavailable`.
         """
+
+    def settles(self, within: float) -> bool:
+        """Whether `settle` will not have to wait: for so many seconds it is waited for here."""
 
     def settle(self) -> None:
         """Wait until no power cut would take them away again. Raises `StoreUnavailable`."""
@@ -368,6 +371,10 @@ class _Folders:
                 flushing.result()
         self._flushing.clear()
 
+    def under_way(self) -> list[Future[None]]:
+        """What the disk writes now."""
+        return [flushing for _, flushing in self._flushing]
+
     def close(self) -> None:
         """Close them, when nobody flushes them any more."""
         wait([flushing for _, flushing in self._flushing])
@@ -390,6 +397,7 @@ class _Halves:
         self._folders = _Folders(root)
         self._halves: list[_Half | None] = []
         """None where the bytes stand in their place already."""
+        self._is_placed = False
         try:
             for file in files:
                 # Flushing begins when all have been written: whose threads wake up stop this one.
@@ -408,6 +416,8 @@ class _Halves:
     def flush(self) -> None:
         """Have the disk write what it does not yet: a file that is begun alone is left to who waits for it."""
         self._flush(self._halves[-MOST_OPEN:])
+        if self._is_placed:
+            self._folders.flush(meanwhile=True)
 
     def place(self, placed: Callable[[int], None], last: Callable[[], None] = lambda: None) -> None:
         """Let all be found under their paths, the last only once all others are."""
@@ -420,7 +430,14 @@ class _Halves:
             _place(half)
             if not is_last:
                 placed(index)
+        self._is_placed = True
         self._folders.flush()
+
+    def settles(self, within: float) -> bool:
+        """Whether `settle` will not have to wait: for so many seconds it is waited for here."""
+        self.flush()
+        flushing = [half.flushing for half in self._halves if half is not None and half.flushing]
+        return not wait([*flushing, *self._folders.under_way()], within).not_done
 
     def settle(self) -> None:
         """Wait until no power cut would take them away again."""
@@ -472,7 +489,8 @@ class _Half:
         self.is_named_first = file.is_awaited
         # A leading dot is no path of ours: a half-written file cannot be asked for.
         self._name = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
-        self._flushing: Future[None] | None = None
+        self.flushing: Future[None] | None = None
+        """While the disk writes its bytes, and after."""
         self._is_flushed = False
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         self._file: int | None = os.open(self._name, flags, 0o600, dir_fd=place.folder)
@@ -485,23 +503,23 @@ class _Half:
     @property
     def has_to_flush(self) -> bool:
         """Whether it is left to who waits for it to have the disk write its bytes."""
-        return self._file is not None and not self._is_flushed and self._flushing is None
+        return self._file is not None and not self._is_flushed and self.flushing is None
 
     def flush(self) -> None:
         """Have the disk write its bytes."""
-        if self._file is not None and self._flushing is None:
-            self._flushing = _FLUSHERS.submit(os.fsync, self._file)
+        if self._file is not None and self.flushing is None:
+            self.flushing = _FLUSHERS.submit(os.fsync, self._file)
 
     def await_flush(self) -> None:
         """Wait until its bytes are on the disk."""
         if self._file is None or self._is_flushed:
             return
         with _explained(self._path):
-            if self._flushing is None:
+            if self.flushing is None:
                 # Who would wait for a thread can wait for the disk.
                 os.fsync(self._file)
             else:
-                self._flushing.result()
+                self.flushing.result()
         self._is_flushed = True
 
     def place(self) -> None:
@@ -527,8 +545,8 @@ class _Half:
         """Take it away where it is not in its place, or is there and may not be on the disk."""
         if self._file is None:
             return
-        if self._flushing is not None:
-            wait([self._flushing])
+        if self.flushing is not None:
+            wait([self.flushing])
         self.close()
         with suppress(FileNotFoundError):
             os.unlink(self._name, dir_fd=self._place.folder)

@@ -86,6 +86,9 @@ class _Interrupted:
         self._happen()
         self._writing.place(placed, last)
 
+    def settles(self, within: float) -> bool:
+        return self._writing.settles(within)
+
     def settle(self) -> None:
         self._writing.settle()
 

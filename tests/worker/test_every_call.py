@@ -151,6 +151,9 @@ class Steps:
 
         self._writing.place(then, at_last)
 
+    def settles(self, within: float) -> bool:
+        return self._writing.settles(within)
+
     def settle(self) -> None:
         self._fail("settle")
         self._writing.settle()
