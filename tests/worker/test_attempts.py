@@ -1,8 +1,11 @@
 """What one worker does with what it claims, on a real database, store, Valkey and (tiny) model."""
 
 import errno
+import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
@@ -414,6 +417,63 @@ def test_a_result_that_waits_for_room_on_the_disk_is_storing_meanwhile(
     holding_tiny.attempts().take(holding_tiny.queue)
     assert holding_tiny.now(job).state is JobState.SUCCEEDED
     assert StateChanged(state=JobState.STORING, attempt=1) in holding_tiny.told(job.id)
+
+
+@folder_only
+def test_a_jobs_end_is_recorded_while_the_disk_writes_and_committed_when_it_has(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "QUICK_STORE_SECONDS", 30.0)
+    job = holding_tiny.submit(PROMPT)
+    advance, flush = jobs.advance, os.fsync
+    recorded, flushed = threading.Event(), list[JobState]()
+
+    def noted(*args: Any, **kwargs: Any) -> Job | None:
+        moved = advance(*args, **kwargs)
+        if args[2] is JobState.SUCCEEDED:
+            recorded.set()
+        return moved
+
+    def waits(file: int) -> None:
+        assert recorded.wait(10), "nothing was recorded meanwhile"
+        flush(file)
+        flushed.append(holding_tiny.now(job).state)
+
+    monkeypatch.setattr(jobs, "advance", noted)
+    (holding_tiny.settings.store_dir / "packed").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(os, "fsync", waits)
+    holding_tiny.attempts().take(holding_tiny.queue)
+    assert flushed == [JobState.RUNNING] * 2, "a file and its name"
+    assert holding_tiny.now(job).state is JobState.SUCCEEDED
+
+
+@folder_only
+def test_while_a_slow_disk_writes_a_result_others_write_to_the_database(
+    holding_tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = holding_tiny.submit(PROMPT)
+    attempts, flush = holding_tiny.attempts(), os.fsync
+    flushing, may_go_on = threading.Event(), threading.Event()
+
+    def waits(file: int) -> None:
+        flushing.set()
+        assert may_go_on.wait(30)
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", waits)
+    with ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(attempts.take, holding_tiny.queue)
+        try:
+            assert flushing.wait(10)
+            other = holding_tiny.submit(ActivationScan(prompt="others", model="tiny"), n_tokens=5)
+            assert holding_tiny.now(other).state is JobState.QUEUED
+            assert holding_tiny.now(job).state is JobState.RUNNING
+        finally:
+            may_go_on.set()
+        assert taking.result(10) == 1
+    assert holding_tiny.now(job).state is JobState.SUCCEEDED
+    told = holding_tiny.told(job.id)
+    assert sum(isinstance(each, Ended) for each in told) == 1
 
 
 def test_a_store_that_stays_full_fails_the_job_and_says_why(

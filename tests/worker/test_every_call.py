@@ -14,7 +14,7 @@ import pytest
 import redis
 from redis.connection import AbstractConnection
 
-from neural_mri.backing import events, jobs, saving
+from neural_mri.backing import events, jobs, prepared, saving
 from neural_mri.backing.jobs import Submission
 from neural_mri.backing.queue import send_tickets
 from neural_mri.backing.storage import NamedBytes, Store, StoreUnavailable, Writing
@@ -92,7 +92,29 @@ class Statements:
         for name in ("do_execute", "do_execute_no_params", "do_executemany", "do_commit"):
             called = failing(getattr(dialect, name), after=name == "do_commit")
             patch.setattr(dialect, name, called)
+        if dialect.name == "sqlite":
+            # What is prepared goes past the dialect, and so do the transactions of who writes.
+            real = prepared._driver
+            patch.setattr(prepared, "_driver", lambda connection: Driver(real(connection), fail))
         yield bench.store
+
+
+class Driver:
+    """A connection of SQLite's on which something may go wrong before each statement, and after a commit."""
+
+    def __init__(self, connection: Any, fail: Callable[[], None]) -> None:
+        self._connection = connection
+        self._fail = fail
+
+    def execute(self, text: str, values: Any) -> Any:
+        self._fail()
+        found = self._connection.execute(text, values)
+        if text == "COMMIT":
+            self._fail()
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
 
 
 class Files:
@@ -209,6 +231,7 @@ def test_whatever_call_fails_a_job_ends_once_with_its_whole_result(
         for call in range(MOST_CALLS):
             fault.at(call)
             ended.append(live(bench, store, call))
+            assert bench.outbox.flush(PATIENCE_SECONDS)
             if not fault.has_come:
                 break
         fault.disarm()
