@@ -90,10 +90,7 @@ def _of_a_tiny_model() -> Iterator[Cluster]:
     """What is about the queue alone: a model of three layers, so that there is little else."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = save_tiny_model(Path(folder) / "tiny")
-        with (
-            prepared("tiny", tiny, threads=1, log_format="json") as settings,
-            serving(settings) as cluster,
-        ):
+        with prepared("tiny", tiny, threads=1) as settings, serving(settings) as cluster:
             yield cluster
 
 

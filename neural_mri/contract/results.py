@@ -183,10 +183,14 @@ def provenance_of(table: pa.Table) -> Provenance:
     return provenance
 
 
+# Named, so that pyarrow does not ask the environment for each table: tables are named by the hash of their bytes.
+_IPC = pa.ipc.IpcWriteOptions()
+
+
 def to_ipc(table: pa.Table) -> bytes:
     """Arrow IPC file, uncompressed: browsers decode no compressed bodies, and ranges stay useful."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
+    with pa.ipc.new_file(sink, table.schema, options=_IPC) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
 
