@@ -101,7 +101,6 @@ class _Known(NamedTuple):
 class _Ended(NamedTuple):
     """A job whose result is stored."""
 
-    holding: Holding
     result: SavedResult
     job: Job | None
     """As it stands; None where it was no longer ours to move."""
@@ -397,7 +396,7 @@ class Attempts:
                 with self._traces.part("store", [holding.job for holding in storing]):
                     stored = self._stored(storing, results, saving)
                 moved = self._ended(storing, stored)
-        for _, result, ended in moved:
+        for result, ended in moved:
             if ended is None:
                 self._take_away(result.path, result.manifest.scan_key)
                 continue
@@ -448,7 +447,7 @@ class Attempts:
         stand: Callable[[], bool] = lambda: True,
     ) -> list[_Ended]:
         moved = self._advanced(holdings, JobState.SUCCEEDED, results=saved, stand=stand)
-        return [_Ended(holding, saved[holding.job.id], ended) for holding, ended in moved]
+        return [_Ended(saved[holding.job.id], ended) for holding, ended in moved]
 
     def _stored(
         self, holdings: Sequence[Holding], results: Mapping[UUID, Scanned], saving: Saving

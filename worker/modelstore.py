@@ -311,15 +311,14 @@ def _put_in_place(workshop: Path, folder: Path) -> None:
 
 
 def _hold_the_same(workshop: Path, folder: Path) -> bool:
-    """Whether all but the weights, which the folders' names speak for, are the same."""
+    """Whether every file is the same: weights too, of which a disk may have spoilt those that stand there."""
     if not folder.is_dir():
         return False
     names = {path.name for path in _kept_files(workshop)}
     if names != {path.name for path in _kept_files(folder)}:
         return False
-    read = [name for name in names if not name.endswith(".safetensors")]
-    equal, *_ = filecmp.cmpfiles(workshop, folder, read, shallow=False)
-    return len(equal) == len(read)
+    equal, *_ = filecmp.cmpfiles(workshop, folder, names, shallow=False)
+    return len(equal) == len(names)
 
 
 def _register(

@@ -104,6 +104,18 @@ def test_a_store_that_lost_the_folder_gets_it_again(
     assert (settings.models_dir / tiny.folder / "model.safetensors").is_file()
 
 
+def test_weights_that_were_spoilt_in_the_store_are_brought_anew(
+    tiny: RegisteredModel, settings: Settings, tiny_folder: Path
+) -> None:
+    spoilt = settings.models_dir / tiny.folder / "model.safetensors"
+    body = bytearray(spoilt.read_bytes())
+    body[-1] ^= 1
+    spoilt.write_bytes(body)
+    again = modelstore.add(settings, "tiny", f"folder:{tiny_folder}")
+    assert (again.folder, again.revision) == (tiny.folder, tiny.revision)
+    assert conversion.weights_digest(settings.models_dir / tiny.folder) == tiny.revision
+
+
 def test_only_weights_and_descriptions_are_taken(
     settings: Settings, tiny_folder: Path, tmp_path: Path
 ) -> None:
