@@ -251,6 +251,10 @@ def figures(sharing: Cluster, alone: Cluster, model: LoadedModel, *, rounds: int
             digits=0,
         ),
         plain(
+            "the same a second of the clock, of one processor's forwards a second",
+            f"{100 * many.n_scans / many.wall_seconds / forwards:.0f} %",
+        ),
+        plain(
             "the same against the scan's own passes of so many rows", f"{100 * rate / scans:.0f} %"
         ),
         plain(
