@@ -425,6 +425,7 @@ class Sessions:
                 yield
         else:
             with session.begin():
+                session.connection()
                 yield
 
     def read(
