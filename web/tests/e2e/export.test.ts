@@ -200,7 +200,7 @@ test("one page opens from a disk without a network, and is the same again when i
   await saved.getByRole("dialog").waitFor({ state: "hidden" });
   await saved.getByTestId("axial").focus();
   await saved.keyboard.press(".");
-  expect((await reading(saved)).column).toBe(before.column + 1);
+  await expect.poll(async () => (await reading(saved)).column).toBe(before.column + 1);
   await saved.keyboard.press("Shift+E");
   expect(await known.getAttribute("data-hash")).not.toMatch(new RegExp(`^${hash}`));
   expect(asked).toEqual([pathToFileURL(path).href]);
